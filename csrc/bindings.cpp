@@ -1,0 +1,115 @@
+// fused_rnn._C: how the extension was built, which instruction set runs, what a call would do. Computation goes through
+// torch.ops.fused_rnn.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
+#include "cpu/team.h"
+
+namespace py = pybind11;
+
+namespace fused_rnn {
+
+namespace {
+
+std::vector<std::string> instruction_sets(bool only_supported) {
+  std::vector<std::string> names;
+  for (const KernelTable* const* t = compiled_kernels(); *t; ++t) {
+    if (!only_supported || runs_here(**t)) names.push_back((*t)->isa);
+  }
+  return names;
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = std::string("clang ") + __clang_version__;
+#else
+  info["compiler"] = std::string("g++ ") + __VERSION__;
+#endif
+#if defined(FRNN_KERNEL_FLAGS)
+  info["flags"] = FRNN_KERNEL_FLAGS;
+#else
+  info["flags"] = "";
+#endif
+  info["isa_compiled"] = instruction_sets(false);
+  info["cuda"] = false;
+  info["torch_version"] = TORCH_VERSION;
+  info["cxx11_abi"] = bool(_GLIBCXX_USE_CXX11_ABI);
+  return info;
+}
+
+std::string set_isa(const std::string& name) {
+  const std::string before = kernels().isa;
+  if (!select_kernels(name.c_str())) {
+    std::string here;
+    for (const std::string& isa : instruction_sets(true)) here += (here.empty() ? "" : ", ") + isa;
+    throw std::invalid_argument("isa: expected one of " + here + ", got " + name);
+  }
+  return before;
+}
+
+at::Tensor test_activation(const std::string& name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(name == "tanh" || name == "sigmoid", "name: expected tanh or sigmoid, got ", name);
+  TORCH_CHECK_VALUE(x.device().is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
+                    "x: expected a float32 or float64 tensor on the CPU, got ", x.scalar_type(), " on ", x.device());
+  const at::Tensor in = x.contiguous(), out = at::empty_like(in);
+  kernels().activation(name == "tanh" ? Activation::tanh : Activation::sigmoid,
+                       x.scalar_type() == at::kDouble ? DType::float64 : DType::float32, in.const_data_ptr(),
+                       out.mutable_data_ptr(), in.numel());
+  return out;
+}
+
+py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
+              int directions, int dtype, bool backward) {
+  LayerSizes sizes;
+  sizes.kind = CellKind(kind);
+  sizes.dtype = DType(dtype);
+  sizes.input_size = input_size;
+  sizes.hidden_size = hidden_size;
+  sizes.state_size = state_size;
+  sizes.num_directions = directions;
+  Steps steps;
+  steps.T = T;
+  steps.B = B;
+  const Plan p =
+      make_plan(sizes, steps, usable_threads(at::get_num_threads()), kernels().vector_bytes, backward);
+  py::dict result;
+  result["isa"] = kernels().isa;
+  result["threads"] = p.threads();
+  result["direction_groups"] = p.direction_groups;
+  result["row_groups"] = p.row_groups;
+  result["unit_groups"] = p.unit_groups;
+  result["predicted_us"] = p.predicted_us;
+  result["serial_us"] = p.serial_us;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Build and plan information of fused_rnn; the operators are torch.ops.fused_rnn.";
+  m.def("build_info", &build_info, "Compiler, flags, instruction sets and PyTorch version of this build.");
+  m.def("isa_supported", [] { return instruction_sets(true); }, "Instruction sets that were compiled and run here, best first.");
+  m.def("isa_used", [] { return std::string(kernels().isa); }, "The instruction set that runs.");
+  m.def("set_isa", &set_isa, py::arg("name"), "Switches the instruction set; returns the name of the one before.");
+  m.def("test_activation", &test_activation, py::arg("name"), py::arg("x"), "tanh or sigmoid as the kernels compute it.");
+  m.def("usable_threads", [] { return usable_threads(at::get_num_threads()); },
+        "Threads that a call would use at most: torch.get_num_threads(), but no more than this process may run on.");
+  m.def("available_processors", &available_processors, "Processors that this process may run on.");
+  m.def("scratch_held", &scratch_held, "Bytes of buffers that are kept for this thread's next call.");
+  m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"), py::arg("hidden_size"),
+        py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
+        "How one layer's work would be divided over threads.");
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,34 @@
+// What a cell is to the loops of cpu/ and cuda/. A new cell is one header with a struct of this shape, and one function
+// in fused_rnn/reference.py.
+//
+//   kind                 its CellKind
+//   gates                products per unit and step: rows of w_ih and w_hh are gate-major, (gates * H)
+//   saved                values per unit and step that the backward pass wants back (0: h alone is enough)
+//   grad_gates           gradients per unit and step that go into the weight products
+//   has_cell             whether a cell state c runs beside h
+//   hidden_bias_apart(g) true where b_hh of gate g must stay with the recurrent product instead of joining b_ih
+//   input_grads, hidden_grads
+//                        which of the grad_gates belong to w_ih and w_hh: `gates` of them from `first` on, the j-th
+//                        being the gradient of weight gate `gate[j]`
+//
+//   forward(x, r, h_prev, c_prev, h, c, saved)
+//       x[gates]: input projections with their biases; r[gates]: recurrent products (with b_hh where it is apart)
+//   backward(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev)
+//       dh, dc: gradients of this step's h and c; grads[grad_gates]; dh_prev: the part of the gradient of h_prev that
+//       does not go through w_hh; dc_prev: the gradient of c_prev
+//
+// V is a scalar or a SIMD vector (cells/math.h, Lanes).
+#pragma once
+
+#include "../problem.h"
+#include "math.h"
+
+namespace fused_rnn {
+
+// Which weight gates a run of grad_gates belongs to.
+struct GateGrads {
+  int first;
+  int gate[4];
+};
+
+}  // namespace fused_rnn

@@ -1,0 +1,44 @@
+// GRU in the form of torch.nn and cuDNN (reset gate after the recurrent product), gates in the order r, z, n:
+//   n = tanh(x_n + r * (W_hn h + b_hn))        h' = (1 - z) * n + z * h
+#pragma once
+
+#include "cell.h"
+
+namespace fused_rnn {
+
+struct Gru {
+  static constexpr CellKind kind = CellKind::gru;
+  static constexpr int gates = 3;
+  static constexpr int saved = 4;  // r, z, n after their activations, and W_hn h + b_hn
+  static constexpr int grad_gates = 4;  // of x_n, r, z, and W_hn h: the candidate's two parts differ by the factor r
+  static constexpr bool has_cell = false;
+  static constexpr bool hidden_bias_apart(int gate) { return gate == 2; }
+  static constexpr GateGrads input_grads = {0, {2, 0, 1, 0}};
+  static constexpr GateGrads hidden_grads = {1, {0, 1, 2, 0}};
+
+  template <class V>
+  static FRNN_HOST_DEVICE void forward(const V* x, const V* r, V h_prev, V, V& h, V&, V* saved_values) {
+    const V reset = sigmoid<V>(x[0] + r[0]);
+    const V update = sigmoid<V>(x[1] + r[1]);
+    const V candidate = tanh<V>(x[2] + reset * r[2]);
+    h = candidate + update * (h_prev - candidate);
+    saved_values[0] = reset;
+    saved_values[1] = update;
+    saved_values[2] = candidate;
+    saved_values[3] = r[2];
+  }
+
+  template <class V>
+  static FRNN_HOST_DEVICE void backward(const V* saved_values, V, V h_prev, V, V, V dh, V, V* grads, V& dh_prev, V&) {
+    using S = typename Lanes<V>::Scalar;
+    const V reset = saved_values[0], update = saved_values[1], candidate = saved_values[2], hidden = saved_values[3];
+    const V dcandidate = dh * (S(1) - update) * (S(1) - candidate * candidate);
+    grads[0] = dcandidate;
+    grads[1] = dcandidate * hidden * reset * (S(1) - reset);
+    grads[2] = dh * (h_prev - candidate) * update * (S(1) - update);
+    grads[3] = dcandidate * reset;
+    dh_prev = dh * update;
+  }
+};
+
+}  // namespace fused_rnn

@@ -1,0 +1,491 @@
+// The backward pass of one layer, in one launch.
+//
+// The scan walks against the direction's time in chunks of steps. In a chunk each thread computes the gate gradients of
+// the rows and units it owns (one barrier a step where units are split); then the whole team turns the chunk, still in
+// cache, into the gradient of the input and adds to the weight gradients. No thread ever adds to another's result, and
+// every sum runs in one fixed order: results are the same bits for any number of threads that gives the same chunks.
+#pragma once
+
+#include "forward.h"
+
+namespace fused_rnn {
+namespace FRNN_ISA {
+
+// Rows of all steps of a chunk: long sums for the weight gradients, while their operands stay in the shared cache.
+inline constexpr int64_t gradient_chunk_rows = 384;
+
+template <class Cell, class S>
+class BackwardPass {
+  using A = typename Accumulator<S>::type;
+  using E = typename ProductElement<S>::type;
+  using V = typename Simd<A>::V;
+  using Columns = ColumnPanels<E>;
+  static constexpr int width = Simd<A>::width;
+  static constexpr int G = Cell::gates;
+  static constexpr int GG = Cell::grad_gates;
+  static constexpr int64_t panel_columns = Columns::NV * width;
+
+ public:
+  BackwardPass(const LayerBackward& layer, const Plan& plan)
+      : layer_(layer),
+        plan_(plan),
+        I_(layer.sizes.input_size),
+        H_(layer.sizes.hidden_size),
+        P_(layer.sizes.state_size),
+        D_(layer.sizes.num_directions),
+        T_(layer.steps.T),
+        B_(layer.steps.B),
+        projects_(layer.direction[0].weights.w_hr != nullptr),
+        wants_x_(layer.grad_x.data != nullptr),
+        state_stride_(round_up(P_, width) + 16),
+        unit_stride_(round_up(H_, width) + 16),
+        grad_stride_(round_up(GG * H_, width) + 32) {}
+
+  bool run() {
+    const int64_t all = layer_.steps.total_rows();
+    chunk_rows_ = B_ > gradient_chunk_rows ? B_ : gradient_chunk_rows < all ? gradient_chunk_rows : all;
+    depth_ = round_up(chunk_rows_, width * Operand<E>::group) + 16;
+    Layout measure;
+    lay_out(measure);
+    void* memory = scratch_memory(measure.used());
+    if (!memory) return false;
+    Layout layout(memory);
+    lay_out(layout);
+    for (int i = 0; i < plan_.threads() / plan_.unit_groups; ++i) unit_barriers_[i].reset(plan_.unit_groups);
+    everyone_->reset(plan_.threads());
+    return run_team(plan_.threads(), &task, this);
+  }
+
+ private:
+  // A weight gradient: M rows by N columns, summed in `sums`, which is the result itself where that has the right shape.
+  struct WeightGradient {
+    void* result = nullptr;  // null: not needed
+    A* sums = nullptr;
+    int64_t stride = 0;
+    E* operand = nullptr;  // the chunk's rows, packed in columns
+  };
+  struct DirectionScratch {
+    E *w_ih, *w_hh, *w_hr;
+    A* grad_state;  // (B, state_stride) gradient of h, of the step that comes next in the scan
+    A* grad_cell;   // (B, unit_stride)
+    E* grads;       // (chunk_rows, grad_stride) gate gradients
+    E* grad_h;      // (chunk_rows, state_stride) gradient of the projected h
+    E* hidden;      // (chunk_rows, unit_stride) h before its projection
+    WeightGradient ih, hh, hr;
+    A *bias_ih, *bias_hh;  // (G * H), null: not needed
+    bool wants_weights() const { return ih.result || hh.result || hr.result || bias_ih || bias_hh; }
+  };
+  struct ThreadScratch {
+    A* grad_hidden;  // (B, unit_stride) gradient of h before its projection
+    A* tile;         // (chunk_rows, padded I): the gradient of the input before it is stored
+    E* transposed;   // (units of this thread or rows of w_hr, depth)
+    const E** a_rows;
+    const S** b_rows;
+  };
+
+  void lay_out(Layout& layout) {
+    for (int d = 0; d < D_; ++d) {
+      const DirectionBackward& dir = layer_.direction[d];
+      DirectionScratch& s = direction_[d];
+      s.w_ih = layout.take<E>(wants_x_ ? int64_t(Columns::elements(G * H_, I_)) : 0);
+      s.w_hh = layout.take<E>(int64_t(Columns::elements(G * H_, P_)));
+      s.w_hr = layout.take<E>(projects_ ? int64_t(Columns::elements(P_, H_)) : 0);
+      s.grad_state = layout.take<A>(B_ * state_stride_);
+      s.grad_cell = layout.take<A>(Cell::has_cell ? B_ * unit_stride_ : 0);
+      s.grads = layout.take<E>(chunk_rows_ * grad_stride_);
+      s.grad_h = layout.take<E>(projects_ ? chunk_rows_ * state_stride_ : 0);
+      s.hidden = layout.take<E>(projects_ ? chunk_rows_ * unit_stride_ : 0);
+      s.ih = weight_gradient(layout, dir.grad_w_ih, G * H_, I_);
+      s.hh = weight_gradient(layout, dir.grad_w_hh, G * H_, P_);
+      s.hr = weight_gradient(layout, dir.grad_w_hr, P_, H_);
+      s.bias_ih = dir.grad_b_ih ? layout.take<A>(G * H_) : nullptr;
+      s.bias_hh = dir.grad_b_hh ? layout.take<A>(G * H_) : nullptr;
+    }
+    unit_barriers_ = layout.take<Barrier>(plan_.threads() / plan_.unit_groups);
+    everyone_ = layout.take<Barrier>(1);
+    threads_ = layout.take<ThreadScratch>(plan_.threads());
+    const int64_t longest = H_ > P_ ? H_ : P_;
+    for (int i = 0; i < plan_.threads(); ++i) {
+      ThreadScratch t;
+      t.grad_hidden = layout.take<A>(projects_ ? B_ * unit_stride_ : 0);
+      t.tile = layout.take<A>(wants_x_ ? (chunk_rows_ / plan_.threads() + 1) * Columns::padded_columns(I_) : 0);
+      t.transposed = layout.take<E>((longest / plan_.threads() + 1) * depth_);
+      t.a_rows = layout.take<const E*>(chunk_rows_ > longest ? chunk_rows_ : longest);
+      const int64_t b_rows = chunk_rows_ > G * H_ ? chunk_rows_ : G * H_;
+      t.b_rows = layout.take<const S*>(b_rows > P_ ? b_rows : P_);
+      if (threads_) threads_[i] = t;
+    }
+  }
+
+  WeightGradient weight_gradient(Layout& layout, void* result, int64_t M, int64_t N) {
+    WeightGradient w;
+    if (!result) return w;
+    w.result = result;
+    w.stride = Columns::padded_columns(N);
+    w.operand = layout.take<E>(int64_t(Columns::elements(chunk_rows_, N)));
+    if constexpr (sizeof(S) == sizeof(A)) {
+      if (w.stride == N) {
+        w.sums = static_cast<A*>(result);
+        return w;
+      }
+    }
+    w.sums = layout.take<A>(M * w.stride);
+    return w;
+  }
+
+  static void task(void* self, int thread) { static_cast<BackwardPass*>(self)->work(thread); }
+
+  void work(int thread) {
+    const Owner own(plan_, D_, thread);
+    const int64_t r0 = row_boundary(layer_.steps, own.row_group, plan_.row_groups);
+    const int64_t r1 = row_boundary(layer_.steps, own.row_group + 1, plan_.row_groups);
+    ThreadScratch& mine = threads_[thread];
+    pack(thread, mine);
+    for (int d = own.direction_begin; d < own.direction_end; ++d) {
+      if (own.unit_group == 0) begin_rows(d, r0, r1);
+    }
+    everyone_->wait();
+    bool begun = false;
+    for (int64_t step = 0; step < T_;) {
+      int64_t end[2] = {T_, T_};
+      for (int d = 0; d < D_; ++d) end[d] = chunk_end(d, step);
+      // Both directions stop together, so that one chunk of each is at hand between the barriers.
+      const int64_t stop = end[0] < end[1] ? end[0] : end[1];
+      for (int d = own.direction_begin; d < own.direction_end; ++d) scan(d, step, stop, r0, r1, own, mine);
+      everyone_->wait();
+      for (int d = 0; d < D_; ++d) {
+        if (wants_x_) input_gradient(d, step, stop, thread, mine);
+        if (direction_[d].wants_weights()) pack_operands(d, step, stop, thread, mine);
+        everyone_->wait();
+        if (direction_[d].wants_weights()) weight_gradients(d, chunk_row(d, step, stop), begun, thread, mine);
+      }
+      begun = true;
+      step = stop;
+      everyone_->wait();
+    }
+    for (int d = 0; d < D_; ++d) store_weight_gradients(d, thread);
+    for (int d = own.direction_begin; d < own.direction_end; ++d) {
+      if (own.unit_group == 0) end_rows(d, r0, r1);
+    }
+  }
+
+  // Steps count in the order of the scan, which is against the direction's own.
+  int64_t time(int d, int64_t step) const { return d == 1 ? step : T_ - 1 - step; }
+
+  int64_t chunk_end(int d, int64_t step) const {
+    int64_t rows = 0;
+    for (; step < T_; ++step) {
+      rows += layer_.steps.rows(time(d, step));
+      if (rows > chunk_rows_) break;
+    }
+    return step;
+  }
+
+  // Rows of the chunk before step `stop`.
+  int64_t chunk_row(int d, int64_t begin, int64_t stop) const {
+    int64_t rows = 0;
+    for (int64_t step = begin; step < stop; ++step) rows += layer_.steps.rows(time(d, step));
+    return rows;
+  }
+
+  // Calls f(chunk row, t, b) for all rows of a chunk.
+  template <class F>
+  void each_row(int d, int64_t begin, int64_t end, F f) const {
+    int64_t row = 0;
+    for (int64_t step = begin; step < end; ++step) {
+      const int64_t t = time(d, step), n = layer_.steps.rows(t);
+      for (int64_t b = 0; b < n; ++b) f(row++, t, b);
+    }
+  }
+
+  // Where the state before step t of row b was written, or -1 where that is the initial state.
+  int64_t previous_time(int d, int64_t t, int64_t b) const {
+    const int64_t previous = d == 1 ? t + 1 : t - 1;
+    return previous < 0 || previous >= T_ || b >= layer_.steps.rows(previous) ? -1 : previous;
+  }
+
+  const S* y_row(int d, int64_t t, int64_t b) const {
+    const Sequence& y = layer_.y;
+    return rows_of<S>(y.data) + layer_.steps.step(y, t) + b * y.batch_stride + d * P_;
+  }
+
+  // h before step t of row b; null: zeros.
+  const S* previous_state(int d, int64_t t, int64_t b) const {
+    const int64_t previous = previous_time(d, t, b);
+    if (previous >= 0) return y_row(d, previous, b);
+    const void* h0 = layer_.direction[d].h0;
+    return h0 ? rows_of<S>(h0) + b * P_ : nullptr;
+  }
+
+  void pack(int thread, ThreadScratch& mine) {
+    for (int d = 0; d < D_; ++d) {
+      const Weights& w = layer_.direction[d].weights;
+      DirectionScratch& s = direction_[d];
+      // The rows of a weight in the order in which its gate gradients stand side by side.
+      const auto pack_weight = [&](const void* weight, const GateGrads& order, int64_t N, E* data) {
+        for (int j = 0; j < G; ++j) {
+          for (int64_t u = 0; u < H_; ++u)
+            mine.b_rows[j * H_ + u] = rows_of<S>(weight) + (order.gate[j] * H_ + u) * N;
+        }
+        const Share share(Columns::count(N), thread, plan_.threads());
+        for (int64_t p = share.begin; p < share.end; ++p) pack_columns<E>(mine.b_rows, G * H_, N, p, data);
+      };
+      pack_weight(w.w_hh, Cell::hidden_grads, P_, s.w_hh);
+      if (wants_x_) pack_weight(w.w_ih, Cell::input_grads, I_, s.w_ih);
+      if (projects_) {
+        for (int64_t k = 0; k < P_; ++k) mine.b_rows[k] = rows_of<S>(w.w_hr) + k * H_;
+        const Share share(Columns::count(H_), thread, plan_.threads());
+        for (int64_t p = share.begin; p < share.end; ++p) pack_columns<E>(mine.b_rows, P_, H_, p, s.w_hr);
+      }
+    }
+  }
+
+  void begin_rows(int d, int64_t r0, int64_t r1) {
+    const DirectionBackward& dir = layer_.direction[d];
+    DirectionScratch& s = direction_[d];
+    for (int64_t r = r0; r < r1; ++r) {
+      copy_row<A>(dir.grad_h_n ? rows_of<S>(dir.grad_h_n) + r * P_ : nullptr, s.grad_state + r * state_stride_, P_);
+      if constexpr (Cell::has_cell)
+        copy_row<A>(dir.grad_c_n ? rows_of<S>(dir.grad_c_n) + r * H_ : nullptr, s.grad_cell + r * unit_stride_, H_);
+    }
+  }
+
+  void end_rows(int d, int64_t r0, int64_t r1) {
+    const DirectionBackward& dir = layer_.direction[d];
+    const DirectionScratch& s = direction_[d];
+    for (int64_t r = r0; r < r1; ++r) {
+      if (dir.grad_h0) copy_row<A>(s.grad_state + r * state_stride_, rows_of<S>(dir.grad_h0) + r * P_, P_);
+      if (Cell::has_cell && dir.grad_c0)
+        copy_row<A>(s.grad_cell + r * unit_stride_, rows_of<S>(dir.grad_c0) + r * H_, H_);
+    }
+  }
+
+  // Gate gradients of steps [begin, end) for the owned rows and units.
+  void scan(int d, int64_t begin, int64_t end, int64_t r0, int64_t r1, const Owner& own, ThreadScratch& mine) {
+    DirectionScratch& s = direction_[d];
+    Barrier& barrier = unit_barriers_[own.barrier];
+    const Share unit_panels(Columns::count(H_), own.unit_group, plan_.unit_groups);
+    const Share state_panels(Columns::count(P_), own.unit_group, plan_.unit_groups);
+    const ColumnPanels<E> w_hh{s.w_hh, G * H_, P_};
+    int64_t row = 0;
+    for (int64_t step = begin; step < end; ++step) {
+      const int64_t t = time(d, step), all = layer_.steps.rows(t);
+      const int64_t last = all < r1 ? all : r1;
+      const int64_t rows = last > r0 ? last - r0 : 0;
+      if (projects_) {
+        gradient_of_projected(d, t, r0, rows, row, state_panels);
+        barrier.wait();
+        gradient_before_projection(d, rows, row + r0, unit_panels, mine);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t stop = unit_panels.end * panel_columns < H_ ? unit_panels.end * panel_columns : H_;
+        for (int64_t unit = unit_panels.begin * panel_columns; unit < stop; unit += width)
+          gate_gradients(d, t, r0 + r, unit, row + r0 + r, mine.grad_hidden + r * unit_stride_);
+      }
+      barrier.wait();
+      for (int64_t r = 0; r < rows; ++r)
+        mine.a_rows[r] = s.grads + (row + r0 + r) * grad_stride_ + Cell::hidden_grads.first * H_;
+      product_columns<E>(rows, mine.a_rows, w_hh, state_panels.begin, state_panels.end,
+                         s.grad_state + r0 * state_stride_, state_stride_, !projects_);
+      // With a projection every thread reads all of grad_state in the next step.
+      row += all;
+    }
+  }
+
+  // grad_h = grad_y + what came back through time, rounded as an operand.
+  void gradient_of_projected(int d, int64_t t, int64_t r0, int64_t rows, int64_t row, Share panels) {
+    DirectionScratch& s = direction_[d];
+    const int64_t stop = panels.end * panel_columns < P_ ? panels.end * panel_columns : P_;
+    for (int64_t r = r0; r < r0 + rows; ++r) {
+      for (int64_t u = panels.begin * panel_columns; u < stop; u += width)
+        Simd<A>::store(s.grad_h + (row + r) * state_stride_ + u, output_gradient(d, t, r, u));
+    }
+  }
+
+  // grad_y + grad_state of one vector.
+  FRNN_INLINE V output_gradient(int d, int64_t t, int64_t r, int64_t u) {
+    V dh = Simd<A>::load(direction_[d].grad_state + r * state_stride_ + u);
+    const Sequence& y = layer_.grad_y;
+    if (y.data)
+      dh = dh + Simd<A>::load_n(
+                    rows_of<S>(y.data) + layer_.steps.step(y, t) + r * y.batch_stride + d * P_ + u, P_ - u);
+    return dh;
+  }
+
+  void gradient_before_projection(int d, int64_t rows, int64_t row, Share panels, ThreadScratch& mine) {
+    const DirectionScratch& s = direction_[d];
+    for (int64_t r = 0; r < rows; ++r) mine.a_rows[r] = s.grad_h + (row + r) * state_stride_;
+    const ColumnPanels<E> w_hr{s.w_hr, P_, H_};
+    product_columns<E>(rows, mine.a_rows, w_hr, panels.begin, panels.end, mine.grad_hidden, unit_stride_, false);
+  }
+
+  FRNN_INLINE void gate_gradients(int d, int64_t t, int64_t r, int64_t unit, int64_t row, const A* grad_hidden) {
+    const DirectionBackward& dir = layer_.direction[d];
+    DirectionScratch& s = direction_[d];
+    const int64_t n = H_ - unit;
+    const int64_t saved_row = layer_.steps.first_row(t) + r;
+    V saved[Cell::saved + 1], grads[GG], h{}, h_prev{}, c{}, c_prev{}, dh, dc{}, dh_prev, dc_prev{};
+#pragma GCC unroll 4
+    for (int g = 0; g < Cell::saved; ++g)
+      saved[g] = Simd<A>::load_n(rows_of<S>(dir.gates) + (saved_row * Cell::saved + g) * H_ + unit, n);
+    if constexpr (Cell::has_cell) {
+      c = Simd<A>::load_n(rows_of<A>(dir.cells) + saved_row * H_ + unit, n);
+      const int64_t previous = previous_time(d, t, r);
+      if (previous >= 0) {
+        c_prev = Simd<A>::load_n(rows_of<A>(dir.cells) + (layer_.steps.first_row(previous) + r) * H_ + unit, n);
+      } else if (dir.c0) {
+        c_prev = Simd<A>::load_n(rows_of<S>(dir.c0) + r * H_ + unit, n);
+      }
+      dc = Simd<A>::load(s.grad_cell + r * unit_stride_ + unit);
+    }
+    if constexpr (Cell::kind == CellKind::gru) {
+      const S* state = previous_state(d, t, r);
+      if (state) h_prev = Simd<A>::load_n(state + unit, n);
+    }
+    if constexpr (Cell::saved == 0) h = Simd<A>::load_n(y_row(d, t, r) + unit, n);
+    dh = projects_ ? Simd<A>::load(grad_hidden + unit) : output_gradient(d, t, r, unit);
+    Cell::template backward<V>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev);
+#pragma GCC unroll 4
+    for (int g = 0; g < GG; ++g) Simd<A>::store_n(s.grads + row * grad_stride_ + g * H_ + unit, grads[g], n);
+    if constexpr (Cell::has_cell) {
+      Simd<A>::store(s.grad_cell + r * unit_stride_ + unit, dc_prev);
+      if (projects_) Simd<A>::store(s.hidden + row * unit_stride_ + unit, Cell::template hidden<V>(saved, c));
+    }
+    if (!projects_) Simd<A>::store(s.grad_state + r * state_stride_ + unit, dh_prev);
+  }
+
+  // The chunk's rows of grad_x: gate gradients times w_ih, the rows divided over the whole team.
+  void input_gradient(int d, int64_t begin, int64_t end, int thread, ThreadScratch& mine) {
+    const DirectionScratch& s = direction_[d];
+    const Share share(chunk_row(d, begin, end), thread, plan_.threads());
+    for (int64_t r = share.begin; r < share.end; ++r)
+      mine.a_rows[r - share.begin] = s.grads + r * grad_stride_ + Cell::input_grads.first * H_;
+    const ColumnPanels<E> w_ih{s.w_ih, G * H_, I_};
+    const int64_t stride = Columns::padded_columns(I_);
+    product_columns<E>(share.end - share.begin, mine.a_rows, w_ih, 0, Columns::count(I_), mine.tile, stride, false);
+    const Sequence& x = layer_.grad_x;
+    const bool add = D_ > 1;  // grad_x holds zeros before the first direction
+    each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
+      if (row < share.begin || row >= share.end) return;
+      S* dst = rows_of<S>(x.data) + layer_.steps.step(x, t) + b * x.batch_stride;
+      const A* src = mine.tile + (row - share.begin) * stride;
+      for (int64_t i = 0; i < I_; i += width) {
+        V v = Simd<A>::load(src + i);
+        if (add) v = v + Simd<A>::load_n(dst + i, I_ - i);
+        Simd<A>::store_n(dst + i, v, I_ - i);
+      }
+    });
+  }
+
+  // The B operands of the weight gradients: the chunk's inputs, previous states and unprojected states.
+  void pack_operands(int d, int64_t begin, int64_t end, int thread, ThreadScratch& mine) {
+    const DirectionScratch& s = direction_[d];
+    const int64_t K = chunk_row(d, begin, end);
+    const auto pack_shared = [&](E* operand, int64_t N, auto rows) {
+      const Share share(Columns::count(N), thread, plan_.threads());
+      for (int64_t p = share.begin; p < share.end; ++p) pack_columns<E>(rows, K, N, p, operand);
+    };
+    if (s.ih.result) {
+      const Sequence& x = layer_.x;
+      each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
+        mine.b_rows[row] = rows_of<S>(x.data) + layer_.steps.step(x, t) + b * x.batch_stride;
+      });
+      pack_shared(s.ih.operand, I_, mine.b_rows);
+    }
+    if (s.hh.result) {
+      each_row(d, begin, end,
+               [&](int64_t row, int64_t t, int64_t b) { mine.b_rows[row] = previous_state(d, t, b); });
+      pack_shared(s.hh.operand, P_, mine.b_rows);
+    }
+    if (s.hr.result) {
+      for (int64_t row = 0; row < K; ++row) mine.a_rows[row] = s.hidden + row * unit_stride_;
+      pack_shared(s.hr.operand, H_, mine.a_rows);
+    }
+  }
+
+  // Adds the chunk to this thread's rows of the weight gradients: of its units, every gate.
+  void weight_gradients(int d, int64_t K, bool begun, int thread, ThreadScratch& mine) {
+    DirectionScratch& s = direction_[d];
+    const Share units(H_, thread, plan_.threads());
+    for (int j = 0; j < GG; ++j) {
+      const int ih = weight_gate(Cell::input_grads, j), hh = weight_gate(Cell::hidden_grads, j);
+      transpose<E>(s.grads + j * H_ + units.begin, grad_stride_, K, units.end - units.begin, mine.transposed, depth_);
+      if (ih >= 0) {
+        add_outer_product(s.ih, I_, ih * H_, units, K, begun, mine);
+        add_sums(s.bias_ih, ih * H_, units, K, begun, mine);
+      }
+      if (hh >= 0) {
+        add_outer_product(s.hh, P_, hh * H_, units, K, begun, mine);
+        add_sums(s.bias_hh, hh * H_, units, K, begun, mine);
+      }
+    }
+    if (s.hr.result) {
+      const Share rows(P_, thread, plan_.threads());
+      transpose<E>(s.grad_h + rows.begin, state_stride_, K, rows.end - rows.begin, mine.transposed, depth_);
+      add_outer_product(s.hr, H_, 0, rows, K, begun, mine);
+    }
+  }
+
+  static constexpr int weight_gate(const GateGrads& order, int j) {
+    return j >= order.first && j < order.first + G ? order.gate[j - order.first] : -1;
+  }
+
+  void add_outer_product(const WeightGradient& w, int64_t N, int64_t first_row, Share rows, int64_t K, bool begun,
+                         ThreadScratch& mine) {
+    if (!w.result) return;
+    const int64_t count = rows.end - rows.begin;
+    for (int64_t m = 0; m < count; ++m) mine.a_rows[m] = mine.transposed + m * depth_;
+    const ColumnPanels<E> b{w.operand, K, N};
+    product_columns<E>(count, mine.a_rows, b, 0, Columns::count(N), w.sums + (first_row + rows.begin) * w.stride,
+                       w.stride, begun);
+  }
+
+  void add_sums(A* sums, int64_t first_row, Share rows, int64_t K, bool begun, const ThreadScratch& mine) {
+    if (!sums) return;
+    for (int64_t m = 0; m < rows.end - rows.begin; ++m) {
+      const E* row = mine.transposed + m * depth_;
+      V acc{};
+      int64_t k = 0;
+      for (; k < K; k += width) acc = acc + Simd<A>::load_n(row + k, K - k);
+      A total = begun ? sums[first_row + rows.begin + m] : A(0);
+      for (int l = 0; l < width; ++l) total += acc[l];
+      sums[first_row + rows.begin + m] = total;
+    }
+  }
+
+  // Sums to results, each thread its own rows.
+  void store_weight_gradients(int d, int thread) {
+    const DirectionBackward& dir = layer_.direction[d];
+    const DirectionScratch& s = direction_[d];
+    const Share units(H_, thread, plan_.threads()), rows(P_, thread, plan_.threads());
+    for (int g = 0; g < G; ++g) {
+      store_sums(s.ih, I_, g * H_ + units.begin, g * H_ + units.end);
+      store_sums(s.hh, P_, g * H_ + units.begin, g * H_ + units.end);
+      const int64_t first = g * H_ + units.begin, n = units.end - units.begin;
+      if (s.bias_ih) copy_row<A>(s.bias_ih + first, rows_of<S>(dir.grad_b_ih) + first, n);
+      if (s.bias_hh) copy_row<A>(s.bias_hh + first, rows_of<S>(dir.grad_b_hh) + first, n);
+    }
+    store_sums(s.hr, H_, rows.begin, rows.end);
+  }
+
+  void store_sums(const WeightGradient& w, int64_t N, int64_t begin, int64_t end) {
+    if (!w.result || w.sums == w.result) return;
+    for (int64_t m = begin; m < end; ++m) copy_row<A>(w.sums + m * w.stride, rows_of<S>(w.result) + m * N, N);
+  }
+
+  const LayerBackward& layer_;
+  const Plan& plan_;
+  const int64_t I_, H_, P_;
+  const int D_;
+  const int64_t T_, B_;
+  const bool projects_, wants_x_;
+  const int64_t state_stride_, unit_stride_, grad_stride_;
+  int64_t chunk_rows_ = 0, depth_ = 0;
+  DirectionScratch direction_[2];
+  ThreadScratch* threads_ = nullptr;
+  Barrier* unit_barriers_ = nullptr;
+  Barrier* everyone_ = nullptr;
+};
+
+}  // namespace FRNN_ISA
+}  // namespace fused_rnn

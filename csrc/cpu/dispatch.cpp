@@ -1,0 +1,96 @@
+// Which instruction set runs. FRNN_ISA_<NAME> is defined by the build for every source that was compiled.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace fused_rnn {
+
+#if defined(FRNN_ISA_AVX512_BF16)
+namespace isa_avx512_bf16 {
+extern const KernelTable table;
+}
+#endif
+#if defined(FRNN_ISA_AVX512)
+namespace isa_avx512 {
+extern const KernelTable table;
+}
+#endif
+#if defined(FRNN_ISA_AVX2)
+namespace isa_avx2 {
+extern const KernelTable table;
+}
+#endif
+namespace isa_portable {
+extern const KernelTable table;
+}
+
+namespace {
+
+const KernelTable* const tables[] = {
+#if defined(FRNN_ISA_AVX512_BF16)
+    &isa_avx512_bf16::table,
+#endif
+#if defined(FRNN_ISA_AVX512)
+    &isa_avx512::table,
+#endif
+#if defined(FRNN_ISA_AVX2)
+    &isa_avx2::table,
+#endif
+    &isa_portable::table,
+    nullptr,
+};
+
+std::atomic<const KernelTable*> selected{nullptr};
+
+const KernelTable* find(const char* isa) {
+  for (const KernelTable* const* t = tables; *t; ++t) {
+    if (std::strcmp((*t)->isa, isa) == 0 && runs_here(**t)) return *t;
+  }
+  return nullptr;
+}
+
+const KernelTable* first_choice() {
+  if (const char* wanted = std::getenv("FUSED_RNN_ISA")) {
+    // A name that cannot run here is reported by the Python package when it is imported.
+    if (const KernelTable* t = find(wanted)) return t;
+  }
+  for (const KernelTable* const* t = tables;; ++t) {
+    if (runs_here(**t)) return *t;
+  }
+}
+
+}  // namespace
+
+const KernelTable* const* compiled_kernels() { return tables; }
+
+bool runs_here(const KernelTable& table) {
+#if defined(__x86_64__)
+  const char* isa = table.isa;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(isa, "avx2") == 0) return avx2;
+  if (std::strcmp(isa, "avx512") == 0) return avx512;
+  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return std::strcmp(table.isa, "portable") == 0;
+}
+
+const KernelTable& kernels() {
+  const KernelTable* t = selected.load(std::memory_order_acquire);
+  if (!t) {
+    t = first_choice();
+    selected.store(t, std::memory_order_release);
+  }
+  return *t;
+}
+
+bool select_kernels(const char* isa) {
+  const KernelTable* t = find(isa);
+  if (t) selected.store(t, std::memory_order_release);
+  return t != nullptr;
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,404 @@
+// The forward pass of one layer: all steps, all directions, in one launch.
+//
+// A thread owns directions x batch rows x panels of hidden units (plan.h) and walks through time in chunks of steps:
+// the input projection of the chunk is one product, then each step multiplies the state by the packed w_hh, panel by
+// panel, and turns the panel's sums into gates while they are in the first-level cache. Threads that share rows meet
+// at one barrier a step (three with a projection of h); all others run without any.
+#pragma once
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "pack.h"
+#include "plan.h"
+#include "team.h"
+
+namespace fused_rnn {
+namespace FRNN_ISA {
+
+// Bytes of projected inputs that one thread keeps between the projection and the steps: a part of its L2.
+inline constexpr int64_t projection_chunk_bytes = 384 * 1024;
+
+template <class S>
+FRNN_INLINE const S* rows_of(const void* p) {
+  return static_cast<const S*>(p);
+}
+template <class S>
+FRNN_INLINE S* rows_of(void* p) {
+  return static_cast<S*>(p);
+}
+
+// A share [begin, end) of n items for part i of parts.
+struct Share {
+  int64_t begin, end;
+  Share(int64_t n, int64_t i, int64_t parts) : begin(n * i / parts), end(n * (i + 1) / parts) {}
+};
+
+// What thread number `thread` owns under a plan.
+struct Owner {
+  int direction_begin, direction_end;
+  int row_group, unit_group;
+  int barrier;  // which of the plan's unit barriers it meets at
+
+  Owner(const Plan& plan, int directions, int thread) {
+    unit_group = thread % plan.unit_groups;
+    row_group = thread / plan.unit_groups % plan.row_groups;
+    const int direction_group = thread / plan.unit_groups / plan.row_groups;
+    direction_begin = directions * direction_group / plan.direction_groups;
+    direction_end = directions * (direction_group + 1) / plan.direction_groups;
+    barrier = thread / plan.unit_groups;
+  }
+};
+
+// dst[0..n) = src[0..n) between storage types, or zeros for a null src.
+template <class A, class From, class To>
+void copy_row(const From* src, To* dst, int64_t n) {
+  constexpr int width = Simd<A>::width;
+  for (int64_t i = 0; i < n; i += width) {
+    typename Simd<A>::V v{};
+    if (src) v = Simd<A>::load_n(src + i, n - i);
+    Simd<A>::store_n(dst + i, v, n - i);
+  }
+}
+
+template <class Cell, class S, int U>
+class ForwardPass {
+  using A = typename Accumulator<S>::type;
+  using E = typename ProductElement<S>::type;
+  using V = typename Simd<A>::V;
+  static constexpr int width = Simd<A>::width;
+  static constexpr int G = Cell::gates;
+  static constexpr int NV = G * U;
+  static constexpr int64_t panel_columns = NV * width;
+  static constexpr int64_t panel_units = U * width;
+
+ public:
+  ForwardPass(const LayerForward& layer, const Plan& plan)
+      : layer_(layer),
+        plan_(plan),
+        I_(layer.sizes.input_size),
+        H_(layer.sizes.hidden_size),
+        P_(layer.sizes.state_size),
+        D_(layer.sizes.num_directions),
+        T_(layer.steps.T),
+        B_(layer.steps.B),
+        panels_((H_ + panel_units - 1) / panel_units),
+        projects_(layer.direction[0].weights.w_hr != nullptr),
+        // Rows of a stride that is no multiple of 4 KiB: tiles read several rows at the same column.
+        state_stride_(round_up(P_, width) + 16),
+        unit_stride_(panels_ * panel_units + 16) {}
+
+  bool run() {
+    own_panels_ = (panels_ + plan_.unit_groups - 1) / plan_.unit_groups;
+    own_rows_ = 0;
+    for (int g = 0; g < plan_.row_groups; ++g) {
+      const int64_t n =
+          row_boundary(layer_.steps, g + 1, plan_.row_groups) - row_boundary(layer_.steps, g, plan_.row_groups);
+      if (n > own_rows_) own_rows_ = n;
+    }
+    const int64_t wanted = projection_chunk_bytes / (own_panels_ * panel_columns * int64_t(sizeof(A)));
+    const int64_t all = layer_.steps.total_rows();
+    chunk_rows_ = wanted < own_rows_ ? own_rows_ : wanted < all ? wanted : all;
+
+    Layout measure;
+    lay_out(measure);
+    void* memory = scratch_memory(measure.used());
+    if (!memory) return false;
+    Layout layout(memory);
+    lay_out(layout);
+    for (int i = 0; i < plan_.threads() / plan_.unit_groups; ++i) unit_barriers_[i].reset(plan_.unit_groups);
+    everyone_->reset(plan_.threads());
+    return run_team(plan_.threads(), &task, this);
+  }
+
+ private:
+  struct DirectionScratch {
+    E *w_ih, *w_hh, *w_hr;
+    A *input_bias, *hidden_bias;
+    E* state[2];  // (B, state_stride) h before and after the step
+    A* cell;      // (B, unit_stride)
+    E* hidden;    // (B, unit_stride) h before its projection
+  };
+  struct ThreadScratch {
+    A* projected;   // (chunk_rows, own panels)
+    A* recurrent;   // (own_rows, one panel), or a few panels of one or two rows
+    A* state_sums;  // (own_rows, P padded): the projection of h
+    E* x;           // (chunk_rows, x_stride) inputs, where they are not multiplied in their storage type
+    const E** x_rows;
+    const E** state_rows[2];
+    const E** hidden_rows;
+  };
+
+  static constexpr int64_t panels_together = panels_at_once<NV>(1);
+
+  void lay_out(Layout& layout) {
+    for (int d = 0; d < D_; ++d) {
+      DirectionScratch& s = direction_[d];
+      s.w_ih = layout.take<E>(panels_ * padded_depth<E>(I_) * panel_columns);
+      s.w_hh = layout.take<E>(panels_ * padded_depth<E>(P_) * panel_columns);
+      s.w_hr = layout.take<E>(projects_ ? int64_t(ColumnPanels<E>::elements(H_, P_)) : 0);
+      s.input_bias = layout.take<A>(panels_ * panel_columns);
+      s.hidden_bias = layout.take<A>(panels_ * panel_columns);
+      for (E*& state : s.state) state = layout.take<E>(B_ * state_stride_);
+      s.cell = layout.take<A>(Cell::has_cell ? B_ * unit_stride_ : 0);
+      s.hidden = layout.take<E>(projects_ ? B_ * unit_stride_ : 0);
+    }
+    unit_barriers_ = layout.take<Barrier>(plan_.threads() / plan_.unit_groups);
+    everyone_ = layout.take<Barrier>(1);
+    threads_ = layout.take<ThreadScratch>(plan_.threads());
+    for (int i = 0; i < plan_.threads(); ++i) {
+      ThreadScratch t;
+      t.projected = layout.take<A>(chunk_rows_ * own_panels_ * panel_columns);
+      t.recurrent = layout.take<A>((own_rows_ + 2 * panels_together) * panel_columns);
+      t.state_sums = layout.take<A>(projects_ ? own_rows_ * ColumnPanels<E>::padded_columns(P_) : 0);
+      t.x = layout.take<E>(converts_x ? chunk_rows_ * x_stride() : 0);
+      t.x_rows = layout.take<const E*>(chunk_rows_);
+      for (const E**& rows : t.state_rows) rows = layout.take<const E*>(own_rows_);
+      t.hidden_rows = layout.take<const E*>(projects_ ? own_rows_ : 0);
+      if (threads_) threads_[i] = t;
+    }
+  }
+
+  static constexpr bool converts_x = sizeof(S) != sizeof(E);
+  int64_t x_stride() const { return round_up(I_, width) + 16; }
+
+  static void task(void* self, int thread) { static_cast<ForwardPass*>(self)->work(thread); }
+
+  void work(int thread) {
+    pack(thread);
+    everyone_->wait();
+    const Owner own(plan_, D_, thread);
+    const int64_t r0 = row_boundary(layer_.steps, own.row_group, plan_.row_groups);
+    const int64_t r1 = row_boundary(layer_.steps, own.row_group + 1, plan_.row_groups);
+    const Share panels(panels_, own.unit_group, plan_.unit_groups);
+    const Share state_columns(ColumnPanels<E>::count(P_), own.unit_group, plan_.unit_groups);
+    for (int d = own.direction_begin; d < own.direction_end; ++d)
+      scan(d, r0, r1, panels, state_columns, threads_[thread], unit_barriers_[own.barrier], own.unit_group == 0);
+  }
+
+  void pack(int thread) {
+    const Share share(panels_, thread, plan_.threads());
+    for (int d = 0; d < D_; ++d) {
+      const Weights& w = layer_.direction[d].weights;
+      DirectionScratch& s = direction_[d];
+      for (int64_t p = share.begin; p < share.end; ++p) {
+        pack_gates<E, G, U>(rows_of<S>(w.w_ih), H_, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
+        pack_gates<E, G, U>(rows_of<S>(w.w_hh), H_, P_, p, s.w_hh + p * padded_depth<E>(P_) * panel_columns);
+        pack_bias(w, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
+      }
+      if (projects_) {
+        const int64_t count = ColumnPanels<E>::count(P_);
+        const Share columns(count, thread, plan_.threads());
+        for (int64_t p = columns.begin; p < columns.end; ++p) pack_projection(rows_of<S>(w.w_hr), p, s.w_hr);
+      }
+    }
+  }
+
+  // b_ih + b_hh goes with the input projection, except where the cell wants b_hh apart.
+  void pack_bias(const Weights& w, int64_t p, A* input, A* hidden) {
+    for (int g = 0; g < G; ++g) {
+      for (int u = 0; u < U; ++u) {
+        const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
+        V b_ih{}, b_hh{};
+        if (unit < H_ && w.b_ih) {
+          b_ih = Simd<A>::load_n(rows_of<S>(w.b_ih) + g * H_ + unit, H_ - unit);
+          b_hh = Simd<A>::load_n(rows_of<S>(w.b_hh) + g * H_ + unit, H_ - unit);
+        }
+        const bool apart = Cell::hidden_bias_apart(g);
+        Simd<A>::store(input + column, apart ? b_ih : b_ih + b_hh);
+        Simd<A>::store(hidden + column, apart ? b_hh : V{});
+      }
+    }
+  }
+
+  // w_hr (P, H) transposed: K = H, N = P.
+  void pack_projection(const S* w_hr, int64_t p, E* data) {
+    using C = ColumnPanels<E>;
+    E* panel = data + p * C::panel_stride(H_);
+    const int64_t first = p * C::NV * width;
+    const int64_t left = (P_ - first + width - 1) / width;
+    const int64_t vectors = left < C::NV ? left : C::NV;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t column = first + v * width;
+      const int64_t real = P_ - column < width ? P_ - column : width;
+      pack_unit_vector<E>(w_hr + column * H_, H_, real, panel + v * width * Operand<E>::group, vectors * width);
+    }
+  }
+
+  void scan(int d, int64_t r0, int64_t r1, Share panels, Share state_columns, const ThreadScratch& mine,
+            Barrier& barrier, bool first) {
+    const DirectionForward& dir = layer_.direction[d];
+    DirectionScratch& s = direction_[d];
+    const bool reverse = d == 1;
+    const Steps& steps = layer_.steps;
+    const auto time = [&](int64_t step) { return reverse ? T_ - 1 - step : step; };
+    const auto live = [&](int64_t t) {
+      const int64_t n = steps.rows(t) - r0;
+      return n < 0 ? 0 : n < r1 - r0 ? n : r1 - r0;
+    };
+    if (first) {
+      for (int64_t r = r0; r < r1; ++r) begin_row(dir, s, r);
+    }
+    for (int64_t r = r0; r < r1; ++r) {
+      for (int i = 0; i < 2; ++i) mine.state_rows[i][r - r0] = s.state[i] + r * state_stride_;
+      if (projects_) mine.hidden_rows[r - r0] = s.hidden + r * unit_stride_;
+    }
+    barrier.wait();
+    int now = 0;  // which of the two states is h before the step
+    for (int64_t step = 0; step < T_;) {
+      const int64_t chunk_end = project_chunk(d, step, r0, panels, mine, time, live);
+      int64_t chunk_row = 0;
+      for (; step < chunk_end; ++step) {
+        const int64_t t = time(step), rows = live(t);
+        advance(d, t, r0, rows, panels, mine, now, chunk_row);
+        chunk_row += rows;
+        barrier.wait();
+        if (projects_) {
+          project_state(d, t, r0, rows, mine, now, state_columns);
+          barrier.wait();
+        }
+        now ^= 1;
+        if (first) {
+          // Rows that have no later step end here.
+          const int64_t later = step + 1 == T_ ? 0 : reverse ? rows : live(time(step + 1));
+          for (int64_t r = r0 + later; r < r0 + rows; ++r)
+            copy_row<A>(s.state[now] + r * state_stride_, rows_of<S>(dir.h_n) + r * P_, P_);
+        }
+      }
+    }
+    if (first && Cell::has_cell) {
+      for (int64_t r = r0; r < r1; ++r) copy_row<A>(s.cell + r * unit_stride_, rows_of<S>(dir.c_n) + r * H_, H_);
+    }
+  }
+
+  void begin_row(const DirectionForward& dir, DirectionScratch& s, int64_t r) {
+    for (E* state : s.state)
+      copy_row<A>(dir.h0 ? rows_of<S>(dir.h0) + r * P_ : nullptr, state + r * state_stride_, P_);
+    if constexpr (Cell::has_cell) {
+      copy_row<A>(dir.c0 ? rows_of<S>(dir.c0) + r * H_ : nullptr, s.cell + r * unit_stride_, H_);
+      for (int64_t u = H_; u < unit_stride_; ++u) s.cell[r * unit_stride_ + u] = 0;
+    }
+  }
+
+  // Input projections of as many steps as the chunk holds; returns the step after them.
+  template <class Time, class Live>
+  int64_t project_chunk(int d, int64_t step, int64_t r0, Share panels, const ThreadScratch& mine, const Time& time,
+                        const Live& live) {
+    const Sequence& x = layer_.x;
+    int64_t rows = 0;
+    for (; step < T_; ++step) {
+      const int64_t t = time(step), n = live(t);
+      if (rows + n > chunk_rows_) break;
+      const S* row = rows_of<S>(x.data) + layer_.steps.step(x, t) + r0 * x.batch_stride;
+      for (int64_t r = 0; r < n; ++r, ++rows, row += x.batch_stride) {
+        if constexpr (converts_x) {
+          E* copy = mine.x + rows * x_stride();
+          copy_row<A>(row, copy, I_);
+          mine.x_rows[rows] = copy;
+        } else {
+          mine.x_rows[rows] = row;
+        }
+      }
+    }
+    const DirectionScratch& s = direction_[d];
+    const int64_t stride = padded_depth<E>(I_) * panel_columns;
+    product<E, NV>(rows, I_, mine.x_rows, s.w_ih + panels.begin * stride, panels.end - panels.begin, stride,
+                   mine.projected, own_panels_ * panel_columns, s.input_bias + panels.begin * panel_columns, false);
+    return step;
+  }
+
+  // One step of the owned rows and panels.
+  void advance(int d, int64_t t, int64_t r0, int64_t rows, Share panels, const ThreadScratch& mine, int now,
+               int64_t chunk_row) {
+    const DirectionScratch& s = direction_[d];
+    const int64_t stride = padded_depth<E>(P_) * panel_columns;
+    const int64_t together = panels_at_once<NV>(rows);
+    for (int64_t p = panels.begin; p < panels.end; p += together) {
+      const int64_t count = panels.end - p < together ? panels.end - p : together;
+      product<E, NV>(rows, P_, mine.state_rows[now], s.w_hh + p * stride, count, stride, mine.recurrent,
+                     together * panel_columns, s.hidden_bias + p * panel_columns, false);
+      const A* projected = mine.projected + chunk_row * own_panels_ * panel_columns;
+      const A* recurrent = mine.recurrent;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t q = 0; q < count; ++q)
+          gates(d, t, r0 + r, p + q, projected + (p + q - panels.begin) * panel_columns,
+                recurrent + q * panel_columns, now);
+        projected += own_panels_ * panel_columns;
+        recurrent += together * panel_columns;
+      }
+    }
+  }
+
+  // The cell's step for one row and the units of one panel.
+  FRNN_INLINE void gates(int d, int64_t t, int64_t r, int64_t panel, const A* projected, const A* recurrent,
+                         int now) {
+    const DirectionForward& dir = layer_.direction[d];
+    const DirectionScratch& s = direction_[d];
+    const int64_t saved_row = layer_.steps.first_row(t) + r;
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = panel * panel_units + u * width;
+      const int64_t n = H_ - unit;
+      if (U > 1 && n <= 0) break;
+      V x[G], sums[G], saved[Cell::saved + 1], h, c{};
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        x[g] = Simd<A>::load(projected + (g * U + u) * width);
+        sums[g] = Simd<A>::load(recurrent + (g * U + u) * width);
+      }
+      A* cell = s.cell + r * unit_stride_ + unit;
+      V h_prev{}, c_prev{};
+      if constexpr (Cell::kind == CellKind::gru) h_prev = Simd<A>::load_n(s.state[now] + r * state_stride_ + unit, n);
+      if constexpr (Cell::has_cell) c_prev = Simd<A>::load(cell);
+      Cell::template forward<V>(x, sums, h_prev, c_prev, h, c, saved);
+      if constexpr (Cell::has_cell) Simd<A>::store(cell, c);
+      if (projects_) {
+        Simd<A>::store(s.hidden + r * unit_stride_ + unit, h);
+      } else {
+        write_state(d, t, r, unit, h, n, now);
+      }
+      if (dir.gates) {
+#pragma GCC unroll 4
+        for (int g = 0; g < Cell::saved; ++g)
+          Simd<A>::store_n(rows_of<S>(dir.gates) + (saved_row * Cell::saved + g) * H_ + unit, saved[g], n);
+        if constexpr (Cell::has_cell) Simd<A>::store_n(rows_of<A>(dir.cells) + saved_row * H_ + unit, c, n);
+      }
+    }
+  }
+
+  // h of one vector of units, to the next state and to the output, both as the layer's dtype rounds it.
+  FRNN_INLINE void write_state(int d, int64_t t, int64_t r, int64_t unit, V h, int64_t n, int now) {
+    const Sequence& y = layer_.y;
+    Simd<A>::store_n(rows_of<S>(y.data) + layer_.steps.step(y, t) + r * y.batch_stride + d * P_ + unit, h, n);
+    Simd<A>::store(direction_[d].state[now ^ 1] + r * state_stride_ + unit, Simd<A>::template rounded<S>(h));
+  }
+
+  // h = w_hr (o * tanh(c)) for the owned rows and columns.
+  void project_state(int d, int64_t t, int64_t r0, int64_t rows, const ThreadScratch& mine, int now, Share columns) {
+    using C = ColumnPanels<E>;
+    const ColumnPanels<E> w_hr{direction_[d].w_hr, H_, P_};
+    const int64_t stride = C::padded_columns(P_);
+    product_columns<E>(rows, mine.hidden_rows, w_hr, columns.begin, columns.end, mine.state_sums, stride, false);
+    const int64_t end = columns.end * C::NV * width < P_ ? columns.end * C::NV * width : P_;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t u = columns.begin * C::NV * width; u < end; u += width)
+        write_state(d, t, r0 + r, u, Simd<A>::load(mine.state_sums + r * stride + u), P_ - u, now);
+    }
+  }
+
+  const LayerForward& layer_;
+  const Plan& plan_;
+  const int64_t I_, H_, P_;
+  const int D_;
+  const int64_t T_, B_, panels_;
+  const bool projects_;
+  const int64_t state_stride_, unit_stride_;
+  int64_t own_panels_ = 0, own_rows_ = 0, chunk_rows_ = 0;
+  DirectionScratch direction_[2];
+  ThreadScratch* threads_ = nullptr;
+  Barrier* unit_barriers_ = nullptr;
+  Barrier* everyone_ = nullptr;
+};
+
+}  // namespace FRNN_ISA
+}  // namespace fused_rnn

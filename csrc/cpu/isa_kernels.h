@@ -1,0 +1,118 @@
+// The kernel table of one instruction set. Included by isa_*.cpp only, which define FRNN_ISA, FRNN_VECTOR_BYTES and
+// FRNN_ISA_TEXT first; with FRNN_BFLOAT16_ONLY the source has only the bfloat16 kernels and takes the others from
+// the table of FRNN_BASE_ISA.
+#pragma once
+
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+
+#include "backward.h"
+#include "forward.h"
+#include "kernels.h"
+
+namespace fused_rnn {
+namespace FRNN_ISA {
+
+template <class Cell, class S>
+bool run_forward(const LayerForward& layer, const Plan& plan) {
+  if constexpr (Cell::gates == 1) {
+    // Two vectors of units a panel, but for the smallest layers, which fit one.
+    if (layer.sizes.hidden_size > Simd<typename Accumulator<S>::type>::width)
+      return ForwardPass<Cell, S, 2>(layer, plan).run();
+  }
+  return ForwardPass<Cell, S, 1>(layer, plan).run();
+}
+
+template <class Cell, class S>
+bool run_backward(const LayerBackward& layer, const Plan& plan) {
+  return BackwardPass<Cell, S>(layer, plan).run();
+}
+
+template <class S>
+bool forward_of(const LayerForward& layer, const Plan& plan) {
+  switch (layer.sizes.kind) {
+    case CellKind::rnn_tanh: return run_forward<RnnTanh, S>(layer, plan);
+    case CellKind::rnn_relu: return run_forward<RnnRelu, S>(layer, plan);
+    case CellKind::gru: return run_forward<Gru, S>(layer, plan);
+    case CellKind::lstm: break;
+  }
+  return run_forward<Lstm, S>(layer, plan);
+}
+
+template <class S>
+bool backward_of(const LayerBackward& layer, const Plan& plan) {
+  switch (layer.sizes.kind) {
+    case CellKind::rnn_tanh: return run_backward<RnnTanh, S>(layer, plan);
+    case CellKind::rnn_relu: return run_backward<RnnRelu, S>(layer, plan);
+    case CellKind::gru: return run_backward<Gru, S>(layer, plan);
+    case CellKind::lstm: break;
+  }
+  return run_backward<Lstm, S>(layer, plan);
+}
+
+#if defined(FRNN_BFLOAT16_ONLY)
+}  // namespace FRNN_ISA
+
+namespace FRNN_BASE_ISA {
+extern const KernelTable table;
+}
+
+namespace FRNN_ISA {
+
+bool forward(const LayerForward& layer, const Plan& plan) {
+  return layer.sizes.dtype == DType::bfloat16 ? forward_of<BFloat16>(layer, plan)
+                                              : FRNN_BASE_ISA::table.forward(layer, plan);
+}
+
+bool backward(const LayerBackward& layer, const Plan& plan) {
+  return layer.sizes.dtype == DType::bfloat16 ? backward_of<BFloat16>(layer, plan)
+                                              : FRNN_BASE_ISA::table.backward(layer, plan);
+}
+
+void activation(Activation which, DType dtype, const void* in, void* out, int64_t count) {
+  FRNN_BASE_ISA::table.activation(which, dtype, in, out, count);
+}
+#else
+bool forward(const LayerForward& layer, const Plan& plan) {
+  switch (layer.sizes.dtype) {
+    case DType::float64: return forward_of<double>(layer, plan);
+    case DType::bfloat16: return forward_of<BFloat16>(layer, plan);
+    case DType::float16: return forward_of<Half>(layer, plan);
+    case DType::float32: break;
+  }
+  return forward_of<float>(layer, plan);
+}
+
+bool backward(const LayerBackward& layer, const Plan& plan) {
+  switch (layer.sizes.dtype) {
+    case DType::float64: return backward_of<double>(layer, plan);
+    case DType::bfloat16: return backward_of<BFloat16>(layer, plan);
+    case DType::float16: return backward_of<Half>(layer, plan);
+    case DType::float32: break;
+  }
+  return backward_of<float>(layer, plan);
+}
+
+template <class A>
+void activation_of(Activation which, const A* in, A* out, int64_t count) {
+  using V = typename Simd<A>::V;
+  constexpr int width = Simd<A>::width;
+  for (int64_t i = 0; i < count; i += width) {
+    const V x = Simd<A>::load_n(in + i, count - i);
+    Simd<A>::store_n(out + i, which == Activation::tanh ? tanh<V>(x) : sigmoid<V>(x), count - i);
+  }
+}
+
+void activation(Activation which, DType dtype, const void* in, void* out, int64_t count) {
+  if (dtype == DType::float64) {
+    activation_of(which, rows_of<double>(in), rows_of<double>(out), count);
+  } else {
+    activation_of(which, rows_of<float>(in), rows_of<float>(out), count);
+  }
+}
+#endif
+
+extern const KernelTable table;
+const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward, &backward, &activation};
+
+}  // namespace FRNN_ISA
+}  // namespace fused_rnn

@@ -1,0 +1,32 @@
+// What each instruction set offers, and the choice between them.
+#pragma once
+
+#include "../problem.h"
+#include "plan.h"
+
+namespace fused_rnn {
+
+enum class Activation : int32_t { tanh = 0, sigmoid = 1 };
+
+// Functions of one instruction set. They return false, having written nothing, when memory is lacking.
+struct KernelTable {
+  const char* isa;
+  int vector_bytes;
+  bool (*forward)(const LayerForward& layer, const Plan& plan);
+  bool (*backward)(const LayerBackward& layer, const Plan& plan);
+  // out[i] = activation(in[i]); float32 and float64 only. For tests.
+  void (*activation)(Activation activation, DType dtype, const void* in, void* out, int64_t count);
+};
+
+// The tables that were compiled, best first; ended by null.
+const KernelTable* const* compiled_kernels();
+
+bool runs_here(const KernelTable& table);
+
+// The table in use: the best that runs here, or the one that FUSED_RNN_ISA or select_kernels names.
+const KernelTable& kernels();
+
+// Switches to the table called `isa`; false when it was not compiled or does not run here.
+bool select_kernels(const char* isa);
+
+}  // namespace fused_rnn

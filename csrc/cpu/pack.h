@@ -1,0 +1,227 @@
+// Packing of the B operand of product.h, and the transposition of gate gradients.
+//
+//   pack_gates    forward weights (G * H, K), transposed: a panel holds all gates of U vectors of units
+//   pack_columns  rows of K x N as they are: panels of two vectors of columns, the last one perhaps of one
+//   transpose     K x M gate gradients to M x K, the A operand of the weight gradients
+#pragma once
+
+#include <type_traits>
+
+#include "product.h"
+
+namespace fused_rnn {
+namespace FRNN_ISA {
+
+inline constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+#if defined(__clang__)
+template <int distance, class V>
+FRNN_INLINE void exchange(V& a, V& b) {
+  for (int l = 0; l < int(sizeof(V) / sizeof(a[0])); ++l) {
+    if ((l & distance) != 0) continue;
+    const auto t = a[l + distance];
+    a[l + distance] = b[l];
+    b[l] = t;
+  }
+}
+#else
+// Swaps the odd blocks of a with the even blocks of b, blocks being `distance` lanes.
+template <int distance, class V, class Int>
+FRNN_INLINE void exchange(V& a, V& b, Int) {
+  constexpr int width = sizeof(V) / sizeof(a[0]);
+  Int low, high;
+#pragma GCC unroll 16
+  for (int l = 0; l < width; ++l) {
+    low[l] = (l & distance) == 0 ? l : width + l - distance;
+    high[l] = (l & distance) == 0 ? l + distance : width + l;
+  }
+  const V x = __builtin_shuffle(a, b, low), y = __builtin_shuffle(a, b, high);
+  a = x;
+  b = y;
+}
+#endif
+
+// rows[i][j] <-> rows[j][i], all in registers.
+template <class A>
+FRNN_INLINE void transpose_square(typename Simd<A>::V* rows) {
+  constexpr int width = Simd<A>::width;
+  const auto stage = [&](auto distance) __attribute__((always_inline)) {
+    constexpr int d = decltype(distance)::value;
+    if constexpr (d < width) {
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) {
+#if defined(__clang__)
+        if ((i & d) == 0) exchange<d>(rows[i], rows[i | d]);
+#else
+        if ((i & d) == 0) exchange<d>(rows[i], rows[i | d], typename Simd<A>::Int{});
+#endif
+      }
+    }
+  };
+  stage(std::integral_constant<int, 8>{});
+  stage(std::integral_constant<int, 4>{});
+  stage(std::integral_constant<int, 2>{});
+  stage(std::integral_constant<int, 1>{});
+}
+
+// Groups of `group` elements along k move as one word of the accumulation type: load_words gives the next
+// `width` of them from a row of S, of which `left` elements exist.
+template <class E, class S>
+FRNN_INLINE typename Simd<typename Operand<E>::Acc>::V load_words(const S* row, int64_t left) {
+  using A = typename Operand<E>::Acc;
+  constexpr int width = Simd<A>::width;
+  if constexpr (Operand<E>::group == 1) {
+    return Simd<A>::load_n(row, left);
+  } else {
+    static_assert(sizeof(S) * Operand<E>::group == sizeof(A), "a group is one word");
+    constexpr int64_t elements = width * Operand<E>::group;
+    if (left >= elements) return load_bytes<typename Simd<A>::V>(row);
+    alignas(64) S padded[elements] = {};
+    for (int64_t i = 0; i < left; ++i) padded[i] = row[i];
+    return load_bytes<typename Simd<A>::V>(padded);
+  }
+}
+
+// One vector of units (rows first_row + lane of w, `units` of them real) of one gate, for all k:
+// dst[(k / group) * panel_columns * group + lane * group + k % group].
+template <class E, class S>
+void pack_unit_vector(const S* w, int64_t K, int64_t units, E* dst, int64_t panel_columns) {
+  using A = typename Operand<E>::Acc;
+  constexpr int width = Simd<A>::width;
+  constexpr int group = Operand<E>::group;
+  typename Simd<A>::V rows[width];
+  for (int64_t k = 0; k < K; k += width * group) {
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) {
+      rows[i] = typename Simd<A>::V{};
+      if (i < units) rows[i] = load_words<E>(w + i * K + k, K - k);
+    }
+    transpose_square<A>(rows);
+    const int64_t words = (K - k + group - 1) / group;
+    for (int i = 0; i < width && i < words; ++i)
+      store_bytes(dst + (k / group + i) * panel_columns * group, rows[i]);
+  }
+}
+
+// Panel p of w (G * H, K): units [p * U * width, ...) of every gate, columns ordered gate, then unit.
+template <class E, int G, int U, class S>
+void pack_gates(const S* w, int64_t H, int64_t K, int64_t p, E* panel) {
+  constexpr int width = Simd<typename Operand<E>::Acc>::width;
+  constexpr int64_t columns = int64_t(G) * U * width;
+  for (int g = 0; g < G; ++g) {
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = (p * U + u) * width;
+      const int64_t real = H - unit < width ? (H - unit > 0 ? H - unit : 0) : width;
+      pack_unit_vector<E>(w + (g * H + unit) * K, K, real, panel + (g * U + u) * width * Operand<E>::group, columns);
+    }
+  }
+}
+
+// Panels of columns, two vectors wide; where the number of vectors is odd the last panel is one vector wide.
+template <class E>
+struct ColumnPanels {
+  static constexpr int NV = 2;
+  static constexpr int width = Simd<typename Operand<E>::Acc>::width;
+  const E* data;
+  int64_t K;
+  int64_t N;
+
+  static int64_t count(int64_t N) { return (N + NV * width - 1) / (NV * width); }
+  static int64_t padded_columns(int64_t N) { return round_up(N, width); }
+  static size_t elements(int64_t K, int64_t N) { return size_t(padded_depth<E>(K) * padded_columns(N)); }
+  static int64_t panel_stride(int64_t K) { return padded_depth<E>(K) * NV * width; }
+};
+
+// C = A B over panels [first, last) of B; c points at column 0.
+template <class E>
+void product_columns(int64_t rows, const E* const* a, const ColumnPanels<E>& b, int64_t first, int64_t last,
+                     typename Operand<E>::Acc* c, int64_t c_stride, bool accumulate) {
+  using P = ColumnPanels<E>;
+  constexpr int64_t columns = P::NV * P::width;
+  const int64_t stride = P::panel_stride(b.K);
+  const int64_t wide = (b.N + P::width - 1) / P::width / P::NV;  // panels that have both vectors
+  const int64_t end = last < wide ? last : wide;
+  if (end > first)
+    product<E, P::NV>(rows, b.K, a, b.data + first * stride, end - first, stride, c + first * columns, c_stride,
+                      nullptr, accumulate);
+  if (last > wide)
+    product<E, 1>(rows, b.K, a, b.data + wide * stride, 1, stride, c + wide * columns, c_stride, nullptr, accumulate);
+}
+
+// Panel p of the K x N matrix whose rows begin at row[k] (null: a row of zeros).
+template <class E, class S>
+void pack_columns(const S* const* row, int64_t K, int64_t N, int64_t p, E* data) {
+  using P = ColumnPanels<E>;
+  using A = typename Operand<E>::Acc;
+  constexpr int width = P::width;
+  constexpr int group = Operand<E>::group;
+  E* panel = data + p * P::panel_stride(K);
+  const int64_t first = p * P::NV * width;
+  const int64_t vectors = (N - first + width - 1) / width < P::NV ? (N - first + width - 1) / width : P::NV;
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t column = first + v * width;
+    const int64_t left = N - column;
+    E* dst = panel + v * width * group;
+    for (int64_t k = 0; k < K; k += group) {
+      if constexpr (group == 1) {
+        typename Simd<A>::V x{};
+        if (row[k]) x = Simd<A>::load_n(row[k] + column, left);
+        Simd<A>::store(dst + k * vectors * width, x);
+      } else {
+        const auto lanes = [&](int64_t i) __attribute__((always_inline)) {
+          HalfLanes x{};
+          if (i < K && row[i]) {
+            if (left >= width) {
+              x = load_bytes<HalfLanes>(row[i] + column);
+            } else {
+              for (int64_t l = 0; l < left; ++l) x[l] = row[i][column + l].bits;
+            }
+          }
+          return __builtin_convertvector(x, WordLanes);
+        };
+        store_bytes(dst + k * vectors * width, lanes(k) | (lanes(k + 1) << 16));
+      }
+    }
+  }
+}
+
+// dst[m * dst_stride + k] = src[k * src_stride + m], m < M, k < K. dst rows are padded to whole vectors of words.
+template <class E>
+void transpose(const E* src, int64_t src_stride, int64_t K, int64_t M, E* dst, int64_t dst_stride) {
+  using A = typename Operand<E>::Acc;
+  using V = typename Simd<A>::V;
+  constexpr int width = Simd<A>::width;
+  constexpr int group = Operand<E>::group;
+  V block[width];
+  for (int64_t k = 0; k < K; k += width * group) {
+    for (int64_t m = 0; m < M; m += width) {
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) {
+        block[i] = V{};
+        const int64_t row = k + i * group;
+        if (row >= K) continue;
+        if constexpr (group == 1) {
+          block[i] = Simd<A>::load_n(src + row * src_stride + m, M - m);
+        } else {
+          const auto lanes = [&](int64_t j) __attribute__((always_inline)) {
+            HalfLanes x{};
+            if (j < K) {
+              if (M - m >= width) {
+                x = load_bytes<HalfLanes>(src + j * src_stride + m);
+              } else {
+                for (int64_t l = 0; l < M - m; ++l) x[l] = src[j * src_stride + m + l].bits;
+              }
+            }
+            return __builtin_convertvector(x, WordLanes);
+          };
+          block[i] = (V)(lanes(row) | (lanes(row + 1) << 16));
+        }
+      }
+      transpose_square<A>(block);
+      for (int i = 0; i < width && m + i < M; ++i) store_bytes(dst + (m + i) * dst_stride + k, block[i]);
+    }
+  }
+}
+
+}  // namespace FRNN_ISA
+}  // namespace fused_rnn

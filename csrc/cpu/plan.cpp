@@ -1,0 +1,120 @@
+#include "plan.h"
+
+#include <algorithm>
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+
+namespace fused_rnn {
+
+namespace {
+
+// Constants of the cost model, in cycles and bytes per cycle of one core, measured on Zen 5 (docs/performance.md). They
+// decide only between splits, so their ratios matter, not their absolute size.
+constexpr double cycles_per_us = 3700;
+constexpr double fma_per_cycle = 2;           // vector instructions
+constexpr double bytes_per_cycle_l2 = 60;     // streaming packed weights that stay in this core's L2
+constexpr double bytes_per_cycle_shared = 30; // the same from the shared cache
+constexpr double l2_bytes = 900e3;            // of 1 MiB, the rest being states and gates
+constexpr double barrier_cycles = 900;        // arrival, wake-up and the cache misses on the exchanged state
+constexpr double activation_cycles = 22;      // one vector of tanh or sigmoid
+constexpr double launch_cycles = 14000;       // waking the other threads of the team
+
+template <class F>
+auto with_cell(CellKind kind, F f) {
+  switch (kind) {
+    case CellKind::rnn_tanh: return f(RnnTanh{});
+    case CellKind::rnn_relu: return f(RnnRelu{});
+    case CellKind::gru: return f(Gru{});
+    case CellKind::lstm: break;
+  }
+  return f(Lstm{});
+}
+
+// Cycles of one step on one thread that has `rows` rows and `units` units of each direction it owns.
+double step_cycles(const LayerSizes& sizes, double rows, double units, double directions, int vector_bytes) {
+  const double element = sizes.dtype == DType::float64 ? 8 : sizes.dtype == DType::bfloat16 ? 2 : 4;
+  const double lanes = vector_bytes / (sizes.dtype == DType::float64 ? 8.0 : 4.0);
+  const double lanes_of_product = vector_bytes / element;
+  const double padded = std::max(1.0, double(int64_t((units + lanes - 1) / lanes))) * lanes;
+  const double weights = gate_count(sizes.kind) * padded * double(sizes.state_size);
+  const double multiply = rows * weights / (lanes_of_product * fma_per_cycle);
+  const double bytes = weights * element;
+  const double stream = bytes / (bytes * directions <= l2_bytes ? bytes_per_cycle_l2 : bytes_per_cycle_shared);
+  const double gates = rows * (padded / lanes) * (gate_count(sizes.kind) + 1) * activation_cycles;
+  return directions * (std::max(multiply, stream) + gates);
+}
+
+}  // namespace
+
+int gate_count(CellKind kind) {
+  return with_cell(kind, [](auto cell) { return int(decltype(cell)::gates); });
+}
+
+int saved_gate_count(CellKind kind) {
+  return with_cell(kind, [](auto cell) { return int(decltype(cell)::saved); });
+}
+
+bool has_cell_state(CellKind kind) {
+  return with_cell(kind, [](auto cell) { return bool(decltype(cell)::has_cell); });
+}
+
+Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward) {
+  const int64_t D = sizes.num_directions;
+  const double T = double(steps.T);
+  const double rows = steps.T > 0 ? double(steps.total_rows()) / T : 0;  // of a mean step
+  const auto cost = [&](const Plan& plan) {
+    const double own_rows = std::max(1.0, double(int64_t(rows / plan.row_groups + 0.999)));
+    const double own_units = double(sizes.hidden_size) / plan.unit_groups;
+    double cycles = step_cycles(sizes, own_rows, own_units, double(D) / plan.direction_groups, vector_bytes);
+    if (plan.unit_groups > 1) cycles += barrier_cycles * (sizes.state_size != sizes.hidden_size ? 3 : 1);
+    // The projections (and, backward, the weight gradients) divide evenly over any plan.
+    const double projection = rows * gate_count(sizes.kind) * double(sizes.hidden_size * sizes.input_size) *
+                              double(D) / (vector_bytes / 4.0 * fma_per_cycle) / plan.threads();
+    double total = T * (cycles + projection * (backward ? 3 : 1));
+    if (plan.threads() > 1) total += launch_cycles;
+    return total / cycles_per_us;
+  };
+  Plan best;
+  best.predicted_us = best.serial_us = cost(best);
+  // A team is woken as a whole, so it has either one thread or all of them.
+  const int64_t unit_blocks = sizes.hidden_size / (2 * vector_bytes / 4);
+  for (int directions = 1; directions <= D; ++directions) {
+    if (threads % directions != 0) continue;
+    for (int units = 1; units <= threads / directions; ++units) {
+      if ((threads / directions) % units != 0 || (units > 1 && units > unit_blocks)) continue;
+      Plan plan;
+      plan.direction_groups = directions;
+      plan.unit_groups = units;
+      plan.row_groups = threads / directions / units;
+      if (plan.row_groups > 1 && plan.row_groups > steps.B) continue;
+      plan.serial_us = best.serial_us;
+      plan.predicted_us = cost(plan);
+      if (plan.predicted_us < best.predicted_us) best = plan;
+    }
+  }
+  return best;
+}
+
+int64_t row_boundary(const Steps& steps, int group, int groups) {
+  if (group <= 0) return 0;
+  if (group >= groups) return steps.B;
+  if (!steps.batch_sizes) return steps.B * group / groups;
+  // Rows are sorted by falling length: the smallest r whose rows hold this share of all live rows.
+  const int64_t wanted = steps.total_rows() * group / groups;
+  int64_t low = 0, high = steps.B;
+  while (low < high) {
+    const int64_t r = (low + high) / 2;
+    int64_t live = 0;
+    for (int64_t t = 0; t < steps.T; ++t) live += std::min(steps.batch_sizes[t], r);
+    if (live < wanted) {
+      low = r + 1;
+    } else {
+      high = r;
+    }
+  }
+  return low;
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,33 @@
+// How the work of one layer is divided over threads: along directions, batch rows, and hidden units. Threads that share
+// rows of one direction but split its units meet at a barrier in every step; the other splits need none.
+#pragma once
+
+#include "../problem.h"
+
+namespace fused_rnn {
+
+struct Plan {
+  int direction_groups = 1;
+  int row_groups = 1;
+  int unit_groups = 1;
+  double predicted_us = 0;  // of the recurrence alone
+  double serial_us = 0;     // the same on one thread
+
+  FRNN_HOST_DEVICE int threads() const { return direction_groups * row_groups * unit_groups; }
+};
+
+// `threads`: at most so many; `vector_bytes`: of the instruction set in use; `backward`: which pass.
+Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward);
+
+// Gates of a cell: rows of its weights over the hidden size.
+int gate_count(CellKind kind);
+
+// Values that the forward pass saves per unit and step (0 for the plain recurrence).
+int saved_gate_count(CellKind kind);
+
+bool has_cell_state(CellKind kind);
+
+// First row of group `group` of `groups`, so that each group gets about the same number of live rows over all steps.
+int64_t row_boundary(const Steps& steps, int group, int groups);
+
+}  // namespace fused_rnn

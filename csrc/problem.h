@@ -1,0 +1,112 @@
+// What crosses from the framework to the kernels: sizes, strides and pointers, nothing else.
+//
+// Letters, here and in every kernel: T time steps, B batch rows, I input size, H hidden size, P state size of h
+// (proj_size, or H without a projection), G gates of the cell, N rows of all steps together (T * B, or the sum of
+// batch_sizes). Every index and stride is 64 bit and counts elements.
+#pragma once
+
+#include <cstdint>
+
+// For every function that kernels of several instruction sets include: it has no symbol of its own, so the linker
+// cannot give one instruction set's code to another.
+#if defined(__CUDACC__)
+#define FRNN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FRNN_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace fused_rnn {
+
+enum class CellKind : int32_t { rnn_tanh = 0, rnn_relu = 1, lstm = 2, gru = 3 };
+
+enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// A sequence of rows. Row b of step t begins at data + step(t) + b * batch_stride; features are contiguous.
+struct Sequence {
+  void* data = nullptr;
+  int64_t time_stride = 0;  // unused when the batch is packed
+  int64_t batch_stride = 0;
+};
+
+// Which rows are live at which step. Dense: batch_sizes is null and each step has all B rows. Packed, as
+// torch.nn.utils.rnn.PackedSequence: batch_sizes[t] rows (not increasing in t), and offsets[t] rows before step t.
+struct Steps {
+  int64_t T = 0;
+  int64_t B = 0;
+  const int64_t* batch_sizes = nullptr;
+  const int64_t* offsets = nullptr;  // T + 1 entries, offsets[T] = N
+
+  FRNN_HOST_DEVICE int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  FRNN_HOST_DEVICE int64_t first_row(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  FRNN_HOST_DEVICE int64_t total_rows() const { return offsets ? offsets[T] : T * B; }
+  FRNN_HOST_DEVICE int64_t step(const Sequence& s, int64_t t) const {
+    return offsets ? offsets[t] * s.batch_stride : t * s.time_stride;
+  }
+};
+
+// Parameters of one direction, row-major and contiguous, in the layer's dtype.
+struct Weights {
+  const void* w_ih = nullptr;  // (G * H, I)
+  const void* w_hh = nullptr;  // (G * H, P)
+  const void* b_ih = nullptr;  // (G * H) or null
+  const void* b_hh = nullptr;  // (G * H) or null
+  const void* w_hr = nullptr;  // (P, H) or null: no projection
+};
+
+struct LayerSizes {
+  CellKind kind = CellKind::lstm;
+  DType dtype = DType::float32;
+  int64_t input_size = 0;
+  int64_t hidden_size = 0;
+  int64_t state_size = 0;  // P
+  int32_t num_directions = 1;
+};
+
+// One direction of one layer, forward. Pointers without a word on null are never null.
+struct DirectionForward {
+  Weights weights;
+  const void* h0 = nullptr;  // (B, P) or null: zeros
+  const void* c0 = nullptr;  // (B, H) or null: zeros
+  void* h_n = nullptr;       // (B, P)
+  void* c_n = nullptr;       // (B, H), null unless the cell has a cell state
+  void* gates = nullptr;     // (N, saved_gates * H), layer dtype; null: nothing is kept for the backward pass
+  void* cells = nullptr;     // (N, H), accumulation dtype (float; double for float64); null like gates
+};
+
+struct LayerForward {
+  LayerSizes sizes;
+  Steps steps;
+  Sequence x;  // (I features)
+  Sequence y;  // (num_directions * P features), direction d writes features d * P ...
+  DirectionForward direction[2];  // direction[1] runs from the last step to the first
+};
+
+// One direction of one layer, backward. A null gradient is one that nobody needs.
+struct DirectionBackward {
+  Weights weights;
+  const void* h0 = nullptr;
+  const void* c0 = nullptr;
+  const void* gates = nullptr;
+  const void* cells = nullptr;
+  const void* grad_h_n = nullptr;  // (B, P) or null: zeros
+  const void* grad_c_n = nullptr;  // (B, H) or null: zeros
+  void* grad_h0 = nullptr;
+  void* grad_c0 = nullptr;
+  void* grad_w_ih = nullptr;
+  void* grad_w_hh = nullptr;
+  void* grad_b_ih = nullptr;
+  void* grad_b_hh = nullptr;
+  void* grad_w_hr = nullptr;
+};
+
+struct LayerBackward {
+  LayerSizes sizes;
+  Steps steps;
+  Sequence x;       // the layer's input; data may be null when no weight gradient is needed
+  Sequence y;       // the layer's output
+  Sequence grad_y;  // data null: zeros
+  Sequence grad_x;  // data null: not needed
+  DirectionBackward direction[2];
+};
+
+}  // namespace fused_rnn

@@ -1,0 +1,508 @@
+"""The operators ``torch.ops.fused_rnn.*`` as differentiable functions.
+
+Every operator's kernel is in ``csrc/ops.cpp``; its shapes (the fake kernels) and its gradient are here. Letters as in
+``csrc/problem.h``: T steps, B batch rows, I input size, H hidden size, P size of h (``proj_size`` or H), L layers,
+D directions, N rows of all steps (T * B, or the sum of ``batch_sizes``), S values saved per unit and step.
+
+========================= =============================================================================================
+``rnn_forward``           output (T, B, D * P), (B, T, D * P) or (N, D * P); h_n (L * D, B, P); c_n (L * D, B, H), or
+                          (0,) without a cell state; and, with ``save``, what the backward pass needs: gates
+                          (L * D, N, S, H) in the input's dtype, cells (L * D, N, H) in float32 (float64 for float64),
+                          hidden (L - 1, N, D * P), the outputs of the lower layers
+``rnn_backward``          gradients of input, h0, c0 and params; (0,) for those that ``needs`` does not ask for
+``cell_forward``          one step: h (B, H), c (B, H) or (0,), gates (1, B, S, H), cells (1, B, H)
+``cell_backward``         its gradients
+========================= =============================================================================================
+
+The second derivative goes through the formulas of :mod:`fused_rnn.reference`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _C
+
+__all__ = ["CellKind", "cell_step", "plan", "rnn", "why_not_fused"]
+
+_rnn_forward = torch.ops.fused_rnn.rnn_forward.default
+_rnn_backward = torch.ops.fused_rnn.rnn_backward.default
+_cell_forward = torch.ops.fused_rnn.cell_forward.default
+_cell_backward = torch.ops.fused_rnn.cell_backward.default
+
+
+class CellKind(enum.IntEnum):
+    """The recurrence, numbered as in ``csrc/problem.h``."""
+
+    RNN_TANH = 0
+    RNN_RELU = 1
+    LSTM = 2
+    GRU = 3
+
+    @property
+    def num_gates(self) -> int:
+        """Rows of a weight over the hidden size."""
+        return (1, 1, 4, 3)[self]
+
+    @property
+    def num_saved(self) -> int:
+        """Values per unit and step that the forward pass saves."""
+        return (0, 0, 4, 4)[self]
+
+
+# Of the kernels: csrc/problem.h, DType.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class _Spec(NamedTuple):
+    """The arguments of a stack that are not tensors."""
+
+    kind: CellKind
+    has_biases: bool
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool
+
+
+def why_not_fused(*tensors: Tensor | None) -> str | None:
+    """Why no fused kernel takes tensors of this device and dtype; None when one does."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.dtype not in _DTYPES:
+            return f"no fused kernel for {t.dtype}: float32, float64, bfloat16 and float16 have one"
+        if t.device.type not in ("cpu", "meta"):
+            return f"no fused kernel for {t.device.type} tensors in this build: the CPU has them"
+        if t.layout is not torch.strided:
+            return f"no fused kernel for tensors of layout {t.layout}"
+    return None
+
+
+def plan(
+    kind: CellKind,
+    *,
+    T: int,
+    B: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    dtype: torch.dtype,
+    training: bool,
+) -> dict[str, Any]:
+    """What would run for one layer of such a call.
+
+    Returns:
+        a dict with ``isa`` (the instruction set), ``threads``, how they divide the work (``direction_groups``,
+        ``row_groups``, ``unit_groups``; their product is ``threads``), the cost model's ``predicted_us`` and
+        ``serial_us`` (on one thread) in microseconds for the whole call's forward pass, and with ``training`` also
+        ``backward``, the same for the backward pass.
+    """
+    state_size = proj_size or hidden_size
+    directions = 2 if bidirectional else 1
+
+    def stack(backward: bool) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for layer in range(num_layers):
+            size = input_size if layer == 0 else directions * state_size
+            one = _C.plan(kind, T, B, size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
+            if not result:
+                result = one
+            else:
+                result["predicted_us"] += one["predicted_us"]
+                result["serial_us"] += one["serial_us"]
+        return result
+
+    result = stack(backward=False)
+    if training:
+        result["backward"] = stack(backward=True)
+    return result
+
+
+def _needs_autograd(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the call must be recorded: by autograd, by forward-mode differentiation or by a torch.func transform."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def rnn(
+    kind: CellKind,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    *,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A stack of recurrent layers over a whole sequence, in one operator.
+
+    Args:
+        kind: the recurrence.
+        input: (T, B, I), (B, T, I) with ``batch_first``, or (N, I) with ``batch_sizes``.
+        h0: (L * D, B, P), or None for zeros.
+        c0: (L * D, B, H), or None for zeros; only with ``CellKind.LSTM``.
+        params: per layer and direction ``w_ih (G * H, I), w_hh (G * H, P)[, b_ih, b_hh (G * H)][, w_hr (P, H)]``.
+        dropout_masks: none, or L - 1 factors of the layers' outputs, (T, B, D * P) or (N, D * P).
+        batch_sizes: int64 on the CPU, rows of each step of a packed batch, never increasing.
+        has_biases, num_layers, bidirectional, batch_first: as in :class:`torch.nn.LSTM`.
+
+    Returns:
+        output (shaped like the input, D * P features), h_n (L * D, B, P), c_n (L * D, B, H) or, without a cell state,
+        an empty tensor.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    if _needs_autograd((input, h0, c0, *params, *dropout_masks)):
+        spec = _Spec(kind, has_biases, num_layers, bidirectional, batch_first)
+        return _Rnn.apply(spec, len(dropout_masks), batch_sizes, input, h0, c0, *dropout_masks, *params)[:3]
+    return _rnn_forward(
+        input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional, batch_first, False
+    )[:3]
+
+
+def cell_step(
+    kind: CellKind,
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One step of a cell: input (B, I), h (B, H), c (B, H) for an LSTM, weights as in :func:`rnn`.
+
+    Returns:
+        h (B, H), and c (B, H) for an LSTM, else None.
+    """
+    if _needs_autograd((input, h, c, w_ih, w_hh, b_ih, b_hh)):
+        h_next, c_next = _Cell.apply(kind, input, h, c, w_ih, w_hh, b_ih, b_hh)[:2]
+    else:
+        h_next, c_next = _cell_forward(input, h, c, w_ih, w_hh, b_ih, b_hh, kind, False)[:2]
+    return h_next, c_next if kind == CellKind.LSTM else None
+
+
+# --- Gradients -------------------------------------------------------------------------------------------------------
+
+
+def _none_for_unneeded(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+
+
+def _second_derivative(
+    function: Callable[..., tuple[Tensor, ...]],
+    primals: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad_grads: Sequence[Tensor | None],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of ``vjp(function)(primals)(cotangents)``, of which ``needs`` were asked for, times ``grad_grads``.
+
+    ``function`` is written in differentiable operators, so this can be differentiated again. None stands for an
+    argument that is missing, a cotangent of zeros, a gradient that nobody uses.
+
+    Returns:
+        gradients of the cotangents and of the primals, None where the argument is None.
+    """
+    given = [i for i, t in enumerate(primals) if t is not None]
+    seeded = [i for i, t in enumerate(cotangents) if t is not None]
+    wanted = [i for i, t in enumerate(given) if needs[t] and grad_grads[t] is not None]
+
+    def gradients(*arguments: Tensor) -> tuple[Tensor, ...]:
+        values = list(primals)
+        for i, t in zip(given, arguments[: len(given)], strict=True):
+            values[i] = t
+
+        def seeded_outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+            for i, t in zip(given, tensors, strict=True):
+                values[i] = t
+            outputs = function(*values)
+            return tuple(outputs[i] for i in seeded)
+
+        _, pullback = torch.func.vjp(seeded_outputs, *(t for t in values if t is not None))
+        grads = pullback(tuple(arguments[len(given) :]))
+        return tuple(grads[i] for i in wanted)
+
+    arguments = [primals[i] for i in given] + [cotangents[i] for i in seeded]
+    _, pullback = torch.func.vjp(gradients, *arguments)
+    results = pullback(tuple(grad_grads[given[i]] for i in wanted))
+    primal_grads: list[Tensor | None] = [None] * len(primals)
+    for i, grad in zip(given, results, strict=False):
+        primal_grads[i] = grad
+    cotangent_grads: list[Tensor | None] = [None] * len(cotangents)
+    for i, grad in zip(seeded, results[len(given) :], strict=True):
+        cotangent_grads[i] = grad
+    return cotangent_grads, primal_grads
+
+
+class _Rnn(torch.autograd.Function):
+    """``rnn_forward`` with its gradient. Tensors after ``c0``: dropout masks, then params."""
+
+    @staticmethod
+    def forward(spec, num_masks, batch_sizes, input, h0, c0, *tensors):  # type: ignore[no-untyped-def]
+        return _rnn_forward(input, h0, c0, tensors[num_masks:], tensors[:num_masks], batch_sizes, *spec, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.spec, ctx.num_masks, ctx.batch_sizes, *tensors = inputs
+        y, _, c_n, *saved = output
+        ctx.mark_non_differentiable(*saved, *(() if ctx.spec.kind == CellKind.LSTM else (c_n,)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, *saved, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_h_n, grad_c_n, *_):  # type: ignore[no-untyped-def]
+        grad_c_n = grad_c_n if ctx.spec.kind == CellKind.LSTM else None
+        needs = ctx.needs_input_grad[3:]
+        run = _RnnBackward.apply if torch.is_grad_enabled() else _RnnBackward.forward
+        grads = run(
+            ctx.spec, ctx.num_masks, ctx.batch_sizes, needs, grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors
+        )
+        return None, None, None, *_none_for_unneeded(grads, needs)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        return _vmap_loop(_Rnn.apply, info, in_dims, args)
+
+
+class _RnnBackward(torch.autograd.Function):
+    """``rnn_backward`` with its gradient. Tensors after ``c0`` as in :class:`_Rnn`; returns a gradient for each."""
+
+    @staticmethod
+    def forward(spec, num_masks, batch_sizes, needs, grad_output, grad_h_n, grad_c_n, y, gates, cells, hidden, *tensors):  # type: ignore[no-untyped-def]
+        input, h0, c0, *rest = tensors
+        masks, params = rest[:num_masks], rest[num_masks:]
+        grad_input, grad_h0, grad_c0, grad_params = _rnn_backward(
+            grad_output,
+            grad_h_n,
+            grad_c_n,
+            input,
+            h0,
+            c0,
+            params,
+            masks,
+            batch_sizes,
+            y,
+            gates,
+            cells,
+            hidden,
+            *spec,
+            (*needs[:3], *needs[3 + num_masks :]),
+        )
+        # Masks are drawn, not learned: their gradient is never asked for.
+        return grad_input, grad_h0, grad_c0, *(input.new_empty(0) for _ in masks), *grad_params
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.spec, ctx.num_masks, ctx.batch_sizes, ctx.needs = inputs[:4]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t, needed in zip(output, ctx.needs, strict=True) if not needed))
+        ctx.save_for_backward(*inputs[4:7], *inputs[11:])
+
+    @staticmethod
+    def backward(ctx, *grad_grads):  # type: ignore[no-untyped-def]
+        from . import reference
+
+        grad_output, grad_h_n, grad_c_n, *primals = ctx.saved_tensors
+        kind, has_biases, num_layers, bidirectional, batch_first = ctx.spec
+
+        def stack(input, h0, c0, *rest):  # type: ignore[no-untyped-def]
+            return reference.rnn(
+                kind,
+                input,
+                h0,
+                c0,
+                rest[ctx.num_masks :],
+                rest[: ctx.num_masks],
+                ctx.batch_sizes,
+                has_biases=has_biases,
+                num_layers=num_layers,
+                bidirectional=bidirectional,
+                batch_first=batch_first,
+            )
+
+        cotangents, grads = _second_derivative(
+            stack, primals, (grad_output, grad_h_n, grad_c_n), ctx.needs, grad_grads
+        )
+        return None, None, None, None, *cotangents, None, None, None, None, *grads
+
+    @staticmethod
+    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        return _vmap_loop(_RnnBackward.apply, info, in_dims, args)
+
+
+class _Cell(torch.autograd.Function):
+    """``cell_forward`` with its gradient."""
+
+    @staticmethod
+    def forward(kind, input, h, c, w_ih, w_hh, b_ih, b_hh):  # type: ignore[no-untyped-def]
+        return _cell_forward(input, h, c, w_ih, w_hh, b_ih, b_hh, kind, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.kind, *tensors = inputs
+        h_next, c_next, *saved = output
+        ctx.mark_non_differentiable(*saved, *(() if ctx.kind == CellKind.LSTM else (c_next,)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h_next, *saved, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad_h, grad_c, *_):  # type: ignore[no-untyped-def]
+        grad_c = grad_c if ctx.kind == CellKind.LSTM else None
+        needs = ctx.needs_input_grad[1:]
+        run = _CellBackward.apply if torch.is_grad_enabled() else _CellBackward.forward
+        grads = run(ctx.kind, needs, grad_h, grad_c, *ctx.saved_tensors)
+        return None, *_none_for_unneeded(grads, needs)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        return _vmap_loop(_Cell.apply, info, in_dims, args)
+
+
+class _CellBackward(torch.autograd.Function):
+    """``cell_backward`` with its gradient; returns a gradient for each tensor of the step."""
+
+    @staticmethod
+    def forward(kind, needs, grad_h, grad_c, h_next, gates, cells, *tensors):  # type: ignore[no-untyped-def]
+        b_ih = tensors[5]
+        grad_input, grad_h0, grad_c0, grad_params = _cell_backward(
+            grad_h, grad_c, *tensors, h_next, gates, cells, kind, needs if b_ih is not None else needs[:5]
+        )
+        missing = () if b_ih is not None else (grad_h0.new_empty(0), grad_h0.new_empty(0))
+        return grad_input, grad_h0, grad_c0, *grad_params, *missing
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.kind, ctx.needs = inputs[:2]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t, needed in zip(output, ctx.needs, strict=True) if not needed))
+        ctx.save_for_backward(*inputs[2:4], *inputs[7:])
+
+    @staticmethod
+    def backward(ctx, *grad_grads):  # type: ignore[no-untyped-def]
+        from . import reference
+
+        grad_h, grad_c, *primals = ctx.saved_tensors
+
+        def step(*tensors):  # type: ignore[no-untyped-def]
+            return reference.cell_step(ctx.kind, *tensors)
+
+        cotangents, grads = _second_derivative(step, primals, (grad_h, grad_c), ctx.needs, grad_grads)
+        return None, None, *cotangents, None, None, None, *grads
+
+    @staticmethod
+    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        return _vmap_loop(_CellBackward.apply, info, in_dims, args)
+
+
+def _vmap_loop(apply, info, in_dims, args):  # type: ignore[no-untyped-def]
+    """The batching rule of every function here: one call per example, results stacked."""
+
+    def example(index: int) -> list[Any]:
+        return [a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims, strict=True)]
+
+    results = [apply(*example(i)) for i in range(info.batch_size)]
+    stacked = tuple(torch.stack(values) for values in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+# --- Fake kernels ----------------------------------------------------------------------------------------------------
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("fused_rnn::rnn_forward")
+def _(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional, batch_first, save):  # type: ignore[no-untyped-def]
+    kind = CellKind(kind)
+    D = 2 if bidirectional else 1
+    H, P = params[1].shape[0] // kind.num_gates, params[1].shape[1]
+    if batch_sizes is not None:
+        N = input.shape[0]
+        # The number of rows of the first step is data; a state, where given, has it as a size.
+        state = h0 if h0 is not None else c0
+        B = state.shape[1] if state is not None else torch.library.get_ctx().new_dynamic_size()
+        output = input.new_empty(N, D * P)
+    else:
+        B, T = (input.shape[0], input.shape[1]) if batch_first else (input.shape[1], input.shape[0])
+        N = T * B
+        output = input.new_empty(T, B, D * P)
+        output = output.transpose(0, 1) if batch_first else output
+    has_cell = kind == CellKind.LSTM
+    accumulation = _accumulation_dtype(input.dtype)
+    rows = (num_layers * D, N)
+    return (
+        output,
+        input.new_empty(num_layers * D, B, P),
+        input.new_empty((num_layers * D, B, H) if has_cell else 0),
+        input.new_empty((*rows, kind.num_saved, H) if save and kind.num_saved else 0),
+        input.new_empty((*rows, H) if save and has_cell else 0, dtype=accumulation),
+        input.new_empty((num_layers - 1, N, D * P) if save and num_layers > 1 else 0),
+    )
+
+
+@torch.library.register_fake("fused_rnn::rnn_backward")
+def _(
+    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, dropout_masks, batch_sizes, output, gates, cells, hidden,
+    kind, has_biases, num_layers, bidirectional, batch_first, needs,
+):  # type: ignore[no-untyped-def] # fmt: skip
+    def like(t, needed):  # type: ignore[no-untyped-def]
+        return input.new_empty(t.shape if needed and t is not None else 0)
+
+    grad_input = like(input, needs[0])
+    if needs[0] and batch_first and batch_sizes is None:
+        grad_input = input.new_empty(input.shape[1], input.shape[0], input.shape[2]).transpose(0, 1)
+    return (
+        grad_input,
+        like(h0, needs[1]),
+        like(c0, needs[2]),
+        [like(p, needed) for p, needed in zip(params, needs[3:], strict=True)],
+    )
+
+
+@torch.library.register_fake("fused_rnn::cell_forward")
+def _(input, h, c, w_ih, w_hh, b_ih, b_hh, kind, save):  # type: ignore[no-untyped-def]
+    kind = CellKind(kind)
+    B, H = h.shape
+    has_cell = kind == CellKind.LSTM
+    return (
+        h.new_empty(B, H),
+        h.new_empty((B, H) if has_cell else 0),
+        h.new_empty((1, B, kind.num_saved, H) if save and kind.num_saved else 0),
+        h.new_empty((1, B, H) if save and has_cell else 0, dtype=_accumulation_dtype(h.dtype)),
+    )
+
+
+@torch.library.register_fake("fused_rnn::cell_backward")
+def _(grad_h, grad_c, input, h, c, w_ih, w_hh, b_ih, b_hh, h_next, gates, cells, kind, needs):  # type: ignore[no-untyped-def]
+    tensors = [t for t in (w_ih, w_hh, b_ih, b_hh) if t is not None]
+
+    def like(t, needed):  # type: ignore[no-untyped-def]
+        return input.new_empty(t.shape if needed and t is not None else 0)
+
+    return (
+        like(input, needs[0]),
+        like(h, needs[1]),
+        like(c, needs[2]),
+        [like(t, needed) for t, needed in zip(tensors, needs[3:], strict=True)],
+    )
