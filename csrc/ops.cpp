@@ -411,31 +411,91 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   return result();
 }
 
-std::vector<Tensor> cell_params(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                                const OptionalTensor& b_hh) {
-  TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "b_hh: expected a bias exactly where b_ih is one");
-  std::vector<Tensor> params{w_ih, w_hh};
-  if (b_ih) {
-    params.push_back(*b_ih);
-    params.push_back(*b_hh);
+// One step is a layer over a sequence of one step. The tensors of a step, checked; what a cell needs of Stack, without its
+// vectors, which would cost as much as the step itself.
+struct Step {
+  Tensor input, h, c, w_ih, w_hh, b_ih, b_hh;
+  LayerSizes sizes;
+  Steps steps;
+
+  Step(const Tensor& input_, const Tensor& h_, const OptionalTensor& c_, const Tensor& w_ih_, const Tensor& w_hh_,
+       const OptionalTensor& b_ih_, const OptionalTensor& b_hh_, int64_t kind) {
+    TORCH_CHECK(kind >= 0 && kind <= 3, "kind: expected 0 to 3, got ", kind);
+    sizes.kind = CellKind(kind);
+    sizes.dtype = dtype_of(input_, "input");
+    TORCH_CHECK(input_.dim() == 2, "input: expected 2 dimensions, got ", input_.dim());
+    TORCH_CHECK(w_hh_.dim() == 2, "w_hh: expected 2 dimensions, got ", w_hh_.dim());
+    const int64_t B = input_.size(0), I = input_.size(1), H = w_hh_.size(1), GH = gate_count(sizes.kind) * H;
+    TORCH_CHECK(I >= 1 && H >= 1, "w_hh: expected at least 1 unit, got ", w_hh_.sizes());
+    TORCH_CHECK(b_ih_.has_value() == b_hh_.has_value(), "b_hh: expected a bias exactly where b_ih is one");
+    TORCH_CHECK(c_.has_value() == has_cell_state(sizes.kind), "c: expected one exactly where the cell has a cell state");
+    const auto take = [&](const Tensor& t, at::IntArrayRef shape, const char* name) {
+      check_like(t, input_, shape, name);
+      return t.contiguous();
+    };
+    input = with_contiguous_rows(input_);
+    h = take(h_, {B, H}, "h");
+    if (c_) c = take(*c_, {B, H}, "c");
+    w_ih = take(w_ih_, {GH, I}, "w_ih");
+    w_hh = take(w_hh_, {GH, H}, "w_hh");
+    if (b_ih_) {
+      b_ih = take(*b_ih_, {GH}, "b_ih");
+      b_hh = take(*b_hh_, {GH}, "b_hh");
+    }
+    sizes.input_size = I;
+    sizes.hidden_size = sizes.state_size = H;
+    steps.T = 1;
+    steps.B = B;
   }
-  return params;
-}
 
-OptionalTensor with_leading_one(const OptionalTensor& t) {
-  return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt;
-}
+  Weights weights() const {
+    Weights w;
+    w.w_ih = w_ih.const_data_ptr();
+    w.w_hh = w_hh.const_data_ptr();
+    w.b_ih = data_or_null(b_ih);
+    w.b_hh = data_or_null(b_hh);
+    return w;
+  }
 
-// One step is a stack of one layer over a sequence of one step.
+  static Sequence sequence(const Tensor& t) {
+    Sequence s;
+    s.data = const_cast<void*>(t.const_data_ptr());
+    s.batch_stride = t.stride(0);
+    return s;
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c,
                                                         const Tensor& w_ih, const Tensor& w_hh,
                                                         const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                                                         int64_t kind, bool save) {
-  auto [output, h_n, c_n, gates, cells, hidden] =
-      rnn_forward(input.unsqueeze(0), h.unsqueeze(0), with_leading_one(c), cell_params(w_ih, w_hh, b_ih, b_hh), {},
-                  std::nullopt, kind, b_ih.has_value(), 1, false, false, save);
-  const Tensor c_next = has_cell_state(CellKind(kind)) ? c_n.squeeze(0) : c_n;
-  return {output.squeeze(0), c_next, gates, cells};
+  const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
+  const int64_t B = step.steps.B, H = step.sizes.hidden_size;
+  const int64_t saved = save ? saved_gate_count(step.sizes.kind) : 0;
+  const bool has_cell = has_cell_state(step.sizes.kind);
+  const auto options = step.input.options();
+  const Tensor h_next = at::empty({B, H}, options);
+  // An operator must not return one tensor twice, so each that is empty is its own.
+  const Tensor c_next = has_cell ? at::empty({B, H}, options) : at::empty({0}, options);
+  const Tensor gates = saved > 0 ? at::empty({1, B, saved, H}, options) : at::empty({0}, options);
+  const Tensor cells = save && has_cell ? at::empty({1, B, H}, options.dtype(accumulation_dtype(input)))
+                                        : at::empty({0}, options.dtype(accumulation_dtype(input)));
+  if (B > 0) {
+    LayerForward layer;
+    layer.sizes = step.sizes;
+    layer.steps = step.steps;
+    layer.x = Step::sequence(step.input);
+    layer.y = Step::sequence(h_next);
+    DirectionForward& dir = layer.direction[0];
+    dir.weights = step.weights();
+    dir.h0 = step.h.const_data_ptr();
+    dir.c0 = data_or_null(step.c);
+    if (has_cell) dir.c_n = c_next.mutable_data_ptr();
+    if (saved > 0) dir.gates = gates.mutable_data_ptr();
+    if (save && has_cell) dir.cells = cells.mutable_data_ptr();
+    run_layer(layer, kernels().forward, false);
+  }
+  return {h_next, c_next, gates, cells};
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cell_backward(
@@ -443,13 +503,60 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cell_backward(
     const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
     const OptionalTensor& b_hh, const Tensor& h_next, const Tensor& gates, const Tensor& cells, int64_t kind,
     c10::List<bool> needs) {
-  auto [grad_input, grad_h0, grad_c0, grad_params] =
-      rnn_backward(with_leading_one(grad_h), std::nullopt, with_leading_one(grad_c), input.unsqueeze(0),
-                   h.unsqueeze(0), with_leading_one(c), cell_params(w_ih, w_hh, b_ih, b_hh), {}, std::nullopt,
-                   h_next.unsqueeze(0), gates, cells, at::empty({0}, input.options()), kind, b_ih.has_value(), 1,
-                   false, false, needs);
-  const auto row = [](const Tensor& t) { return t.dim() == 3 ? t.squeeze(0) : t; };
-  return {row(grad_input), row(grad_h0), row(grad_c0), grad_params};
+  const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
+  const int64_t B = step.steps.B, H = step.sizes.hidden_size;
+  const bool has_cell = has_cell_state(step.sizes.kind);
+  const size_t params = step.b_ih.defined() ? 4 : 2;
+  TORCH_CHECK(needs.size() == 3 + params, "needs: expected ", 3 + params, " values, got ", needs.size());
+  check_like(h_next, step.input, {B, H}, "h_next");
+  TORCH_CHECK(gates.numel() == B * saved_gate_count(step.sizes.kind) * H && gates.is_contiguous(),
+              "gates: not those of this call");
+  TORCH_CHECK(cells.numel() == (has_cell ? B * H : 0) && cells.is_contiguous(), "cells: not those of this call");
+  const auto seed = [&](const OptionalTensor& t, const char* name) {
+    if (!t) return Tensor();
+    check_like(*t, step.input, {B, H}, name);
+    return t->contiguous();
+  };
+  const Tensor seed_h = seed(grad_h, "grad_h"), seed_c = seed(grad_c, "grad_c"), y = h_next.contiguous();
+  const auto options = step.input.options();
+  const auto make = [&](bool needed, const Tensor& like) {
+    if (!needed || !like.defined()) return at::empty({0}, options);
+    return B > 0 ? at::empty(like.sizes(), options) : at::zeros(like.sizes(), options);
+  };
+  const Tensor grad_input = make(needs[0], step.input), grad_h0 = make(needs[1], step.h);
+  const Tensor grad_c0 = make(needs[2], step.c);
+  std::vector<Tensor> grads{make(needs[3], step.w_ih), make(needs[4], step.w_hh)};
+  if (params == 4) {
+    grads.push_back(make(needs[5], step.b_ih));
+    grads.push_back(make(needs[6], step.b_hh));
+  }
+  if (B > 0) {
+    LayerBackward layer;
+    layer.sizes = step.sizes;
+    layer.steps = step.steps;
+    layer.x = Step::sequence(step.input);
+    layer.y = Step::sequence(y);
+    if (seed_h.defined()) layer.grad_y = Step::sequence(seed_h);
+    if (needs[0]) layer.grad_x = Step::sequence(grad_input);
+    DirectionBackward& dir = layer.direction[0];
+    dir.weights = step.weights();
+    dir.h0 = step.h.const_data_ptr();
+    dir.c0 = data_or_null(step.c);
+    dir.gates = gates.const_data_ptr();
+    dir.cells = cells.const_data_ptr();
+    dir.grad_c_n = data_or_null(seed_c);
+    const auto target = [](const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
+    dir.grad_h0 = target(grad_h0);
+    dir.grad_c0 = target(grad_c0);
+    dir.grad_w_ih = target(grads[0]);
+    dir.grad_w_hh = target(grads[1]);
+    if (params == 4) {
+      dir.grad_b_ih = target(grads[2]);
+      dir.grad_b_hh = target(grads[3]);
+    }
+    run_layer(layer, kernels().backward, true);
+  }
+  return {grad_input, grad_h0, grad_c0, grads};
 }
 
 }  // namespace

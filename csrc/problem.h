@@ -67,7 +67,7 @@ struct DirectionForward {
   Weights weights;
   const void* h0 = nullptr;  // (B, P) or null: zeros
   const void* c0 = nullptr;  // (B, H) or null: zeros
-  void* h_n = nullptr;       // (B, P)
+  void* h_n = nullptr;       // (B, P) or null: not needed
   void* c_n = nullptr;       // (B, H), null unless the cell has a cell state
   void* gates = nullptr;     // (N, saved_gates * H), layer dtype; null: nothing is kept for the backward pass
   void* cells = nullptr;     // (N, H), accumulation dtype (float; double for float64); null like gates

@@ -19,15 +19,15 @@ The second derivative goes through the formulas of :mod:`fused_rnn.reference`.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C
+from .reference import CellKind
 
 __all__ = ["CellKind", "cell_step", "plan", "rnn", "why_not_fused"]
 
@@ -37,37 +37,11 @@ _cell_forward = torch.ops.fused_rnn.cell_forward.default
 _cell_backward = torch.ops.fused_rnn.cell_backward.default
 
 
-class CellKind(enum.IntEnum):
-    """The recurrence, numbered as in ``csrc/problem.h``."""
-
-    RNN_TANH = 0
-    RNN_RELU = 1
-    LSTM = 2
-    GRU = 3
-
-    @property
-    def num_gates(self) -> int:
-        """Rows of a weight over the hidden size."""
-        return (1, 1, 4, 3)[self]
-
-    @property
-    def num_saved(self) -> int:
-        """Values per unit and step that the forward pass saves."""
-        return (0, 0, 4, 4)[self]
-
+# Values per unit and step that the forward pass saves: csrc/cells.
+_NUM_SAVED = {CellKind.RNN_TANH: 0, CellKind.RNN_RELU: 0, CellKind.LSTM: 4, CellKind.GRU: 4}
 
 # Of the kernels: csrc/problem.h, DType.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-class _Spec(NamedTuple):
-    """The arguments of a stack that are not tensors."""
-
-    kind: CellKind
-    has_biases: bool
-    num_layers: int
-    bidirectional: bool
-    batch_first: bool
 
 
 def why_not_fused(*tensors: Tensor | None) -> str | None:
@@ -172,10 +146,35 @@ def rnn(
         RuntimeError: a shape, dtype or device does not fit.
     """
     if _needs_autograd((input, h0, c0, *params, *dropout_masks)):
-        spec = _Spec(kind, has_biases, num_layers, bidirectional, batch_first)
-        return _Rnn.apply(spec, len(dropout_masks), batch_sizes, input, h0, c0, *dropout_masks, *params)[:3]
+        results = _apply(
+            _Rnn,
+            kind,
+            has_biases,
+            num_layers,
+            bidirectional,
+            batch_first,
+            len(dropout_masks),
+            batch_sizes,
+            input,
+            h0,
+            c0,
+            *dropout_masks,
+            *params,
+        )
+        return results[:3]
     return _rnn_forward(
-        input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional, batch_first, False
+        input,
+        h0,
+        c0,
+        params,
+        dropout_masks,
+        batch_sizes,
+        kind,
+        has_biases,
+        num_layers,
+        bidirectional,
+        batch_first,
+        False,
     )[:3]
 
 
@@ -195,13 +194,20 @@ def cell_step(
         h (B, H), and c (B, H) for an LSTM, else None.
     """
     if _needs_autograd((input, h, c, w_ih, w_hh, b_ih, b_hh)):
-        h_next, c_next = _Cell.apply(kind, input, h, c, w_ih, w_hh, b_ih, b_hh)[:2]
+        h_next, c_next = _apply(_Cell, kind, input, h, c, w_ih, w_hh, b_ih, b_hh)[:2]
     else:
         h_next, c_next = _cell_forward(input, h, c, w_ih, w_hh, b_ih, b_hh, kind, False)[:2]
     return h_next, c_next if kind == CellKind.LSTM else None
 
 
 # --- Gradients -------------------------------------------------------------------------------------------------------
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without the inspection of its signature in eager mode, some 20 us a call."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def _none_for_unneeded(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -227,6 +233,9 @@ def _second_derivative(
     seeded = [i for i, t in enumerate(cotangents) if t is not None]
     wanted = [i for i, t in enumerate(given) if needs[t] and grad_grads[t] is not None]
 
+    if not wanted:
+        return [None] * len(cotangents), [None] * len(primals)
+
     def gradients(*arguments: Tensor) -> tuple[Tensor, ...]:
         values = list(primals)
         for i, t in zip(given, arguments[: len(given)], strict=True):
@@ -238,12 +247,12 @@ def _second_derivative(
             outputs = function(*values)
             return tuple(outputs[i] for i in seeded)
 
-        _, pullback = torch.func.vjp(seeded_outputs, *(t for t in values if t is not None))
+        pullback = torch.func.vjp(seeded_outputs, *(t for t in values if t is not None))[1]
         grads = pullback(tuple(arguments[len(given) :]))
         return tuple(grads[i] for i in wanted)
 
     arguments = [primals[i] for i in given] + [cotangents[i] for i in seeded]
-    _, pullback = torch.func.vjp(gradients, *arguments)
+    pullback = torch.func.vjp(gradients, *arguments)[1]
     results = pullback(tuple(grad_grads[given[i]] for i in wanted))
     primal_grads: list[Tensor | None] = [None] * len(primals)
     for i, grad in zip(given, results, strict=False):
@@ -255,29 +264,32 @@ def _second_derivative(
 
 
 class _Rnn(torch.autograd.Function):
-    """``rnn_forward`` with its gradient. Tensors after ``c0``: dropout masks, then params."""
+    """``rnn_forward`` with its gradient.
+
+    The arguments: kind, has_biases, num_layers, bidirectional, batch_first; the number of masks; batch_sizes; and the
+    tensors input, h0, c0, masks, params.
+    """
 
     @staticmethod
-    def forward(spec, num_masks, batch_sizes, input, h0, c0, *tensors):  # type: ignore[no-untyped-def]
-        return _rnn_forward(input, h0, c0, tensors[num_masks:], tensors[:num_masks], batch_sizes, *spec, True)
+    def forward(*args):  # type: ignore[no-untyped-def]
+        stack, (num_masks, batch_sizes, input, h0, c0), tensors = args[:5], args[5:10], args[10:]
+        return _rnn_forward(input, h0, c0, tensors[num_masks:], tensors[:num_masks], batch_sizes, *stack, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        ctx.spec, ctx.num_masks, ctx.batch_sizes, *tensors = inputs
+        ctx.settings = inputs[:7]
         y, _, c_n, *saved = output
-        ctx.mark_non_differentiable(*saved, *(() if ctx.spec.kind == CellKind.LSTM else (c_n,)))
+        ctx.mark_non_differentiable(*saved, *(() if inputs[0] == CellKind.LSTM else (c_n,)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, *saved, *tensors)
+        ctx.save_for_backward(y, *saved, *inputs[7:])
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, *_):  # type: ignore[no-untyped-def]
-        grad_c_n = grad_c_n if ctx.spec.kind == CellKind.LSTM else None
-        needs = ctx.needs_input_grad[3:]
+        grad_c_n = grad_c_n if ctx.settings[0] == CellKind.LSTM else None
+        needs = ctx.needs_input_grad[7:]
         run = _RnnBackward.apply if torch.is_grad_enabled() else _RnnBackward.forward
-        grads = run(
-            ctx.spec, ctx.num_masks, ctx.batch_sizes, needs, grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors
-        )
-        return None, None, None, *_none_for_unneeded(grads, needs)
+        grads = run(*ctx.settings, needs, grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors)
+        return *(None,) * 7, *_none_for_unneeded(grads, needs)
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
@@ -285,45 +297,37 @@ class _Rnn(torch.autograd.Function):
 
 
 class _RnnBackward(torch.autograd.Function):
-    """``rnn_backward`` with its gradient. Tensors after ``c0`` as in :class:`_Rnn`; returns a gradient for each."""
+    """``rnn_backward`` with its gradient; returns a gradient for each tensor.
+
+    The arguments: the first seven of :class:`_Rnn`; needs; the gradients of output, h_n, c_n; output, gates, cells,
+    hidden; and the tensors input, h0, c0, masks, params.
+    """
 
     @staticmethod
-    def forward(spec, num_masks, batch_sizes, needs, grad_output, grad_h_n, grad_c_n, y, gates, cells, hidden, *tensors):  # type: ignore[no-untyped-def]
-        input, h0, c0, *rest = tensors
+    def forward(*args):  # type: ignore[no-untyped-def]
+        stack, (num_masks, batch_sizes, needs), seeds, saved = args[:5], args[5:8], args[8:11], args[11:15]
+        input, h0, c0, *rest = args[15:]
         masks, params = rest[:num_masks], rest[num_masks:]
+        asked = (*needs[:3], *needs[3 + num_masks :])
         grad_input, grad_h0, grad_c0, grad_params = _rnn_backward(
-            grad_output,
-            grad_h_n,
-            grad_c_n,
-            input,
-            h0,
-            c0,
-            params,
-            masks,
-            batch_sizes,
-            y,
-            gates,
-            cells,
-            hidden,
-            *spec,
-            (*needs[:3], *needs[3 + num_masks :]),
+            *seeds, input, h0, c0, params, masks, batch_sizes, *saved, *stack, asked
         )
         # Masks are drawn, not learned: their gradient is never asked for.
         return grad_input, grad_h0, grad_c0, *(input.new_empty(0) for _ in masks), *grad_params
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        ctx.spec, ctx.num_masks, ctx.batch_sizes, ctx.needs = inputs[:4]
+        ctx.settings, ctx.needs = inputs[:7], inputs[7]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t, needed in zip(output, ctx.needs, strict=True) if not needed))
-        ctx.save_for_backward(*inputs[4:7], *inputs[11:])
+        ctx.save_for_backward(*inputs[8:11], *inputs[15:])
 
     @staticmethod
     def backward(ctx, *grad_grads):  # type: ignore[no-untyped-def]
         from . import reference
 
+        kind, has_biases, num_layers, bidirectional, batch_first, num_masks, batch_sizes = ctx.settings
         grad_output, grad_h_n, grad_c_n, *primals = ctx.saved_tensors
-        kind, has_biases, num_layers, bidirectional, batch_first = ctx.spec
 
         def stack(input, h0, c0, *rest):  # type: ignore[no-untyped-def]
             return reference.rnn(
@@ -331,19 +335,17 @@ class _RnnBackward(torch.autograd.Function):
                 input,
                 h0,
                 c0,
-                rest[ctx.num_masks :],
-                rest[: ctx.num_masks],
-                ctx.batch_sizes,
+                rest[num_masks:],
+                rest[:num_masks],
+                batch_sizes,
                 has_biases=has_biases,
                 num_layers=num_layers,
                 bidirectional=bidirectional,
                 batch_first=batch_first,
             )
 
-        cotangents, grads = _second_derivative(
-            stack, primals, (grad_output, grad_h_n, grad_c_n), ctx.needs, grad_grads
-        )
-        return None, None, None, None, *cotangents, None, None, None, None, *grads
+        cotangents, grads = _second_derivative(stack, primals, (grad_output, grad_h_n, grad_c_n), ctx.needs, grad_grads)
+        return *(None,) * 8, *cotangents, *(None,) * 4, *grads
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
@@ -418,7 +420,7 @@ def _vmap_loop(apply, info, in_dims, args):  # type: ignore[no-untyped-def]
     """The batching rule of every function here: one call per example, results stacked."""
 
     def example(index: int) -> list[Any]:
-        return [a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims, strict=True)]
+        return [a.select(dim, index) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)]
 
     results = [apply(*example(i)) for i in range(info.batch_size)]
     stacked = tuple(torch.stack(values) for values in zip(*results, strict=True))
@@ -433,7 +435,9 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.register_fake("fused_rnn::rnn_forward")
-def _(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional, batch_first, save):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional, batch_first, save
+):
     kind = CellKind(kind)
     D = 2 if bidirectional else 1
     H, P = params[1].shape[0] // kind.num_gates, params[1].shape[1]
@@ -455,17 +459,17 @@ def _(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_l
         output,
         input.new_empty(num_layers * D, B, P),
         input.new_empty((num_layers * D, B, H) if has_cell else 0),
-        input.new_empty((*rows, kind.num_saved, H) if save and kind.num_saved else 0),
+        input.new_empty((*rows, _NUM_SAVED[kind], H) if save and _NUM_SAVED[kind] else 0),
         input.new_empty((*rows, H) if save and has_cell else 0, dtype=accumulation),
         input.new_empty((num_layers - 1, N, D * P) if save and num_layers > 1 else 0),
     )
 
 
 @torch.library.register_fake("fused_rnn::rnn_backward")
-def _(
+def _(  # type: ignore[no-untyped-def]
     grad_output, grad_h_n, grad_c_n, input, h0, c0, params, dropout_masks, batch_sizes, output, gates, cells, hidden,
     kind, has_biases, num_layers, bidirectional, batch_first, needs,
-):  # type: ignore[no-untyped-def] # fmt: skip
+):  # fmt: skip
     def like(t, needed):  # type: ignore[no-untyped-def]
         return input.new_empty(t.shape if needed and t is not None else 0)
 
@@ -488,7 +492,7 @@ def _(input, h, c, w_ih, w_hh, b_ih, b_hh, kind, save):  # type: ignore[no-untyp
     return (
         h.new_empty(B, H),
         h.new_empty((B, H) if has_cell else 0),
-        h.new_empty((1, B, kind.num_saved, H) if save and kind.num_saved else 0),
+        h.new_empty((1, B, _NUM_SAVED[kind], H) if save and _NUM_SAVED[kind] else 0),
         h.new_empty((1, B, H) if save and has_cell else 0, dtype=_accumulation_dtype(h.dtype)),
     )
 

@@ -28,6 +28,9 @@ FRNN_INLINE S* rows_of(void* p) {
   return static_cast<S*>(p);
 }
 
+// With no more rows than this over all steps, weights are read as they are instead of being packed first.
+inline constexpr int64_t most_unpacked_rows = 12;
+
 // A share [begin, end) of n items for part i of parts.
 struct Share {
   int64_t begin, end;
@@ -98,6 +101,7 @@ class ForwardPass {
     }
     const int64_t wanted = projection_chunk_bytes / (own_panels_ * panel_columns * int64_t(sizeof(A)));
     const int64_t all = layer_.steps.total_rows();
+    packs_ = all > most_unpacked_rows;
     chunk_rows_ = wanted < own_rows_ ? own_rows_ : wanted < all ? wanted : all;
 
     Layout measure;
@@ -134,8 +138,8 @@ class ForwardPass {
   void lay_out(Layout& layout) {
     for (int d = 0; d < D_; ++d) {
       DirectionScratch& s = direction_[d];
-      s.w_ih = layout.take<E>(panels_ * padded_depth<E>(I_) * panel_columns);
-      s.w_hh = layout.take<E>(panels_ * padded_depth<E>(P_) * panel_columns);
+      s.w_ih = layout.take<E>(packs_ ? panels_ * padded_depth<E>(I_) * panel_columns : 0);
+      s.w_hh = layout.take<E>(packs_ ? panels_ * padded_depth<E>(P_) * panel_columns : 0);
       s.w_hr = layout.take<E>(projects_ ? int64_t(ColumnPanels<E>::elements(H_, P_)) : 0);
       s.input_bias = layout.take<A>(panels_ * panel_columns);
       s.hidden_bias = layout.take<A>(panels_ * panel_columns);
@@ -182,8 +186,10 @@ class ForwardPass {
       const Weights& w = layer_.direction[d].weights;
       DirectionScratch& s = direction_[d];
       for (int64_t p = share.begin; p < share.end; ++p) {
-        pack_gates<E, G, U>(rows_of<S>(w.w_ih), H_, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
-        pack_gates<E, G, U>(rows_of<S>(w.w_hh), H_, P_, p, s.w_hh + p * padded_depth<E>(P_) * panel_columns);
+        if (packs_) {
+          pack_gates<E, G, U>(rows_of<S>(w.w_ih), H_, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
+          pack_gates<E, G, U>(rows_of<S>(w.w_hh), H_, P_, p, s.w_hh + p * padded_depth<E>(P_) * panel_columns);
+        }
         pack_bias(w, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
       }
       if (projects_) {
@@ -258,7 +264,7 @@ class ForwardPass {
           barrier.wait();
         }
         now ^= 1;
-        if (first) {
+        if (first && dir.h_n) {
           // Rows that have no later step end here.
           const int64_t later = step + 1 == T_ ? 0 : reverse ? rows : live(time(step + 1));
           for (int64_t r = r0 + later; r < r0 + rows; ++r)
@@ -301,22 +307,33 @@ class ForwardPass {
       }
     }
     const DirectionScratch& s = direction_[d];
-    const int64_t stride = padded_depth<E>(I_) * panel_columns;
-    product<E, NV>(rows, I_, mine.x_rows, s.w_ih + panels.begin * stride, panels.end - panels.begin, stride,
-                   mine.projected, own_panels_ * panel_columns, s.input_bias + panels.begin * panel_columns, false);
+    multiply_panels(rows, I_, mine.x_rows, s.w_ih, layer_.direction[d].weights.w_ih, panels.begin,
+                    panels.end - panels.begin, mine.projected, own_panels_ * panel_columns, s.input_bias);
     return step;
+  }
+
+  // c = rows times panels [p, p + count) of a weight, packed or not, plus their bias.
+  FRNN_INLINE void multiply_panels(int64_t rows, int64_t K, const E* const* a, const E* packed, const void* weight,
+                                   int64_t p, int64_t count, A* c, int64_t c_stride, const A* bias) {
+    if (packs_) {
+      const int64_t stride = padded_depth<E>(K) * panel_columns;
+      product<E, NV>(rows, K, a, packed + p * stride, count, stride, c, c_stride, bias + p * panel_columns, false);
+      return;
+    }
+    for (int64_t q = p; q < p + count; ++q)
+      product_unpacked<E, G, U>(rows, K, a, rows_of<S>(weight), H_, q, c + (q - p) * panel_columns, c_stride,
+                                bias + q * panel_columns);
   }
 
   // One step of the owned rows and panels.
   void advance(int d, int64_t t, int64_t r0, int64_t rows, Share panels, const ThreadScratch& mine, int now,
                int64_t chunk_row) {
     const DirectionScratch& s = direction_[d];
-    const int64_t stride = padded_depth<E>(P_) * panel_columns;
     const int64_t together = panels_at_once<NV>(rows);
     for (int64_t p = panels.begin; p < panels.end; p += together) {
       const int64_t count = panels.end - p < together ? panels.end - p : together;
-      product<E, NV>(rows, P_, mine.state_rows[now], s.w_hh + p * stride, count, stride, mine.recurrent,
-                     together * panel_columns, s.hidden_bias + p * panel_columns, false);
+      multiply_panels(rows, P_, mine.state_rows[now], s.w_hh, layer_.direction[d].weights.w_hh, p, count,
+                      mine.recurrent, together * panel_columns, s.hidden_bias);
       const A* projected = mine.projected + chunk_row * own_panels_ * panel_columns;
       const A* recurrent = mine.recurrent;
       for (int64_t r = 0; r < rows; ++r) {
@@ -392,6 +409,7 @@ class ForwardPass {
   const int D_;
   const int64_t T_, B_, panels_;
   const bool projects_;
+  bool packs_ = true;
   const int64_t state_stride_, unit_stride_;
   int64_t own_panels_ = 0, own_rows_ = 0, chunk_rows_ = 0;
   DirectionScratch direction_[2];

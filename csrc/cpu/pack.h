@@ -117,6 +117,61 @@ void pack_gates(const S* w, int64_t H, int64_t K, int64_t p, E* panel) {
   }
 }
 
+// The sums over lanes of `width` vectors, as the lanes of one.
+template <class A>
+FRNN_INLINE typename Simd<A>::V sum_lanes(typename Simd<A>::V* v) {
+  constexpr int width = Simd<A>::width;
+  const auto stage = [&](auto distance) __attribute__((always_inline)) {
+    constexpr int d = decltype(distance)::value;
+    if constexpr (d < width) {
+#pragma GCC unroll 8
+      for (int i = 0; i < d; ++i) {
+#if defined(__clang__)
+        exchange<d>(v[i], v[i + d]);
+#else
+        exchange<d>(v[i], v[i + d], typename Simd<A>::Int{});
+#endif
+        v[i] = v[i] + v[i + d];
+      }
+    }
+  };
+  stage(std::integral_constant<int, 8>{});
+  stage(std::integral_constant<int, 4>{});
+  stage(std::integral_constant<int, 2>{});
+  stage(std::integral_constant<int, 1>{});
+  return v[0];
+}
+
+// The product of panel p without a packed weight, for so few rows that packing would cost more than it saves: one dot
+// product along k for every unit and gate, `width` units at a time. Arguments as pack_gates and product.
+template <class E, int G, int U, class S>
+void product_unpacked(int64_t rows, int64_t K, const E* const* a, const S* w, int64_t H, int64_t p,
+                      typename Operand<E>::Acc* c, int64_t c_stride, const typename Operand<E>::Acc* bias) {
+  using A = typename Operand<E>::Acc;
+  using V = typename Simd<A>::V;
+  constexpr int width = Simd<A>::width;
+  for (int g = 0; g < G; ++g) {
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
+      const S* row[width];
+      // Lanes past the last unit repeat it: their sums are never stored.
+      for (int i = 0; i < width; ++i) row[i] = w + (g * H + (unit + i < H ? unit + i : H - 1)) * K;
+      for (int64_t r = 0; r < rows; ++r) {
+        V acc[width];
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) acc[i] = V{};
+        for (int64_t k = 0; k < K; k += width) {
+          const int64_t left = K - k;
+          const V x = Simd<A>::load_n(a[r] + k, left);
+#pragma GCC unroll 16
+          for (int i = 0; i < width; ++i) acc[i] = acc[i] + x * Simd<A>::load_n(row[i] + k, left);
+        }
+        Simd<A>::store(c + r * c_stride + column, sum_lanes<A>(acc) + Simd<A>::load(bias + column));
+      }
+    }
+  }
+}
+
 // Panels of columns, two vectors wide; where the number of vectors is odd the last panel is one vector wide.
 template <class E>
 struct ColumnPanels {

@@ -1,0 +1,96 @@
+# The two that a newcomer needs: `make demo` and `make test`. `make help` lists the rest.
+#
+# Variables, e.g. `make test TORCH=torch==2.11.0 PYTHON=python3.12`:
+#   PYTHON  the Python that .venv is made with          TORCH  what pip is asked for as PyTorch
+#   ARGS    further arguments of the program that a target runs (demo, test, bench, check)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+SHELL := /bin/bash
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+export CXX ?= g++
+
+# A stamp's name holds what it stands for, so that another PyTorch or another list of packages makes it anew.
+ENVIRONMENT_KEY := $(shell { echo '$(TORCH)'; cat requirements-dev.txt; } | sha256sum | cut -c1-12)
+ENVIRONMENT := $(VENV)/.environment-$(ENVIRONMENT_KEY)
+BUILT := $(VENV)/.built-$(ENVIRONMENT_KEY)
+INSTALLED := $(VENV)/.installed-$(ENVIRONMENT_KEY)
+
+.PHONY: demo test build lint format check bench info test-asan wheel clean help
+.DEFAULT_GOAL := help
+
+demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
+	$(RUN) examples/char_lm.py $(ARGS)
+
+test: build  ## run the tests (ARGS="-k lstm")
+	$(RUN) -m pytest tests $(ARGS)
+
+# Instrumented kernels, apart from the normal build. Python itself is not instrumented, so the sanitizers' runtimes have
+# to be there first; leaks are not looked for, because Python and PyTorch never free much of what they allocate. The
+# report goes past pytest (--capture=sys), because the process ends at the first fault.
+ASAN_BUILD := build/sanitize
+ASAN_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
+
+test-asan: build  ## the tests marked asan, on kernels with address and undefined-behaviour sanitizers
+	FUSED_RNN_SANITIZE=address,undefined $(RUN) setup.py --quiet build --build-base $(ASAN_BUILD)
+	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		PYTHONPATH="$$(echo $(ASAN_BUILD)/lib.*)" $(BIN)/pytest tests -m asan --capture=sys $(ARGS)
+
+build: $(BUILT) $(INSTALLED)  ## create .venv with PyTorch in it, compile what changed
+
+check: build  ## compare the kernels with the reference on this machine, under a minute
+	$(RUN) -m fused_rnn check $(ARGS)
+
+bench: build  ## time the kernels against torch.nn (ARGS=--quick for under a minute)
+	$(RUN) -m fused_rnn bench $(ARGS)
+
+info: build  ## versions, how it was built, instruction sets, threads, CUDA
+	$(RUN) -m fused_rnn info $(ARGS)
+
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format: report only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(ENVIRONMENT)  ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(ENVIRONMENT)  ## dist/*.whl and dist/*.tar.gz
+	rm -rf build/lib.* build/bdist.*
+	$(RUN) -m build --no-isolation
+
+clean:  ## remove everything that was built, but keep .venv
+	rm -rf build dist *.egg-info fused_rnn/_C*.so $(VENV)/.built-* $(VENV)/.installed-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+$(ENVIRONMENT): requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not found: install Python 3.10 or newer, or name one with PYTHON=" >&2; exit 1; }
+	@$(PYTHON) tools/prerequisites.py
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.environment-* $(VENV)/.built-* $(VENV)/.installed-*
+	$(PIP) install --quiet --upgrade 'pip>=23'
+	$(PIP) install '$(TORCH)'
+	$(PIP) install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(BUILT): $(ENVIRONMENT) setup.py $(shell find csrc -type f 2>/dev/null)
+	$(RUN) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# For `import fused_rnn` outside of this folder, and for the package's metadata.
+$(INSTALLED): $(ENVIRONMENT) setup.py pyproject.toml | $(BUILT)
+	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,33 @@
+"""Recurrent layers for PyTorch with kernels of their own, drop-in for those of :mod:`torch.nn`.
+
+:class:`LSTM`, :class:`GRU`, :class:`RNN` and the cells take the place of ``torch.nn``'s; :func:`convert` puts them in a
+model that exists, :func:`patch` in one that is being built. :mod:`fused_rnn.functional` has the same as functions,
+:mod:`fused_rnn.reference` in plain PyTorch; :func:`use_backend` chooses, :func:`explain` says what runs.
+"""
+
+from . import functional, reference
+from .backend import use_backend
+from .cells import GRUCell, LSTMCell, RNNCell
+from .convert import ConversionWarning, convert, patch, revert
+from .explain import Explanation, explain
+from .layers import GRU, LSTM, RNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "ConversionWarning",
+    "Explanation",
+    "convert",
+    "explain",
+    "functional",
+    "patch",
+    "reference",
+    "revert",
+    "use_backend",
+]

@@ -1,0 +1,387 @@
+"""Every check of arguments, and every sentence a caller reads when one fails.
+
+Each error names the argument, what it got and what it needs. The exception types are those of ``torch.nn`` where it
+raises something sensible: ``ValueError`` for a wrong number of dimensions or the input's dtype, ``RuntimeError`` for
+sizes and for what belongs together but differs, ``TypeError`` for another kind of object.
+
+Letters in shapes: see :mod:`fused_rnn.reference`.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .reference import CellKind
+
+ParamSpec = tuple[str, tuple[int, ...]]
+
+
+# Constructors
+
+
+def check_constructor(
+    *,
+    input_size: Any,
+    hidden_size: Any,
+    num_layers: Any,
+    bias: Any,
+    batch_first: Any,
+    dropout: Any,
+    bidirectional: Any,
+    proj_size: Any,
+) -> None:
+    """Arguments of a layer, all that ``torch.nn`` checks and what it leaves to fail later."""
+    for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
+    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if not isinstance(size, int):
+            raise TypeError(f"{name}: expected an int, got {_describe(size)}")
+        if size <= 0:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    check_counts(num_layers, proj_size, hidden_size)
+    check_dropout(dropout)
+
+
+def check_counts(num_layers: Any, proj_size: Any, hidden_size: int) -> None:
+    for name, count, least in (("num_layers", num_layers, 1), ("proj_size", proj_size, 0)):
+        if not isinstance(count, numbers.Integral):
+            raise TypeError(f"{name}: expected an int, got {_describe(count)}")
+        if count < least:
+            raise ValueError(f"{name}: expected at least {least}, got {count}")
+    if proj_size >= hidden_size:
+        raise ValueError(f"proj_size: expected less than hidden_size ({hidden_size}), got {proj_size}")
+
+
+def check_dropout(dropout: Any) -> None:
+    is_number = isinstance(dropout, numbers.Real) and not isinstance(dropout, bool)
+    if not is_number or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: expected a number from 0 to 1, got {_describe(dropout)}")
+
+
+def check_nonlinearity(nonlinearity: Any) -> None:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+
+
+def check_no_projection(cell: str, proj_size: Any) -> None:
+    if proj_size != 0:
+        raise ValueError(f"proj_size: expected 0 for {cell}, got {_describe(proj_size)}; only an LSTM has a projection")
+
+
+def check_cell_constructor(input_size: Any, hidden_size: Any) -> None:
+    """Sizes of a cell; as in ``torch.nn`` they may be 0."""
+    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if not isinstance(size, numbers.Integral):
+            raise TypeError(f"{name}: expected an int, got {_describe(size)}")
+        if size < 0:
+            raise ValueError(f"{name}: expected at least 0, got {size}")
+
+
+# What a call must look like
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a layer or cell expects of its arguments, worked out once for each set of sizes."""
+
+    kind: CellKind
+    input_size: int
+    hidden_size: int
+    state_size: int  # P
+    num_layers: int
+    bidirectional: bool
+    bias: bool
+    params: tuple[ParamSpec, ...]  # name and shape in the order of the flat list
+    num_states: int  # L*D
+    is_cell: bool
+
+
+# Every set of sizes in use, a few per model. Not functools.lru_cache: torch.compile warns of it.
+_specs: dict[tuple[Any, ...], Spec] = {}
+
+
+def layer_spec(*sizes: Any) -> Spec:
+    """A whole stack: kind, input_size, hidden_size, proj_size, num_layers, bidirectional, bias."""
+    spec = _specs.get(sizes)
+    if spec is None:
+        spec = _specs[sizes] = _make_layer_spec(*sizes)
+    return spec
+
+
+def _make_layer_spec(
+    kind: CellKind,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+) -> Spec:
+    """Names and order of the parameters are ``torch.nn``'s."""
+    rows = kind.num_gates * hidden_size
+    state_size = proj_size or hidden_size
+    params: list[ParamSpec] = []
+    for layer in range(num_layers):
+        columns = input_size if layer == 0 else state_size * (2 if bidirectional else 1)
+        for suffix in (f"_l{layer}", f"_l{layer}_reverse") if bidirectional else (f"_l{layer}",):
+            params += [(f"weight_ih{suffix}", (rows, columns)), (f"weight_hh{suffix}", (rows, state_size))]
+            if bias:
+                params += [(f"bias_ih{suffix}", (rows,)), (f"bias_hh{suffix}", (rows,))]
+            if proj_size:
+                params.append((f"weight_hr{suffix}", (proj_size, hidden_size)))
+    return Spec(
+        kind=kind,
+        input_size=input_size,
+        hidden_size=hidden_size,
+        state_size=state_size,
+        num_layers=num_layers,
+        bidirectional=bool(bidirectional),
+        bias=bool(bias),
+        params=tuple(params),
+        num_states=num_layers * (2 if bidirectional else 1),
+        is_cell=False,
+    )
+
+
+def cell_spec(*sizes: Any) -> Spec:
+    """One cell: kind, input_size, hidden_size, and the names the caller has for w_ih, w_hh[, b_ih, b_hh]."""
+    spec = _specs.get(sizes)
+    if spec is None:
+        spec = _specs[sizes] = _make_cell_spec(*sizes)
+    return spec
+
+
+def _make_cell_spec(kind: CellKind, input_size: int, hidden_size: int, names: tuple[str, ...]) -> Spec:
+    rows = kind.num_gates * hidden_size
+    shapes = ((rows, input_size), (rows, hidden_size), (rows,), (rows,))
+    return Spec(
+        kind=kind,
+        input_size=input_size,
+        hidden_size=hidden_size,
+        state_size=hidden_size,
+        num_layers=1,
+        bidirectional=False,
+        bias=len(names) > 2,
+        params=tuple(zip(names, shapes, strict=False)),
+        num_states=1,
+        is_cell=True,
+    )
+
+
+# Calls: kinds of objects
+
+
+def raise_input_type(spec: Spec, input: Any) -> NoReturn:
+    """``input`` is no Tensor."""
+    hint = ""
+    if isinstance(input, PackedSequence):
+        hint = "; a cell takes one step" if spec.is_cell else "; pass its data and batch_sizes"
+    raise TypeError(f"input: expected a Tensor, got {_describe(input)}{hint}")
+
+
+def split_state(kind: CellKind, hx: Any) -> tuple[Tensor | None, Tensor | None]:
+    """``hx`` as ``(h, c)``: both ``None`` if it is, c ``None`` unless the cell is an LSTM's."""
+    if hx is None:
+        return None, None
+    if kind == CellKind.LSTM:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            error = RuntimeError if isinstance(hx, (tuple, list)) else TypeError
+            raise error(f"hx: expected a tuple (h_0, c_0) of two Tensors or None, got {_describe(hx)}")
+        for index, state in enumerate(hx):
+            if not isinstance(state, Tensor):
+                raise TypeError(f"hx[{index}]: expected a Tensor, got {_describe(state)}")
+        return hx[0], hx[1]
+    if not isinstance(hx, Tensor):
+        hint = "; only an LSTM takes a pair (h_0, c_0)" if isinstance(hx, (tuple, list)) else ""
+        raise TypeError(f"hx: expected a Tensor or None, got {_describe(hx)}{hint}")
+    return hx, None
+
+
+# Calls: shapes and dtypes
+
+
+def check_params(spec: Spec, params: Sequence[Any], input: Tensor) -> None:
+    """Parameters against their names and shapes, and against the input's dtype and device."""
+    specs = spec.params
+    if len(params) != len(specs):
+        names = ", ".join(name for name, _ in specs)
+        raise RuntimeError(f"params: expected {len(specs)} tensors ({names}), got {len(params)}")
+    if input.is_cpu:  # the short way: this is a good part of what a small call costs
+        dtype = input.dtype
+        try:
+            for param, expected in zip(params, specs, strict=True):
+                if param.shape != expected[1] or param.dtype is not dtype or not param.is_cpu:
+                    break
+            else:
+                return
+        except AttributeError:  # no Tensor
+            pass
+    _check_params_in_turn(spec, params, input)
+
+
+def _check_params_in_turn(spec: Spec, params: Sequence[Any], input: Tensor) -> None:
+    specs = spec.params
+    for param, (name, shape) in zip(params, specs, strict=True):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{name}: expected a Tensor of shape {shape}, got {_describe(param)}")
+        if param.shape != shape:
+            raise RuntimeError(f"{name}: expected {shape}, got {_shape(param)}")
+    dtype = params[0].dtype
+    for param, (name, _) in zip(params, specs, strict=True):
+        if param.dtype is not dtype:
+            raise RuntimeError(f"{name}: expected {dtype} as {specs[0][0]} has, got {param.dtype}")
+    for param, (name, _) in zip(params, specs, strict=True):
+        if param.device != input.device:
+            raise RuntimeError(f"{name}: expected on {input.device} as the input is, got {param.device}")
+    if input.dtype is dtype:
+        return
+    convertible = input.is_floating_point() or input.is_complex()
+    hint = f"; convert the input, input.to({dtype})" + (f", or the weights, .to({input.dtype})" if convertible else "")
+    # torch.nn's layers check this themselves, its cells leave it to the matrix product
+    error = RuntimeError if spec.is_cell else ValueError
+    raise error(f"input: expected {dtype} as the weights have, got {input.dtype}{hint}")
+
+
+def check_layer_input(
+    input: Tensor, input_size: int, batch_first: bool, batch_sizes: Tensor | None
+) -> tuple[int, int | None]:
+    """Shape of a layer's input. Returns T and B, B ``None`` for an unbatched input (T, I)."""
+    shape = input.shape
+    dims = len(shape)
+    if batch_sizes is not None:
+        if dims != 2:
+            raise RuntimeError(f"input: expected 2 dimensions (N, {input_size}) with batch_sizes, got {_shape(input)}")
+    elif dims != 3 and dims != 2:
+        layout = "B, T" if batch_first else "T, B"
+        raise ValueError(
+            f"input: expected 3 dimensions ({layout}, {input_size}), or 2 without a batch (T, {input_size}), "
+            f"got {dims}, {_shape(input)}"
+        )
+    if shape[-1] != input_size:
+        raise RuntimeError(f"input: expected input_size {input_size} as its last dimension, got {_shape(input)}")
+    if batch_sizes is not None:
+        return check_batch_sizes(batch_sizes, shape[0])
+    if dims == 2:
+        steps, batch = shape[0], None
+    else:
+        steps, batch = (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
+    if steps == 0:
+        raise RuntimeError(f"input: expected a sequence of at least one step, got {_shape(input)}")
+    return steps, batch
+
+
+def check_batch_sizes(batch_sizes: Any, rows: int) -> tuple[int, int]:
+    """``batch_sizes`` of a packed batch against the rows of its data. Returns T and B."""
+    if not isinstance(batch_sizes, Tensor):
+        raise TypeError(f"batch_sizes: expected a Tensor, got {_describe(batch_sizes)}")
+    if batch_sizes.dim() != 1 or batch_sizes.dtype is not torch.int64 or batch_sizes.device.type != "cpu":
+        raise RuntimeError(
+            "batch_sizes: expected int64 of 1 dimension on the CPU, "
+            f"got {batch_sizes.dtype} {_shape(batch_sizes)} on {batch_sizes.device}"
+        )
+    sizes = batch_sizes.tolist()
+    if not sizes:
+        raise RuntimeError("batch_sizes: expected at least one step, got none")
+    if sizes[-1] < 1 or any(later > earlier for earlier, later in pairwise(sizes)):
+        raise RuntimeError(f"batch_sizes: expected positive numbers that never rise, got {_shorten(sizes)}")
+    if sum(sizes) != rows:
+        raise RuntimeError(f"batch_sizes: expected to sum to the {rows} rows of the data, got a sum of {sum(sizes)}")
+    return len(sizes), sizes[0]
+
+
+def check_layer_states(spec: Spec, h: Tensor, c: Tensor | None, batch: int | None) -> None:
+    """Shapes of a layer's initial states; ``batch`` as :func:`check_layer_input` returned it."""
+    sizes = (spec.num_states,) if batch is None else (spec.num_states, batch)
+    _check_state_shapes(h, c, (*sizes, spec.state_size), (*sizes, spec.hidden_size), spec.is_cell)
+
+
+def check_cell_input(spec: Spec, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[int, ...]:
+    """Shapes of a cell's input and states. Returns the input's sizes before the last: (B,) or ()."""
+    shape = input.shape
+    if len(shape) not in (1, 2):
+        raise ValueError(
+            f"input: expected 2 dimensions (B, {spec.input_size}), or 1 without a batch ({spec.input_size},), "
+            f"got {len(shape)}, {_shape(input)}"
+        )
+    if shape[-1] != spec.input_size:
+        raise RuntimeError(f"input: expected input_size {spec.input_size} as its last dimension, got {_shape(input)}")
+    sizes = shape[:-1]
+    if h is not None:
+        expected = (*sizes, spec.hidden_size)
+        _check_state_shapes(h, c, expected, expected, spec.is_cell)
+    return sizes
+
+
+def _check_state_shapes(
+    h: Tensor, c: Tensor | None, h_shape: tuple[int, ...], c_shape: tuple[int, ...], is_cell: bool
+) -> None:
+    if h.shape == h_shape and (c is None or c.shape == c_shape):
+        return
+    for index, state, shape in ((0, h, h_shape), (1, c, c_shape)):
+        if state is not None and state.shape != shape:
+            # torch.nn's cells tell a state that is no vector or matrix from one of another size
+            error = ValueError if is_cell and state.dim() not in (1, 2) else RuntimeError
+            raise error(f"{'hx' if c is None else f'hx[{index}]'}: expected {shape}, got {_shape(state)}")
+
+
+def check_states_like_input(input: Tensor, h: Tensor, c: Tensor | None) -> None:
+    """States in the input's dtype, on its device."""
+    dtype, device = input.dtype, input.device
+    if h.dtype is dtype and h.device == device and (c is None or (c.dtype is dtype and c.device == device)):
+        return
+    for index, state in enumerate((h, c)):
+        name = "hx" if c is None else f"hx[{index}]"
+        if state is not None and state.dtype is not dtype:
+            raise RuntimeError(f"{name}: expected {dtype} as the input has, got {state.dtype}")
+        if state is not None and state.device != device:
+            raise RuntimeError(f"{name}: expected on {device} as the input is, got {state.device}")
+
+
+def raise_first_weight(params: Any) -> NoReturn:
+    """A functional call's first weight, from which its sizes are read, is no matrix."""
+    if not isinstance(params, (list, tuple)):
+        raise TypeError(f"params: expected a list of Tensors, got {_describe(params)}")
+    if not params:
+        raise RuntimeError("params: expected at least weight_ih_l0 and weight_hh_l0, got an empty list")
+    raise_not_matrix("weight_ih_l0", params[0])
+
+
+def raise_not_matrix(name: str, weight: Any) -> NoReturn:
+    """The weight that gives a functional call its sizes has none to give."""
+    error = RuntimeError if isinstance(weight, Tensor) else TypeError
+    raise error(f"{name}: expected a Tensor of 2 dimensions, got {_describe(weight)}")
+
+
+# Words
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _describe(value: Any) -> str:
+    """A short name of an unexpected object: its value where that is short, its type in any case."""
+    if value is None:
+        return "None"
+    if isinstance(value, (bool, int, float, str)):
+        return f"{value!r} ({type(value).__name__})"
+    if isinstance(value, PackedSequence):
+        return "a PackedSequence"
+    if isinstance(value, Tensor):
+        return f"a {type(value).__name__} of shape {_shape(value)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"an object of type {type(value).__module__}.{type(value).__name__}"
+
+
+def _shorten(sizes: Sequence[int]) -> str:
+    return str(list(sizes)) if len(sizes) <= 12 else f"[{', '.join(map(str, sizes[:10]))}, ..., {sizes[-1]}]"

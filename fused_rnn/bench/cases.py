@@ -1,0 +1,127 @@
+"""What is measured, as data: shapes, and the cases (a shape with a cell, a mode and a dtype) made from them."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+CELLS = ("lstm", "gru", "rnn")
+MODES = ("inference", "training")
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+NUM_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+
+# The order of the groups in summaries. "large": one LSTM forward is 1 GFLOP or more, so the floating-point units are
+# the limit; "small": less, where barriers, packing and gate arithmetic show; "call": one step, the cost of calling.
+GROUPS = ("large", "small", "call")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one problem. A single step (`seq_length` 1) with `single_step` is a cell's call, on 2-D input."""
+
+    group: str
+    batch_size: int
+    seq_length: int
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bidirectional: bool = False
+    single_step: bool = False
+    dtypes: tuple[str, ...] = ("float32",)
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.single_step:
+            return f"B{self.batch_size} I{self.input_size} H{self.hidden_size} cell"
+        name = f"B{self.batch_size} T{self.seq_length} I{self.input_size} H{self.hidden_size}"
+        if self.num_layers > 1:
+            name += f" L{self.num_layers}"
+        return name + (" bidir" if self.bidirectional else "")
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+
+SHAPES = (
+    Shape("large", 64, 40, 256, 512, dtypes=("float32", "bfloat16"), quick=True),
+    Shape("small", 32, 200, 20, 64, bidirectional=True, quick=True),
+    Shape("small", 16, 40, 64, 16, quick=True),
+    Shape("small", 1, 100, 256, 256, dtypes=("float32", "bfloat16"), quick=True),
+    Shape("large", 64, 100, 1024, 1024),
+    Shape("large", 20, 35, 650, 650, num_layers=2),
+    Shape("call", 1, 1, 8, 8, quick=True),
+    Shape("call", 1, 1, 8, 8, single_step=True, quick=True),
+    Shape("call", 64, 1, 256, 256, single_step=True),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the results."""
+
+    shape: Shape
+    cell: str
+    mode: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell} {self.shape.name} {self.dtype} {self.mode}"
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "training"
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products of one run; the gate arithmetic is not counted.
+
+        A multiply-add is 2. Forward, per layer and direction: the input projection 2 T B G H I and the recurrence
+        2 T B G H H (G gates; I of a further layer is the D H outputs of the one below). Backward has two products of
+        each of these sizes (the gradient of the data and the gradient of the weight), so training is three times
+        inference. The first layer's gradient of the input is asked for, hence counted.
+        """
+        shape = self.shape
+        gate_rows = NUM_GATES[self.cell] * shape.hidden_size
+        columns = 0
+        for layer in range(shape.num_layers):
+            from_below = shape.input_size if layer == 0 else shape.num_directions * shape.hidden_size
+            columns += shape.num_directions * (from_below + shape.hidden_size)
+        forward = 2 * shape.seq_length * shape.batch_size * gate_rows * columns
+        return 3 * forward if self.training else forward
+
+
+def select(
+    *,
+    pattern: str = "",
+    cells: Sequence[str] = CELLS,
+    modes: Sequence[str] = MODES,
+    dtypes: Sequence[str] | None = None,
+    quick: bool = False,
+) -> list[Case]:
+    """Return the cases to measure, in the order of the tables.
+
+    Args:
+        pattern: regular expression searched in `Case.name`, in any case of letters; empty takes every case.
+        dtypes: `None` takes for each shape its own; otherwise every shape is measured in each of these.
+        quick: only the shapes marked quick and, unless `dtypes` says otherwise, only float32.
+    """
+    wanted = re.compile(pattern, re.IGNORECASE)
+    cases = []
+    for shape, cell, mode in itertools.product(SHAPES, cells, modes):
+        if quick and not shape.quick:
+            continue
+        for dtype in dtypes or (("float32",) if quick else shape.dtypes):
+            case = Case(shape, cell, mode, dtype)
+            if wanted.search(case.name):
+                cases.append(case)
+    return cases

@@ -1,0 +1,132 @@
+"""Say which implementation runs a call, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import backend, functional
+from .cells import GRUCell, LSTMCell, RNNCell
+from .layers import GRU, LSTM, RNN
+
+__all__ = ["Explanation", "explain"]
+
+_LAYERS = (LSTM, GRU, RNN)
+_CELLS = (LSTMCell, GRUCell, RNNCell)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found out; ``str()`` of it is a report of a few lines."""
+
+    module: str
+    """The module's ``repr``."""
+    backend: str
+    """``"fused"`` or ``"reference"``: what computes the call."""
+    reason: str | None
+    """Why the kernels do not; ``None`` if they do."""
+    dtype: torch.dtype
+    """What the call is computed in, after the casts of autocast."""
+    device: torch.device
+    num_steps: int
+    """T; 1 for a cell."""
+    batch_size: int
+    """B; 1 without a batch dimension."""
+    training: bool
+    """Whether the call keeps what a backward pass needs."""
+    plan: dict[str, Any] | None
+    """What the planner chose for these sizes, see :func:`fused_rnn.ops.plan`; ``None`` for the reference."""
+
+    def __str__(self) -> str:
+        purpose = "with gradients" if self.training else "without gradients"
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines = [
+            f"{self.module} on T={self.num_steps}, B={self.batch_size}, {dtype}, {self.device}, {purpose}",
+            "  runs on: the fused kernels" if self.plan is not None else "  runs on: the reference, in plain PyTorch",
+        ]
+        if self.reason is not None:
+            lines.append(f"  because: {self.reason}")
+        if self.plan is not None:
+            lines.append(f"  forward: {_describe_pass(self.plan)}")
+            if "backward" in self.plan:
+                lines.append(f"  backward: {_describe_pass(self.plan['backward'])}")
+        return "\n".join(lines)
+
+
+def _describe_pass(plan: dict[str, Any]) -> str:
+    groups = (("direction_groups", "directions"), ("row_groups", "batch rows"), ("unit_groups", "hidden units"))
+    split = " and ".join(f"{what} in {plan[key]}" for key, what in groups if plan[key] > 1)
+    threads = f"{plan['threads']} thread{'s' if plan['threads'] > 1 else ''}"
+    return f"{plan['isa']}, {threads}{f' ({split})' if split else ''}, about {plan['predicted_us']:.3g} us expected"
+
+
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
+    """Which kernel ``module(input, hx)`` would run on, and why. Nothing is computed, and hooks do not run.
+
+    Args:
+        module: a layer or cell of this package.
+        input, hx: what it would be called with.
+
+    Returns:
+        An :class:`Explanation`; print it.
+
+    Raises:
+        TypeError: ``module`` is no layer or cell of this package.
+        Whatever the call itself would raise for these arguments.
+    """
+    data: Any = input
+    batch_sizes = None
+    params: Sequence[Any]
+    if isinstance(module, _LAYERS):
+        spec, params = module._spec(), module._params()
+        if isinstance(input, PackedSequence):
+            data, batch_sizes = input.data, input.batch_sizes
+    elif isinstance(module, _CELLS):
+        params = module._params()
+        spec = module._spec(len(params))
+    else:
+        hint = "; fused_rnn.convert makes one" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""
+        raise TypeError(f"module: expected a layer or cell of fused_rnn, got a {type(module).__name__}{hint}")
+
+    region = functional.autocast_region(spec, data)
+    if region is not None:
+        data, hx, params = functional.autocast(spec, region, data, hx, params)
+    if isinstance(module, _LAYERS):
+        call = functional.prepare_layers(spec, data, hx, params, module.batch_first, batch_sizes)
+    else:
+        call = functional.prepare_cell(spec, data, hx, params)
+
+    tensors = (call.input, call.h, call.c, *params)
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None)
+    batch_size = 1 if call.batch is None else call.batch
+    plan = None
+    if call.why_reference is None:
+        assert backend.ops is not None
+        plan = backend.ops.plan(
+            spec.kind,
+            T=call.num_steps,
+            B=batch_size,
+            input_size=spec.input_size,
+            hidden_size=spec.hidden_size,
+            proj_size=spec.state_size if spec.state_size != spec.hidden_size else 0,
+            num_layers=spec.num_layers,
+            bidirectional=spec.bidirectional,
+            dtype=call.input.dtype,
+            training=training,
+        )
+    return Explanation(
+        module=repr(module),
+        backend="reference" if plan is None else "fused",
+        reason=call.why_reference,
+        dtype=call.input.dtype,
+        device=call.input.device,
+        num_steps=call.num_steps,
+        batch_size=batch_size,
+        training=training,
+        plan=plan,
+    )

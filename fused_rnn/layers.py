@@ -1,0 +1,371 @@
+"""Recurrent layers with the constructor, attributes, parameters and results of ``torch.nn``'s."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _checks, functional
+from .reference import CellKind
+
+__all__ = ["GRU", "LSTM", "RNN"]
+
+_KINDS = {kind.name: kind for kind in CellKind}
+
+
+class _Recurrent(nn.RNNBase):
+    """What the three layers share.
+
+    Derives from ``RNNBase`` and not from ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, at whose instances Dynamo breaks the
+    graph. ``RNNBase`` creates and initialises the parameters, so names, order and random numbers are its own.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        _checks.check_constructor(
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            proj_size=proj_size,
+        )
+        super().__init__(
+            mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+    # torch.nn keeps a list of its weights and has to notice when one is replaced. Here it is made when asked for; the
+    # setter takes what RNNBase assigns.
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels need no particular placement of the parameters in memory."""
+
+    def _spec(self) -> _checks.Spec:
+        return _checks.layer_spec(
+            _KINDS[self.mode],
+            self.input_size,
+            self.hidden_size,
+            self.proj_size,
+            self.num_layers,
+            self.bidirectional,
+            self.bias,
+        )
+
+    def _params(self) -> list[Tensor]:
+        """The parameters as they are now: parametrizations, pruning and ``functional_call`` exchange them."""
+        names = self._flat_weights_names
+        parameters: dict[str, Any] = self._parameters
+        try:
+            return [parameters[name] for name in names]
+        except KeyError:  # parametrized, or replaced by a plain tensor
+            return [getattr(self, name) for name in names]
+
+    def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return functional.run_layers(
+            self._spec(), input, hx, self._params(), self.batch_first, self.dropout, self.training, batch_sizes
+        )
+
+    def _run_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Tensor, Tensor]:
+        """A packed batch. ``hx`` and the results' states are in the order the sequences had before they were sorted."""
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is not None and sorted_indices is not None:
+            spec = self._spec()
+            h, c = _checks.split_state(spec.kind, hx)
+            assert h is not None
+            _checks.check_layer_states(spec, h, c, sorted_indices.numel())
+            h = h.index_select(1, sorted_indices)
+            hx = h if c is None else (h, c.index_select(1, sorted_indices))
+        output, h_n, c_n = self._run(data, hx, batch_sizes)
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+            c_n = c_n.index_select(1, unsorted_indices) if self.mode == "LSTM" else c_n
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n, c_n
+
+
+class LSTM(_Recurrent):
+    r"""Long short-term memory layers over a sequence, drop-in for :class:`torch.nn.LSTM`.
+
+    For each layer and step, with :math:`\sigma` the logistic function and :math:`\odot` the product of elements
+    (Hochreiter and Schmidhuber 1997; forget gate: Gers, Schmidhuber and Cummins 2000):
+
+    .. math::
+        i, f, o &= \sigma(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}) \quad\text{(rows of i, of f, of o)} \\
+        g &= \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}) \quad\text{(rows of g)} \\
+        c_t &= f \odot c_{t-1} + i \odot g \\
+        h_t &= o \odot \tanh(c_t), \quad\text{or}\quad W_{hr} (o \odot \tanh(c_t)) \text{ with a projection}
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: features of the state, H.
+        num_layers: layers in the stack, L; each takes the output of the one below.
+        bias: whether there are ``bias_ih`` and ``bias_hh``.
+        batch_first: whether input and output are (B, T, .) instead of (T, B, .); the states never are.
+        dropout: probability of zeroing an element of each layer's output but the last, in training mode.
+        bidirectional: whether a second set of weights reads the sequence from its end (D = 2, else 1).
+        proj_size: P, size to which h is projected (Sak, Senior and Beaufays 2014); 0 for no projection (P = H).
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: naming the argument that has another type or is out of range.
+
+    Parameters, for layer k, and with suffix ``_reverse`` for the second direction, each drawn uniformly between
+    :math:`\pm 1 / \sqrt{H}`: ``weight_ih_l{k}`` (4*H, I; D*P in place of I for k > 0), ``weight_hh_l{k}`` (4*H, P),
+    ``bias_ih_l{k}`` and ``bias_hh_l{k}`` (4*H), ``weight_hr_l{k}`` (P, H) with a projection. Rows in the order i, f, g,
+    o.
+
+    Differences from ``torch.nn.LSTM``: arguments that it would misread or fail on in its depths are errors that name
+    them, float16 works on the CPU under autocast, and ``isinstance(layer, torch.nn.LSTM)`` is false.
+
+    Example::
+
+        >>> layer = fused_rnn.LSTM(10, 20, num_layers=2)
+        >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run the layers.
+
+        Args:
+            input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) without a batch, or a PackedSequence.
+            hx: ``(h_0, c_0)``, (L*D, B, P) and (L*D, B, H), without B for unbatched input; ``None`` for zeros.
+
+        Returns:
+            ``(output, (h_n, c_n))``: the last layer's h at all steps, as ``input`` with D*P in place of I, and the
+            states after the last step, as ``hx``. For packed input the output is packed, and the states are in the
+            order of the sequences before packing.
+
+        Raises:
+            TypeError: ``input`` or ``hx`` is another kind of object.
+            ValueError: ``input`` has not 2 or 3 dimensions, or another dtype than the parameters.
+            RuntimeError: another size, dtype or device that does not fit, or a sequence of no step.
+        """
+        if isinstance(input, PackedSequence):
+            packed, h_n, c_n = self._run_packed(input, hx)
+            return packed, (h_n, c_n)
+        output, h_n, c_n = self._run(input, hx, None)
+        return output, (h_n, c_n)
+
+    # The public helper methods that torch.nn.LSTM has over RNNBase: code that subclasses it calls them.
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """Shape of c_0 for this input, (L*D, B, H)."""
+        states, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return states, batch, self.hidden_size
+
+    def check_forward_args(  # type: ignore[override]
+        self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
+    ) -> None:
+        """Raise unless input and states fit the layer. ``forward`` has its own checks and does not call this."""
+        self.check_input(input, batch_sizes)
+        h_size, c_size = (
+            self.get_expected_hidden_size(input, batch_sizes),
+            self.get_expected_cell_size(input, batch_sizes),
+        )
+        self.check_hidden_size(hidden[0], h_size, "hx[0]: expected {}, got {}")
+        self.check_hidden_size(hidden[1], c_size, "hx[1]: expected {}, got {}")
+
+    def permute_hidden(  # type: ignore[override]
+        self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Both states with their batch rows in the order of ``permutation``; as they are if it is ``None``."""
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+
+class _SingleState(_Recurrent):
+    """Layers whose state is h alone."""
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run the layers.
+
+        Args:
+            input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) without a batch, or a PackedSequence.
+            hx: h_0 (L*D, B, H), without B for unbatched input; ``None`` for zeros.
+
+        Returns:
+            ``(output, h_n)``: the last layer's h at all steps, as ``input`` with D*H in place of I, and h after the
+            last step, as ``hx``. For packed input the output is packed, and h_n is in the order of the sequences
+            before packing.
+
+        Raises:
+            TypeError: ``input`` or ``hx`` is another kind of object.
+            ValueError: ``input`` has not 2 or 3 dimensions, or another dtype than the parameters.
+            RuntimeError: another size, dtype or device that does not fit, or a sequence of no step.
+        """
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx)[:2]
+        return self._run(input, hx, None)[:2]
+
+
+class GRU(_SingleState):
+    r"""Gated recurrent unit layers over a sequence, drop-in for :class:`torch.nn.GRU`.
+
+    For each layer and step (Cho et al. 2014, with the reset gate after the product as cuDNN has it):
+
+    .. math::
+        r &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+        z &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        n &= \tanh(W_{in} x_t + b_{in} + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z) \odot n + z \odot h_{t-1}
+
+    Args:
+        proj_size: only 0; the place it has among ``torch.nn.GRU``'s positional arguments.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as :class:`LSTM`.
+
+    Raises:
+        TypeError, ValueError: naming the argument that has another type or is out of range.
+
+    Parameters: as :class:`LSTM` without a projection, with 3*H rows in the order r, z, n.
+
+    Differences from ``torch.nn.GRU``: see :class:`LSTM`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        _checks.check_no_projection("GRU", proj_size)
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype
+        )
+
+
+class RNN(_SingleState):
+    r"""Elman layers over a sequence, drop-in for :class:`torch.nn.RNN`.
+
+    For each layer and step (Elman 1990):
+
+    .. math::
+        h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad\text{or } \max(0, \cdot) \text{ for "relu"}
+
+    Args:
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        proj_size: only 0; the place it has among ``torch.nn.RNN``'s positional arguments.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as :class:`LSTM`.
+
+    Raises:
+        TypeError, ValueError: naming the argument that has another type or is out of range.
+
+    Parameters: as :class:`LSTM` without a projection, with H rows.
+
+    Differences from ``torch.nn.RNN``: see :class:`LSTM`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        _checks.check_no_projection("RNN", proj_size)
+        _checks.check_nonlinearity(nonlinearity)
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+        )

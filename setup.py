@@ -1,0 +1,220 @@
+"""Builds `fused_rnn._C`. The metadata is in pyproject.toml.
+
+Two kinds of C++ go into the one extension:
+
+- `csrc/*.cpp` include PyTorch's headers; `torch.utils.cpp_extension` compiles them.
+- `csrc/cpu/*.cpp`, the kernels, include none. Every instruction set is a source of its own with its own flags (and
+  nothing is built for "this machine": the choice is made at run time), which setuptools cannot express, so this file
+  writes a small ninja file for them and hands the objects to the linker.
+
+Environment:
+
+    FUSED_RNN_CUDA=0|1       without it: CUDA kernels when they can be built. 1: an error when they cannot
+    FUSED_RNN_SANITIZE=...   instrument everything, e.g. `address,undefined` (see `make test-asan`)
+    CXX, MAX_JOBS            the compiler (g++), parallel compilations (the processors this process may use)
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import prerequisites  # noqa: E402
+
+OLDEST_TORCH = (2, 11)
+
+# Each set contains the one before it. A name is that of csrc/cpu/isa_<name>.cpp, in lower case.
+X86_FLAGS: dict[str, list[str]] = {"portable": []}
+X86_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+X86_FLAGS["avx512"] = [*X86_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+X86_FLAGS["avx512_bf16"] = [*X86_FLAGS["avx512"], "-mavx512bf16"]
+OTHER_FLAGS: dict[str, list[str]] = {"portable": []}
+
+# Gate arithmetic must see NaN and infinity, hence no -ffast-math: only the two of its parts that change no result.
+KERNEL_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS += ["-Wall", "-Wextra"]
+
+
+def fail(message: str) -> None:
+    raise SystemExit(f"error: {message}")
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """Instruction sets to compile for this architecture and the flags of each."""
+    return X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else OTHER_FLAGS
+
+
+def sanitizers() -> str:
+    return os.environ.get("FUSED_RNN_SANITIZE", "")
+
+
+def optimisation_flags() -> list[str]:
+    if not sanitizers():
+        # The debug information that some Pythons ask for makes the objects ten times larger.
+        return ["-O3", "-g0"]
+    # vptr checks need the type information of libtorch's hidden classes.
+    return [
+        "-O1",
+        "-g",
+        "-fno-omit-frame-pointer",
+        *sanitizer_flags(),
+        "-fno-sanitize-recover=all",
+        "-fno-sanitize=vptr",
+    ]
+
+
+def sanitizer_flags() -> list[str]:
+    return [f"-fsanitize={sanitizers()}"] if sanitizers() else []
+
+
+def usable_processors() -> int:
+    return int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))
+
+
+def import_torch():
+    """The installed PyTorch, after checking that everything a build needs is here."""
+    if sys.platform != "linux":
+        fail(f"fused_rnn builds on Linux only (this is {sys.platform})")
+    for problem in prerequisites.build_problems():
+        fail(problem)
+    needed = f"fused_rnn needs PyTorch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer"
+    try:
+        import torch
+    except ImportError as error:
+        fail(
+            f"{needed} to build against, and cannot import it ({error}): install it, then run pip with "
+            "--no-build-isolation so that the build sees it"
+        )
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        fail(f"{needed}, got {torch.__version__}")
+    return torch
+
+
+def put_ninja_on_path() -> None:
+    """pip's ninja sits beside this Python, which is not on PATH when a virtual environment is not activated."""
+    if shutil.which("ninja"):
+        return
+    try:
+        import ninja
+    except ImportError:
+        fail("ninja is missing: pip install ninja")
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
+
+
+def why_no_cuda(torch) -> str:
+    """The first thing that keeps CUDA kernels from being built here."""
+    if not (shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))):
+        return "nvcc is not found on PATH or in CUDA_HOME"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is a build without CUDA"
+    return "this version of fused_rnn has no CUDA kernels"
+
+
+def check_cuda_request(torch) -> None:
+    request = os.environ.get("FUSED_RNN_CUDA", "")
+    if request not in ("", "0", "1"):
+        fail(f"FUSED_RNN_CUDA: expected 0, 1 or nothing, got {request!r}")
+    if request == "1":
+        fail(f"FUSED_RNN_CUDA=1, but {why_no_cuda(torch)}")
+
+
+def write_kernels_ninja(folder: Path, macros: list[str]) -> list[str]:
+    """Writes folder/build.ninja for csrc/cpu/*.cpp and returns the objects it makes."""
+    flags_of = {ROOT / f"csrc/cpu/isa_{name}.cpp": flags for name, flags in instruction_sets().items()}
+    known = {f"isa_{name}.cpp" for name in X86_FLAGS}
+    others = [file for file in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if file.name not in known]
+    # Of an inline function that several objects hold the linker keeps the first copy: the objects that every processor
+    # can run come first, the widest instruction set last.
+    sources = [*others, *flags_of]
+
+    common = [*KERNEL_FLAGS, *optimisation_flags(), *macros, f"-I{ROOT / 'csrc'}"]
+    lines = [
+        "ninja_required_version = 1.3",
+        "rule kernel",
+        f"  command = {shlex.join(prerequisites.compiler())} {shlex.join(common)} $isa -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $in",
+    ]
+    objects = {source: str(folder / f"{source.stem}.o") for source in sources}
+    # ninja starts them in this order, and the widest instruction sets take longest.
+    for source in reversed(sources):
+        lines.append(f"build {ninja_path(objects[source])}: kernel {ninja_path(source)}")
+        lines.append(f"  isa = {shlex.join(flags_of.get(source, []))}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    return list(objects.values())
+
+
+def ninja_path(path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def build_configuration(torch) -> dict:
+    """`ext_modules` and `cmdclass` for setup()."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    check_cuda_request(torch)
+    put_ninja_on_path()
+    os.environ["CXX"] = shlex.join(prerequisites.compiler())
+    os.environ["MAX_JOBS"] = str(usable_processors())
+    macros = {f"FRNN_ISA_{name.upper()}": "1" for name in instruction_sets()}
+    described = " ".join([*KERNEL_FLAGS, *optimisation_flags()])
+
+    class BuildWithKernels(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # One folder for every way to build (pip gives each call a temporary one), so that every second build is
+            # incremental; another for another Python, PyTorch or set of sanitizers, whose objects differ.
+            variant = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+            if sanitizers():
+                variant += "-" + sanitizers().replace(",", "-")
+            self.build_temp = str(ROOT / "build" / "objects" / variant)
+
+        def build_extensions(self):
+            folder = Path(self.build_temp) / "kernels"
+            objects = write_kernels_ninja(folder, [f"-D{name}={value}" for name, value in macros.items()])
+            # stdout by its number: setuptools may have replaced sys.stdout by something without a file behind it.
+            result = subprocess.run(["ninja", "-C", str(folder), "-j", str(usable_processors())], stdout=1, check=False)
+            if result.returncode != 0:
+                fail("compiling csrc/cpu failed; the compiler's messages are above")
+            self.extensions[0].extra_objects = objects
+            try:
+                super().build_extensions()
+            except RuntimeError as error:
+                fail(f"{error}; the compiler's messages are above")
+
+    extension = CppExtension(
+        "fused_rnn._C",
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[*macros.items(), ("FRNN_KERNEL_FLAGS", f'"{described}"')],
+        # No -fopenmp here or at the link: libgomp must come from PyTorch, so that both share one pool of threads.
+        extra_compile_args=["-fvisibility=hidden", *optimisation_flags()],
+        extra_link_args=sanitizer_flags() or ["-Wl,--strip-debug"],
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()),
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithKernels}}
+
+
+def main() -> None:
+    metadata = {"license": "BSD-3-Clause", "install_requires": ["torch>={}.{}".format(*OLDEST_TORCH)]}
+    # Source archives and metadata need neither a compiler nor PyTorch.
+    if not {"sdist", "egg_info", "clean", "--version", "--help"} & set(sys.argv):
+        torch = import_torch()
+        # libtorch's C++ interface changes with every minor version: a binary works with the one it was built against.
+        major, minor = torch.__version__.split(".")[:2]
+        metadata |= {"install_requires": [f"torch=={major}.{minor}.*"], **build_configuration(torch)}
+    setup(**metadata)
+
+
+main()

@@ -1,0 +1,58 @@
+"""Fixtures and markers of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.backends import available_isas, fused_available
+
+from fused_rnn.check import instruction_set
+
+# Most calls here are small. torch.nn and the reference, with several threads on a machine that is busy with something
+# else, take up to a hundred times as long for them; tests/test_threads.py is about more than one thread.
+SUITE_THREADS = 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(SUITE_THREADS)
+    config.addinivalue_line("markers", "asan: the short subset that `make test-asan` runs under the sanitizers")
+    config.addinivalue_line(
+        "markers", "kernels: needs the compiled kernels (skipped under FUSED_RNN_BACKEND=reference)"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if fused_available():
+        return
+    skip = pytest.mark.skip(reason="the fused backend is not in use")
+    for item in items:
+        if item.get_closest_marker("kernels"):
+            item.add_marker(skip)
+
+
+def pytest_report_header() -> str:
+    return f"fused_rnn: instruction sets {', '.join(available_isas())}"
+
+
+@pytest.fixture(autouse=True)
+def _same_seed_for_every_test() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine can run, in use during the test."""
+    if not fused_available():
+        yield request.param
+        return
+    with instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Gives the suite's thread count back after a test that changes it."""
+    yield
+    torch.set_num_threads(SUITE_THREADS)

@@ -1,0 +1,136 @@
+"""`python -m fused_rnn`: what info prints, what check finds, and their exit statuses."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.backends import available_isas
+
+import fused_rnn
+from fused_rnn import check
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fused_rnn", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.kernels
+def test_info_names_versions_and_instruction_sets() -> None:
+    result = command("info")
+    assert result.returncode == 0, result.stderr
+    for word in (fused_rnn.__version__, torch.__version__, *available_isas()):
+        assert word in result.stdout
+
+
+def test_unknown_command_is_refused_with_the_known_ones() -> None:
+    result = command("nonsense")
+    assert result.returncode == 2
+    for word in ("info", "check", "bench"):
+        assert word in result.stderr
+
+
+@pytest.mark.kernels
+def test_check_passes_here_and_shows_every_instruction_set_cell_and_dtype() -> None:
+    result = command("check")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for word in (*available_isas(), *check.CELLS, "float32", "float64", "bfloat16", "float16"):
+        assert word in result.stdout
+    assert "all within their limits" in result.stdout
+
+
+@pytest.mark.kernels
+def test_check_of_one_instruction_set_refuses_unknown_ones() -> None:
+    result = command("check", "--isa", "abacus")
+    assert result.returncode == 2
+    assert "--isa: expected one of" in result.stderr
+    assert "got abacus" in result.stderr
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("isa", available_isas())
+def test_environment_forces_the_instruction_set(isa: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "from fused_rnn import _C; print(_C.isa_used())"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"FUSED_RNN_ISA": isa},
+    )
+    assert result.stdout.strip() == isa, result.stderr
+
+
+@pytest.mark.kernels
+def test_unknown_instruction_set_is_refused_with_the_known_ones() -> None:
+    from fused_rnn import _C
+
+    before = _C.isa_used()
+    with pytest.raises(ValueError, match=r"isa: expected one of .*portable.*got abacus"):
+        _C.set_isa("abacus")
+    assert _C.isa_used() == before
+
+
+@pytest.mark.parametrize("variable", ["FUSED_RNN_BACKEND", pytest.param("FUSED_RNN_ISA", marks=pytest.mark.kernels)])
+def test_unknown_name_in_the_environment_is_an_error_that_shows_it(variable: str) -> None:
+    program = "import torch, fused_rnn; fused_rnn.GRU(2, 2)(torch.zeros(1, 1, 2))"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {variable: "abacus"},
+    )
+    assert result.returncode != 0
+    assert "abacus" in result.stderr
+    assert "expected one of" in result.stderr
+
+
+@pytest.mark.kernels
+def test_wrong_numbers_fail_the_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    few = list(itertools.islice(check.calls(), 2))
+    monkeypatch.setattr(check, "calls", lambda: iter(few))
+    honest = check.Call.run
+
+    def wrong(self: check.Call, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        results = honest(self, module)
+        if next(module.parameters()).dtype == torch.float32:
+            results["grad(input)"] = results["grad(input)"] * 1.001
+        return results
+
+    monkeypatch.setattr(check.Call, "run", wrong)
+    assert check.main(["--isa", available_isas()[0]]) == 1
+    assert "grad(input)" in capsys.readouterr().out
+
+
+def test_scaled_error_measures_in_epsilons_of_the_largest_value() -> None:
+    reference = torch.tensor([1.0, -4.0, 0.0], dtype=torch.float64)
+    eps = torch.finfo(torch.float32).eps
+    assert check.scaled_error(reference.float(), reference) == 0.0
+    off = (reference + torch.tensor([0.0, 0.0, 8 * eps], dtype=torch.float64)).float()
+    assert check.scaled_error(off, reference) == pytest.approx(2.0)
+    assert not check.scaled_error(torch.tensor([float("nan"), 0, 0]), reference) <= 1e9
+    assert check.scaled_error(torch.ones(2), torch.zeros(2, dtype=torch.float64)) > 1e9
+    assert check.scaled_error(torch.zeros(0), torch.zeros(0, dtype=torch.float64)) == 0.0
+    with pytest.raises(ValueError, match=r"actual: expected shape \(3,\), got \(2,\)"):
+        check.scaled_error(torch.zeros(2), reference)
+
+
+def test_small_integers_compute_exactly_in_every_dtype() -> None:
+    results = []
+    for dtype in check.DTYPES:
+        layer = check.fill_with_small_integers_(fused_rnn.RNN(5, 9, num_layers=3, nonlinearity="relu", dtype=dtype))
+        sequence = check.random_values((12, 3, 5), integers=True, generator=torch.Generator().manual_seed(0))
+        results.append(layer(sequence.to(dtype))[0].double())
+    assert results[0].max() > 1
+    for result in results[1:]:
+        assert torch.equal(result, results[0])

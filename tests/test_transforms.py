@@ -1,0 +1,56 @@
+"""torch.func over the layers: grad, vjp and vmap give what autograd and a loop give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.cases import CELLS, Case, CellCase
+from support.compare import assert_close_to_twin
+from torch import Tensor
+from torch.func import functional_call, grad, stack_module_state, vjp, vmap
+
+import fused_rnn
+
+CASES = [*(Case(cell=cell, num_layers=2, dtype=torch.float64) for cell in CELLS), CellCase(dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_func_grad_equals_autograd(case: Case | CellCase) -> None:
+    module, data = case.build(fused_rnn), case.data()
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        outputs = case.outputs(functional_call(module, values, (data.sequence.detach(),)))
+        return sum(output.square().sum() for output in outputs.values())
+
+    found = grad(loss)(parameters)
+    leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    expected = torch.autograd.grad(loss(leaves), list(leaves.values()))
+    assert_close_to_twin(found, dict(zip(leaves, expected, strict=True)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_func_vjp_equals_autograd(case: Case | CellCase) -> None:
+    module, data = case.build(fused_rnn).requires_grad_(False), case.data()
+
+    def outputs(sequence: Tensor) -> Tensor:
+        return next(iter(case.outputs(module(sequence)).values()))
+
+    value, pullback = vjp(outputs, data.sequence.detach())
+    cotangent = torch.randn_like(value)
+    expected = torch.autograd.grad(outputs(data.sequence), data.sequence, cotangent)
+    assert_close_to_twin({"input": pullback(cotangent)[0]}, {"input": expected[0]})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_vmap_over_an_ensemble_equals_a_loop(cell: str) -> None:
+    case = Case(cell=cell, num_layers=2, dtype=torch.float64)
+    modules = [case.build(fused_rnn, seed=seed) for seed in range(3)]
+    sequence = case.data().sequence.detach()
+    parameters, buffers = stack_module_state(modules)
+
+    def output(values: dict[str, Tensor], rest: dict[str, Tensor]) -> Tensor:
+        return functional_call(modules[0], (values, rest), (sequence,))[0]
+
+    found = vmap(output)(parameters, buffers)
+    assert_close_to_twin({"output": found}, {"output": torch.stack([module(sequence)[0] for module in modules])})
