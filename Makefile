@@ -76,7 +76,7 @@ clean:  ## remove everything that was built, but keep .venv
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-$(ENVIRONMENT): requirements-dev.txt
+$(ENVIRONMENT):
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not found: install Python 3.10 or newer, or name one with PYTHON=" >&2; exit 1; }
 	@$(PYTHON) tools/prerequisites.py
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)

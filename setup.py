@@ -64,7 +64,7 @@ def optimisation_flags() -> list[str]:
     # vptr checks need the type information of libtorch's hidden classes.
     return [
         "-O1",
-        "-g",
+        "-g1",
         "-fno-omit-frame-pointer",
         *sanitizer_flags(),
         "-fno-sanitize-recover=all",

@@ -81,8 +81,7 @@ py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden
   Steps steps;
   steps.T = T;
   steps.B = B;
-  const Plan p =
-      make_plan(sizes, steps, usable_threads(at::get_num_threads()), kernels().vector_bytes, backward);
+  const Plan p = make_plan(sizes, steps, usable_threads(at::get_num_threads()), kernels().vector_bytes, backward);
   py::dict result;
   result["isa"] = kernels().isa;
   result["threads"] = p.threads();
@@ -99,13 +98,20 @@ py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build and plan information of fused_rnn; the operators are torch.ops.fused_rnn.";
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and PyTorch version of this build.");
-  m.def("isa_supported", [] { return instruction_sets(true); }, "Instruction sets that were compiled and run here, best first.");
+  m.def(
+      "isa_supported", [] { return instruction_sets(true); },
+      "Instruction sets that were compiled and run here, best first.");
   m.def("isa_used", [] { return std::string(kernels().isa); }, "The instruction set that runs.");
   m.def("set_isa", &set_isa, py::arg("name"), "Switches the instruction set; returns the name of the one before.");
-  m.def("test_activation", &test_activation, py::arg("name"), py::arg("x"), "tanh or sigmoid as the kernels compute it.");
-  m.def("usable_threads", [] { return usable_threads(at::get_num_threads()); },
-        "Threads that a call would use at most: torch.get_num_threads(), but no more than this process may run on.");
+  m.def("test_activation", &test_activation, py::arg("name"), py::arg("x"),
+        "tanh or sigmoid as the kernels compute it.");
+  m.def(
+      "usable_threads", [] { return usable_threads(at::get_num_threads()); },
+      "Threads that a call would use at most: torch.get_num_threads(), but no more than this process may run on.");
   m.def("available_processors", &available_processors, "Processors that this process may run on.");
+  m.def("set_processors", &override_processors, py::arg("count"),
+        "For tests: the number that available_processors gives from now on, 0 for the real one; returns the override "
+        "before.");
   m.def("scratch_held", &scratch_held, "Bytes of buffers that are kept for this thread's next call.");
   m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),

@@ -1,5 +1,5 @@
-// The operators torch.ops.fused_rnn.*: schemas, checks, and the loop over layers. Shapes stand in fused_rnn/ops.py, beside
-// the fake kernels and the autograd formulas.
+// The operators torch.ops.fused_rnn.*: schemas, checks, and the loop over layers. Shapes stand in fused_rnn/ops.py,
+// beside the fake kernels and the autograd formulas.
 //
 // The checks here keep the kernels inside their memory whatever is passed; messages for users come from
 // fused_rnn/_checks.py, which sees the arguments first.
@@ -29,9 +29,7 @@ DType dtype_of(const Tensor& t, const char* name) {
   TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got ", t.scalar_type());
 }
 
-at::ScalarType accumulation_dtype(const Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
+at::ScalarType accumulation_dtype(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 void check_like(const Tensor& t, const Tensor& input, at::IntArrayRef shape, const char* name) {
   TORCH_CHECK(t.device() == input.device(), name, ": expected a tensor on ", input.device(), ", got ", t.device());
@@ -41,9 +39,7 @@ void check_like(const Tensor& t, const Tensor& input, at::IntArrayRef shape, con
 }
 
 // Features must be contiguous; steps and rows may have any stride.
-Tensor with_contiguous_rows(const Tensor& t) {
-  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
-}
+Tensor with_contiguous_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
 const void* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* mutable_data_or_null(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
@@ -101,8 +97,7 @@ struct Stack {
     H = params_[1].size(0) / gate_count(kind);
     P = params_[1].size(1);
     TORCH_CHECK(I >= 1 && H >= 1 && P >= 1, "params[1]: expected at least 1 unit, got ", params_[1].sizes());
-    TORCH_CHECK(P == H || kind == CellKind::lstm, "params[1]: only an LSTM has a projection, got ",
-                params_[1].sizes());
+    TORCH_CHECK(P == H || kind == CellKind::lstm, "params[1]: only an LSTM has a projection, got ", params_[1].sizes());
     const int64_t expected = layers * D * params_per_direction();
     TORCH_CHECK(int64_t(params_.size()) == expected, "params: expected ", expected, " tensors, got ", params_.size());
     params.reserve(expected);
@@ -411,8 +406,8 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   return result();
 }
 
-// One step is a layer over a sequence of one step. The tensors of a step, checked; what a cell needs of Stack, without its
-// vectors, which would cost as much as the step itself.
+// One step is a layer over a sequence of one step. The tensors of a step, checked; what a cell needs of Stack, without
+// its vectors, which would cost as much as the step itself.
 struct Step {
   Tensor input, h, c, w_ih, w_hh, b_ih, b_hh;
   LayerSizes sizes;
@@ -428,7 +423,8 @@ struct Step {
     const int64_t B = input_.size(0), I = input_.size(1), H = w_hh_.size(1), GH = gate_count(sizes.kind) * H;
     TORCH_CHECK(I >= 1 && H >= 1, "w_hh: expected at least 1 unit, got ", w_hh_.sizes());
     TORCH_CHECK(b_ih_.has_value() == b_hh_.has_value(), "b_hh: expected a bias exactly where b_ih is one");
-    TORCH_CHECK(c_.has_value() == has_cell_state(sizes.kind), "c: expected one exactly where the cell has a cell state");
+    TORCH_CHECK(c_.has_value() == has_cell_state(sizes.kind),
+                "c: expected one exactly where the cell has a cell state");
     const auto take = [&](const Tensor& t, at::IntArrayRef shape, const char* name) {
       check_like(t, input_, shape, name);
       return t.contiguous();

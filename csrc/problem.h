@@ -76,8 +76,8 @@ struct DirectionForward {
 struct LayerForward {
   LayerSizes sizes;
   Steps steps;
-  Sequence x;  // (I features)
-  Sequence y;  // (num_directions * P features), direction d writes features d * P ...
+  Sequence x;                     // (I features)
+  Sequence y;                     // (num_directions * P features), direction d writes features d * P ...
   DirectionForward direction[2];  // direction[1] runs from the last step to the first
 };
 

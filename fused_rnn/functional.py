@@ -15,7 +15,7 @@ weight are in the order i, f, g, o for an LSTM and r, z, n for a GRU.
 
 Dtypes: float32, float64, bfloat16 and float16, and the complex ones through the reference; input, states and
 parameters share one. Under :class:`torch.autocast` they are cast as ``torch.nn`` has it: to the autocast dtype, except
-that on the CPU a GRU, ``lstm_cell`` and ``gru_cell`` compute and return the dtype of their state.
+that on the CPU a GRU, an LSTM with a packed input, ``lstm_cell`` and ``gru_cell`` keep the dtype of their state.
 
 Errors: ``TypeError`` for an argument of another kind, ``ValueError`` for a wrong number of dimensions or an input of
 another dtype than the parameters, ``RuntimeError`` for every other size, dtype or device that does not fit, each naming
@@ -270,7 +270,7 @@ def run_layers(
     """A whole stack: ``(output, h_n, c_n)``, c_n empty unless it is an LSTM's."""
     region = autocast_region(spec, input)
     if region is not None:
-        input, hx, params = autocast(spec, region, input, hx, params)
+        input, hx, params = autocast(spec, region, input, hx, params, packed=batch_sizes is not None)
         with torch.autocast(region, enabled=False):
             return run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes)
 
@@ -364,17 +364,17 @@ def autocast_region(spec: _checks.Spec, input: Any) -> str | None:
 
 
 def autocast(
-    spec: _checks.Spec, device_type: str, input: Tensor, hx: Any, params: Sequence[Any]
+    spec: _checks.Spec, device_type: str, input: Tensor, hx: Any, params: Sequence[Any], packed: bool = False
 ) -> tuple[Tensor, Any, Sequence[Any]]:
     """The casts that ``torch.nn`` makes under autocast.
 
-    To the autocast dtype on every device but the CPU, and there for LSTM and RNN layers and the RNN cell. The others
-    keep the state's dtype on the CPU: ``torch.nn`` runs them op by op, with gate arithmetic promoted to it.
+    To the autocast dtype on every device but the CPU, and there for LSTM layers with a padded input, RNN layers and the
+    RNN cell. The others keep the state's dtype on the CPU: ``torch.nn`` runs them op by op, with gate arithmetic promoted to it.
     """
     h, c = _checks.split_state(spec.kind, hx)
     state_dtype = input.dtype if h is None else h.dtype
     dtype = torch.get_autocast_dtype(device_type)
-    op_by_op = spec.kind == CellKind.GRU or (spec.kind == CellKind.LSTM and spec.is_cell)
+    op_by_op = spec.kind == CellKind.GRU or (spec.kind == CellKind.LSTM and (spec.is_cell or packed))
     if op_by_op and device_type == "cpu" and state_dtype in _AUTOCAST_FROM:
         dtype = torch.promote_types(state_dtype, dtype)
 

@@ -19,6 +19,7 @@ The second derivative goes through the formulas of :mod:`fused_rnn.reference`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ _rnn_backward = torch.ops.fused_rnn.rnn_backward.default
 _cell_forward = torch.ops.fused_rnn.cell_forward.default
 _cell_backward = torch.ops.fused_rnn.cell_backward.default
 
+
+_isa = os.environ.get("FUSED_RNN_ISA")
+if _isa and _isa not in _C.isa_supported():
+    raise ValueError(f"FUSED_RNN_ISA: expected one of {', '.join(_C.isa_supported())} on this machine, got {_isa}")
 
 # Values per unit and step that the forward pass saves: csrc/cells.
 _NUM_SAVED = {CellKind.RNN_TANH: 0, CellKind.RNN_RELU: 0, CellKind.LSTM: 4, CellKind.GRU: 4}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.asan]
 
 NAMES = ("tanh", "sigmoid")
 

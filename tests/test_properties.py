@@ -17,6 +17,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fused_rnn
 from fused_rnn.check import instruction_set
 
+pytestmark = pytest.mark.asan
+
 # derandomize: the same examples in every run, so that a failure is there again the next time
 PROFILE = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import multiprocessing
 import os
 import threading
@@ -13,6 +14,7 @@ import pytest
 import torch
 from support.cases import CELLS, Case, CellCase, run
 from support.compare import assert_same, assert_within
+from support.pairwise import pairwise
 from torch import Tensor, nn
 
 import fused_rnn
@@ -38,6 +40,7 @@ def test_same_thread_count_gives_the_same_bits_from_run_to_run(case: Case, count
         assert_same(run(module, case.data()), expected)
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
 def test_any_thread_count_gives_results_within_rounding(case: Case, threads: None) -> None:
     # sums over rows and steps are taken in another order with another count: not promised to be bit-identical
@@ -216,3 +219,44 @@ def test_data_loader_workers_compute_after_use_in_the_parent(threads: None) -> N
         data, batch_size=None, num_workers=2, timeout=SECONDS, multiprocessing_context="fork", collate_fn=list
     )
     torch.testing.assert_close(torch.tensor(list(loader)), torch.tensor(expected))
+
+
+DIVISION_FACTORS = {
+    "cell": CELLS,
+    "input_size": (3, 40),
+    "hidden_size": (33, 70, 150),
+    "num_layers": (1, 2),
+    "bidirectional": (False, True),
+    "bias": (True, False),
+    "proj": (False, True),
+    "packing": ("padded", "sorted", "unsorted"),
+    "batch": (1, 2, 5, 23),
+    "steps": (3, 9),
+    "hx": (False, True),
+    "dtype": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+}
+DIVISION_CASES = [
+    Case(**row)
+    for seed in (0, 1)
+    for row in pairwise(DIVISION_FACTORS, seed=seed, allowed=lambda row: not row["proj"] or row["cell"] == "LSTM")
+]
+
+
+@pytest.mark.kernels
+@pytest.mark.asan
+@pytest.mark.parametrize("case", DIVISION_CASES, ids=str)
+def test_every_division_of_the_work_matches_float64(case: Case, threads: None) -> None:
+    """Teams larger than this machine: directions, rows, units and their combinations, as users' machines have them."""
+    from fused_rnn import _C
+
+    module = case.build(fused_rnn)
+    expected = run(copy.deepcopy(case.build(nn)).double(), case.data().to(torch.float64))
+    previous = _C.set_processors(8)
+    try:
+        for count in (2, 3, 4, 6, 8):
+            torch.set_num_threads(count)
+            found = run(module, case.data())
+            assert_within(found, expected)
+            assert_same(run(module, case.data()), found)
+    finally:
+        _C.set_processors(previous)

@@ -9,7 +9,7 @@ namespace fused_rnn {
 struct Gru {
   static constexpr CellKind kind = CellKind::gru;
   static constexpr int gates = 3;
-  static constexpr int saved = 4;  // r, z, n after their activations, and W_hn h + b_hn
+  static constexpr int saved = 4;       // r, z, n after their activations, and W_hn h + b_hn
   static constexpr int grad_gates = 4;  // of x_n, r, z, and W_hn h: the candidate's two parts differ by the factor r
   static constexpr bool has_cell = false;
   static constexpr bool hidden_bias_apart(int gate) { return gate == 2; }

@@ -1,9 +1,11 @@
 // tanh and sigmoid for a scalar (CUDA, portable code) or a SIMD vector (CPU), from one source.
 //
-// Both rest on e^x = 2^n (1 + p), n = round(x / ln 2), p = e^r - 1 on |r| <= ln 2 / 2 by a polynomial fitted at
-// Chebyshev nodes (tools/fit_expm1.py prints the coefficients and their error: 0.009 ulp in float32, 0.005 ulp in float64).
-// Written in p, not in e^r, tanh keeps its relative accuracy down to the smallest arguments. Measured maxima stand in
-// docs/design.md and are asserted by tests/test_activations.py.
+// Both rest on e^x = 2^n (1 + p), p = e^r - 1 by a polynomial in r = x - n ln 2 fitted at Chebyshev nodes
+// (tools/fit_expm1.py prints the coefficients and their error, under 0.02 ulp). sigmoid needs 1 + p to a small relative
+// error, so its r is centred, |r| <= ln 2 / 2. tanh needs e^x - 1 = 2^n p + (2^n - 1) without cancellation, so its n is
+// rounded up: -ln 2 <= r <= 0, and both summands are negative. Each divides by a rounded sum and then takes that sum's
+// rounding error, and tanh that of p, back out: a few operations that save half an ulp.
+// The measured maximum errors stand in docs/design.md; tests/test_activations.py asserts that they stay below 2 ulp.
 #pragma once
 
 #include <cstdint>
@@ -60,6 +62,7 @@ struct FloatFormat<float> {
   static constexpr int mantissa_bits = 23;
   static constexpr int32_t exponent_bias = 127;
   static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float below_half = 0.49999997f;   // the largest float below 1/2
   static constexpr float log2_e = 1.4426950408889634f;
   static constexpr float ln2_high = 0.69140625f;  // few bits, so that n * ln2_high is exact without fma
   static constexpr float ln2_low = 0.0017409306019544601f;
@@ -72,6 +75,7 @@ struct FloatFormat<double> {
   static constexpr int mantissa_bits = 52;
   static constexpr int64_t exponent_bias = 1023;
   static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double below_half = 0.49999999999999994;
   static constexpr double log2_e = 1.4426950408889634;
   static constexpr double ln2_high = 0.6931471805598903;
   static constexpr double ln2_low = 5.497923018708371e-14;
@@ -79,41 +83,71 @@ struct FloatFormat<double> {
   static constexpr double tanh_limit = 40.0;      // tanh rounds to 1 from 19.1 on
 };
 
-// (e^r - 1 - r) / r^2 on |r| <= ln 2 / 2.
-template <class V>
-FRNN_HOST_DEVICE V expm1_tail(V r, float) {
-  V q = r * 0.00019891030654370327738f + 0.0013933685862617173589f;
-  q = q * r + 0.0083333108895820771937f;
-  q = q * r + 0.041666464602026541557f;
-  q = q * r + 0.16666666681659179129f;
-  return q * r + 0.50000000134981778643f;
-}
+// (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2.
+struct CentredTail {
+  template <class V>
+  static FRNN_HOST_DEVICE V value(V r, float) {
+    V q = r * 0.00019891030654370327738f + 0.0013933685862617173589f;
+    q = q * r + 0.0083333108895820771937f;
+    q = q * r + 0.041666464602026541557f;
+    q = q * r + 0.16666666681659179129f;
+    return q * r + 0.50000000134981778643f;
+  }
+  template <class V>
+  static FRNN_HOST_DEVICE V value(V r, double) {
+    V q = r * 2.0914717341716375952e-9 + 2.5105259538448493419e-8;
+    q = q * r + 2.7557273570102139673e-7;
+    q = q * r + 2.7557255297969644392e-6;
+    q = q * r + 0.000024801587325605322782;
+    q = q * r + 0.00019841269874901259234;
+    q = q * r + 0.0013888888888883731828;
+    q = q * r + 0.0083333333333261120526;
+    q = q * r + 0.041666666666666669767;
+    q = q * r + 0.16666666666666671008;
+    return q * r + 0.5;
+  }
+};
 
-template <class V>
-FRNN_HOST_DEVICE V expm1_tail(V r, double) {
-  V q = r * 2.0914717341716375952e-9 + 2.5105259538448493419e-8;
-  q = q * r + 2.7557273570102139673e-7;
-  q = q * r + 2.7557255297969644392e-6;
-  q = q * r + 0.000024801587325605322782;
-  q = q * r + 0.00019841269874901259234;
-  q = q * r + 0.0013888888888883731828;
-  q = q * r + 0.0083333333333261120526;
-  q = q * r + 0.041666666666666669767;
-  q = q * r + 0.16666666666666671008;
-  return q * r + 0.5;
-}
+// The same for -ln 2 <= r <= 0.
+struct NegativeTail {
+  template <class V>
+  static FRNN_HOST_DEVICE V value(V r, float) {
+    V q = r * 0.00015356793724868728264f + 0.0013555333417847766773f;
+    q = q * r + 0.0083216092397866657561f;
+    q = q * r + 0.041664784110924197263f;
+    q = q * r + 0.16666655545851884469f;
+    return q * r + 0.49999999893046831208f;
+  }
+  template <class V>
+  static FRNN_HOST_DEVICE V value(V r, double) {
+    V q = r * 1.5607445099962728554e-9 + 2.4228654378056027928e-8;
+    q = q * r + 2.7482668009906672457e-7;
+    q = q * r + 2.7553071923519134722e-6;
+    q = q * r + 0.000024801431232360907734;
+    q = q * r + 0.00019841266146878679053;
+    q = q * r + 0.0013888888834262275722;
+    q = q * r + 0.0083333333328614807982;
+    q = q * r + 0.041666666666645742341;
+    q = q * r + 0.16666666666666630446;
+    return q * r + 0.49999999999999999896;
+  }
+};
 
-// x = n ln 2 + r; returns p = e^r - 1 and n in integer lanes. |x| must stay below 2^(mantissa_bits - 2).
-template <class V>
-FRNN_HOST_DEVICE V reduced_expm1(V x, typename Lanes<V>::Int& n) {
+// x = n ln 2 + r, where n is scaled + round_magic - round_magic; returns p = e^r - 1, n in integer lanes, and in `lost`
+// what the last addition rounded away. |x| must stay below 2^(mantissa_bits - 2).
+template <class Tail, class V>
+FRNN_HOST_DEVICE V reduced_expm1(V x, V scaled, typename Lanes<V>::Int& n, V& lost) {
   using S = typename Lanes<V>::Scalar;
   using F = FloatFormat<S>;
-  const V shifted = x * F::log2_e + F::round_magic;
+  const V shifted = scaled + F::round_magic;
   n = Lanes<V>::bits(shifted) - Lanes<S>::bits(F::round_magic);
   const V rounded = shifted - F::round_magic;
   V r = x - rounded * F::ln2_high;
   r = r - rounded * F::ln2_low;
-  return r + (r * r) * expm1_tail(r, S{});
+  const V tail = (r * r) * Tail::template value<V>(r, S{});
+  const V p = r + tail;
+  lost = tail - (p - r);  // where nobody uses it, nothing computes it
+  return p;
 }
 
 // 2^n for exponents of normal numbers.
@@ -134,15 +168,20 @@ template <class V>
 FRNN_HOST_DEVICE V sigmoid(V x) {
   using L = Lanes<V>;
   using S = typename L::Scalar;
+  using F = FloatFormat<S>;
   V magnitude = absolute(x);
   // The comparison is false for NaN, which therefore goes through.
-  magnitude = L::select(magnitude > FloatFormat<S>::sigmoid_limit, V{} + FloatFormat<S>::sigmoid_limit, magnitude);
+  magnitude = L::select(magnitude > F::sigmoid_limit, V{} + F::sigmoid_limit, magnitude);
   typename L::Int n;
-  const V p = reduced_expm1<V>(-magnitude, n);
+  V unused;
+  const V p = reduced_expm1<CentredTail, V>(-magnitude, magnitude * -F::log2_e, n, unused);
   // 2^n may be subnormal: two factors that are not.
   const auto half = n >> 1;
   const V e = (p + S(1)) * power_of_two<V>(half) * power_of_two<V>(n - half);
-  return L::select(x < S(0), e, V{} + S(1)) / (e + S(1));
+  const V sum = e + S(1);
+  const V lost = e - (sum - S(1));
+  const V quotient = L::select(x < S(0), e, V{} + S(1)) / sum;
+  return quotient - quotient * lost;  // by lost / sum exactly; sum is near 1 where it matters
 }
 
 // -m / (2 + m), m = e^(-2|x|) - 1, with the sign of x.
@@ -150,16 +189,23 @@ template <class V>
 FRNN_HOST_DEVICE V tanh(V x) {
   using L = Lanes<V>;
   using S = typename L::Scalar;
+  using F = FloatFormat<S>;
   const auto sign_bit = L::bits(V{} * S(-1));
   const auto bits = L::bits(x);
   V magnitude = L::from_bits(bits & ~sign_bit);
-  magnitude = L::select(magnitude > FloatFormat<S>::tanh_limit, V{} + FloatFormat<S>::tanh_limit, magnitude);
+  magnitude = L::select(magnitude > F::tanh_limit, V{} + F::tanh_limit, magnitude);
   typename L::Int n;
-  const V p = reduced_expm1<V>(magnitude * S(-2), n);
+  V lost_p;
+  const V scaled = magnitude * (S(-2) * F::log2_e) + F::below_half;
+  const V p = reduced_expm1<NegativeTail, V>(magnitude * S(-2), scaled, n, lost_p);
   const V scale = power_of_two<V>(n);
   const V m = scale * p + (scale - S(1));
-  const V result = m / (S(-2) - m);
-  return L::from_bits((L::bits(result) & ~sign_bit) | (bits & sign_bit));
+  const V sum = m + S(2);
+  const V lost_sum = m - (sum - S(2));
+  const V quotient = -m / sum;
+  // Exactly 1 / sum and 2 / sum^2 stand where the constants are: sum is between 1 and 2.
+  const V correction = quotient * lost_sum * S(0.75) + scale * lost_p * S(0.75);
+  return L::from_bits((L::bits(quotient - correction) & ~sign_bit) | (bits & sign_bit));
 }
 
 }  // namespace fused_rnn

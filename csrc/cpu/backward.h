@@ -57,7 +57,8 @@ class BackwardPass {
   }
 
  private:
-  // A weight gradient: M rows by N columns, summed in `sums`, which is the result itself where that has the right shape.
+  // A weight gradient: M rows by N columns, summed in `sums`, which is the result itself where that has the right
+  // shape.
   struct WeightGradient {
     void* result = nullptr;  // null: not needed
     A* sums = nullptr;
@@ -224,8 +225,7 @@ class BackwardPass {
       // The rows of a weight in the order in which its gate gradients stand side by side.
       const auto pack_weight = [&](const void* weight, const GateGrads& order, int64_t N, E* data) {
         for (int j = 0; j < G; ++j) {
-          for (int64_t u = 0; u < H_; ++u)
-            mine.b_rows[j * H_ + u] = rows_of<S>(weight) + (order.gate[j] * H_ + u) * N;
+          for (int64_t u = 0; u < H_; ++u) mine.b_rows[j * H_ + u] = rows_of<S>(weight) + (order.gate[j] * H_ + u) * N;
         }
         const Share share(Columns::count(N), thread, plan_.threads());
         for (int64_t p = share.begin; p < share.end; ++p) pack_columns<E>(mine.b_rows, G * H_, N, p, data);
@@ -307,8 +307,7 @@ class BackwardPass {
     V dh = Simd<A>::load(direction_[d].grad_state + r * state_stride_ + u);
     const Sequence& y = layer_.grad_y;
     if (y.data)
-      dh = dh + Simd<A>::load_n(
-                    rows_of<S>(y.data) + layer_.steps.step(y, t) + r * y.batch_stride + d * P_ + u, P_ - u);
+      dh = dh + Simd<A>::load_n(rows_of<S>(y.data) + layer_.steps.step(y, t) + r * y.batch_stride + d * P_ + u, P_ - u);
     return dh;
   }
 
@@ -393,8 +392,7 @@ class BackwardPass {
       pack_shared(s.ih.operand, I_, mine.b_rows);
     }
     if (s.hh.result) {
-      each_row(d, begin, end,
-               [&](int64_t row, int64_t t, int64_t b) { mine.b_rows[row] = previous_state(d, t, b); });
+      each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) { mine.b_rows[row] = previous_state(d, t, b); });
       pack_shared(s.hh.operand, P_, mine.b_rows);
     }
     if (s.hr.result) {

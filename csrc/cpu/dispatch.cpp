@@ -38,8 +38,7 @@ const KernelTable* const tables[] = {
 #if defined(FRNN_ISA_AVX2)
     &isa_avx2::table,
 #endif
-    &isa_portable::table,
-    nullptr,
+    &isa_portable::table,    nullptr,
 };
 
 std::atomic<const KernelTable*> selected{nullptr};

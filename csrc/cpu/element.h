@@ -49,7 +49,7 @@ inline __attribute__((always_inline)) Half to_half(float x) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 and more round to infinity
-  if (magnitude < 0x38800000u) {                                   // below 2^-14: let the float adder round
+  if (magnitude < 0x38800000u) {                                    // below 2^-14: let the float adder round
     float a;
     memcpy(&a, &magnitude, sizeof a);
     a += 0.5f;  // ulp of 0.5 is 2^-24, the spacing of subnormal halves

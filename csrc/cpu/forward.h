@@ -278,8 +278,7 @@ class ForwardPass {
   }
 
   void begin_row(const DirectionForward& dir, DirectionScratch& s, int64_t r) {
-    for (E* state : s.state)
-      copy_row<A>(dir.h0 ? rows_of<S>(dir.h0) + r * P_ : nullptr, state + r * state_stride_, P_);
+    for (E* state : s.state) copy_row<A>(dir.h0 ? rows_of<S>(dir.h0) + r * P_ : nullptr, state + r * state_stride_, P_);
     if constexpr (Cell::has_cell) {
       copy_row<A>(dir.c0 ? rows_of<S>(dir.c0) + r * H_ : nullptr, s.cell + r * unit_stride_, H_);
       for (int64_t u = H_; u < unit_stride_; ++u) s.cell[r * unit_stride_ + u] = 0;
@@ -338,8 +337,8 @@ class ForwardPass {
       const A* recurrent = mine.recurrent;
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t q = 0; q < count; ++q)
-          gates(d, t, r0 + r, p + q, projected + (p + q - panels.begin) * panel_columns,
-                recurrent + q * panel_columns, now);
+          gates(d, t, r0 + r, p + q, projected + (p + q - panels.begin) * panel_columns, recurrent + q * panel_columns,
+                now);
         projected += own_panels_ * panel_columns;
         recurrent += together * panel_columns;
       }
@@ -347,8 +346,7 @@ class ForwardPass {
   }
 
   // The cell's step for one row and the units of one panel.
-  FRNN_INLINE void gates(int d, int64_t t, int64_t r, int64_t panel, const A* projected, const A* recurrent,
-                         int now) {
+  FRNN_INLINE void gates(int d, int64_t t, int64_t r, int64_t panel, const A* projected, const A* recurrent, int now) {
     const DirectionForward& dir = layer_.direction[d];
     const DirectionScratch& s = direction_[d];
     const int64_t saved_row = layer_.steps.first_row(t) + r;

@@ -98,8 +98,7 @@ void pack_unit_vector(const S* w, int64_t K, int64_t units, E* dst, int64_t pane
     }
     transpose_square<A>(rows);
     const int64_t words = (K - k + group - 1) / group;
-    for (int i = 0; i < width && i < words; ++i)
-      store_bytes(dst + (k / group + i) * panel_columns * group, rows[i]);
+    for (int i = 0; i < width && i < words; ++i) store_bytes(dst + (k / group + i) * panel_columns * group, rows[i]);
   }
 }
 

@@ -13,13 +13,13 @@ namespace {
 // Constants of the cost model, in cycles and bytes per cycle of one core, measured on Zen 5 (docs/performance.md). They
 // decide only between splits, so their ratios matter, not their absolute size.
 constexpr double cycles_per_us = 3700;
-constexpr double fma_per_cycle = 2;           // vector instructions
-constexpr double bytes_per_cycle_l2 = 60;     // streaming packed weights that stay in this core's L2
-constexpr double bytes_per_cycle_shared = 30; // the same from the shared cache
-constexpr double l2_bytes = 900e3;            // of 1 MiB, the rest being states and gates
-constexpr double barrier_cycles = 900;        // arrival, wake-up and the cache misses on the exchanged state
-constexpr double activation_cycles = 22;      // one vector of tanh or sigmoid
-constexpr double launch_cycles = 14000;       // waking the other threads of the team
+constexpr double fma_per_cycle = 2;            // vector instructions
+constexpr double bytes_per_cycle_l2 = 60;      // streaming packed weights that stay in this core's L2
+constexpr double bytes_per_cycle_shared = 30;  // the same from the shared cache
+constexpr double l2_bytes = 900e3;             // of 1 MiB, the rest being states and gates
+constexpr double barrier_cycles = 900;         // arrival, wake-up and the cache misses on the exchanged state
+constexpr double activation_cycles = 22;       // one vector of tanh or sigmoid
+constexpr double launch_cycles = 14000;        // waking the other threads of the team
 
 template <class F>
 auto with_cell(CellKind kind, F f) {
@@ -70,8 +70,8 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
     double cycles = step_cycles(sizes, own_rows, own_units, double(D) / plan.direction_groups, vector_bytes);
     if (plan.unit_groups > 1) cycles += barrier_cycles * (sizes.state_size != sizes.hidden_size ? 3 : 1);
     // The projections (and, backward, the weight gradients) divide evenly over any plan.
-    const double projection = rows * gate_count(sizes.kind) * double(sizes.hidden_size * sizes.input_size) *
-                              double(D) / (vector_bytes / 4.0 * fma_per_cycle) / plan.threads();
+    const double projection = rows * gate_count(sizes.kind) * double(sizes.hidden_size * sizes.input_size) * double(D) /
+                              (vector_bytes / 4.0 * fma_per_cycle) / plan.threads();
     double total = T * (cycles + projection * (backward ? 3 : 1));
     if (plan.threads() > 1) total += launch_cycles;
     return total / cycles_per_us;

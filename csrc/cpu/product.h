@@ -68,7 +68,8 @@ constexpr int64_t padded_depth(int64_t K) {
   return (K + Operand<E>::group - 1) / Operand<E>::group * Operand<E>::group;
 }
 
-// Rows of a tile: as many accumulators as the register file holds beside the operands (32 registers: 24 of them; 16: 12).
+// Rows of a tile: as many accumulators as the register file holds beside the operands (32 registers: 24 of them; 16:
+// 12).
 template <int NV>
 constexpr int tile_rows() {
 #if FRNN_VECTOR_BYTES == 64 || defined(__aarch64__)
@@ -78,8 +79,8 @@ constexpr int tile_rows() {
 #endif
 }
 
-// Panels that a tile of few rows takes at once, so that there are accumulators enough (8 or more) to hide the latency of
-// the multiply-add.
+// Panels that a tile of few rows takes at once, so that there are accumulators enough (8 or more) to hide the latency
+// of the multiply-add.
 template <int MR, int NV>
 constexpr int tile_panels() {
   constexpr int wanted = MR > 2 ? 1 : MR == 1 ? 8 / NV : 8 / NV / 2;
@@ -139,10 +140,10 @@ FRNN_INLINE void product_rows(int rows, int64_t K, const E* const* a, const E* b
                               typename Operand<E>::Acc* c, int64_t c_stride, const typename Operand<E>::Acc* bias,
                               bool accumulate) {
   constexpr int most = tile_rows<NV>();
-#define FRNN_ROWS(n)                                                                                 \
-  case n:                                                                                            \
-    if constexpr (n <= most && (NP == 1 || n <= 2))                                                  \
-      return product_tile<E, n, NV, NP>(K, a, b, panel_stride, c, c_stride, bias, accumulate);       \
+#define FRNN_ROWS(n)                                                                           \
+  case n:                                                                                      \
+    if constexpr (n <= most && (NP == 1 || n <= 2))                                            \
+      return product_tile<E, n, NV, NP>(K, a, b, panel_stride, c, c_stride, bias, accumulate); \
     break;
   switch (rows) {
     FRNN_ROWS(1)

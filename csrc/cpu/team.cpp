@@ -5,10 +5,10 @@
 #include <sched.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <algorithm>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -30,6 +30,7 @@ void pause() {
 constexpr int spins_before_yield = 1000;
 
 std::atomic<bool> forked{false};
+std::atomic<int> processors_override{0};
 
 struct ForkHandler {
   ForkHandler() {
@@ -82,7 +83,11 @@ void Barrier::wait() {
   }
 }
 
+int override_processors(int count) { return processors_override.exchange(count); }
+
 int available_processors() {
+  const int override_count = processors_override.load(std::memory_order_relaxed);
+  if (override_count > 0) return override_count;
   static const int quota = quota_processors();
   int count = 0;
   cpu_set_t set;

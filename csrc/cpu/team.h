@@ -32,6 +32,10 @@ class alignas(64) Barrier {
 // Processors that this process may run on: affinity mask and container quota, at least 1.
 int available_processors();
 
+// Lets tests act on a machine of another size: `count` stands for available_processors() from now on, 0 for the real
+// number. Returns what stood before.
+int override_processors(int count);
+
 // The number of threads that a call should use when PyTorch is set to `requested`: no more than there are processors,
 // and 1 inside a parallel region or in a forked child, whose OpenMP threads did not survive the fork.
 int usable_threads(int requested);
