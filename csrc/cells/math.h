@@ -3,8 +3,8 @@
 // Both rest on e^x = 2^n (1 + p), p = e^r - 1 by a polynomial in r = x - n ln 2 fitted at Chebyshev nodes
 // (tools/fit_expm1.py prints the coefficients and their error, under 0.02 ulp). sigmoid needs 1 + p to a small relative
 // error, so its r is centred, |r| <= ln 2 / 2. tanh needs e^x - 1 = 2^n p + (2^n - 1) without cancellation, so its n is
-// rounded up: -ln 2 <= r <= 0, and both summands are negative. Each divides by a rounded sum and then takes that sum's
-// rounding error, and tanh that of p, back out: a few operations that save half an ulp.
+// rounded up: -ln 2 <= r <= 0, and both summands are negative. Each divides by a sum between 1 and 2,
+// and what that sum (and in tanh also p) lost by rounding goes into the division.
 // The measured maximum errors stand in docs/design.md; tests/test_activations.py asserts that they stay below 2 ulp.
 #pragma once
 
@@ -15,10 +15,26 @@
 
 namespace fused_rnn {
 
-// What the formulas need of a value type V: its scalar, integer lanes of the same width, and four primitives that
-// operators alone cannot express. The SIMD types add their own specialisations (cpu/simd.h).
+// What the formulas need of a value type V: its scalar, integer lanes of the same width, and primitives that operators
+// alone cannot express. The SIMD types have specialisations of their own (cpu/simd.h).
+//   times_power(x, n)    x * 2^n for whole n from -150 (float64: -1080) to 0
+//   quotient(a, a_low, b, b_low)
+//                        (a + a_low) / (b + b_low), where 1 <= b <= 2 and the low parts are roundings of a and b
 template <class V>
 struct Lanes;
+
+namespace detail {
+template <class V>
+FRNN_HOST_DEVICE V plain_times_power(V x, V n);
+
+// One division, then its result corrected by what was rounded away before it.
+template <class V>
+FRNN_HOST_DEVICE V plain_quotient(V a, V a_low, V b, V b_low) {
+  const V q = a / b;
+  // Exactly 1 / b stands where the constant is.
+  return q + (a_low - q * b_low) * typename Lanes<V>::Scalar(0.75);
+}
+}  // namespace detail
 
 template <>
 struct Lanes<float> {
@@ -35,6 +51,10 @@ struct Lanes<float> {
     return x;
   }
   static FRNN_HOST_DEVICE float select(bool mask, float a, float b) { return mask ? a : b; }
+  static FRNN_HOST_DEVICE float times_power(float x, float n) { return detail::plain_times_power(x, n); }
+  static FRNN_HOST_DEVICE float quotient(float a, float a_low, float b, float b_low) {
+    return detail::plain_quotient(a, a_low, b, b_low);
+  }
 };
 
 template <>
@@ -52,6 +72,10 @@ struct Lanes<double> {
     return x;
   }
   static FRNN_HOST_DEVICE double select(bool mask, double a, double b) { return mask ? a : b; }
+  static FRNN_HOST_DEVICE double times_power(double x, double n) { return detail::plain_times_power(x, n); }
+  static FRNN_HOST_DEVICE double quotient(double a, double a_low, double b, double b_low) {
+    return detail::plain_quotient(a, a_low, b, b_low);
+  }
 };
 
 template <class Scalar>
@@ -133,28 +157,34 @@ struct NegativeTail {
   }
 };
 
-// x = n ln 2 + r, where n is scaled + round_magic - round_magic; returns p = e^r - 1, n in integer lanes, and in `lost`
-// what the last addition rounded away. |x| must stay below 2^(mantissa_bits - 2).
+// x = n ln 2 + r, where n + round_magic = shifted; returns p = e^r - 1, and in `low` what its last addition rounded
+// away. |x| must stay below 2^(mantissa_bits - 2).
 template <class Tail, class V>
-FRNN_HOST_DEVICE V reduced_expm1(V x, V scaled, typename Lanes<V>::Int& n, V& lost) {
+FRNN_HOST_DEVICE V reduced_expm1(V x, V n, V& low) {
   using S = typename Lanes<V>::Scalar;
   using F = FloatFormat<S>;
-  const V shifted = scaled + F::round_magic;
-  n = Lanes<V>::bits(shifted) - Lanes<S>::bits(F::round_magic);
-  const V rounded = shifted - F::round_magic;
-  V r = x - rounded * F::ln2_high;
-  r = r - rounded * F::ln2_low;
+  V r = x - n * F::ln2_high;
+  r = r - n * F::ln2_low;
   const V tail = (r * r) * Tail::template value<V>(r, S{});
   const V p = r + tail;
-  lost = tail - (p - r);  // where nobody uses it, nothing computes it
+  low = tail - (p - r);  // where nobody uses it, nothing computes it
   return p;
 }
 
-// 2^n for exponents of normal numbers.
+// 2^n for the exponent n of a normal number, from n + round_magic: n is in the lowest bits of its mantissa.
 template <class V>
-FRNN_HOST_DEVICE V power_of_two(typename Lanes<V>::Int n) {
+FRNN_HOST_DEVICE V power_of_two(V shifted) {
   using F = FloatFormat<typename Lanes<V>::Scalar>;
-  return Lanes<V>::from_bits((n + F::exponent_bias) << F::mantissa_bits);
+  return Lanes<V>::from_bits((Lanes<V>::bits(shifted) + F::exponent_bias) << F::mantissa_bits);
+}
+
+template <class V>
+FRNN_HOST_DEVICE V detail::plain_times_power(V x, V n) {
+  using F = FloatFormat<typename Lanes<V>::Scalar>;
+  // 2^n may be subnormal: two factors that are not.
+  const V half = n * typename Lanes<V>::Scalar(0.5) + F::round_magic;
+  const V rest = (n - (half - F::round_magic)) + F::round_magic;
+  return x * power_of_two<V>(half) * power_of_two<V>(rest);
 }
 
 template <class V>
@@ -172,16 +202,12 @@ FRNN_HOST_DEVICE V sigmoid(V x) {
   V magnitude = absolute(x);
   // The comparison is false for NaN, which therefore goes through.
   magnitude = L::select(magnitude > F::sigmoid_limit, V{} + F::sigmoid_limit, magnitude);
-  typename L::Int n;
+  const V n = (magnitude * -F::log2_e + F::round_magic) - F::round_magic;
   V unused;
-  const V p = reduced_expm1<CentredTail, V>(-magnitude, magnitude * -F::log2_e, n, unused);
-  // 2^n may be subnormal: two factors that are not.
-  const auto half = n >> 1;
-  const V e = (p + S(1)) * power_of_two<V>(half) * power_of_two<V>(n - half);
+  const V p = reduced_expm1<CentredTail, V>(-magnitude, n, unused);
+  const V e = L::times_power(p + S(1), n);
   const V sum = e + S(1);
-  const V lost = e - (sum - S(1));
-  const V quotient = L::select(x < S(0), e, V{} + S(1)) / sum;
-  return quotient - quotient * lost;  // by lost / sum exactly; sum is near 1 where it matters
+  return L::quotient(L::select(x < S(0), e, V{} + S(1)), V{}, sum, e - (sum - S(1)));
 }
 
 // -m / (2 + m), m = e^(-2|x|) - 1, with the sign of x.
@@ -194,18 +220,15 @@ FRNN_HOST_DEVICE V tanh(V x) {
   const auto bits = L::bits(x);
   V magnitude = L::from_bits(bits & ~sign_bit);
   magnitude = L::select(magnitude > F::tanh_limit, V{} + F::tanh_limit, magnitude);
-  typename L::Int n;
-  V lost_p;
-  const V scaled = magnitude * (S(-2) * F::log2_e) + F::below_half;
-  const V p = reduced_expm1<NegativeTail, V>(magnitude * S(-2), scaled, n, lost_p);
-  const V scale = power_of_two<V>(n);
+  const V shifted = (magnitude * (S(-2) * F::log2_e) + F::below_half) + F::round_magic;
+  V low;
+  const V p = reduced_expm1<NegativeTail, V>(magnitude * S(-2), shifted - F::round_magic, low);
+  const V scale = power_of_two<V>(shifted);
   const V m = scale * p + (scale - S(1));
+  low = scale * low;
   const V sum = m + S(2);
-  const V lost_sum = m - (sum - S(2));
-  const V quotient = -m / sum;
-  // Exactly 1 / sum and 2 / sum^2 stand where the constants are: sum is between 1 and 2.
-  const V correction = quotient * lost_sum * S(0.75) + scale * lost_p * S(0.75);
-  return L::from_bits((L::bits(quotient - correction) & ~sign_bit) | (bits & sign_bit));
+  const V result = L::quotient(-m, -low, sum, low + (m - (sum - S(2))));
+  return L::from_bits((L::bits(result) & ~sign_bit) | (bits & sign_bit));
 }
 
 }  // namespace fused_rnn

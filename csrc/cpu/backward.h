@@ -277,11 +277,7 @@ class BackwardPass {
         barrier.wait();
         gradient_before_projection(d, rows, row + r0, unit_panels, mine);
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t stop = unit_panels.end * panel_columns < H_ ? unit_panels.end * panel_columns : H_;
-        for (int64_t unit = unit_panels.begin * panel_columns; unit < stop; unit += width)
-          gate_gradients(d, t, r0 + r, unit, row + r0 + r, mine.grad_hidden + r * unit_stride_);
-      }
+      gradients_of_rows(d, t, r0, rows, unit_panels, row, mine);
       barrier.wait();
       for (int64_t r = 0; r < rows; ++r)
         mine.a_rows[r] = s.grads + (row + r0 + r) * grad_stride_ + Cell::hidden_grads.first * H_;
@@ -318,39 +314,80 @@ class BackwardPass {
     product_columns<E>(rows, mine.a_rows, w_hr, panels.begin, panels.end, mine.grad_hidden, unit_stride_, false);
   }
 
-  FRNN_INLINE void gate_gradients(int d, int64_t t, int64_t r, int64_t unit, int64_t row, const A* grad_hidden) {
+  // Vectors whose gate gradients are computed together.
+  static constexpr int group = 2;
+
+  // Gate gradients of one step for the owned rows and units; row: of the chunk, before row 0 of the step.
+  void gradients_of_rows(int d, int64_t t, int64_t r0, int64_t rows, Share panels, int64_t row, ThreadScratch& mine) {
+    const int64_t begin = panels.begin * panel_columns;
+    const int64_t end = panels.end * panel_columns < H_ ? panels.end * panel_columns : H_;
+    Units units[group];
+    int waiting = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t unit = begin; unit < end; unit += width) {
+        units[waiting++] = {r0 + r, unit, row + r0 + r, mine.grad_hidden + r * unit_stride_};
+        if (waiting == group) {
+          gate_gradients<group>(d, t, units);
+          waiting = 0;
+        }
+      }
+    }
+    if (waiting > 0) gate_gradients<1>(d, t, units);
+  }
+
+  // One vector of units of one row; the row within the chunk; where the gradient of h before a projection stands.
+  struct Units {
+    int64_t r, unit, chunk_row;
+    const A* grad_hidden;
+  };
+
+  template <int N>
+  FRNN_INLINE void gate_gradients(int d, int64_t t, const Units* units) {
+    using Values = Pack<V, N>;
     const DirectionBackward& dir = layer_.direction[d];
     DirectionScratch& s = direction_[d];
-    const int64_t n = H_ - unit;
-    const int64_t saved_row = layer_.steps.first_row(t) + r;
-    V saved[Cell::saved + 1], grads[GG], h{}, h_prev{}, c{}, c_prev{}, dh, dc{}, dh_prev, dc_prev{};
+    const int64_t first_row = layer_.steps.first_row(t);
+    Values saved[Cell::saved + 1], grads[GG], h{}, h_prev{}, c{}, c_prev{}, dh, dc{}, dh_prev, dc_prev{};
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+      const auto [r, unit, chunk_row, grad_hidden] = units[i];
+      const int64_t n = H_ - unit;
+      const S* gates = rows_of<S>(dir.gates) + (first_row + r) * Cell::saved * H_ + unit;
 #pragma GCC unroll 4
-    for (int g = 0; g < Cell::saved; ++g)
-      saved[g] = Simd<A>::load_n(rows_of<S>(dir.gates) + (saved_row * Cell::saved + g) * H_ + unit, n);
-    if constexpr (Cell::has_cell) {
-      c = Simd<A>::load_n(rows_of<A>(dir.cells) + saved_row * H_ + unit, n);
-      const int64_t previous = previous_time(d, t, r);
-      if (previous >= 0) {
-        c_prev = Simd<A>::load_n(rows_of<A>(dir.cells) + (layer_.steps.first_row(previous) + r) * H_ + unit, n);
-      } else if (dir.c0) {
-        c_prev = Simd<A>::load_n(rows_of<S>(dir.c0) + r * H_ + unit, n);
+      for (int g = 0; g < Cell::saved; ++g) saved[g].v[i] = Simd<A>::load_n(gates + g * H_, n);
+      if constexpr (Cell::has_cell) {
+        c.v[i] = Simd<A>::load_n(rows_of<A>(dir.cells) + (first_row + r) * H_ + unit, n);
+        const int64_t previous = previous_time(d, t, r);
+        if (previous >= 0) {
+          c_prev.v[i] = Simd<A>::load_n(rows_of<A>(dir.cells) + (layer_.steps.first_row(previous) + r) * H_ + unit, n);
+        } else if (dir.c0) {
+          c_prev.v[i] = Simd<A>::load_n(rows_of<S>(dir.c0) + r * H_ + unit, n);
+        }
+        dc.v[i] = Simd<A>::load(s.grad_cell + r * unit_stride_ + unit);
       }
-      dc = Simd<A>::load(s.grad_cell + r * unit_stride_ + unit);
+      if constexpr (Cell::kind == CellKind::gru) {
+        const S* state = previous_state(d, t, r);
+        if (state) h_prev.v[i] = Simd<A>::load_n(state + unit, n);
+      }
+      if constexpr (Cell::saved == 0) h.v[i] = Simd<A>::load_n(y_row(d, t, r) + unit, n);
+      dh.v[i] = projects_ ? Simd<A>::load(grad_hidden + unit) : output_gradient(d, t, r, unit);
     }
-    if constexpr (Cell::kind == CellKind::gru) {
-      const S* state = previous_state(d, t, r);
-      if (state) h_prev = Simd<A>::load_n(state + unit, n);
-    }
-    if constexpr (Cell::saved == 0) h = Simd<A>::load_n(y_row(d, t, r) + unit, n);
-    dh = projects_ ? Simd<A>::load(grad_hidden + unit) : output_gradient(d, t, r, unit);
-    Cell::template backward<V>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev);
-#pragma GCC unroll 4
-    for (int g = 0; g < GG; ++g) Simd<A>::store_n(s.grads + row * grad_stride_ + g * H_ + unit, grads[g], n);
+    Cell::template backward<Values>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev);
+    Values hidden{};
     if constexpr (Cell::has_cell) {
-      Simd<A>::store(s.grad_cell + r * unit_stride_ + unit, dc_prev);
-      if (projects_) Simd<A>::store(s.hidden + row * unit_stride_ + unit, Cell::template hidden<V>(saved, c));
+      if (projects_) hidden = Cell::template hidden<Values>(saved, c);
     }
-    if (!projects_) Simd<A>::store(s.grad_state + r * state_stride_ + unit, dh_prev);
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+      const int64_t r = units[i].r, unit = units[i].unit, row = units[i].chunk_row, n = H_ - unit;
+#pragma GCC unroll 4
+      for (int g = 0; g < GG; ++g) Simd<A>::store_n(s.grads + row * grad_stride_ + g * H_ + unit, grads[g].v[i], n);
+      if constexpr (Cell::has_cell) {
+        Simd<A>::store(s.grad_cell + r * unit_stride_ + unit, dc_prev.v[i]);
+        if (projects_) Simd<A>::store(s.hidden + row * unit_stride_ + unit, hidden.v[i]);
+      }
+      if (!projects_) Simd<A>::store(s.grad_state + r * state_stride_ + unit, dh_prev.v[i]);
+    }
   }
 
   // The chunk's rows of grad_x: gate gradients times w_ih, the rows divided over the whole team.

@@ -333,50 +333,78 @@ class ForwardPass {
       const int64_t count = panels.end - p < together ? panels.end - p : together;
       multiply_panels(rows, P_, mine.state_rows[now], s.w_hh, layer_.direction[d].weights.w_hh, p, count,
                       mine.recurrent, together * panel_columns, s.hidden_bias);
-      const A* projected = mine.projected + chunk_row * own_panels_ * panel_columns;
-      const A* recurrent = mine.recurrent;
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t q = 0; q < count; ++q)
-          gates(d, t, r0 + r, p + q, projected + (p + q - panels.begin) * panel_columns, recurrent + q * panel_columns,
-                now);
-        projected += own_panels_ * panel_columns;
-        recurrent += together * panel_columns;
-      }
+      gates_of_panels(d, t, r0, rows, p, count, mine.projected + chunk_row * own_panels_ * panel_columns,
+                      mine.recurrent, panels.begin, together, now);
     }
   }
 
-  // The cell's step for one row and the units of one panel.
-  FRNN_INLINE void gates(int d, int64_t t, int64_t r, int64_t panel, const A* projected, const A* recurrent, int now) {
+  // One vector of units of one row: its sums, gate g at + g * U * width.
+  struct Units {
+    int64_t row, unit;
+    const A *projected, *recurrent;
+  };
+
+  // Vectors whose gates are computed together.
+  static constexpr int group = 2;
+
+  // The cell's step for some rows and panels [first, first + count).
+  void gates_of_panels(int d, int64_t t, int64_t r0, int64_t rows, int64_t first, int64_t count, const A* projected,
+                       const A* recurrent, int64_t first_owned, int64_t together, int now) {
+    Units units[group];
+    int waiting = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t q = 0; q < count; ++q) {
+#pragma GCC unroll 2
+        for (int u = 0; u < U; ++u) {
+          const int64_t unit = (first + q) * panel_units + u * width;
+          if (U > 1 && unit >= H_) break;
+          units[waiting++] = {r0 + r, unit, projected + (first + q - first_owned) * panel_columns + u * width,
+                              recurrent + q * panel_columns + u * width};
+          if (waiting == group) {
+            gates<group>(d, t, units, now);
+            waiting = 0;
+          }
+        }
+      }
+      projected += own_panels_ * panel_columns;
+      recurrent += together * panel_columns;
+    }
+    if (waiting > 0) gates<1>(d, t, units, now);
+  }
+
+  template <int N>
+  FRNN_INLINE void gates(int d, int64_t t, const Units* units, int now) {
+    using Values = Pack<V, N>;
     const DirectionForward& dir = layer_.direction[d];
     const DirectionScratch& s = direction_[d];
-    const int64_t saved_row = layer_.steps.first_row(t) + r;
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
-      const int64_t unit = panel * panel_units + u * width;
-      const int64_t n = H_ - unit;
-      if (U > 1 && n <= 0) break;
-      V x[G], sums[G], saved[Cell::saved + 1], h, c{};
+    const int64_t first_row = layer_.steps.first_row(t);
+    Values x[G], sums[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+      const auto [r, unit, projected, recurrent] = units[i];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        x[g] = Simd<A>::load(projected + (g * U + u) * width);
-        sums[g] = Simd<A>::load(recurrent + (g * U + u) * width);
+        x[g].v[i] = Simd<A>::load(projected + g * U * width);
+        sums[g].v[i] = Simd<A>::load(recurrent + g * U * width);
       }
-      A* cell = s.cell + r * unit_stride_ + unit;
-      V h_prev{}, c_prev{};
-      if constexpr (Cell::kind == CellKind::gru) h_prev = Simd<A>::load_n(s.state[now] + r * state_stride_ + unit, n);
-      if constexpr (Cell::has_cell) c_prev = Simd<A>::load(cell);
-      Cell::template forward<V>(x, sums, h_prev, c_prev, h, c, saved);
-      if constexpr (Cell::has_cell) Simd<A>::store(cell, c);
+      if constexpr (Cell::kind == CellKind::gru) h_prev.v[i] = Simd<A>::load(s.state[now] + r * state_stride_ + unit);
+      if constexpr (Cell::has_cell) c_prev.v[i] = Simd<A>::load(s.cell + r * unit_stride_ + unit);
+    }
+    Cell::template forward<Values>(x, sums, h_prev, c_prev, h, c, saved);
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+      const int64_t r = units[i].row, unit = units[i].unit, n = H_ - unit;
+      if constexpr (Cell::has_cell) Simd<A>::store(s.cell + r * unit_stride_ + unit, c.v[i]);
       if (projects_) {
-        Simd<A>::store(s.hidden + r * unit_stride_ + unit, h);
+        Simd<A>::store(s.hidden + r * unit_stride_ + unit, h.v[i]);
       } else {
-        write_state(d, t, r, unit, h, n, now);
+        write_state(d, t, r, unit, h.v[i], n, now);
       }
       if (dir.gates) {
+        S* gates = rows_of<S>(dir.gates) + (first_row + r) * Cell::saved * H_ + unit;
 #pragma GCC unroll 4
-        for (int g = 0; g < Cell::saved; ++g)
-          Simd<A>::store_n(rows_of<S>(dir.gates) + (saved_row * Cell::saved + g) * H_ + unit, saved[g], n);
-        if constexpr (Cell::has_cell) Simd<A>::store_n(rows_of<A>(dir.cells) + saved_row * H_ + unit, c, n);
+        for (int g = 0; g < Cell::saved; ++g) Simd<A>::store_n(gates + g * H_, saved[g].v[i], n);
+        if constexpr (Cell::has_cell) Simd<A>::store_n(rows_of<A>(dir.cells) + (first_row + r) * H_ + unit, c.v[i], n);
       }
     }
   }

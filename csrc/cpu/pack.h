@@ -1,7 +1,7 @@
 // Packing of the B operand of product.h, and the transposition of gate gradients.
 //
 //   pack_gates    forward weights (G * H, K), transposed: a panel holds all gates of U vectors of units
-//   pack_columns  rows of K x N as they are: panels of two vectors of columns, the last one perhaps of one
+//   pack_columns  rows of K x N as they are: panels of four vectors of columns, the last one perhaps of fewer
 //   transpose     K x M gate gradients to M x K, the A operand of the weight gradients
 #pragma once
 
@@ -171,10 +171,10 @@ void product_unpacked(int64_t rows, int64_t K, const E* const* a, const S* w, in
   }
 }
 
-// Panels of columns, two vectors wide; where the number of vectors is odd the last panel is one vector wide.
+// Panels of columns, four vectors wide; the last one is as wide as there are vectors left.
 template <class E>
 struct ColumnPanels {
-  static constexpr int NV = 2;
+  static constexpr int NV = 4;
   static constexpr int width = Simd<typename Operand<E>::Acc>::width;
   const E* data;
   int64_t K;
@@ -193,13 +193,20 @@ void product_columns(int64_t rows, const E* const* a, const ColumnPanels<E>& b, 
   using P = ColumnPanels<E>;
   constexpr int64_t columns = P::NV * P::width;
   const int64_t stride = P::panel_stride(b.K);
-  const int64_t wide = (b.N + P::width - 1) / P::width / P::NV;  // panels that have both vectors
+  const int64_t vectors = (b.N + P::width - 1) / P::width;
+  const int64_t wide = vectors / P::NV;  // panels that have all their vectors
   const int64_t end = last < wide ? last : wide;
   if (end > first)
     product<E, P::NV>(rows, b.K, a, b.data + first * stride, end - first, stride, c + first * columns, c_stride,
                       nullptr, accumulate);
-  if (last > wide)
-    product<E, 1>(rows, b.K, a, b.data + wide * stride, 1, stride, c + wide * columns, c_stride, nullptr, accumulate);
+  if (last <= wide) return;
+  const E* narrow = b.data + wide * stride;
+  c += wide * columns;
+  switch (vectors % P::NV) {
+    case 1: return product<E, 1>(rows, b.K, a, narrow, 1, stride, c, c_stride, nullptr, accumulate);
+    case 2: return product<E, 2>(rows, b.K, a, narrow, 1, stride, c, c_stride, nullptr, accumulate);
+    case 3: return product<E, 3>(rows, b.K, a, narrow, 1, stride, c, c_stride, nullptr, accumulate);
+  }
 }
 
 // Panel p of the K x N matrix whose rows begin at row[k] (null: a row of zeros).

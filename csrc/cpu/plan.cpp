@@ -79,7 +79,8 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
   Plan best;
   best.predicted_us = best.serial_us = cost(best);
   // A team is woken as a whole, so it has either one thread or all of them.
-  const int64_t unit_blocks = sizes.hidden_size / (2 * vector_bytes / 4);
+  // The backward pass divides units by column panels of four vectors.
+  const int64_t unit_blocks = (sizes.hidden_size + vector_bytes - 1) / vector_bytes;
   for (int directions = 1; directions <= D; ++directions) {
     if (threads % directions != 0) continue;
     for (int units = 1; units <= threads / directions; ++units) {

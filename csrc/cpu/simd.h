@@ -150,6 +150,58 @@ FRNN_INLINE void Simd<float>::store_n<float>(float* p, V v, int64_t n) {
 }
 #endif
 
+// Several vectors as one value. A gate formula is a long chain of dependent operations; applied to a Pack, the chains
+// of N vectors run interleaved and hide each other's latency.
+template <class V, int N>
+struct Pack {
+  V v[N];
+};
+
+#define FRNN_PACK_EACH(result_type, expression)                                     \
+  Pack<result_type, N> result;                                                      \
+  _Pragma("GCC unroll 4") for (int i = 0; i < N; ++i) { result.v[i] = expression; } \
+  return result;
+
+#define FRNN_PACK_OPERATOR(op)                                                     \
+  template <class V, int N>                                                        \
+  FRNN_INLINE auto operator op(const Pack<V, N>& a, const Pack<V, N>& b) {         \
+    using R = decltype(a.v[0] op b.v[0]);                                          \
+    FRNN_PACK_EACH(R, a.v[i] op b.v[i])                                            \
+  }                                                                                \
+  template <class V, int N>                                                        \
+  FRNN_INLINE auto operator op(const Pack<V, N>& a, decltype(V{}[0] + V{}[0]) b) { \
+    using R = decltype(a.v[0] op b);                                               \
+    FRNN_PACK_EACH(R, a.v[i] op b)                                                 \
+  }                                                                                \
+  template <class V, int N>                                                        \
+  FRNN_INLINE auto operator op(decltype(V{}[0] + V{}[0]) a, const Pack<V, N>& b) { \
+    using R = decltype(a op b.v[0]);                                               \
+    FRNN_PACK_EACH(R, a op b.v[i])                                                 \
+  }
+FRNN_PACK_OPERATOR(+)
+FRNN_PACK_OPERATOR(-)
+FRNN_PACK_OPERATOR(*)
+FRNN_PACK_OPERATOR(/)
+FRNN_PACK_OPERATOR(&)
+FRNN_PACK_OPERATOR(|)
+FRNN_PACK_OPERATOR(<)
+FRNN_PACK_OPERATOR(>)
+FRNN_PACK_OPERATOR(<=)
+#undef FRNN_PACK_OPERATOR
+
+template <class V, int N>
+FRNN_INLINE Pack<V, N> operator-(const Pack<V, N>& a) {
+  FRNN_PACK_EACH(V, -a.v[i])
+}
+template <class V, int N>
+FRNN_INLINE Pack<V, N> operator~(const Pack<V, N>& a) {
+  FRNN_PACK_EACH(V, ~a.v[i])
+}
+template <class V, int N>
+FRNN_INLINE Pack<V, N> operator<<(const Pack<V, N>& a, int bits) {
+  FRNN_PACK_EACH(V, a.v[i] << bits)
+}
+
 }  // namespace FRNN_ISA
 
 namespace detail {
@@ -163,15 +215,79 @@ struct VectorLanes {
   static FRNN_INLINE Vector select(Mask mask, Vector a, Vector b) {
     return mask ? a : b;
   }
+  static FRNN_INLINE Vector times_power(Vector x, Vector n) { return plain_times_power(x, n); }
+  static FRNN_INLINE Vector quotient(Vector a, Vector a_low, Vector b, Vector b_low) {
+    return plain_quotient(a, a_low, b, b_low);
+  }
 };
+
+#if FRNN_VECTOR_BYTES >= 32
+// The quotient from an approximate reciprocal: the residual of a first result, exact thanks to fma, corrects both
+// that and the low parts. Half the time of a division, and one rounding less.
+template <class Vector>
+FRNN_INLINE Vector quotient_by_reciprocal(Vector a, Vector a_low, Vector b, Vector b_low, Vector reciprocal) {
+  const Vector q = a * reciprocal;
+  const Vector residual = (a - q * b) + (a_low - q * b_low);
+  return q + residual * reciprocal;
+}
+#endif
 }  // namespace detail
 
 template <>
 struct Lanes<FRNN_ISA::VectorTypes<float>::Vector>
-    : detail::VectorLanes<float, FRNN_ISA::VectorTypes<float>::Vector, FRNN_ISA::VectorTypes<float>::Int> {};
+    : detail::VectorLanes<float, FRNN_ISA::VectorTypes<float>::Vector, FRNN_ISA::VectorTypes<float>::Int> {
+#if FRNN_VECTOR_BYTES >= 32
+  using V = FRNN_ISA::VectorTypes<float>::Vector;
+  static FRNN_INLINE V quotient(V a, V a_low, V b, V b_low) {
+#if FRNN_VECTOR_BYTES == 64
+    const V guess = (V)_mm512_maskz_rcp14_ps((__mmask16)0xffff, (__m512)b);
+#else
+    const V guess = (V)_mm256_rcp_ps((__m256)b);
+#endif
+    return detail::quotient_by_reciprocal(a, a_low, b, b_low, guess + guess * (1.0f - guess * b));
+  }
+#endif
+#if FRNN_VECTOR_BYTES == 64
+  static FRNN_INLINE V times_power(V x, V n) {
+    return (V)_mm512_maskz_scalef_ps((__mmask16)0xffff, (__m512)x, (__m512)n);
+  }
+#endif
+};
 
 template <>
 struct Lanes<FRNN_ISA::VectorTypes<double>::Vector>
     : detail::VectorLanes<double, FRNN_ISA::VectorTypes<double>::Vector, FRNN_ISA::VectorTypes<double>::Int> {};
+
+template <class V, int N>
+struct Lanes<FRNN_ISA::Pack<V, N>> {
+  using P = FRNN_ISA::Pack<V, N>;
+  using One = Lanes<V>;
+  using Scalar = typename One::Scalar;
+  using Int = FRNN_ISA::Pack<typename One::Int, N>;
+  template <class R, class F>
+  static FRNN_INLINE FRNN_ISA::Pack<R, N> each(F f) {
+    FRNN_ISA::Pack<R, N> result;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) result.v[i] = f(i);
+    return result;
+  }
+  static FRNN_INLINE Int bits(const P& x) {
+    return each<typename One::Int>([&](int i) __attribute__((always_inline)) { return One::bits(x.v[i]); });
+  }
+  static FRNN_INLINE P from_bits(const Int& x) {
+    return each<V>([&](int i) __attribute__((always_inline)) { return One::from_bits(x.v[i]); });
+  }
+  template <class Mask>
+  static FRNN_INLINE P select(const Mask& mask, const P& a, const P& b) {
+    return each<V>([&](int i) __attribute__((always_inline)) { return One::select(mask.v[i], a.v[i], b.v[i]); });
+  }
+  static FRNN_INLINE P times_power(const P& x, const P& n) {
+    return each<V>([&](int i) __attribute__((always_inline)) { return One::times_power(x.v[i], n.v[i]); });
+  }
+  static FRNN_INLINE P quotient(const P& a, const P& a_low, const P& b, const P& b_low) {
+    return each<V>(
+        [&](int i) __attribute__((always_inline)) { return One::quotient(a.v[i], a_low.v[i], b.v[i], b_low.v[i]); });
+  }
+};
 
 }  // namespace fused_rnn
