@@ -369,7 +369,8 @@ def autocast(
     """The casts that ``torch.nn`` makes under autocast.
 
     To the autocast dtype on every device but the CPU, and there for LSTM layers with a padded input, RNN layers and the
-    RNN cell. The others keep the state's dtype on the CPU: ``torch.nn`` runs them op by op, with gate arithmetic promoted to it.
+    RNN cell. The others keep the state's dtype on the CPU: ``torch.nn`` runs them op by op, with gates promoted
+    to it.
     """
     h, c = _checks.split_state(spec.kind, hx)
     state_dtype = input.dtype if h is None else h.dtype

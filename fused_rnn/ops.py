@@ -153,6 +153,7 @@ def rnn(
     if _needs_autograd((input, h0, c0, *params, *dropout_masks)):
         results = _apply(
             _Rnn,
+            _ForwardModeRnn,
             kind,
             has_biases,
             num_layers,
@@ -199,7 +200,7 @@ def cell_step(
         h (B, H), and c (B, H) for an LSTM, else None.
     """
     if _needs_autograd((input, h, c, w_ih, w_hh, b_ih, b_hh)):
-        h_next, c_next = _apply(_Cell, kind, input, h, c, w_ih, w_hh, b_ih, b_hh)[:2]
+        h_next, c_next = _apply(_Cell, _ForwardModeCell, kind, input, h, c, w_ih, w_hh, b_ih, b_hh)[:2]
     else:
         h_next, c_next = _cell_forward(input, h, c, w_ih, w_hh, b_ih, b_hh, kind, False)[:2]
     return h_next, c_next if kind == CellKind.LSTM else None
@@ -208,11 +209,21 @@ def cell_step(
 # --- Gradients -------------------------------------------------------------------------------------------------------
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, without the inspection of its signature in eager mode, some 20 us a call."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+def _apply(function: type[torch.autograd.Function], forward_mode: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, or that of its version with a forward-mode derivative, where that can be.
+
+    In eager mode without ``apply``'s inspection of the signature, some 20 us a call.
+    """
+    if torch.compiler.is_compiling():
+        # The tracer refuses one tensor in two places: tied weights, or the zeros of both states.
+        distinct: list[Any] = []
+        for a in args:
+            again = isinstance(a, Tensor) and any(a is b for b in distinct)
+            distinct.append(a.view_as(a) if again else a)
+        return function.apply(*distinct)
+    if torch._C._are_functorch_transforms_active():
+        return forward_mode.apply(*args)
+    return super(torch.autograd.Function, forward_mode).apply(*args)  # type: ignore[misc]
 
 
 def _none_for_unneeded(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -268,6 +279,62 @@ def _second_derivative(
     return cotangent_grads, primal_grads
 
 
+def _reference_stack(settings: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    """The stack in differentiable operators, a function of input, h0, c0, masks, params."""
+    from . import reference
+
+    kind, has_biases, num_layers, bidirectional, batch_first, num_masks, batch_sizes = settings
+
+    def stack(input: Tensor, h0: Tensor | None, c0: Tensor | None, *rest: Tensor) -> tuple[Tensor, ...]:
+        return reference.rnn(
+            kind,
+            input,
+            h0,
+            c0,
+            rest[num_masks:],
+            rest[:num_masks],
+            batch_sizes,
+            has_biases=has_biases,
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            batch_first=batch_first,
+        )
+
+    return stack
+
+
+def _reference_step(kind: CellKind) -> Callable[..., tuple[Tensor, ...]]:
+    """One step in differentiable operators, a function of the tensors of :class:`_Cell`."""
+    from . import reference
+
+    def step(*tensors: Any) -> tuple[Tensor, ...]:
+        h, c = reference.cell_step(kind, *tensors)
+        return (h,) if c is None else (h, c)
+
+    return step
+
+
+def _forward_derivative(
+    function: Callable[..., tuple[Tensor, ...]],
+    primals: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Tangents of the results of ``function``; None stands for a missing argument, and for a tangent of zeros."""
+    given = [i for i, t in enumerate(primals) if t is not None]
+
+    def results(*arguments: Tensor) -> tuple[Tensor, ...]:
+        values = list(primals)
+        for i, t in zip(given, arguments, strict=True):
+            values[i] = t
+        return function(*values)
+
+    at = tuple(t for t in primals if t is not None)
+    along = tuple(
+        torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True) if p is not None
+    )
+    return tuple(torch.func.jvp(results, at, along)[1])
+
+
 class _Rnn(torch.autograd.Function):
     """``rnn_forward`` with its gradient.
 
@@ -287,6 +354,7 @@ class _Rnn(torch.autograd.Function):
         ctx.mark_non_differentiable(*saved, *(() if inputs[0] == CellKind.LSTM else (c_n,)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, *saved, *inputs[7:])
+        ctx.save_for_forward(*inputs[7:])
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, *_):  # type: ignore[no-untyped-def]
@@ -298,7 +366,16 @@ class _Rnn(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
-        return _vmap_loop(_Rnn.apply, info, in_dims, args)
+        return _vmap_loop(_ForwardModeRnn.apply, info, in_dims, args)
+
+
+class _ForwardModeRnn(_Rnn):
+    """With the forward-mode derivative, which torch.compile refuses to see on a function that it traces."""
+
+    @staticmethod
+    def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
+        y, h_n, c_n = _forward_derivative(_reference_stack(ctx.settings), ctx.saved_tensors, tangents[7:])
+        return y, h_n, c_n if ctx.settings[0] == CellKind.LSTM else None, None, None, None
 
 
 class _RnnBackward(torch.autograd.Function):
@@ -329,27 +406,8 @@ class _RnnBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_grads):  # type: ignore[no-untyped-def]
-        from . import reference
-
-        kind, has_biases, num_layers, bidirectional, batch_first, num_masks, batch_sizes = ctx.settings
-        grad_output, grad_h_n, grad_c_n, *primals = ctx.saved_tensors
-
-        def stack(input, h0, c0, *rest):  # type: ignore[no-untyped-def]
-            return reference.rnn(
-                kind,
-                input,
-                h0,
-                c0,
-                rest[num_masks:],
-                rest[:num_masks],
-                batch_sizes,
-                has_biases=has_biases,
-                num_layers=num_layers,
-                bidirectional=bidirectional,
-                batch_first=batch_first,
-            )
-
-        cotangents, grads = _second_derivative(stack, primals, (grad_output, grad_h_n, grad_c_n), ctx.needs, grad_grads)
+        seeds, primals = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        cotangents, grads = _second_derivative(_reference_stack(ctx.settings), primals, seeds, ctx.needs, grad_grads)
         return *(None,) * 8, *cotangents, *(None,) * 4, *grads
 
     @staticmethod
@@ -371,6 +429,7 @@ class _Cell(torch.autograd.Function):
         ctx.mark_non_differentiable(*saved, *(() if ctx.kind == CellKind.LSTM else (c_next,)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h_next, *saved, *tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx, grad_h, grad_c, *_):  # type: ignore[no-untyped-def]
@@ -382,7 +441,16 @@ class _Cell(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
-        return _vmap_loop(_Cell.apply, info, in_dims, args)
+        return _vmap_loop(_ForwardModeCell.apply, info, in_dims, args)
+
+
+class _ForwardModeCell(_Cell):
+    """As :class:`_ForwardModeRnn`."""
+
+    @staticmethod
+    def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
+        h, *c = _forward_derivative(_reference_step(ctx.kind), ctx.saved_tensors, tangents[1:])
+        return h, c[0] if c else None, None, None
 
 
 class _CellBackward(torch.autograd.Function):
@@ -406,14 +474,10 @@ class _CellBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_grads):  # type: ignore[no-untyped-def]
-        from . import reference
-
         grad_h, grad_c, *primals = ctx.saved_tensors
-
-        def step(*tensors):  # type: ignore[no-untyped-def]
-            return reference.cell_step(ctx.kind, *tensors)
-
-        cotangents, grads = _second_derivative(step, primals, (grad_h, grad_c), ctx.needs, grad_grads)
+        cotangents, grads = _second_derivative(
+            _reference_step(ctx.kind), primals, (grad_h, grad_c), ctx.needs, grad_grads
+        )
         return None, None, *cotangents, None, None, None, *grads
 
     @staticmethod

@@ -7,7 +7,7 @@ import torch
 from support.cases import CELLS, Case, CellCase
 from support.compare import assert_close_to_twin
 from torch import Tensor
-from torch.func import functional_call, grad, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vjp, vmap
 
 import fused_rnn
 
@@ -54,3 +54,35 @@ def test_vmap_over_an_ensemble_equals_a_loop(cell: str) -> None:
 
     found = vmap(output)(parameters, buffers)
     assert_close_to_twin({"output": found}, {"output": torch.stack([module(sequence)[0] for module in modules])})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_mode_derivative_equals_finite_differences(case: Case | CellCase) -> None:
+    module, data = case.build(fused_rnn).requires_grad_(False), case.data()
+
+    def output(sequence: Tensor) -> Tensor:
+        return next(iter(case.outputs(module(sequence)).values()))
+
+    at = data.sequence.detach()
+    along = torch.randn_like(at)
+    value, tangent = jvp(output, (at,), (along,))
+    assert_close_to_twin({"output": value}, {"output": output(at)})
+    step = 1e-6
+    expected = (output(at + step * along) - output(at - step * along)) / (2 * step)
+    # the truncation error of central differences is step^2, their rounding error epsilon / step: 2e-10
+    torch.testing.assert_close(tangent, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiled_without_a_graph_break_gives_the_same(case: Case | CellCase) -> None:
+    module, data = case.build(fused_rnn), case.data()
+
+    def loss(sequence: Tensor) -> Tensor:
+        return sum(output.square().sum() for output in case.outputs(module(sequence)).values())
+
+    leaves = [data.sequence, *module.parameters()]
+    expected = torch.autograd.grad(loss(data.sequence), leaves)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(data.sequence), leaves)
+    names = ["input", *dict(module.named_parameters())]
+    assert_close_to_twin(dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True)))
