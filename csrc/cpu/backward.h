@@ -79,7 +79,7 @@ class BackwardPass {
   struct ThreadScratch {
     A* grad_hidden;  // (B, unit_stride) gradient of h before its projection
     A* tile;         // (chunk_rows, padded I): the gradient of the input before it is stored
-    E* transposed;   // (units of this thread or rows of w_hr, depth)
+    E* transposed;   // (rows_together, depth)
     const E** a_rows;
     const S** b_rows;
   };
@@ -110,7 +110,7 @@ class BackwardPass {
       ThreadScratch t;
       t.grad_hidden = layout.take<A>(projects_ ? B_ * unit_stride_ : 0);
       t.tile = layout.take<A>(wants_x_ ? (chunk_rows_ / plan_.threads() + 1) * Columns::padded_columns(I_) : 0);
-      t.transposed = layout.take<E>((longest / plan_.threads() + 1) * depth_);
+      t.transposed = layout.take<E>(rows_together * depth_);
       t.a_rows = layout.take<const E*>(chunk_rows_ > longest ? chunk_rows_ : longest);
       const int64_t b_rows = chunk_rows_ > G * H_ ? chunk_rows_ : G * H_;
       t.b_rows = layout.take<const S*>(b_rows > P_ ? b_rows : P_);
@@ -441,23 +441,39 @@ class BackwardPass {
   // Adds the chunk to this thread's rows of the weight gradients: of its units, every gate.
   void weight_gradients(int d, int64_t K, bool begun, int thread, ThreadScratch& mine) {
     DirectionScratch& s = direction_[d];
-    const Share units(H_, thread, plan_.threads());
+    const Share own(H_, thread, plan_.threads());
     for (int j = 0; j < GG; ++j) {
       const int ih = weight_gate(Cell::input_grads, j), hh = weight_gate(Cell::hidden_grads, j);
-      transpose<E>(s.grads + j * H_ + units.begin, grad_stride_, K, units.end - units.begin, mine.transposed, depth_);
-      if (ih >= 0) {
-        add_outer_product(s.ih, I_, ih * H_, units, K, begun, mine);
-        add_sums(s.bias_ih, ih * H_, units, K, begun, mine);
-      }
-      if (hh >= 0) {
-        add_outer_product(s.hh, P_, hh * H_, units, K, begun, mine);
-        add_sums(s.bias_hh, hh * H_, units, K, begun, mine);
-      }
+      for_blocks(own, [&](Share units) {
+        transpose<E>(s.grads + j * H_ + units.begin, grad_stride_, K, units.end - units.begin, mine.transposed, depth_);
+        if (ih >= 0) {
+          add_outer_product(s.ih, I_, ih * H_, units, K, begun, mine);
+          add_sums(s.bias_ih, ih * H_, units, K, begun, mine);
+        }
+        if (hh >= 0) {
+          add_outer_product(s.hh, P_, hh * H_, units, K, begun, mine);
+          add_sums(s.bias_hh, hh * H_, units, K, begun, mine);
+        }
+      });
     }
     if (s.hr.result) {
-      const Share rows(P_, thread, plan_.threads());
-      transpose<E>(s.grad_h + rows.begin, state_stride_, K, rows.end - rows.begin, mine.transposed, depth_);
-      add_outer_product(s.hr, H_, 0, rows, K, begun, mine);
+      for_blocks(Share(P_, thread, plan_.threads()), [&](Share rows) {
+        transpose<E>(s.grad_h + rows.begin, state_stride_, K, rows.end - rows.begin, mine.transposed, depth_);
+        add_outer_product(s.hr, H_, 0, rows, K, begun, mine);
+      });
+    }
+  }
+
+  // Rows of a weight gradient that are computed together: their transposed gate gradients stay in L2.
+  static constexpr int64_t rows_together = 96;
+
+  template <class F>
+  static void for_blocks(Share share, F f) {
+    for (int64_t begin = share.begin; begin < share.end; begin += rows_together) {
+      Share block = share;
+      block.begin = begin;
+      if (begin + rows_together < share.end) block.end = begin + rows_together;
+      f(block);
     }
   }
 

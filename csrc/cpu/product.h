@@ -6,7 +6,8 @@
 // whatever the tile, so a result depends neither on the split of the work over threads nor on the rows beside it.
 //
 // Measured on one AVX-512 core (Zen 5), a tile of 6 rows x 4 vectors or 8 x 3 reaches 98 % of the FMA peak while the
-// panel streams from L2 or L3, without blocking over k: docs/performance.md.
+// panel streams from L2. A panel that would not stay there while the tiles of one product pass over it is taken in
+// blocks of k, the sums being kept in C between them: docs/performance.md.
 #pragma once
 
 #include "simd.h"
@@ -87,11 +88,17 @@ constexpr int tile_panels() {
   return wanted < 1 ? 1 : wanted;
 }
 
+// What a tile fetches into L2 for those after it, while it computes: `step` bytes per group of k from `next` on.
+struct Ahead {
+  const void* next;
+  int64_t step;
+};
+
 // MR rows x NP panels. c: row r at c + r * c_stride, panel q at + q * NV * width.
 template <class E, int MR, int NV, int NP>
 __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const E* b, int64_t panel_stride,
                                             typename Operand<E>::Acc* c, int64_t c_stride,
-                                            const typename Operand<E>::Acc* bias, bool accumulate) {
+                                            const typename Operand<E>::Acc* bias, bool accumulate, Ahead ahead) {
   using O = Operand<E>;
   using A = typename O::Acc;
   using V = typename O::V;
@@ -125,8 +132,15 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
     }
   };
   const int64_t whole = K / group * group;
+  const char* next = static_cast<const char*>(ahead.next);
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < whole; k += group) multiply(k, [](const E* p) { return O::broadcast(p); });
+  for (int64_t k = 0; k < whole; k += group) {
+    if (NP == 1) {
+      __builtin_prefetch(next, 0, 2);
+      next += ahead.step;
+    }
+    multiply(k, [](const E* p) { return O::broadcast(p); });
+  }
   if (group > 1 && whole < K) multiply(whole, [](const E* p) { return O::broadcast_last(p, 1); });
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
@@ -138,12 +152,12 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
 template <class E, int NV, int NP>
 FRNN_INLINE void product_rows(int rows, int64_t K, const E* const* a, const E* b, int64_t panel_stride,
                               typename Operand<E>::Acc* c, int64_t c_stride, const typename Operand<E>::Acc* bias,
-                              bool accumulate) {
+                              bool accumulate, Ahead ahead) {
   constexpr int most = tile_rows<NV>();
-#define FRNN_ROWS(n)                                                                           \
-  case n:                                                                                      \
-    if constexpr (n <= most && (NP == 1 || n <= 2))                                            \
-      return product_tile<E, n, NV, NP>(K, a, b, panel_stride, c, c_stride, bias, accumulate); \
+#define FRNN_ROWS(n)                                                                                  \
+  case n:                                                                                             \
+    if constexpr (n <= most && (NP == 1 || n <= 2))                                                   \
+      return product_tile<E, n, NV, NP>(K, a, b, panel_stride, c, c_stride, bias, accumulate, ahead); \
     break;
   switch (rows) {
     FRNN_ROWS(1)
@@ -164,6 +178,9 @@ constexpr int64_t panels_at_once(int64_t rows) {
   return rows == 1 ? tile_panels<1, NV>() : rows == 2 ? tile_panels<2, NV>() : 1;
 }
 
+// Bytes of a panel that stay in L2 (1 MiB and more) beside the rows they are multiplied with.
+inline constexpr int64_t panel_block_bytes = 192 * 1024;
+
 // C (rows x panels * NV * width) = A (rows x K) B, plus bias (panels * NV * width) or C itself.
 template <class E, int NV>
 void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t panels, int64_t panel_stride,
@@ -175,23 +192,43 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
     constexpr int NP = tile_panels<1, NV>();
     for (; NP > 1 && p + NP <= panels; p += NP)
       product_rows<E, NV, NP>(1, K, a, b + p * panel_stride, panel_stride, c + p * columns, c_stride,
-                              bias ? bias + p * columns : nullptr, accumulate);
+                              bias ? bias + p * columns : nullptr, accumulate, Ahead{b, 0});
   } else if (rows == 2) {
     constexpr int NP = tile_panels<2, NV>();
     for (; NP > 1 && p + NP <= panels; p += NP)
       product_rows<E, NV, NP>(2, K, a, b + p * panel_stride, panel_stride, c + p * columns, c_stride,
-                              bias ? bias + p * columns : nullptr, accumulate);
+                              bias ? bias + p * columns : nullptr, accumulate, Ahead{b, 0});
   }
   // Even tiles: 32 rows are 5 + 5 + 5 + 5 + 6 + 6, not five of 6 and one of 2.
   const int64_t tiles = (rows + tile_rows<NV>() - 1) / tile_rows<NV>();
   const int64_t low = rows / tiles, more = rows % tiles;
+  constexpr int group = Operand<E>::group;
+  const int64_t block = tiles == 1 ? K : panel_block_bytes / (columns * int64_t(sizeof(E)));
   for (; p < panels; ++p) {
-    int64_t r = 0;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t n = low + (tile < more);
-      product_rows<E, NV, 1>(int(n), K, a + r, b + p * panel_stride, panel_stride, c + r * c_stride + p * columns,
-                             c_stride, bias ? bias + p * columns : nullptr, accumulate);
-      r += n;
+    for (int64_t k = 0; k < K; k += block) {
+      const int64_t depth = K - k < block ? K - k : block;
+      const E* here = b + p * panel_stride + k * columns;
+      // The next block of weights follows this one in memory, but for the padding of an odd K. Every tile fetches its
+      // share of it; past the last block there is nothing worth fetching.
+      const bool last = p + 1 == panels && k + block >= K;
+      const char* next = reinterpret_cast<const char*>(last ? here : here + padded_depth<E>(depth) * columns);
+      const int64_t share = last ? 0 : depth * columns * int64_t(sizeof(E)) / tiles;
+      int64_t r = 0;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t n = low + (tile < more);
+        const E* first[8];
+        for (int64_t i = 0; i < n; ++i) first[i] = a[r + i] + k;
+        typename Operand<E>::Acc* target = c + r * c_stride + p * columns;
+        if (accumulate && tile + 1 < tiles) {
+          for (int64_t i = 0; i < n; ++i) {
+            for (int v = 0; v < NV; ++v) __builtin_prefetch(target + (n + i) * c_stride + v * 64 / sizeof(*c), 1, 3);
+          }
+        }
+        product_rows<E, NV, 1>(int(n), depth, first, here, panel_stride, target, c_stride,
+                               bias ? bias + p * columns : nullptr, accumulate || k > 0,
+                               Ahead{next + tile * share, share * group / depth});
+        r += n;
+      }
     }
   }
 }
