@@ -1,8 +1,7 @@
 // The rate of the micro-kernel alone, tile by tile: rows of a state times packed weights, as one step of a layer does.
 //
-//   g++ -std=c++17 -O3 -fno-math-errno -fno-trapping-math -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq
-//   -mavx512vl \
-//       -DFRNN_VECTOR_BYTES=64 -Icsrc benchmarks/tiles.cpp -o build/tiles && build/tiles
+//   FLAGS="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -fno-math-errno -fno-trapping-math"
+//   g++ -std=c++17 -O3 $FLAGS -DFRNN_VECTOR_BYTES=64 -Icsrc benchmarks/tiles.cpp -o build/tiles && build/tiles
 //
 // With -DFRNN_VECTOR_BYTES=32 and without the AVX-512 flags: AVX2. Prints GFLOP/s of one thread, the best of 30 steps.
 #define FRNN_ISA tiles
