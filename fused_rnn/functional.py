@@ -327,6 +327,9 @@ def run_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]) 
         with torch.autocast(region, enabled=False):
             return run_cell(spec, input, hx, params)
 
+    done = _step_if_valid(spec, input, hx, params)
+    if done is not None:
+        return done
     input, h, c, _, batch, why_reference = prepare_cell(spec, input, hx, params)
     assert h is not None
     if batch is None:
@@ -336,6 +339,29 @@ def run_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]) 
     if batch is None:
         return h.squeeze(0), None if c is None else c.squeeze(0)
     return h, c
+
+
+def _step_if_valid(
+    spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]
+) -> tuple[Tensor, Tensor | None] | None:
+    """The step of the usual call, a batch with its state on the kernels; ``None`` if it is another or not valid.
+
+    The operator checks what it is given, so a valid call need not be checked twice, which would take as long as the
+    step of a small cell. What is wrong with one that is not, :func:`prepare_cell` says in the user's terms.
+    """
+    if backend.ops is None or torch.compiler.is_compiling() or backend.current_backend() == "reference":
+        return None
+    h, c = hx if spec.kind == CellKind.LSTM and isinstance(hx, tuple) and len(hx) == 2 else (hx, None)
+    if not isinstance(h, Tensor) or input.dim() != 2 or backend.ops.why_not_fused(input) is not None:
+        return None
+    if h.shape != (input.shape[0], spec.hidden_size) or input.shape[1] != spec.input_size:
+        return None
+    weights = params if spec.bias else (*params, None, None)
+    try:
+        done: tuple[Tensor, Tensor | None] = backend.ops.cell_step(spec.kind, input, h, c, *weights)
+    except (RuntimeError, TypeError):
+        return None
+    return done
 
 
 def _dropout_masks(spec: _checks.Spec, input: Tensor, dropout: float, batch_first: bool) -> list[Tensor]:
