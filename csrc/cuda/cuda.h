@@ -1,0 +1,147 @@
+// What crosses from the CUDA operators (ops_cuda.cpp) to the kernels. No torch header, no CUDA header: streams are
+// cudaStream_t as void*, and every function returns null, or a text that says what went wrong.
+//
+// Letters as in problem.h. Every pointer is to device memory unless it says "host"; "sum type" is float, and double for
+// float64. Nothing here allocates, synchronises, or keeps a pointer after it returned; all work goes to the stream
+// given, and every launch can be captured in a CUDA graph.
+//
+// A layer, forward: one product x W_ih^T for all steps writes the projections, then the steps run, either one launch a
+// step (step_forward, after the step's product h W_hh^T), or all in one launch (persistent_forward). Backward: the
+// steps give the gradients of the gates for all rows, and products over all rows follow.
+#pragma once
+
+#include "../problem.h"
+
+namespace fused_rnn {
+namespace cuda {
+
+// Of one GPU, read once.
+struct DeviceInfo {
+  int index = 0;
+  int arch = 0;  // 80, 90, 100, 120: ten times the compute capability
+  int sms = 0;
+  int64_t shared_per_block = 0;  // the largest dynamic shared memory of a block (opt-in)
+  int64_t shared_per_sm = 0;
+  int64_t registers_per_sm = 0;  // of 32 bits
+  int64_t l2_bytes = 0;
+  int max_cluster = 1;  // blocks; 1: no clusters
+  bool cooperative = false;
+  int clock_khz = 0;
+};
+
+const char* read_device(int index, DeviceInfo& info);
+
+// plan.h: which persistent variant holds a layer, if any.
+struct Plan;
+
+// --- One launch a step
+// ------------------------------------------------------------------------------------------------
+
+// One direction at one step. The step's `rows` live rows are the first `rows` of the batch.
+struct StepForward {
+  int64_t rows = 0;
+  const void* projection = nullptr;  // (rows, gates * H), row r at + r * projection_stride; may be where gates or y is
+  int64_t projection_stride = 0;
+  const void* product = nullptr;  // (rows, gates * H) of h W_hh^T, sum type; null: zeros
+  const void* b_ih = nullptr;     // (gates * H), null: zeros; added here
+  const void* b_hh = nullptr;
+  void* c = nullptr;  // (rows, H), sum type, the running cell state: read and replaced; null without a cell state
+  void* h = nullptr;  // (rows, H), the running h: read (GRU) and replaced; null: not wanted (with a projection of h)
+  void* y = nullptr;  // (rows, H), row r at + r * y_stride: h again
+  int64_t y_stride = 0;
+  void* gates = nullptr;  // (rows, saved * H), or null
+  void* cells = nullptr;  // (rows, H), sum type, or null
+};
+
+// Both directions that are at their own steps now; count is 1 or 2. The two may have different rows.
+const char* step_forward(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions, int count,
+                         void* stream);
+
+struct StepBackward {
+  int64_t rows = 0;
+  const void* gates = nullptr;  // (rows, saved * H)
+  const void* cells = nullptr;  // (rows, H), sum type
+  const void* y = nullptr;      // (rows, H) at this step, row r at + r * y_stride; only the plain recurrence reads it
+  int64_t y_stride = 0;
+  // The step before in this direction's order: its first previous_rows rows are these, the others are the initial
+  // state, (rows, H) in the layer's dtype; null: zeros.
+  int64_t previous_rows = 0;
+  const void* previous_cells = nullptr;  // (previous_rows, H), sum type
+  const void* previous_y = nullptr;      // (previous_rows, H), row r at + r * y_stride; only GRU reads it
+  const void* h0 = nullptr;
+  const void* c0 = nullptr;
+  const void* grad_y = nullptr;  // (rows, H), row r at + r * grad_y_stride; null: zeros
+  int64_t grad_y_stride = 0;
+  // (rows, H), sum type: gradient of this step's h from the steps after it. Replaced, in a GRU alone, by the part of
+  // the gradient of the previous h that does not go through W_hh.
+  void* dh = nullptr;
+  void* dc = nullptr;          // (rows, H), sum type: gradient of this step's c; replaced by that of the previous c
+  void* grad_gates = nullptr;  // (rows, grad_gates * H); may be where gates is
+};
+
+const char* step_backward(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions, int count,
+                          void* stream);
+
+// --- Over all rows
+// ----------------------------------------------------------------------------------------------------
+
+// Sums of the columns of (rows, columns), row r at data + r * stride, in a fixed order: out[k] = sum, again[k] = the
+// same (null: not wanted). workspace: column_sums_workspace bytes.
+int64_t column_sums_workspace(DType dtype, int64_t rows, int64_t columns);
+const char* column_sums(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride, void* out,
+                        void* again, void* workspace, void* stream);
+
+// Puts the rows of each step and their prefix sums into device memory: sizes (T), offsets (T + 1). batch_sizes is in
+// host memory and travels as kernel arguments, so there is nothing to wait for, and a captured graph keeps it.
+const char* upload_steps(const int64_t* batch_sizes, int64_t T, int64_t* sizes, int64_t* offsets, void* stream);
+
+// h before each row's step, (N, P) contiguous: row b of step t is that of the step before (t - 1, or t + 1 in reverse),
+// or of h0 (B, P), or zeros. steps: device arrays when packed.
+const char* previous_states(DType dtype, int64_t size, const Steps& steps, bool reverse, const Sequence& y,
+                            const void* h0, void* out, void* stream);
+
+// --- All steps in one launch
+// ------------------------------------------------------------------------------------------
+
+struct PersistentForward {
+  const void* w_hh = nullptr;        // (gates * H, H)
+  const void* projection = nullptr;  // (N, gates * H), row n at + n * projection_stride; may be where gates or y is
+  int64_t projection_stride = 0;
+  const void* b_ih = nullptr;  // (gates * H), null: zeros; added here
+  const void* b_hh = nullptr;
+  const void* h0 = nullptr;  // (B, H), null: zeros
+  const void* c0 = nullptr;
+  void* h_n = nullptr;  // (B, H)
+  void* c_n = nullptr;  // (B, H), null unless the cell has a cell state
+  void* y = nullptr;    // (N, H), row n at + n * y_stride
+  int64_t y_stride = 0;
+  void* gates = nullptr;  // (N, saved * H), or null
+  void* cells = nullptr;  // (N, H), sum type, or null
+};
+
+struct PersistentBackward {
+  const void* w_hh = nullptr;  // (gates * H, H)
+  const void* gates = nullptr;
+  const void* cells = nullptr;
+  const void* y = nullptr;  // (N, H), row n at + n * y_stride
+  int64_t y_stride = 0;
+  const void* h0 = nullptr;
+  const void* c0 = nullptr;
+  const void* grad_y = nullptr;  // (N, H), row n at + n * grad_y_stride; null: zeros
+  int64_t grad_y_stride = 0;
+  const void* grad_h_n = nullptr;  // (B, H), null: zeros
+  const void* grad_c_n = nullptr;
+  void* grad_gates = nullptr;  // (N, grad_gates * H); may be where gates is
+  void* grad_h0 = nullptr;     // (B, H), null: not wanted
+  void* grad_c0 = nullptr;
+};
+
+// direction[1], where sizes.num_directions is 2, runs from the last step to the first. steps: device arrays when
+// packed. workspace: plan.workspace_bytes, not initialised. sizes.state_size == sizes.hidden_size.
+const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* direction,
+                               const Plan& plan, const DeviceInfo& device, void* workspace, void* stream);
+const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* direction,
+                                const Plan& plan, const DeviceInfo& device, void* workspace, void* stream);
+
+}  // namespace cuda
+}  // namespace fused_rnn
