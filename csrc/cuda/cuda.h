@@ -37,17 +37,23 @@ struct Plan;
 // --- One launch a step
 // ------------------------------------------------------------------------------------------------
 
-// One direction at one step. The step's `rows` live rows are the first `rows` of the batch.
+// One direction at one step. Its live rows are the first `rows` of the batch; of these, the first previous_rows were
+// live in the step before (in this direction's order) and go on from the running state; the others begin from the
+// initial one.
 struct StepForward {
   int64_t rows = 0;
+  int64_t previous_rows = 0;         // not above rows
   const void* projection = nullptr;  // (rows, gates * H), row r at + r * projection_stride; may be where gates or y is
   int64_t projection_stride = 0;
   const void* product = nullptr;  // (rows, gates * H) of h W_hh^T, sum type; null: zeros
   const void* b_ih = nullptr;     // (gates * H), null: zeros; added here
   const void* b_hh = nullptr;
-  void* c = nullptr;  // (rows, H), sum type, the running cell state: read and replaced; null without a cell state
-  void* h = nullptr;  // (rows, H), the running h: read (GRU) and replaced; null: not wanted (with a projection of h)
-  void* y = nullptr;  // (rows, H), row r at + r * y_stride: h again
+  const void* h0 = nullptr;  // (B, H), the layer's dtype, null: zeros; only GRU reads it
+  const void* c0 = nullptr;  // (B, H), the layer's dtype, null: zeros
+  void* c = nullptr;         // (B, H), sum type, the running cell state; null: no cell state, or never needed again
+  void* c_n = nullptr;       // (B, H), the layer's dtype: the new cell state again; null: not wanted
+  void* h = nullptr;         // (B, H), the running h, which GRU reads; null: not wanted
+  void* y = nullptr;         // (rows, H), row r at + r * y_stride: the new h again
   int64_t y_stride = 0;
   void* gates = nullptr;  // (rows, saved * H), or null
   void* cells = nullptr;  // (rows, H), sum type, or null
