@@ -1,16 +1,20 @@
 """Builds `fused_rnn._C`. The metadata is in pyproject.toml.
 
-Two kinds of C++ go into the one extension:
+Three kinds of sources go into the one extension:
 
 - `csrc/*.cpp` include PyTorch's headers; `torch.utils.cpp_extension` compiles them.
 - `csrc/cpu/*.cpp`, the kernels, include none. Every instruction set is a source of its own with its own flags (and
   nothing is built for "this machine": the choice is made at run time), which setuptools cannot express, so this file
   writes a small ninja file for them and hands the objects to the linker.
+- `csrc/cuda/*.cu` include none either and are compiled by nvcc, by the same ninja file, where PyTorch is a build with
+  CUDA and nvcc is of the same major version (`tools/cuda_build.py` has the architectures and flags).
 
 Environment:
 
     FUSED_RNN_CUDA=0|1       without it: CUDA kernels when they can be built. 1: an error when they cannot
+    FUSED_RNN_CUDA_ARCHS=... machine code for these alone, e.g. `90a`: a quarter of the time to compile
     FUSED_RNN_SANITIZE=...   instrument everything, e.g. `address,undefined` (see `make test-asan`)
+    CUDA_HOME                where nvcc is, if not on PATH or in /usr/local/cuda
     CXX, MAX_JOBS            the compiler (g++), parallel compilations (the processors this process may use)
 """
 
@@ -28,6 +32,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import cuda_build  # noqa: E402
 import prerequisites  # noqa: E402
 
 OLDEST_TORCH = (2, 11)
@@ -115,31 +120,73 @@ def put_ninja_on_path() -> None:
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
 
 
-def why_no_cuda(torch) -> str:
-    """The first thing that keeps CUDA kernels from being built here."""
-    if not (shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))):
-        return "nvcc is not found on PATH or in CUDA_HOME"
-    if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} is a build without CUDA"
-    return "this version of fused_rnn has no CUDA kernels"
+class Cuda:
+    """Where the CUDA toolkit and the libraries that PyTorch uses are."""
+
+    def __init__(self, torch) -> None:
+        self.problem = self.find(torch)
+
+    def find(self, torch) -> str | None:
+        """Sets the fields; or returns the first thing that keeps CUDA kernels from being built here."""
+        if torch.version.cuda is None:
+            return f"PyTorch {torch.__version__} is a build without CUDA"
+        nvcc = cuda_build.find_nvcc()
+        if nvcc is None:
+            return "nvcc is not found in CUDA_HOME, on PATH or in /usr/local/cuda/bin"
+        version = cuda_build.nvcc_version(nvcc)
+        if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+            return f"nvcc is of CUDA {version}, PyTorch {torch.__version__} of CUDA {torch.version.cuda}"
+        # The headers and libraries that PyTorch's own headers want stand in the toolkit, or in the packages that pip
+        # installed with PyTorch.
+        packages = sorted((Path(torch.__file__).parent.parent / "nvidia").glob("*"))
+        toolkit = cuda_build.toolkit(nvcc)
+        headers = [toolkit / "include", *(package / "include" for package in packages)]
+        folders = [toolkit / "lib64", *(package / "lib" for package in packages)]
+        self.include_dirs = []
+        for name in ("cuda_runtime_api.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h"):
+            folder = cuda_build.find_header(name, headers)
+            if folder is None:
+                return f"{name} is in none of {', '.join(map(str, headers))}"
+            if str(folder) not in self.include_dirs:
+                self.include_dirs.append(str(folder))
+        self.libraries = []
+        for name in ("cudart", "cublas"):
+            library = cuda_build.find_library(name, folders)
+            if library is None:
+                return f"lib{name}.so is in none of {', '.join(map(str, folders))}"
+            self.libraries.append(str(library))
+        self.architectures = cuda_build.supported(nvcc)
+        if wanted := os.environ.get("FUSED_RNN_CUDA_ARCHS"):
+            unknown = set(wanted.split(",")) - set(self.architectures)
+            if unknown:
+                fail(f"FUSED_RNN_CUDA_ARCHS: expected some of {','.join(self.architectures)}, got {wanted}")
+            self.architectures = wanted.split(",")
+        self.command = cuda_build.command(nvcc, prerequisites.compiler(), self.architectures)
+        self.description = f"nvcc {version}"
+        return None
 
 
-def check_cuda_request(torch) -> None:
+def usable_cuda(torch) -> Cuda | None:
+    """The toolkit to build CUDA kernels with, None to build without."""
     request = os.environ.get("FUSED_RNN_CUDA", "")
     if request not in ("", "0", "1"):
         fail(f"FUSED_RNN_CUDA: expected 0, 1 or nothing, got {request!r}")
-    if request == "1":
-        fail(f"FUSED_RNN_CUDA=1, but {why_no_cuda(torch)}")
+    if request == "0":
+        return None
+    cuda = Cuda(torch)
+    if cuda.problem and request == "1":
+        fail(f"FUSED_RNN_CUDA=1, but {cuda.problem}")
+    return None if cuda.problem else cuda
 
 
-def write_kernels_ninja(folder: Path, macros: list[str]) -> list[str]:
-    """Writes folder/build.ninja for csrc/cpu/*.cpp and returns the objects it makes."""
+def write_kernels_ninja(folder: Path, macros: list[str], cuda: Cuda | None) -> list[str]:
+    """Writes folder/build.ninja for csrc/cpu/*.cpp and csrc/cuda/* and returns the objects it makes."""
     flags_of = {ROOT / f"csrc/cpu/isa_{name}.cpp": flags for name, flags in instruction_sets().items()}
     known = {f"isa_{name}.cpp" for name in X86_FLAGS}
     others = [file for file in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if file.name not in known]
     # Of an inline function that several objects hold the linker keeps the first copy: the objects that every processor
-    # can run come first, the widest instruction set last.
-    sources = [*others, *flags_of]
+    # can run come first, the widest instruction set last. The planner for CUDA is plain C++ and is always there.
+    sources = [*others, *sorted((ROOT / "csrc/cuda").glob("*.cpp")), *flags_of]
 
     common = [*KERNEL_FLAGS, *optimisation_flags(), *macros, f"-I{ROOT / 'csrc'}"]
     lines = [
@@ -150,7 +197,20 @@ def write_kernels_ninja(folder: Path, macros: list[str]) -> list[str]:
         "  deps = gcc",
         "  description = $in",
     ]
-    objects = {source: str(folder / f"{source.stem}.o") for source in sources}
+    objects = {source: str(folder / f"{source.parent.name}_{source.stem}.o") for source in sources}
+    if cuda:
+        # nvcc compiles for one architecture after the other unless it is told how many at once.
+        threads = max(1, usable_processors() // len(cuda_build.sources()))
+        lines += [
+            "rule cuda",
+            f"  command = {shlex.join(cuda.command)} --threads {threads} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = $in",
+        ]
+        for source in cuda_build.sources():
+            objects[source] = str(folder / f"cuda_{source.name}.o")
+            lines.append(f"build {ninja_path(objects[source])}: cuda {ninja_path(source)}")
     # ninja starts them in this order, and the widest instruction sets take longest.
     for source in reversed(sources):
         lines.append(f"build {ninja_path(objects[source])}: kernel {ninja_path(source)}")
@@ -168,7 +228,7 @@ def build_configuration(torch) -> dict:
     """`ext_modules` and `cmdclass` for setup()."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    check_cuda_request(torch)
+    cuda = usable_cuda(torch)
     put_ninja_on_path()
     os.environ["CXX"] = shlex.join(prerequisites.compiler())
     os.environ["MAX_JOBS"] = str(usable_processors())
@@ -181,31 +241,45 @@ def build_configuration(torch) -> dict:
             # One folder for every way to build (pip gives each call a temporary one), so that every second build is
             # incremental; another for another Python, PyTorch or set of sanitizers, whose objects differ.
             variant = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+            if cuda:
+                variant += "-cuda-" + "-".join(cuda.architectures)
             if sanitizers():
                 variant += "-" + sanitizers().replace(",", "-")
             self.build_temp = str(ROOT / "build" / "objects" / variant)
 
         def build_extensions(self):
             folder = Path(self.build_temp) / "kernels"
-            objects = write_kernels_ninja(folder, [f"-D{name}={value}" for name, value in macros.items()])
+            objects = write_kernels_ninja(folder, [f"-D{name}={value}" for name, value in macros.items()], cuda)
             # stdout by its number: setuptools may have replaced sys.stdout by something without a file behind it.
             result = subprocess.run(["ninja", "-C", str(folder), "-j", str(usable_processors())], stdout=1, check=False)
             if result.returncode != 0:
-                fail("compiling csrc/cpu failed; the compiler's messages are above")
+                fail("compiling the kernels failed; the compiler's messages are above")
             self.extensions[0].extra_objects = objects
             try:
                 super().build_extensions()
             except RuntimeError as error:
                 fail(f"{error}; the compiler's messages are above")
 
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")}
+    definitions = [*macros.items(), ("FRNN_KERNEL_FLAGS", f'"{described}"')]
+    link = sanitizer_flags() or ["-Wl,--strip-debug"]
+    if cuda:
+        definitions += [
+            ("FRNN_CUDA", f'"{cuda.description}"'),
+            ("FRNN_CUDA_ARCHS", f'"{",".join(cuda.architectures)}"'),
+        ]
+        # PyTorch has loaded these libraries when the extension is: no run path is needed.
+        link = [*link, "-lc10_cuda", "-ltorch_cuda", *cuda.libraries]
+    else:
+        sources.remove("csrc/ops_cuda.cpp")
     extension = CppExtension(
         "fused_rnn._C",
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
-        include_dirs=[str(ROOT / "csrc")],
-        define_macros=[*macros.items(), ("FRNN_KERNEL_FLAGS", f'"{described}"')],
+        sorted(sources),
+        include_dirs=[str(ROOT / "csrc"), *(cuda.include_dirs if cuda else [])],
+        define_macros=definitions,
         # No -fopenmp here or at the link: libgomp must come from PyTorch, so that both share one pool of threads.
         extra_compile_args=["-fvisibility=hidden", *optimisation_flags()],
-        extra_link_args=sanitizer_flags() or ["-Wl,--strip-debug"],
+        extra_link_args=link,
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithKernels}}

@@ -102,9 +102,9 @@ const char* column_sums(DType dtype, const void* data, int64_t rows, int64_t col
 const char* upload_steps(const int64_t* batch_sizes, int64_t T, int64_t* sizes, int64_t* offsets, void* stream);
 
 // h before each row's step, (N, P) contiguous: row b of step t is that of the step before (t - 1, or t + 1 in reverse),
-// or of h0 (B, P), or zeros. steps: device arrays when packed.
-const char* previous_states(DType dtype, int64_t size, const Steps& steps, bool reverse, const Sequence& y,
-                            const void* h0, void* out, void* stream);
+// or of h0 (B, P), or zeros. steps: device arrays when packed; rows: N.
+const char* previous_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
+                            const Sequence& y, const void* h0, void* out, void* stream);
 
 // --- All steps in one launch
 // ------------------------------------------------------------------------------------------
@@ -141,6 +141,10 @@ struct PersistentBackward {
   void* grad_h0 = nullptr;     // (B, H), null: not wanted
   void* grad_c0 = nullptr;
 };
+
+// Whether all blocks that wait for each other can be resident together, as the driver says of this device (not whether
+// the plan is a good one). What cannot is not launched: the caller plans again without the variant.
+bool persistent_fits(const LayerSizes& sizes, const Plan& plan, const DeviceInfo& device);
 
 // direction[1], where sizes.num_directions is 2, runs from the last step to the first. steps: device arrays when
 // packed. workspace: plan.workspace_bytes, not initialised. sizes.state_size == sizes.hidden_size.

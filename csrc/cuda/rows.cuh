@@ -1,0 +1,58 @@
+// Rows of a packed batch: which step each belongs to, and the state before it.
+#pragma once
+
+#include "device.h"
+
+namespace fused_rnn {
+namespace cuda {
+
+// As many steps as the arguments of one launch hold.
+constexpr int step_chunk = 480;
+
+struct StepSizes {
+  int64_t sizes[step_chunk];
+};
+
+// sizes[first ...] and offsets[first ...] of `count` steps, which begin at row `row`; and the end of the last one.
+__global__ void store_steps(StepSizes chunk, int64_t first, int count, int64_t row, int64_t* sizes, int64_t* offsets) {
+  for (int i = thread_index(); i <= count; i += block_size()) {
+    int64_t offset = row;
+    for (int j = 0; j < i; ++j) offset += chunk.sizes[j];
+    offsets[first + i] = offset;
+    if (i < count) sizes[first + i] = chunk.sizes[i];
+  }
+}
+
+// The step of row n.
+FRNN_DEVICE int64_t step_of(const Steps& steps, int64_t n) {
+  if (!steps.offsets) return n / steps.B;
+  int64_t low = 0, high = steps.T - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (steps.offsets[middle] <= n) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// A warp a row. E: an unsigned integer of the dtype's width; null h0: zeros.
+template <class E>
+__global__ void gather_previous_states(int64_t size, Steps steps, bool reverse, Sequence y, const E* h0, E* out) {
+  const int64_t warps = int64_t(grid_x()) * (block_size() / warp_size);
+  const int64_t first = int64_t(block_x()) * (block_size() / warp_size) + warp_index();
+  for (int64_t n = first; n < steps.total_rows(); n += warps) {
+    const int64_t t = step_of(steps, n), b = n - steps.first_row(t);
+    const int64_t previous = reverse ? t + 1 : t - 1;
+    const E* from = h0 ? h0 + b * size : nullptr;
+    if (previous >= 0 && previous < steps.T && b < steps.rows(previous)) {
+      from = static_cast<const E*>(y.data) + steps.step(y, previous) + b * y.batch_stride;
+    }
+    for (int64_t i = lane_index(); i < size; i += warp_size) out[n * size + i] = from ? from[i] : E(0);
+  }
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn

@@ -1,0 +1,576 @@
+// The operators torch.ops.fused_rnn.* for any backend: checks, and the loop over layers. Shapes stand in
+// fused_rnn/ops.py, beside the fake kernels and the autograd formulas.
+//
+// The checks here keep the kernels inside their memory whatever is passed; messages for users come from
+// fused_rnn/_checks.py, which sees the arguments first.
+//
+// A Backend runs one layer whose tensors are on one device:
+//   Backend(input)                     chooses the device; lives until the last layer was given to it
+//   forward(layer), backward(layer)
+//   one_matrix                         whether x, y and their gradients must be matrices of N rows at one distance
+//   adds_into_grad_x                   whether the directions of a layer add into grad_x, which then holds zeros
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "cpu/plan.h"
+
+namespace fused_rnn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::float32;
+    case at::kDouble: return DType::float64;
+    case at::kBFloat16: return DType::bfloat16;
+    case at::kHalf: return DType::float16;
+    default: break;
+  }
+  TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got ", t.scalar_type());
+}
+
+inline at::ScalarType accumulation_dtype(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_like(const Tensor& t, const Tensor& input, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK(t.device() == input.device(), name, ": expected a tensor on ", input.device(), ", got ", t.device());
+  TORCH_CHECK(t.scalar_type() == input.scalar_type(), name, ": expected ", input.scalar_type(), ", got ",
+              t.scalar_type());
+  TORCH_CHECK(t.sizes() == shape, name, ": expected ", shape, ", got ", t.sizes());
+}
+
+// Features must be contiguous; steps and rows may have any stride.
+inline Tensor with_contiguous_rows(const Tensor& t) {
+  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
+}
+
+// All rows as one matrix (N, features): contiguous features, rows at one distance, not above each other.
+inline Tensor as_matrix(const Tensor& t) {
+  const Tensor m = t.dim() == 3 ? t.flatten(0, 1) : t;
+  const int64_t width = m.size(1);
+  return (width <= 1 || m.stride(1) == 1) && (m.size(0) <= 1 || m.stride(0) >= width) ? m : m.contiguous();
+}
+
+template <class Backend>
+Tensor rows_for(const Tensor& t) {
+  return Backend::one_matrix && t.defined() ? as_matrix(t) : t;
+}
+
+inline const void* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+inline void* mutable_data_or_null(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+// t[index] of a contiguous tensor with a leading dimension.
+template <class T>
+T* slice(T* data, const Tensor& t, int64_t index) {
+  if (!t.defined() || t.numel() == 0) return nullptr;
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<Byte*>(data) + index * t.stride(0) * t.element_size();
+}
+inline const void* const_slice(const Tensor& t, int64_t index) { return slice(data_or_null(t), t, index); }
+inline void* mutable_slice(const Tensor& t, int64_t index) { return slice(mutable_data_or_null(t), t, index); }
+
+// Arguments that forward and backward share, checked.
+struct Stack {
+  CellKind kind;
+  bool has_biases;
+  int64_t num_layers;
+  int64_t D;
+  bool batch_first;
+  bool packed;
+  int64_t T, B, N, I, H, P;
+  Tensor input;                // (T, B, I) view, or (N, I)
+  std::vector<Tensor> params;  // contiguous
+  std::vector<int64_t> sizes, offsets;
+  std::vector<Tensor> masks;
+  Tensor h0, c0;
+
+  int64_t params_per_direction() const { return 2 + (has_biases ? 2 : 0) + (projects() ? 1 : 0); }
+  bool projects() const { return P != H; }
+
+  Stack(const Tensor& input_, const OptionalTensor& h0_, const OptionalTensor& c0_, at::TensorList params_,
+        at::TensorList masks_, const OptionalTensor& batch_sizes, int64_t kind_, bool has_biases_, int64_t layers,
+        bool bidirectional, bool batch_first_)
+      : kind(CellKind(kind_)),
+        has_biases(has_biases_),
+        num_layers(layers),
+        D(bidirectional ? 2 : 1),
+        batch_first(batch_first_ && !batch_sizes),
+        packed(batch_sizes.has_value()) {
+    TORCH_CHECK(kind_ >= 0 && kind_ <= 3, "kind: expected 0 to 3, got ", kind_);
+    TORCH_CHECK(layers >= 1, "num_layers: expected at least 1, got ", layers);
+    dtype_of(input_, "input");
+    TORCH_CHECK(input_.dim() == (packed ? 2 : 3), "input: expected ", packed ? 2 : 3, " dimensions, got ",
+                input_.dim());
+    input = with_contiguous_rows(batch_first ? input_.transpose(0, 1) : input_);
+    I = input.size(-1);
+    read_steps(batch_sizes);
+
+    const int64_t fewest = has_biases ? 4 : 2;
+    TORCH_CHECK(int64_t(params_.size()) >= fewest, "params: expected at least ", fewest, " tensors, got ",
+                params_.size());
+    TORCH_CHECK(params_[1].dim() == 2, "params[1]: expected 2 dimensions, got ", params_[1].dim());
+    H = params_[1].size(0) / gate_count(kind);
+    P = params_[1].size(1);
+    TORCH_CHECK(I >= 1 && H >= 1 && P >= 1, "params[1]: expected at least 1 unit, got ", params_[1].sizes());
+    TORCH_CHECK(P == H || kind == CellKind::lstm, "params[1]: only an LSTM has a projection, got ", params_[1].sizes());
+    const int64_t expected = layers * D * params_per_direction();
+    TORCH_CHECK(int64_t(params_.size()) == expected, "params: expected ", expected, " tensors, got ", params_.size());
+    params.reserve(expected);
+    for (int64_t l = 0; l < layers; ++l) {
+      for (int64_t d = 0; d < D; ++d) read_params(params_, l);
+    }
+    h0 = initial(h0_, P, "h0");
+    c0 = initial(c0_, H, "c0");
+    TORCH_CHECK(masks_.empty() || int64_t(masks_.size()) == layers - 1, "dropout_masks: expected 0 or ", layers - 1,
+                " tensors, got ", masks_.size());
+    for (const Tensor& mask : masks_) {
+      TORCH_CHECK(mask.numel() == N * D * P, "dropout_masks: expected ", N * D * P, " elements, got ", mask.numel());
+      masks.push_back(mask.reshape({N, D * P}));
+    }
+  }
+
+  void read_steps(const OptionalTensor& batch_sizes) {
+    if (!packed) {
+      T = input.size(0);
+      B = input.size(1);
+      N = T * B;
+      TORCH_CHECK(T >= 1, "input: expected at least 1 step, got ", T);
+      return;
+    }
+    TORCH_CHECK(batch_sizes->device().is_cpu() && batch_sizes->scalar_type() == at::kLong && batch_sizes->dim() == 1,
+                "batch_sizes: expected a 1-D int64 tensor on the CPU, got ", batch_sizes->scalar_type(), " with ",
+                batch_sizes->dim(), " dimensions on ", batch_sizes->device());
+    const Tensor contiguous = batch_sizes->contiguous();
+    const int64_t* data = contiguous.const_data_ptr<int64_t>();
+    T = contiguous.numel();
+    TORCH_CHECK(T >= 1, "batch_sizes: expected at least 1 step, got ", T);
+    sizes.assign(data, data + T);
+    offsets.assign(1, 0);
+    for (int64_t t = 0; t < T; ++t) {
+      TORCH_CHECK(sizes[t] >= 1 && (t == 0 || sizes[t] <= sizes[t - 1]),
+                  "batch_sizes: expected positive sizes that never increase, got ", sizes[t], " at step ", t);
+      offsets.push_back(offsets.back() + sizes[t]);
+    }
+    B = sizes[0];
+    N = offsets.back();
+    TORCH_CHECK(N == input.size(0), "batch_sizes: expected a sum of ", input.size(0), ", got ", N);
+  }
+
+  void read_params(at::TensorList given, int64_t layer) {
+    const int64_t G = gate_count(kind);
+    const int64_t width = layer == 0 ? I : D * P;
+    const auto read = [&](at::IntArrayRef shape) {
+      const Tensor& t = given[params.size()];
+      TORCH_CHECK(t.device() == input.device() && t.scalar_type() == input.scalar_type() && t.sizes() == shape,
+                  "params[", params.size(), "]: expected ", input.scalar_type(), " ", shape, " on ", input.device(),
+                  ", got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
+      params.push_back(t.contiguous());
+    };
+    read({G * H, width});
+    read({G * H, P});
+    if (has_biases) {
+      read({G * H});
+      read({G * H});
+    }
+    if (projects()) read({P, H});
+  }
+
+  Tensor initial(const OptionalTensor& state, int64_t size, const char* name) const {
+    if (!state) return {};
+    check_like(*state, input, {num_layers * D, B, size}, name);
+    return state->contiguous();
+  }
+
+  LayerSizes layer_sizes(int64_t layer) const {
+    LayerSizes s;
+    s.kind = kind;
+    s.dtype = dtype_of(input, "input");
+    s.input_size = layer == 0 ? I : D * P;
+    s.hidden_size = H;
+    s.state_size = P;
+    s.num_directions = int32_t(D);
+    return s;
+  }
+
+  Steps steps() const {
+    Steps s;
+    s.T = T;
+    s.B = B;
+    if (packed) {
+      s.batch_sizes = sizes.data();
+      s.offsets = offsets.data();
+    }
+    return s;
+  }
+
+  int64_t first_param(int64_t layer, int64_t d) const { return (layer * D + d) * params_per_direction(); }
+
+  Weights weights(int64_t layer, int64_t d) const {
+    const Tensor* p = &params[first_param(layer, d)];
+    Weights w;
+    w.w_ih = p[0].const_data_ptr();
+    w.w_hh = p[1].const_data_ptr();
+    if (has_biases) {
+      w.b_ih = p[2].const_data_ptr();
+      w.b_hh = p[3].const_data_ptr();
+    }
+    if (projects()) w.w_hr = p[params_per_direction() - 1].const_data_ptr();
+    return w;
+  }
+
+  // A tensor of rows, (T, B, F), or (N, F) in the order of the packed batch.
+  Sequence sequence(const Tensor& t) const {
+    Sequence s;
+    if (!t.defined()) return s;
+    s.data = const_cast<void*>(t.const_data_ptr());  // the kernels write only through y and grad_x
+    if (t.dim() == 3) {
+      s.time_stride = t.stride(0);
+      s.batch_stride = t.stride(1);
+    } else {
+      s.batch_stride = t.stride(0);
+      s.time_stride = B * s.batch_stride;
+    }
+    return s;
+  }
+
+  // The input of a layer: that of the stack, or the output of the layer below after its dropout.
+  Tensor layer_input(int64_t layer, const Tensor& hidden) const {
+    if (layer == 0) return input;
+    const Tensor below = hidden.select(0, layer - 1);
+    return masks.empty() ? below : below * masks[layer - 1];
+  }
+
+  std::vector<int64_t> output_shape() const {
+    return packed ? std::vector<int64_t>{N, D * P} : std::vector<int64_t>{T, B, D * P};
+  }
+};
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Backend>
+ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+                          at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
+                          int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
+                          bool save) {
+  Backend backend(input);
+  const Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
+                    batch_first);
+  const auto options = stack.input.options();
+  const int64_t L = num_layers, D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
+  const int64_t saved = saved_gate_count(stack.kind);
+  const bool has_cell = has_cell_state(stack.kind);
+  const Tensor output = at::empty(stack.output_shape(), options);
+  const Tensor h_n = at::empty({L * D, B, P}, options);
+  const Tensor c_n = at::empty(has_cell ? std::vector<int64_t>{L * D, B, H} : std::vector<int64_t>{0}, options);
+  Tensor gates = at::empty({0}, options), cells = at::empty({0}, options.dtype(accumulation_dtype(input)));
+  Tensor hidden = at::empty({0}, options);
+  if (save && saved > 0) gates = at::empty({L * D, N, saved, H}, options);
+  if (save && has_cell) cells = at::empty({L * D, N, H}, cells.options());
+  if (L > 1) hidden = at::empty({save ? L - 1 : std::min<int64_t>(L - 1, 2), N, D * P}, options);
+  const auto result = [&] {
+    return ForwardResult(stack.batch_first ? output.transpose(0, 1) : output, h_n, c_n, gates, cells,
+                         save ? hidden : at::empty({0}, options));
+  };
+  if (N == 0) return result();
+
+  const Steps steps = stack.steps();
+  for (int64_t l = 0; l < L; ++l) {
+    LayerForward layer;
+    layer.sizes = stack.layer_sizes(l);
+    layer.steps = steps;
+    Tensor x = stack.input;
+    if (l > 0) {
+      x = hidden.select(0, save ? l - 1 : (l - 1) % 2);
+      if (!stack.masks.empty()) x = save ? x * stack.masks[l - 1] : x.mul_(stack.masks[l - 1]);
+    }
+    const Tensor y = l == L - 1 ? output : hidden.select(0, save ? l : l % 2);
+    x = rows_for<Backend>(x);
+    layer.x = stack.sequence(x);
+    layer.y = stack.sequence(y);
+    for (int64_t d = 0; d < D; ++d) {
+      DirectionForward& dir = layer.direction[d];
+      const int64_t i = l * D + d;
+      dir.weights = stack.weights(l, d);
+      dir.h0 = const_slice(stack.h0, i);
+      dir.c0 = const_slice(stack.c0, i);
+      dir.h_n = mutable_slice(h_n, i);
+      dir.c_n = mutable_slice(c_n, i);
+      dir.gates = mutable_slice(gates, i);
+      dir.cells = mutable_slice(cells, i);
+    }
+    backend.forward(layer);
+  }
+  return result();
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+template <class Backend>
+BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                            const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
+                            const OptionalTensor& c0, at::TensorList params, at::TensorList dropout_masks,
+                            const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
+                            const Tensor& cells, const Tensor& hidden, int64_t kind, bool has_biases,
+                            int64_t num_layers, bool bidirectional, bool batch_first, c10::List<bool> needs) {
+  Backend backend(input);
+  const Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
+                    batch_first);
+  const int64_t L = num_layers, D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
+  const int64_t saved = saved_gate_count(stack.kind);
+  const bool has_cell = has_cell_state(stack.kind);
+  const auto options = stack.input.options();
+  TORCH_CHECK(int64_t(needs.size()) == 3 + int64_t(params.size()), "needs: expected ", 3 + params.size(),
+              " values, got ", needs.size());
+  const auto rows_first = [&](const Tensor& t, const char* name) {
+    const Tensor time_major = stack.batch_first ? t.transpose(0, 1) : t;
+    check_like(time_major, stack.input, stack.output_shape(), name);
+    return rows_for<Backend>(with_contiguous_rows(time_major));
+  };
+  const auto final_gradient = [&](const OptionalTensor& t, int64_t size, const char* name) {
+    if (!t) return Tensor();
+    check_like(*t, stack.input, {L * D, B, size}, name);
+    return t->contiguous();
+  };
+  const Tensor y = rows_first(output, "output");
+  Tensor grad_y = grad_output ? rows_first(*grad_output, "grad_output") : Tensor();
+  const Tensor final_h = final_gradient(grad_h_n, P, "grad_h_n");
+  const Tensor final_c = final_gradient(grad_c_n, H, "grad_c_n");
+  TORCH_CHECK(gates.numel() == L * D * N * saved * H && gates.is_contiguous(), "gates: not those of this call");
+  TORCH_CHECK(cells.numel() == (has_cell ? L * D * N * H : 0) && cells.is_contiguous(),
+              "cells: not those of this call");
+  TORCH_CHECK(hidden.numel() == (L - 1) * N * D * P && hidden.is_contiguous(), "hidden: not that of this call");
+
+  const auto make = [&](bool needed, at::IntArrayRef shape) {
+    return needed ? (N == 0 ? at::zeros(shape, options) : at::empty(shape, options)) : at::empty({0}, options);
+  };
+  const auto make_rows = [&](at::IntArrayRef shape) {
+    return (D > 1 && Backend::adds_into_grad_x) || N == 0 ? at::zeros(shape, options) : at::empty(shape, options);
+  };
+  const Tensor grad_input = needs[0] ? make_rows(stack.input.sizes()) : at::empty({0}, options);
+  const Tensor grad_h0 = make(needs[1] && stack.h0.defined(), {L * D, B, P});
+  const Tensor grad_c0 = make(needs[2] && stack.c0.defined() && has_cell, {L * D, B, H});
+  std::vector<Tensor> grad_params;
+  grad_params.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) grad_params.push_back(make(needs[3 + i], params[i].sizes()));
+  const auto result = [&] {
+    return BackwardResult(needs[0] && stack.batch_first ? grad_input.transpose(0, 1) : grad_input, grad_h0, grad_c0,
+                          grad_params);
+  };
+  if (N == 0) return result();
+
+  // The lowest layer of which something is needed; nothing runs below it.
+  int64_t lowest = 0;
+  const auto layer_needed = [&](int64_t l) {
+    if (l == 0 && needs[0]) return true;
+    for (int64_t i = stack.first_param(l, 0); i < stack.first_param(l + 1, 0); ++i)
+      if (needs[3 + i]) return true;
+    return grad_h0.numel() > 0 || grad_c0.numel() > 0;
+  };
+  while (lowest < L && !layer_needed(lowest)) ++lowest;
+
+  const Steps steps = stack.steps();
+  for (int64_t l = L - 1; l >= lowest; --l) {
+    LayerBackward layer;
+    layer.sizes = stack.layer_sizes(l);
+    layer.steps = steps;
+    const Tensor x = rows_for<Backend>(stack.layer_input(l, hidden));
+    Tensor grad_x;
+    if (l > lowest) {
+      grad_x = make_rows({N, D * P});
+    } else if (l == 0 && needs[0]) {
+      grad_x = grad_input;
+    }
+    layer.x = stack.sequence(x);
+    layer.y = stack.sequence(l == L - 1 ? y : hidden.select(0, l));
+    layer.grad_y = stack.sequence(grad_y);
+    layer.grad_x = stack.sequence(grad_x);
+    for (int64_t d = 0; d < D; ++d) {
+      DirectionBackward& dir = layer.direction[d];
+      const int64_t i = l * D + d;
+      dir.weights = stack.weights(l, d);
+      dir.h0 = const_slice(stack.h0, i);
+      dir.c0 = const_slice(stack.c0, i);
+      dir.gates = const_slice(gates, i);
+      dir.cells = const_slice(cells, i);
+      dir.grad_h_n = const_slice(final_h, i);
+      dir.grad_c_n = const_slice(final_c, i);
+      dir.grad_h0 = mutable_slice(grad_h0, i);
+      dir.grad_c0 = mutable_slice(grad_c0, i);
+      const int64_t p = stack.first_param(l, d);
+      const auto grad = [&](int64_t k) -> void* {
+        return needs[3 + p + k] ? grad_params[p + k].mutable_data_ptr() : nullptr;
+      };
+      dir.grad_w_ih = grad(0);
+      dir.grad_w_hh = grad(1);
+      if (has_biases) {
+        dir.grad_b_ih = grad(2);
+        dir.grad_b_hh = grad(3);
+      }
+      if (stack.projects()) dir.grad_w_hr = grad(stack.params_per_direction() - 1);
+    }
+    backend.backward(layer);
+    if (l > lowest) grad_y = stack.masks.empty() ? grad_x : grad_x.mul_(stack.masks[l - 1]);
+  }
+  return result();
+}
+
+// One step is a layer over a sequence of one step. The tensors of a step, checked; what a cell needs of Stack, without
+// its vectors, which would cost as much as the step itself.
+struct Step {
+  Tensor input, h, c, w_ih, w_hh, b_ih, b_hh;
+  LayerSizes sizes;
+  Steps steps;
+
+  Step(const Tensor& input_, const Tensor& h_, const OptionalTensor& c_, const Tensor& w_ih_, const Tensor& w_hh_,
+       const OptionalTensor& b_ih_, const OptionalTensor& b_hh_, int64_t kind) {
+    TORCH_CHECK(kind >= 0 && kind <= 3, "kind: expected 0 to 3, got ", kind);
+    sizes.kind = CellKind(kind);
+    sizes.dtype = dtype_of(input_, "input");
+    TORCH_CHECK(input_.dim() == 2, "input: expected 2 dimensions, got ", input_.dim());
+    TORCH_CHECK(w_hh_.dim() == 2, "w_hh: expected 2 dimensions, got ", w_hh_.dim());
+    const int64_t B = input_.size(0), I = input_.size(1), H = w_hh_.size(1), GH = gate_count(sizes.kind) * H;
+    TORCH_CHECK(I >= 1 && H >= 1, "w_hh: expected at least 1 unit, got ", w_hh_.sizes());
+    TORCH_CHECK(b_ih_.has_value() == b_hh_.has_value(), "b_hh: expected a bias exactly where b_ih is one");
+    TORCH_CHECK(c_.has_value() == has_cell_state(sizes.kind),
+                "c: expected one exactly where the cell has a cell state");
+    const auto take = [&](const Tensor& t, at::IntArrayRef shape, const char* name) {
+      check_like(t, input_, shape, name);
+      return t.contiguous();
+    };
+    input = with_contiguous_rows(input_);
+    h = take(h_, {B, H}, "h");
+    if (c_) c = take(*c_, {B, H}, "c");
+    w_ih = take(w_ih_, {GH, I}, "w_ih");
+    w_hh = take(w_hh_, {GH, H}, "w_hh");
+    if (b_ih_) {
+      b_ih = take(*b_ih_, {GH}, "b_ih");
+      b_hh = take(*b_hh_, {GH}, "b_hh");
+    }
+    sizes.input_size = I;
+    sizes.hidden_size = sizes.state_size = H;
+    steps.T = 1;
+    steps.B = B;
+  }
+
+  Weights weights() const {
+    Weights w;
+    w.w_ih = w_ih.const_data_ptr();
+    w.w_hh = w_hh.const_data_ptr();
+    w.b_ih = data_or_null(b_ih);
+    w.b_hh = data_or_null(b_hh);
+    return w;
+  }
+
+  static Sequence sequence(const Tensor& t) {
+    Sequence s;
+    s.data = const_cast<void*>(t.const_data_ptr());
+    s.batch_stride = t.stride(0);
+    return s;
+  }
+};
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c,
+                                                        const Tensor& w_ih, const Tensor& w_hh,
+                                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                                        int64_t kind, bool save) {
+  Backend backend(input);
+  const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
+  const int64_t B = step.steps.B, H = step.sizes.hidden_size;
+  const int64_t saved = save ? saved_gate_count(step.sizes.kind) : 0;
+  const bool has_cell = has_cell_state(step.sizes.kind);
+  const auto options = step.input.options();
+  const Tensor h_next = at::empty({B, H}, options);
+  // An operator must not return one tensor twice, so each that is empty is its own.
+  const Tensor c_next = has_cell ? at::empty({B, H}, options) : at::empty({0}, options);
+  const Tensor gates = saved > 0 ? at::empty({1, B, saved, H}, options) : at::empty({0}, options);
+  const Tensor cells = save && has_cell ? at::empty({1, B, H}, options.dtype(accumulation_dtype(input)))
+                                        : at::empty({0}, options.dtype(accumulation_dtype(input)));
+  if (B > 0) {
+    LayerForward layer;
+    layer.sizes = step.sizes;
+    layer.steps = step.steps;
+    const Tensor x = rows_for<Backend>(step.input);
+    layer.x = Step::sequence(x);
+    layer.y = Step::sequence(h_next);
+    DirectionForward& dir = layer.direction[0];
+    dir.weights = step.weights();
+    dir.h0 = step.h.const_data_ptr();
+    dir.c0 = data_or_null(step.c);
+    if (has_cell) dir.c_n = c_next.mutable_data_ptr();
+    if (saved > 0) dir.gates = gates.mutable_data_ptr();
+    if (save && has_cell) dir.cells = cells.mutable_data_ptr();
+    backend.forward(layer);
+  }
+  return {h_next, c_next, gates, cells};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cell_backward(
+    const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input, const Tensor& h,
+    const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+    const OptionalTensor& b_hh, const Tensor& h_next, const Tensor& gates, const Tensor& cells, int64_t kind,
+    c10::List<bool> needs) {
+  Backend backend(input);
+  const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
+  const int64_t B = step.steps.B, H = step.sizes.hidden_size;
+  const bool has_cell = has_cell_state(step.sizes.kind);
+  const size_t params = step.b_ih.defined() ? 4 : 2;
+  TORCH_CHECK(needs.size() == 3 + params, "needs: expected ", 3 + params, " values, got ", needs.size());
+  check_like(h_next, step.input, {B, H}, "h_next");
+  TORCH_CHECK(gates.numel() == B * saved_gate_count(step.sizes.kind) * H && gates.is_contiguous(),
+              "gates: not those of this call");
+  TORCH_CHECK(cells.numel() == (has_cell ? B * H : 0) && cells.is_contiguous(), "cells: not those of this call");
+  const auto seed = [&](const OptionalTensor& t, const char* name) {
+    if (!t) return Tensor();
+    check_like(*t, step.input, {B, H}, name);
+    return t->contiguous();
+  };
+  const Tensor seed_h = seed(grad_h, "grad_h"), seed_c = seed(grad_c, "grad_c"), y = h_next.contiguous();
+  const auto options = step.input.options();
+  const auto make = [&](bool needed, const Tensor& like) {
+    if (!needed || !like.defined()) return at::empty({0}, options);
+    return B > 0 ? at::empty(like.sizes(), options) : at::zeros(like.sizes(), options);
+  };
+  const Tensor grad_input = make(needs[0], step.input), grad_h0 = make(needs[1], step.h);
+  const Tensor grad_c0 = make(needs[2], step.c);
+  std::vector<Tensor> grads{make(needs[3], step.w_ih), make(needs[4], step.w_hh)};
+  if (params == 4) {
+    grads.push_back(make(needs[5], step.b_ih));
+    grads.push_back(make(needs[6], step.b_hh));
+  }
+  if (B > 0) {
+    LayerBackward layer;
+    layer.sizes = step.sizes;
+    layer.steps = step.steps;
+    const Tensor x = rows_for<Backend>(step.input);
+    layer.x = Step::sequence(x);
+    layer.y = Step::sequence(y);
+    if (seed_h.defined()) layer.grad_y = Step::sequence(seed_h);
+    if (needs[0]) layer.grad_x = Step::sequence(grad_input);
+    DirectionBackward& dir = layer.direction[0];
+    dir.weights = step.weights();
+    dir.h0 = step.h.const_data_ptr();
+    dir.c0 = data_or_null(step.c);
+    dir.gates = gates.const_data_ptr();
+    dir.cells = cells.const_data_ptr();
+    dir.grad_c_n = data_or_null(seed_c);
+    const auto target = [](const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
+    dir.grad_h0 = target(grad_h0);
+    dir.grad_c0 = target(grad_c0);
+    dir.grad_w_ih = target(grads[0]);
+    dir.grad_w_hh = target(grads[1]);
+    if (params == 4) {
+      dir.grad_b_ih = target(grads[2]);
+      dir.grad_b_hh = target(grads[3]);
+    }
+    backend.backward(layer);
+  }
+  return {grad_input, grad_h0, grad_c0, grads};
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,581 @@
+// The operators torch.ops.fused_rnn.* on CUDA tensors.
+//
+// A layer is one product for the projections of all steps, then its steps, all in one launch where the planner finds a
+// persistent variant (cuda/plan.h) and one product and one launch a step where it does not, and, in the backward pass,
+// products over all rows for the gradients of weights and input. Nothing here waits for the device, and nothing is
+// allocated inside the loops over steps, so a call can be captured in a CUDA graph. All products have a fixed order and
+// all sums too: a call gives the same bits each time.
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/Exceptions.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <cublas_v2.h>
+
+#include <mutex>
+
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+#include "cuda/cuda.h"
+#include "cuda/plan.h"
+#include "operators.h"
+
+namespace fused_rnn {
+
+namespace {
+
+void check(const char* error) { TORCH_CHECK(!error, "fused_rnn: ", error); }
+
+const cuda::DeviceInfo& device_info(int index) {
+  static std::mutex mutex;
+  static std::vector<std::unique_ptr<cuda::DeviceInfo>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (int(known.size()) <= index) known.resize(index + 1);
+  if (!known[index]) {
+    auto info = std::make_unique<cuda::DeviceInfo>();
+    check(cuda::read_device(index, *info));
+    known[index] = std::move(info);
+  }
+  return *known[index];
+}
+
+// Whether torch allows its own float32 RNNs to compute in TF32.
+bool tf32_allowed() {
+  return !at::NoTF32Guard::should_disable_tf32() && at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
+}
+
+// What is known of a cell at run time (cells/cell.h).
+struct Cell {
+  int gates, saved, grad_gates;
+  bool has_cell;
+  GateGrads input_grads, hidden_grads;
+};
+
+template <class C>
+Cell describe() {
+  return {C::gates, C::saved, C::grad_gates, C::has_cell, C::input_grads, C::hidden_grads};
+}
+
+Cell cell_of(CellKind kind) {
+  switch (kind) {
+    case CellKind::rnn_tanh: return describe<RnnTanh>();
+    case CellKind::rnn_relu: return describe<RnnRelu>();
+    case CellKind::lstm: return describe<Lstm>();
+    case CellKind::gru: return describe<Gru>();
+  }
+  TORCH_CHECK(false, "kind: not one of a cell");
+}
+
+// Gradients `grad` ... belong to the weight gates `gate` ..., `count` of them.
+struct GateRun {
+  int grad, gate, count;
+};
+
+// Neighbours in one product: an LSTM has one run, the input part of a GRU two.
+c10::SmallVector<GateRun, 4> runs_of(const GateGrads& grads, int gates) {
+  c10::SmallVector<GateRun, 4> runs;
+  for (int j = 0; j < gates; ++j) {
+    if (!runs.empty() && grads.gate[j] == runs.back().gate + runs.back().count) {
+      ++runs.back().count;
+    } else {
+      runs.push_back({grads.first + j, grads.gate[j], 1});
+    }
+  }
+  return runs;
+}
+
+// A row-major matrix in device memory.
+struct Matrix {
+  const void* data;
+  int64_t stride;
+  bool transposed = false;
+};
+
+// Matrix products by cuBLAS on PyTorch's handle for the current stream. at::mm is not enough: it takes the TF32 flag of
+// matrix products where this is an RNN's, and rounds a recurrent product to bfloat16 before the gates see it.
+class Products {
+ public:
+  explicit Products(DType dtype, bool tf32) : dtype_(dtype) {
+    at::globalContext().alertCuBLASConfigNotDeterministic();
+    handle_ = at::cuda::getCurrentCUDABlasHandle();
+    // PyTorch sets this mode before each product of its own.
+    TORCH_CUDABLAS_CHECK(cublasSetMathMode(
+        handle_, cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+    compute_ = dtype == DType::float64           ? CUBLAS_COMPUTE_64F
+               : dtype == DType::float32 && tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                 : CUBLAS_COMPUTE_32F;
+  }
+
+  // c (m, n) = a (m, k) b (k, n) + beta c. a and b are in the layer's dtype; c is too, or in the sum type.
+  void operator()(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, void* c, int64_t c_stride, double beta,
+                  bool c_is_sum = false) const {
+    if (m == 0 || n == 0) return;
+    // A single row may come with any stride.
+    const auto leading = [](const Matrix& x, int64_t rows, int64_t columns) {
+      return std::max(x.stride, x.transposed ? rows : columns);
+    };
+    const float alpha32 = 1, beta32 = float(beta);
+    const double alpha64 = 1;
+    const bool wide = compute_ == CUBLAS_COMPUTE_64F;
+    // cuBLAS is column-major: there every row-major matrix is its transpose.
+    TORCH_CUDABLAS_CHECK(cublasGemmEx_64(
+        handle_, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, n, m, k,
+        wide ? static_cast<const void*>(&alpha64) : &alpha32, b.data, type(false), leading(b, k, n), a.data,
+        type(false), leading(a, m, k), wide ? static_cast<const void*>(&beta) : &beta32, c, type(c_is_sum),
+        std::max(c_stride, n), compute_, CUBLAS_GEMM_DEFAULT));
+  }
+
+ private:
+  cudaDataType_t type(bool sum) const {
+    switch (dtype_) {
+      case DType::float64: return CUDA_R_64F;
+      case DType::float32: return CUDA_R_32F;
+      case DType::bfloat16: return sum ? CUDA_R_32F : CUDA_R_16BF;
+      case DType::float16: return sum ? CUDA_R_32F : CUDA_R_16F;
+    }
+    return CUDA_R_32F;
+  }
+
+  DType dtype_;
+  cublasHandle_t handle_;
+  cublasComputeType_t compute_;
+};
+
+// data + count elements of the layer's dtype.
+template <class T>
+T* advance(T* data, int64_t count, int64_t element_size) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return data ? static_cast<Byte*>(data) + count * element_size : nullptr;
+}
+
+class Cuda {
+ public:
+  static constexpr bool one_matrix = true;
+  static constexpr bool adds_into_grad_x = false;
+
+  explicit Cuda(const Tensor& input) : guard_(input.device()), options_(input.options()) {
+    TORCH_CHECK(input.is_cuda(), "input: expected a CUDA tensor beside the others, got one on ", input.device());
+    stream_ = at::cuda::getCurrentCUDAStream().stream();
+    sum_dtype_ = accumulation_dtype(input);
+    size_ = int64_t(input.element_size());
+    sum_size_ = int64_t(c10::elementSize(sum_dtype_));
+  }
+
+  void forward(const LayerForward& layer);
+  void backward(const LayerBackward& layer);
+
+ private:
+  Tensor buffer(at::IntArrayRef shape) const { return at::empty(shape, options_); }
+  Tensor sum_buffer(at::IntArrayRef shape) const { return at::empty(shape, options_.dtype(sum_dtype_)); }
+
+  // Memory of another tensor as one.
+  Tensor view(const void* data, at::IntArrayRef shape, at::IntArrayRef strides, at::ScalarType dtype) const {
+    return at::for_blob(const_cast<void*>(data), shape)
+        .strides(strides)
+        .options(options_.dtype(dtype))
+        .target_device(options_.device())
+        .make_tensor();
+  }
+
+  void copy(void* to, const void* from, int64_t bytes) const {
+    C10_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_));
+  }
+  void clear(void* to, int64_t bytes) const { C10_CUDA_CHECK(cudaMemsetAsync(to, 0, bytes, stream_)); }
+
+  // to (rows, columns) in the sum type = from in the layer's dtype, or zeros.
+  void widen(const Tensor& to, const void* from) const {
+    if (from) {
+      to.copy_(view(from, to.sizes(), to.strides(), options_.dtype().toScalarType()));
+    } else {
+      clear(to.mutable_data_ptr(), to.numel() * sum_size_);
+    }
+  }
+
+  // The steps with their arrays in device memory.
+  Steps device_steps(const Steps& steps) {
+    Steps result = steps;
+    if (!steps.batch_sizes) return result;
+    if (!steps_.defined()) {
+      steps_ = at::empty({2 * steps.T + 1}, options_.dtype(at::kLong));
+      int64_t* data = steps_.mutable_data_ptr<int64_t>();
+      check(cuda::upload_steps(steps.batch_sizes, steps.T, data, data + steps.T, stream_));
+    }
+    result.batch_sizes = steps_.const_data_ptr<int64_t>();
+    result.offsets = result.batch_sizes + steps.T;
+    return result;
+  }
+
+  // The persistent variant for the layer, if one holds it. A single step has nothing to keep.
+  cuda::Plan plan(const LayerSizes& sizes, const Steps& steps, bool backward) const {
+    return cuda::make_plan(sizes, steps, device_info(options_.device().index()), backward, tf32_);
+  }
+
+  void steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, void* const* projections,
+                     int64_t projection_stride);
+  void steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product, void* const* grad_gates,
+                      const Tensor* grad_projected);
+  void weight_gradients(const LayerBackward& layer, const Cell& cell, const Products& product, int d,
+                        const void* grad_gates, const void* grad_projected);
+
+  c10::cuda::CUDAGuard guard_;
+  at::TensorOptions options_;
+  cudaStream_t stream_;
+  at::ScalarType sum_dtype_;
+  int64_t size_, sum_size_;  // bytes of an element
+  bool tf32_ = tf32_allowed();
+  Tensor steps_;
+};
+
+void Cuda::forward(const LayerForward& layer) {
+  const LayerSizes& s = layer.sizes;
+  const Cell cell = cell_of(s.kind);
+  const Products product(s.dtype, tf32_);
+  const int64_t H = s.hidden_size, I = s.input_size, N = layer.steps.total_rows(), GH = cell.gates * H;
+  const bool save = layer.direction[0].gates;
+
+  // The projections stand where the kernels will put what they compute from them: a GRU's three in the first part of
+  // the four values that it saves, the plain recurrence's in its output.
+  void* projections[2] = {};
+  Tensor buffers[2];
+  const int64_t stride = cell.saved == 0 ? layer.y.batch_stride : save ? cell.saved * H : GH;
+  for (int d = 0; d < s.num_directions; ++d) {
+    if (cell.saved == 0) {
+      projections[d] = advance(layer.y.data, d * H, size_);
+    } else if (save) {
+      projections[d] = layer.direction[d].gates;
+    } else {
+      buffers[d] = buffer({N, GH});
+      projections[d] = buffers[d].mutable_data_ptr();
+    }
+    product(N, GH, I, {layer.x.data, layer.x.batch_stride}, {layer.direction[d].weights.w_ih, I, true}, projections[d],
+            stride, 0);
+  }
+
+  const cuda::Plan chosen = plan(s, layer.steps, false);
+  if (!chosen.persistent) {
+    steps_forward(layer, cell, product, projections, stride);
+    return;
+  }
+  cuda::PersistentForward directions[2];
+  for (int d = 0; d < s.num_directions; ++d) {
+    const DirectionForward& from = layer.direction[d];
+    cuda::PersistentForward& to = directions[d];
+    to.w_hh = from.weights.w_hh;
+    to.b_ih = from.weights.b_ih;
+    to.b_hh = from.weights.b_hh;
+    to.projection = projections[d];
+    to.projection_stride = stride;
+    to.h0 = from.h0;
+    to.c0 = from.c0;
+    to.h_n = from.h_n;
+    to.c_n = from.c_n;
+    to.y = advance(layer.y.data, d * H, size_);
+    to.y_stride = layer.y.batch_stride;
+    to.gates = from.gates;
+    to.cells = from.cells;
+  }
+  const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
+  check(cuda::persistent_forward(s, device_steps(layer.steps), directions, chosen,
+                                 device_info(options_.device().index()), workspace.mutable_data_ptr(), stream_));
+}
+
+void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, void* const* projections,
+                         int64_t projection_stride) {
+  const LayerSizes& s = layer.sizes;
+  const Steps& steps = layer.steps;
+  const int64_t H = s.hidden_size, P = s.state_size, GH = cell.gates * H, B = steps.B, T = steps.T;
+  const int D = s.num_directions;
+  const bool projects = P != H;
+
+  Tensor products[2], running_h[2], running_c[2], unprojected[2];
+  void* h[2] = {};
+  void* c[2] = {};
+  for (int d = 0; d < D; ++d) {
+    const DirectionForward& dir = layer.direction[d];
+    products[d] = sum_buffer({B, GH});
+    h[d] = dir.h_n;
+    if (!h[d] && (T > 1 || projects)) h[d] = (running_h[d] = buffer({B, P})).mutable_data_ptr();
+    if (cell.has_cell && T > 1) {
+      c[d] = sum_size_ == size_ ? dir.c_n : nullptr;
+      if (!c[d]) c[d] = (running_c[d] = sum_buffer({B, H})).mutable_data_ptr();
+    }
+    if (projects) unprojected[d] = buffer({B, H});
+    if (d == 1 && steps.batch_sizes && T > 1) {
+      // Rows that begin later in this direction are part of earlier rows' matrix.
+      if (dir.h0) {
+        copy(h[d], dir.h0, B * P * size_);
+      } else {
+        clear(h[d], B * P * size_);
+      }
+    }
+  }
+
+  for (int64_t k = 0; k < T; ++k) {
+    cuda::StepForward step[2];
+    for (int d = 0; d < D; ++d) {
+      const DirectionForward& dir = layer.direction[d];
+      const int64_t t = d == 0 ? k : T - 1 - k, row = steps.first_row(t);
+      cuda::StepForward& to = step[d];
+      to.rows = steps.rows(t);
+      to.previous_rows = k == 0 ? 0 : std::min(to.rows, steps.rows(d == 0 ? t - 1 : t + 1));
+      if (const void* previous = k == 0 ? dir.h0 : h[d]) {
+        product(to.rows, GH, P, {previous, P}, {dir.weights.w_hh, P, true}, products[d].mutable_data_ptr(), GH, 0,
+                true);
+        to.product = products[d].const_data_ptr();
+      }
+      to.projection = advance(projections[d], row * projection_stride, size_);
+      to.projection_stride = projection_stride;
+      to.b_ih = dir.weights.b_ih;
+      to.b_hh = dir.weights.b_hh;
+      to.h0 = dir.h0;
+      to.c0 = dir.c0;
+      to.c = c[d];
+      to.c_n = c[d] == dir.c_n ? nullptr : dir.c_n;
+      to.h = projects ? nullptr : h[d];
+      to.y = projects ? unprojected[d].mutable_data_ptr()
+                      : advance(layer.y.data, row * layer.y.batch_stride + d * P, size_);
+      to.y_stride = projects ? H : layer.y.batch_stride;
+      to.gates = advance(dir.gates, row * cell.saved * H, size_);
+      to.cells = advance(dir.cells, row * H, sum_size_);
+    }
+    check(cuda::step_forward(s.kind, s.dtype, H, step, D, stream_));
+    for (int d = 0; d < D && projects; ++d) {
+      const int64_t t = d == 0 ? k : T - 1 - k;
+      void* y = advance(layer.y.data, steps.first_row(t) * layer.y.batch_stride + d * P, size_);
+      product(step[d].rows, P, H, {unprojected[d].const_data_ptr(), H}, {layer.direction[d].weights.w_hr, H, true}, y,
+              layer.y.batch_stride, 0);
+      C10_CUDA_CHECK(cudaMemcpy2DAsync(h[d], P * size_, y, layer.y.batch_stride * size_, P * size_, step[d].rows,
+                                       cudaMemcpyDeviceToDevice, stream_));
+    }
+  }
+}
+
+void Cuda::backward(const LayerBackward& layer) {
+  const LayerSizes& s = layer.sizes;
+  const Cell cell = cell_of(s.kind);
+  const Products product(s.dtype, tf32_);
+  const int64_t H = s.hidden_size, P = s.state_size, I = s.input_size, N = layer.steps.total_rows();
+  const int64_t width = cell.grad_gates * H;
+  const int D = s.num_directions;
+
+  Tensor buffers[2], grad_projected[2];
+  void* grad_gates[2] = {};
+  for (int d = 0; d < D; ++d) {
+    grad_gates[d] = (buffers[d] = buffer({N, width})).mutable_data_ptr();
+    if (P != H) grad_projected[d] = buffer({N, P});
+  }
+
+  const cuda::Plan chosen = plan(s, layer.steps, true);
+  if (chosen.persistent) {
+    cuda::PersistentBackward directions[2];
+    for (int d = 0; d < D; ++d) {
+      const DirectionBackward& from = layer.direction[d];
+      cuda::PersistentBackward& to = directions[d];
+      to.w_hh = from.weights.w_hh;
+      to.gates = from.gates;
+      to.cells = from.cells;
+      to.y = advance(layer.y.data, d * H, size_);
+      to.y_stride = layer.y.batch_stride;
+      to.h0 = from.h0;
+      to.c0 = from.c0;
+      to.grad_y = advance(layer.grad_y.data, d * H, size_);
+      to.grad_y_stride = layer.grad_y.batch_stride;
+      to.grad_h_n = from.grad_h_n;
+      to.grad_c_n = from.grad_c_n;
+      to.grad_gates = grad_gates[d];
+      to.grad_h0 = from.grad_h0;
+      to.grad_c0 = from.grad_c0;
+    }
+    const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
+    check(cuda::persistent_backward(s, device_steps(layer.steps), directions, chosen,
+                                    device_info(options_.device().index()), workspace.mutable_data_ptr(), stream_));
+  } else {
+    steps_backward(layer, cell, product, grad_gates, grad_projected);
+  }
+
+  for (int d = 0; d < D; ++d) {
+    weight_gradients(layer, cell, product, d, grad_gates[d], P != H ? grad_projected[d].const_data_ptr() : nullptr);
+    if (!layer.grad_x.data) continue;
+    double beta = d == 0 ? 0 : 1;
+    for (const GateRun& run : runs_of(cell.input_grads, cell.gates)) {
+      product(N, I, run.count * H, {advance(grad_gates[d], run.grad * H, size_), width},
+              {advance(layer.direction[d].weights.w_ih, run.gate * H * I, size_), I}, layer.grad_x.data,
+              layer.grad_x.batch_stride, beta);
+      beta = 1;
+    }
+  }
+}
+
+void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product,
+                          void* const* grad_gates, const Tensor* grad_projected) {
+  const LayerSizes& s = layer.sizes;
+  const Steps& steps = layer.steps;
+  const int64_t H = s.hidden_size, P = s.state_size, B = steps.B, T = steps.T, width = cell.grad_gates * H;
+  const int D = s.num_directions;
+  const bool projects = P != H;
+  const at::ScalarType dtype = options_.dtype().toScalarType();
+  const auto runs = runs_of(cell.hidden_grads, cell.gates);
+  const bool has_direct_part = s.kind == CellKind::gru;
+
+  Tensor dh[2], dc[2], unprojected[2];
+  // The running gradient ends as that of the initial state; where both have one type, they share the memory.
+  const auto running = [&](void* final, int64_t columns, const void* seed) {
+    const Tensor t =
+        final && sum_size_ == size_ ? view(final, {B, columns}, {columns, 1}, sum_dtype_) : sum_buffer({B, columns});
+    widen(t, seed);
+    return t;
+  };
+  for (int d = 0; d < D; ++d) {
+    const DirectionBackward& dir = layer.direction[d];
+    dh[d] = running(dir.grad_h0, P, dir.grad_h_n);
+    if (cell.has_cell) dc[d] = running(dir.grad_c0, H, dir.grad_c_n);
+    if (projects) unprojected[d] = sum_buffer({B, H});
+  }
+
+  for (int64_t k = 0; k < T; ++k) {
+    cuda::StepBackward step[2];
+    for (int d = 0; d < D; ++d) {
+      const DirectionBackward& dir = layer.direction[d];
+      const int64_t t = d == 0 ? T - 1 - k : k, row = steps.first_row(t), rows = steps.rows(t);
+      const int64_t y_stride = layer.y.batch_stride, grad_y_stride = layer.grad_y.batch_stride;
+      const void* grad_y = advance(layer.grad_y.data, row * grad_y_stride + d * P, size_);
+      cuda::StepBackward& to = step[d];
+      to.rows = rows;
+      to.gates = advance(dir.gates, row * cell.saved * H, size_);
+      to.cells = advance(dir.cells, row * H, sum_size_);
+      to.y = advance(layer.y.data, row * y_stride + d * P, size_);
+      to.y_stride = y_stride;
+      if (k < T - 1) {
+        const int64_t previous = d == 0 ? t - 1 : t + 1, previous_row = steps.first_row(previous);
+        to.previous_rows = std::min(rows, steps.rows(previous));
+        to.previous_cells = advance(dir.cells, previous_row * H, sum_size_);
+        to.previous_y = advance(layer.y.data, previous_row * y_stride + d * P, size_);
+      }
+      to.h0 = dir.h0;
+      to.c0 = dir.c0;
+      to.dc = mutable_data_or_null(dc[d]);
+      to.grad_gates = advance(grad_gates[d], row * width, size_);
+      if (!projects) {
+        to.grad_y = grad_y;
+        to.grad_y_stride = grad_y_stride;
+        to.dh = dh[d].mutable_data_ptr();
+        continue;
+      }
+      Tensor sum = grad_projected[d].narrow(0, row, rows);
+      const Tensor later = dh[d].narrow(0, 0, rows);
+      if (grad_y) {
+        at::add_out(sum, later, view(grad_y, {rows, P}, {grad_y_stride, 1}, dtype));
+      } else {
+        sum.copy_(later);
+      }
+      to.dh = unprojected[d].mutable_data_ptr();
+      product(rows, H, P, {sum.const_data_ptr(), P}, {dir.weights.w_hr, H}, to.dh, H, 0, true);
+    }
+    check(cuda::step_backward(s.kind, s.dtype, H, step, D, stream_));
+    for (int d = 0; d < D; ++d) {
+      const DirectionBackward& dir = layer.direction[d];
+      if (k == T - 1 && !dir.grad_h0) continue;
+      double beta = has_direct_part ? 1 : 0;
+      for (const GateRun& run : runs) {
+        product(step[d].rows, P, run.count * H, {advance(step[d].grad_gates, run.grad * H, size_), width},
+                {advance(dir.weights.w_hh, run.gate * H * P, size_), P}, dh[d].mutable_data_ptr(), P, beta, true);
+        beta = 1;
+      }
+    }
+  }
+
+  for (int d = 0; d < D && sum_size_ != size_; ++d) {
+    const DirectionBackward& dir = layer.direction[d];
+    if (dir.grad_h0) view(dir.grad_h0, {B, P}, {P, 1}, dtype).copy_(dh[d]);
+    if (dir.grad_c0) view(dir.grad_c0, {B, H}, {H, 1}, dtype).copy_(dc[d]);
+  }
+}
+
+// Of one direction, from the gradients of its gates for all rows.
+void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const Products& product, int d,
+                            const void* grad_gates, const void* grad_projected) {
+  const LayerSizes& s = layer.sizes;
+  const Steps& steps = layer.steps;
+  const DirectionBackward& dir = layer.direction[d];
+  const int64_t H = s.hidden_size, P = s.state_size, I = s.input_size, B = steps.B, N = steps.total_rows();
+  const int64_t width = cell.grad_gates * H;
+  const auto input_runs = runs_of(cell.input_grads, cell.gates), hidden_runs = runs_of(cell.hidden_grads, cell.gates);
+  // The gradients of `run` in rows from `row` on, as the transposed factor.
+  const auto grads = [&](const GateRun& run, int64_t row) {
+    return Matrix{advance(grad_gates, row * width + run.grad * H, size_), width, true};
+  };
+
+  for (const GateRun& run : input_runs) {
+    if (!dir.grad_w_ih) break;
+    product(run.count * H, I, N, grads(run, 0), {layer.x.data, layer.x.batch_stride},
+            advance(dir.grad_w_ih, run.gate * H * I, size_), I, 0);
+  }
+
+  if (dir.grad_w_hh) {
+    Tensor previous;
+    if (steps.batch_sizes) {
+      previous = buffer({N, P});
+      Sequence y = layer.y;
+      y.data = advance(y.data, d * P, size_);
+      check(cuda::previous_states(s.dtype, P, device_steps(steps), N, d == 1, y, dir.h0, previous.mutable_data_ptr(),
+                                  stream_));
+    }
+    for (const GateRun& run : hidden_runs) {
+      void* out = advance(dir.grad_w_hh, run.gate * H * P, size_);
+      if (previous.defined()) {
+        product(run.count * H, P, N, grads(run, 0), {previous.const_data_ptr(), P}, out, P, 0);
+        continue;
+      }
+      // h before the steps of a padded batch: y itself, a step off, and the initial state.
+      const int64_t stride = layer.y.batch_stride, later = N - B;
+      double beta = 0;
+      if (later > 0) {
+        const void* y = advance(layer.y.data, (d == 0 ? 0 : B * stride) + d * P, size_);
+        product(run.count * H, P, later, grads(run, d == 0 ? B : 0), {y, stride}, out, P, 0);
+        beta = 1;
+      }
+      if (dir.h0) {
+        product(run.count * H, P, B, grads(run, d == 0 ? 0 : later), {dir.h0, P}, out, P, beta);
+      } else if (later == 0) {
+        clear(out, run.count * H * P * size_);
+      }
+    }
+  }
+
+  if (dir.grad_b_ih || dir.grad_b_hh) {
+    const Tensor workspace = at::empty({cuda::column_sums_workspace(s.dtype, N, width)}, options_.dtype(at::kByte));
+    const auto sums = [&](const GateRun& run, void* out, void* again) {
+      if (!out && !again) return;
+      check(cuda::column_sums(s.dtype, advance(grad_gates, run.grad * H, size_), N, run.count * H, width,
+                              advance(out, run.gate * H, size_), advance(again, run.gate * H, size_),
+                              workspace.mutable_data_ptr(), stream_));
+    };
+    // Where both biases have the same gradient, it is summed once.
+    if (cell.grad_gates == cell.gates) {
+      for (const GateRun& run : input_runs) sums(run, dir.grad_b_ih, dir.grad_b_hh);
+    } else {
+      for (const GateRun& run : input_runs) sums(run, dir.grad_b_ih, nullptr);
+      for (const GateRun& run : hidden_runs) sums(run, dir.grad_b_hh, nullptr);
+    }
+  }
+
+  if (dir.grad_w_hr) {
+    // h before its projection was not kept: o * tanh(c).
+    const Tensor cells = view(dir.cells, {N, H}, {H, 1}, sum_dtype_);
+    const Tensor o =
+        view(advance(dir.gates, 3 * H, size_), {N, H}, {cell.saved * H, 1}, options_.dtype().toScalarType());
+    const Tensor hidden = at::tanh(cells).mul_(o).to(o.scalar_type());
+    product(P, H, N, {grad_projected, P, true}, {hidden.const_data_ptr(), H}, dir.grad_w_hr, H, 0);
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fused_rnn, CUDA, m) {
+  m.impl("rnn_forward", &rnn_forward<Cuda>);
+  m.impl("rnn_backward", &rnn_backward<Cuda>);
+  m.impl("cell_forward", &cell_forward<Cuda>);
+  m.impl("cell_backward", &cell_backward<Cuda>);
+}
+
+}  // namespace fused_rnn
