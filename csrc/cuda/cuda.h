@@ -25,6 +25,8 @@ struct DeviceInfo {
   int64_t registers_per_sm = 0;  // of 32 bits
   int64_t l2_bytes = 0;
   int max_cluster = 1;  // blocks; 1: no clusters
+  // Clusters of 1, 2, 4, 8 and 16 blocks that are resident together when a block takes a whole SM; -1: not known.
+  int resident_clusters[5] = {-1, -1, -1, -1, -1};
   bool cooperative = false;
   int clock_khz = 0;
 };
