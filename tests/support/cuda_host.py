@@ -1,0 +1,71 @@
+"""Builds and runs the programs of tests/cuda_host: CUDA kernels executed on the CPU."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "tests" / "cuda_host"
+BUILD = ROOT / "build" / "cuda_host"
+
+COMMON = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-DFRNN_CUDA_ON_HOST", f"-I{ROOT / 'csrc'}", f"-I{SOURCES}"]
+# How kernels and test programs are compiled; the engine itself is never instrumented.
+VARIANTS = {
+    "plain": ["-O1"],
+    # Global arrays have their exact size there, and out of bounds is out of bounds.
+    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"],
+    "thread": ["-O1", "-fsanitize=thread", "-DFRNN_HOST_TSAN"],
+}
+# The exit status of a program in which ThreadSanitizer found a race.
+RACE = 66
+
+
+def build(name: str, variant: str = "plain") -> Path:
+    """The program of tests/cuda_host/<name>.cpp, compiled if a file that it includes is newer."""
+    folder = BUILD / variant
+    folder.mkdir(parents=True, exist_ok=True)
+    engine_flags = ["-O2", "-fno-tree-loop-distribute-patterns"]
+    if variant == "thread":
+        engine_flags.append("-DFRNN_HOST_TSAN")
+    engine = _compile(folder / "engine.o", [*engine_flags, "-c", str(SOURCES / "engine.cpp")])
+    return _compile(folder / name, [*VARIANTS[variant], str(SOURCES / f"{name}.cpp"), str(engine)], [engine])
+
+
+def _compile(result: Path, arguments: list[str], needs: Sequence[Path] = ()) -> Path:
+    dependencies = Path(f"{result}.d")
+    if not _is_current(result, dependencies, needs):
+        compiler = shlex.split(os.environ.get("CXX", "g++"))
+        command = [*compiler, *COMMON, "-MMD", "-MF", str(dependencies), *arguments, "-o", str(result)]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, f"{shlex.join(command)}\n{process.stderr}"
+    return result
+
+
+def _is_current(result: Path, dependencies: Path, needs: Sequence[Path]) -> bool:
+    if not result.exists() or not dependencies.exists():
+        return False
+    files = [Path(file) for file in dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()]
+    made = result.stat().st_mtime
+    return all(file.exists() and file.stat().st_mtime <= made for file in [*files, *needs])
+
+
+def run(program: Path, *arguments: object, skip_site: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the program; `skip_site` (file:line) is a wait that all threads go past."""
+    environment = dict(os.environ)
+    environment.pop("FRNN_SKIP_SITE", None)
+    if skip_site:
+        environment["FRNN_SKIP_SITE"] = skip_site
+    command = [str(program), *map(str, arguments)]
+    if program.parent.name == "thread":
+        # ThreadSanitizer's memory map does not survive the address layouts of some kernels.
+        setarch = shutil.which("setarch")
+        command = [setarch, "-R", *command] if setarch else command
+        environment["TSAN_OPTIONS"] = f"exitcode={RACE} halt_on_error=1 report_signal_unsafe=0"
+    if program.parent.name == "address":
+        environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
