@@ -5,19 +5,22 @@
 // products over all rows for the gradients of weights and input. Nothing here waits for the device, and nothing is
 // allocated inside the loops over steps, so a call can be captured in a CUDA graph. All products have a fixed order and
 // all sums too: a call gives the same bits each time.
+#include "ops_cuda.h"
+
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/Exceptions.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cublas_v2.h>
 
+#include <map>
 #include <mutex>
+#include <tuple>
 
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
 #include "cuda/cuda.h"
-#include "cuda/plan.h"
 #include "operators.h"
 
 namespace fused_rnn {
@@ -25,6 +28,28 @@ namespace fused_rnn {
 namespace {
 
 void check(const char* error) { TORCH_CHECK(!error, "fused_rnn: ", error); }
+
+std::mutex allowed_mutex;
+cuda::Allowed allowed_now;
+int allowed_version = 0;
+
+// All that a plan depends on.
+using PlanKey = std::tuple<int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, bool, bool>;
+
+cuda::Plan make_resident_plan(const LayerSizes& sizes, const Steps& steps, const cuda::DeviceInfo& device,
+                              bool backward, bool tf32, cuda::Allowed allowed) {
+  for (;;) {
+    cuda::Plan plan = cuda::make_plan(sizes, steps, device, backward, tf32, allowed);
+    if (plan.variant == cuda::Variant::none || cuda::persistent_fits(sizes, plan, device)) return plan;
+    switch (plan.variant) {
+      case cuda::Variant::block: allowed.block = false; break;
+      case cuda::Variant::cluster: allowed.cluster = false; break;
+      default: allowed.grid = false;
+    }
+  }
+}
+
+}  // namespace
 
 const cuda::DeviceInfo& device_info(int index) {
   static std::mutex mutex;
@@ -39,10 +64,35 @@ const cuda::DeviceInfo& device_info(int index) {
   return *known[index];
 }
 
-// Whether torch allows its own float32 RNNs to compute in TF32.
 bool tf32_allowed() {
   return !at::NoTF32Guard::should_disable_tf32() && at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
 }
+
+cuda::Allowed allow_variants(const cuda::Allowed& allowed) {
+  const std::lock_guard<std::mutex> lock(allowed_mutex);
+  ++allowed_version;
+  return std::exchange(allowed_now, allowed);
+}
+
+const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int device, bool backward, bool tf32) {
+  // A call asks for its plan each time, and planning costs as much as some launches.
+  static thread_local std::map<PlanKey, cuda::Plan> plans;
+  static thread_local int version = -1;
+  cuda::Allowed allowed;
+  {
+    const std::lock_guard<std::mutex> lock(allowed_mutex);
+    allowed = allowed_now;
+    if (version != allowed_version || plans.size() >= 1000) plans.clear();
+    version = allowed_version;
+  }
+  const PlanKey key(int(sizes.kind), int(sizes.dtype), sizes.input_size, sizes.hidden_size, sizes.state_size, steps.T,
+                    steps.B, sizes.num_directions, device, backward, tf32);
+  const auto found = plans.find(key);
+  if (found != plans.end()) return found->second;
+  return plans[key] = make_resident_plan(sizes, steps, device_info(device), backward, tf32, allowed);
+}
+
+namespace {
 
 // What is known of a cell at run time (cells/cell.h).
 struct Cell {
@@ -96,7 +146,6 @@ struct Matrix {
 class Products {
  public:
   explicit Products(DType dtype, bool tf32) : dtype_(dtype) {
-    at::globalContext().alertCuBLASConfigNotDeterministic();
     handle_ = at::cuda::getCurrentCUDABlasHandle();
     // PyTorch sets this mode before each product of its own.
     TORCH_CUDABLAS_CHECK(cublasSetMathMode(
@@ -205,9 +254,8 @@ class Cuda {
     return result;
   }
 
-  // The persistent variant for the layer, if one holds it. A single step has nothing to keep.
-  cuda::Plan plan(const LayerSizes& sizes, const Steps& steps, bool backward) const {
-    return cuda::make_plan(sizes, steps, device_info(options_.device().index()), backward, tf32_);
+  const cuda::Plan& plan(const LayerSizes& sizes, const Steps& steps, bool backward) const {
+    return cuda_plan(sizes, steps, options_.device().index(), backward, tf32_);
   }
 
   void steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, void* const* projections,
@@ -251,8 +299,8 @@ void Cuda::forward(const LayerForward& layer) {
             stride, 0);
   }
 
-  const cuda::Plan chosen = plan(s, layer.steps, false);
-  if (!chosen.persistent) {
+  const cuda::Plan& chosen = plan(s, layer.steps, false);
+  if (chosen.variant == cuda::Variant::none) {
     steps_forward(layer, cell, product, projections, stride);
     return;
   }
@@ -365,8 +413,8 @@ void Cuda::backward(const LayerBackward& layer) {
     if (P != H) grad_projected[d] = buffer({N, P});
   }
 
-  const cuda::Plan chosen = plan(s, layer.steps, true);
-  if (chosen.persistent) {
+  const cuda::Plan& chosen = plan(s, layer.steps, true);
+  if (chosen.variant != cuda::Variant::none) {
     cuda::PersistentBackward directions[2];
     for (int d = 0; d < D; ++d) {
       const DirectionBackward& from = layer.direction[d];

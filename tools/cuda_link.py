@@ -1,9 +1,9 @@
 """`make cuda-link`: compiles and links the whole extension against a CUDA build of PyTorch, on a machine without a GPU.
 
 What cannot run here is at least accepted by compiler and linker: ops_cuda.cpp by PyTorch's headers for CUDA, and every
-symbol of the extension by PyTorch's libraries. An unresolved symbol is an error here, while an ordinary build of a shared
-library leaves it for the import to find. A CUDA build of PyTorch cannot be imported without its
-libraries, so this does by itself what setup.py does with torch.utils.cpp_extension.
+symbol of the extension by PyTorch's libraries. An unresolved symbol is an error here, while an ordinary build of a
+shared library leaves it for the import to find. A CUDA build of PyTorch cannot be imported without all its libraries,
+so this does by itself what setup.py does with torch.utils.cpp_extension.
 
 Downloads once, into build/cuda-link: PyTorch, cuBLAS (to link), cuSPARSE and cuSOLVER (headers that PyTorch's own
 include): about 1.3 GB, 3 GB unpacked.
@@ -27,7 +27,6 @@ FOLDER = cuda_build.ROOT / "build" / "cuda-link"
 TORCH = "2.11.0"
 # What the wheel of that PyTorch asks for.
 TOOLKIT = "cuda-toolkit[cublas,cusolver,cusparse]==13.0.2"
-PLATFORM = ["--platform", "manylinux_2_28_x86_64", "--only-binary=:all:"]
 
 
 def run(command: list[str]) -> None:
@@ -43,7 +42,7 @@ def fetch() -> Path:
     if stamp.exists():
         return site
     wheels = FOLDER / "wheels"
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(wheels), *PLATFORM]
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(wheels), "--only-binary=:all:"]
     print(f"downloading PyTorch {TORCH} and {TOOLKIT} ...", flush=True)
     run([*download, "--no-deps", f"torch=={TORCH}"])
     run([*download, TOOLKIT])
@@ -52,6 +51,8 @@ def fetch() -> Path:
             # Only what a compiler or a linker reads: the largest libraries are none of it.
             names = [n for n in archive.namelist() if "/include/" in n or _is_linked(Path(n).name)]
             archive.extractall(site, names)
+    if not (site / "torch/lib/libtorch_cuda.so").exists():
+        raise SystemExit(f"error: what pip found as torch=={TORCH} in its indices is a build without CUDA")
     stamp.touch()
     return site
 

@@ -36,8 +36,7 @@ const char* read_device(int index, DeviceInfo& info);
 // plan.h: which persistent variant holds a layer, if any.
 struct Plan;
 
-// --- One launch a step
-// ------------------------------------------------------------------------------------------------
+// One launch a step
 
 // One direction at one step. Its live rows are the first `rows` of the batch; of these, the first previous_rows were
 // live in the step before (in this direction's order) and go on from the running state; the others begin from the
@@ -90,8 +89,7 @@ struct StepBackward {
 const char* step_backward(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions, int count,
                           void* stream);
 
-// --- Over all rows
-// ----------------------------------------------------------------------------------------------------
+// Over all rows
 
 // Sums of the columns of (rows, columns), row r at data + r * stride, in a fixed order: out[k] = sum, again[k] = the
 // same (null: not wanted). workspace: column_sums_workspace bytes.
@@ -108,8 +106,7 @@ const char* upload_steps(const int64_t* batch_sizes, int64_t T, int64_t* sizes, 
 const char* previous_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
                             const Sequence& y, const void* h0, void* out, void* stream);
 
-// --- All steps in one launch
-// ------------------------------------------------------------------------------------------
+// All steps in one launch
 
 struct PersistentForward {
   const void* w_hh = nullptr;        // (gates * H, H)

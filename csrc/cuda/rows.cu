@@ -13,6 +13,25 @@ namespace {
 
 const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
+// Clusters of `size` blocks that are resident together when each block takes all of its SM's shared memory; 0 when
+// there can be none.
+int resident_clusters(int size, int64_t shared) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(size);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = unsigned(size);
+  launch.blockDim = 256;
+  launch.dynamicSmemBytes = size_t(shared);
+  launch.attrs = &attribute;
+  launch.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, occupy, &launch) == cudaSuccess) return clusters;
+  cudaGetLastError();  // such a refusal is an answer
+  return 0;
+}
+
 }  // namespace
 
 const char* read_device(int index, DeviceInfo& info) {
@@ -39,8 +58,22 @@ const char* read_device(int index, DeviceInfo& info) {
   info.index = index;
   info.arch = 10 * major + minor;
   info.cooperative = cooperative != 0;
-  // Every architecture with clusters has 8 blocks; 16, which data centre parts have, a kernel must ask for.
-  info.max_cluster = !clusters ? 1 : major == 9 || major == 10 ? 16 : 8;
+  if (error != cudaSuccess || !clusters) return text_of(error);
+
+  int before = 0;
+  error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(index);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, int(info.shared_per_block));
+  }
+  // Above 8 blocks a cluster is not portable: some devices have none, and a kernel must ask for them.
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(occupy, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  for (int i = 0; i < 5 && error == cudaSuccess; ++i) {
+    info.resident_clusters[i] = resident_clusters(1 << i, info.shared_per_block);
+    if (info.resident_clusters[i] > 0) info.max_cluster = 1 << i;
+  }
+  const cudaError_t restored = cudaSetDevice(before);
+  if (error == cudaSuccess) error = restored;
   return text_of(error);
 }
 

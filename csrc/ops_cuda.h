@@ -1,0 +1,20 @@
+// What bindings.cpp tells of the CUDA operators, where they are built.
+#pragma once
+
+#include "cuda/plan.h"
+
+namespace fused_rnn {
+
+// Read once per device; an error is raised as torch raises its own.
+const cuda::DeviceInfo& device_info(int index);
+
+// Whether torch's flags let float32 RNNs compute in TF32.
+bool tf32_allowed();
+
+// The plan that a call follows on this device, Variant::none for a launch a step.
+const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int device, bool backward, bool tf32);
+
+// Persistent variants that may be chosen, for measurements and tests; returns what was set before. For all threads.
+cuda::Allowed allow_variants(const cuda::Allowed& allowed);
+
+}  // namespace fused_rnn
