@@ -1,0 +1,139 @@
+// What the persistent kernels of both passes share: who a block is, its columns, and the arguments of a launch.
+#pragma once
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "plan.h"
+#include "tile.cuh"
+
+namespace fused_rnn {
+namespace cuda {
+
+struct ForwardArguments {
+  int64_t hidden_size;
+  Steps steps;
+  PersistentForward direction[2];
+  Tiling tiling;
+  char* workspace;
+};
+
+struct BackwardArguments {
+  int64_t hidden_size;
+  Steps steps;
+  PersistentBackward direction[2];
+  Tiling tiling;
+  char* workspace;
+};
+
+// The product that a plan wants, as a type.
+template <Multiply multiply>
+struct ProductOf;
+template <>
+struct ProductOf<Multiply::bfloat16> {
+  using type = HalfProduct<BFloat16>;
+};
+template <>
+struct ProductOf<Multiply::float16> {
+  using type = HalfProduct<Half>;
+};
+template <>
+struct ProductOf<Multiply::tf32> {
+  using type = Tf32Product;
+};
+template <>
+struct ProductOf<Multiply::float32> {
+  using type = FloatProduct;
+};
+
+// f(cell) with the cell of this kind.
+template <class F>
+auto with_cell(CellKind kind, const F& f) {
+  switch (kind) {
+    case CellKind::rnn_tanh: return f(RnnTanh{});
+    case CellKind::rnn_relu: return f(RnnRelu{});
+    case CellKind::gru: return f(Gru{});
+    default: return f(Lstm{});
+  }
+}
+
+// Who this block is. Blocks of a team are neighbours along x; y is the direction.
+struct Place {
+  int rank, team, direction;
+  int first_column;  // of the team
+  int columns;       // that the team has; the last team may have fewer
+  int octets;        // of this block
+  int first_octet, total_octets;
+  int units;  // room for units per block, the same for all blocks
+
+  FRNN_DEVICE Place(const Tiling& tiling, int64_t hidden_size, int64_t batch)
+      : rank(block_x() % tiling.blocks),
+        team(block_x() / tiling.blocks),
+        direction(block_y()),
+        first_column(team * tiling.columns),
+        columns(batch - first_column < tiling.columns ? int(batch) - first_column : tiling.columns),
+        first_octet(rank * tiling.octets),
+        total_octets(int((hidden_size + 7) / 8)),
+        units(tiling.octets * 8) {
+    const int rest = total_octets - first_octet;
+    octets = rest < 0 ? 0 : rest < tiling.octets ? rest : tiling.octets;
+  }
+
+  FRNN_DEVICE int columns_of(int column_tile) const {
+    const int rest = columns - column_tile * tile_columns;
+    return rest < tile_columns ? rest : tile_columns;
+  }
+  // The team among those of both directions.
+  FRNN_DEVICE int team_index(const Tiling& tiling) const { return direction * tiling.teams + team; }
+};
+
+// Where the rows of a step stand, and how many are live.
+struct StepRows {
+  int first = 0, live = 0;
+};
+
+FRNN_DEVICE StepRows step_rows(const Steps& steps, int t) {
+  if (t < 0 || t >= steps.T) return {};
+  return {int(steps.first_row(t)), int(steps.rows(t))};
+}
+
+// A thread turns the sums of one unit and two neighbouring columns into gates: threads of a warp have neighbouring
+// units, so their global accesses are contiguous.
+struct Item {
+  int unit, pair;  // of the block, of the column tile
+  int global_unit;
+  bool exists;  // the unit does
+
+  FRNN_DEVICE Item(const Place& place, int64_t hidden_size)
+      : unit(thread_index() % place.units),
+        pair(thread_index() / place.units),
+        global_unit(place.first_octet * 8 + unit),
+        exists(pair < tile_columns / 2 && global_unit < hidden_size && unit / 8 < place.octets) {}
+};
+
+// All blocks of a cluster; no more than the other blocks' shared memory must be waited for in between.
+FRNN_DEVICE void meet_cluster(const Tiling& tiling) {
+#if defined(FRNN_CUDA_CLUSTERS)
+  if (tiling.exchange == Exchange::counted || tiling.exchange == Exchange::barriers) {
+    cluster_arrive();
+    cluster_wait();
+  }
+#endif
+}
+
+template <class S>
+FRNN_DEVICE const S* typed(const void* p) {
+  return static_cast<const S*>(p);
+}
+template <class S>
+FRNN_DEVICE S* typed(void* p) {
+  return static_cast<S*>(p);
+}
+
+template <class S>
+FRNN_DEVICE float value_or_zero(const void* p, int64_t index) {
+  return p ? float(widen(typed<S>(p)[index])) : 0.0f;
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn

@@ -1,0 +1,407 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+
+namespace fused_rnn {
+namespace cuda {
+
+namespace {
+
+constexpr int most_units = 64;  // of a block: a thread for each unit and two of 8 columns
+
+// Constants of the cost model, in cycles and bytes per cycle of one SM. Unmeasured: taken from data sheets and
+// published microbenchmarks, to be replaced by what a GPU says. They decide between variants and divisions of the
+// batch.
+constexpr double shared_bytes_per_cycle = 128;  // of shared memory
+constexpr double remote_bytes_per_cycle = 14;   // into one SM from the others of its cluster
+constexpr double l2_bytes_per_cycle = 32;       // into one SM
+constexpr double remote_cycles = 350;           // from the last store to the receivers' next instruction
+constexpr double cluster_barrier_cycles = 500;  // the same with a barrier of the cluster
+constexpr double memory_cycles = 2600;          // the same through L2: stores, counter, waiting thread, copy
+constexpr double gates_cycles = 450;            // barrier, sum of the partial sums, gates, packing
+constexpr double issue_cycles = 150;            // of the same, what cannot overlap with other column tiles
+constexpr double step_launch_us = 5;            // product and kernel of a step of its own
+constexpr double l2_bytes_per_us = 3.5e6, memory_bytes_per_us = 2.5e6;  // of weights read again every step
+constexpr double launch_us = 6;
+constexpr double load_bytes_per_us = 0.02e6;  // of W_hh into one block
+
+struct Problem {
+  CellKind kind;
+  DType dtype;
+  int gates;
+  int64_t H, T, B;
+  int directions;
+  int element;    // bytes
+  int per_chunk;  // elements
+  int octets;     // of all units
+};
+
+int gates_of(CellKind kind) {
+  switch (kind) {
+    case CellKind::lstm: return Lstm::gates;
+    case CellKind::gru: return Gru::gates;
+    default: return RnnTanh::gates;
+  }
+}
+
+// Cycles between two m16n8k16 (16 bits) or m16n8k8 (TF32) instructions of a scheduler.
+double multiply_cycles(int arch) { return arch >= 120 ? 16 : arch >= 90 ? 6.5 : 8; }
+
+int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+
+std::string text(const char* format, double a = 0, double b = 0, double c = 0) {
+  char buffer[256];
+  snprintf(buffer, sizeof buffer, format, a, b, c);
+  return buffer;
+}
+
+// Teams of `blocks` blocks that are resident together.
+int resident_teams(const DeviceInfo& device, Exchange exchange, int blocks) {
+  if (exchange != Exchange::counted && exchange != Exchange::barriers) return device.sms / blocks;
+  const int known = device.resident_clusters[blocks == 2 ? 1 : blocks == 4 ? 2 : blocks == 8 ? 3 : 4];
+  return known >= 0 ? known : device.sms / blocks;
+}
+
+class Candidate {
+ public:
+  Candidate(const Problem& problem, const DeviceInfo& device, Plan plan)
+      : problem_(problem), device_(device), plan_(std::move(plan)) {}
+
+  // Lays out a block of the plan's team; false where no kernel or no memory is large enough.
+  bool lay_out() {
+    Tiling& t = plan_.tiling;
+    t.active = ceil_div(problem_.octets, t.octets);
+    t.column_tiles = ceil_div(t.columns, tile_columns);
+    if (t.octets * 8 > most_units) return false;
+    return plan_.backward ? lay_out_backward() : lay_out_forward();
+  }
+
+  void predict() {
+    Tiling& t = plan_.tiling;
+    const double mma = multiply_cycles(device_.arch);
+    const bool fma = plan_.multiply == Multiply::float32;
+    const int columns = std::min(t.columns, tile_columns);
+    // Of a warp, per column tile: row tiles times slabs; two warps share a scheduler.
+    const double tiles = double(t.row_tiles) * t.slabs;
+    const double multiply = 2 * tiles * (fma ? 8.0 * columns : 2 * mma);
+    double shared = double(plan_.weight_bytes) + double(block_warps) * t.slabs * slab_bytes;
+    const double units = t.octets * 8;
+    double travels;
+    if (plan_.backward) {
+      if (fma) shared += double(block_warps) * t.row_tiles * t.slabs * slab_bytes;
+      shared += double(t.active) * units * columns * 4;
+      travels = double(problem_.H) * columns * 4;
+    } else {
+      shared += 2.0 * t.warps_k * problem_.gates * units * columns * 4;
+      travels = double(problem_.H) * columns * problem_.element;
+    }
+    double latency = gates_cycles, bandwidth = remote_bytes_per_cycle;
+    switch (t.exchange) {
+      case Exchange::none: travels = 0; break;
+      case Exchange::counted: latency += remote_cycles; break;
+      case Exchange::barriers: latency += cluster_barrier_cycles; break;
+      case Exchange::memory:
+        latency += memory_cycles;
+        bandwidth = l2_bytes_per_cycle / (plan_.backward ? 2 : 1);
+        break;
+    }
+    const double tile = std::max(std::max(multiply, shared / shared_bytes_per_cycle), travels / bandwidth);
+    const double cycles = std::max(t.column_tiles * (tile + issue_cycles), tile + latency + travels / bandwidth / 2);
+    const double mhz = device_.clock_khz > 0 ? device_.clock_khz / 1e3 : 1700;
+    plan_.predicted_step_us = plan_.waves * cycles / mhz;
+    const double load = double(plan_.register_bytes + plan_.weight_bytes) / load_bytes_per_us;
+    plan_.predicted_us = launch_us + plan_.waves * load + double(problem_.T) * plan_.predicted_step_us;
+  }
+
+  const Plan& plan() const { return plan_; }
+
+ private:
+  // The next `bytes` of shared memory.
+  int32_t take(int64_t bytes) {
+    const int64_t at = shared_;
+    shared_ += (bytes + 127) / 128 * 128;
+    return int32_t(at);
+  }
+
+  bool fits() {
+    if (shared_ > device_.shared_per_block) return false;
+    plan_.tiling.shared_bytes = int32_t(shared_);
+    return true;
+  }
+
+  bool lay_out_forward() {
+    Tiling& t = plan_.tiling;
+    const ForwardShape shape = forward_shape(plan_.multiply, plan_.shape);
+    const int row_tiles = ceil_div(int64_t(t.octets) * problem_.gates, 2);
+    t.warps_rows = 1;
+    while (t.warps_rows < block_warps && t.warps_rows * shape.row_tiles < row_tiles) t.warps_rows *= 2;
+    if (t.warps_rows * shape.row_tiles < row_tiles) return false;
+    t.warps_k = block_warps / t.warps_rows;
+    const int chunks = problem_.octets * 8 / problem_.per_chunk, slabs = ceil_div(chunks, 4);
+    t.slabs = ceil_div(slabs, t.warps_k);
+    t.row_tiles = shape.row_tiles;
+    const bool memory = t.exchange == Exchange::memory;
+    const int64_t in_registers = std::min(t.slabs, shape.register_slabs);
+    plan_.register_bytes = block_warps * in_registers * shape.row_tiles * tile_bytes;
+    plan_.weight_bytes = block_warps * (t.slabs - in_registers) * shape.row_tiles * tile_bytes;
+    t.states = take(int64_t(t.column_tiles) * 2 * block_threads * 8);
+    t.biases = take(block_threads * 16);
+    t.sums = take(2LL * t.warps_k * problem_.gates * (tile_columns / 2) * (t.octets * 8 + 4) * 8);
+    t.operand = take(int64_t(memory ? 1 : 2 * t.column_tiles) * slabs * slab_bytes);
+    t.barriers = take(2LL * t.column_tiles * 8);
+    t.weights = take(plan_.weight_bytes);
+    if (memory) {
+      plan_.counters = int64_t(problem_.directions) * t.teams * t.column_tiles;
+      plan_.workspace_bytes = counter_bytes(plan_.counters) + plan_.counters * 2 * slabs * slab_bytes;
+    }
+    return fits();
+  }
+
+  bool lay_out_backward() {
+    Tiling& t = plan_.tiling;
+    const BackwardShape shape = backward_shape(plan_.multiply, plan_.shape);
+    t.slabs = ceil_div(int64_t(t.octets) * 8 / problem_.per_chunk * problem_.gates, 4);
+    if (t.slabs > shape.slabs) return false;
+    const int groups = ceil_div(ceil_div(ceil_div(problem_.H, 16), block_warps), shape.group);
+    t.row_tiles = groups * shape.group;
+    const int units = t.octets * 8;
+    t.source_split = 1;
+    while (2 * t.source_split * units * (tile_columns / 2) <= block_threads && 2 * t.source_split <= t.active)
+      t.source_split *= 2;
+    const int64_t in_registers = int64_t(std::min(groups, shape.register_groups)) * shape.group;
+    plan_.register_bytes = block_warps * in_registers * t.slabs * tile_bytes;
+    plan_.weight_bytes = block_warps * (t.row_tiles - in_registers) * t.slabs * tile_bytes;
+    // From every block of the team, of a column tile.
+    const int64_t received = int64_t(t.active) * ceil_div(std::min(t.columns, tile_columns), 2) * units * 8;
+    const bool memory = t.exchange == Exchange::memory;
+    t.states = take(int64_t(t.column_tiles) * 2 * block_threads * 8);
+    t.sums = take(t.source_split > 1 ? 2 * block_threads * 8 : 0);
+    t.operand = take(2LL * t.slabs * slab_bytes);
+    t.received = take(memory ? 0 : 2 * t.column_tiles * received);
+    t.barriers = take(2LL * t.column_tiles * 8);
+    t.weights = take(plan_.weight_bytes);
+    if (memory) {
+      plan_.counters = int64_t(problem_.directions) * t.teams * t.column_tiles;
+      plan_.workspace_bytes = counter_bytes(plan_.counters) + plan_.counters * 2 * t.active * received;
+    }
+    return fits();
+  }
+
+  const Problem& problem_;
+  const DeviceInfo& device_;
+  Plan plan_;
+  int64_t shared_ = 0;
+};
+
+class Planner {
+ public:
+  Planner(const Problem& problem, const DeviceInfo& device, bool backward, Multiply multiply, const Allowed& allowed)
+      : problem_(problem), device_(device), backward_(backward), multiply_(multiply), allowed_(allowed) {}
+
+  // The best plan of a variant; false and a reason where there is none.
+  bool best(Variant variant, Plan& best, std::string& reason) {
+    found_ = false;
+    switch (variant) {
+      case Variant::block:
+        if (!allowed_.block) return refuse(reason, "not allowed by the request");
+        try_teams(Exchange::none, 1, problem_.octets);
+        break;
+      case Variant::cluster:
+        if (!allowed_.cluster) return refuse(reason, "not allowed by the request");
+        if (device_.max_cluster < 2) return refuse(reason, "this GPU has no clusters");
+        for (int blocks = 2; blocks <= device_.max_cluster && blocks <= 16; blocks *= 2) {
+          if (problem_.octets > blocks / 2)  // else half of the blocks would be idle
+            try_teams(allowed_.counted ? Exchange::counted : Exchange::barriers, blocks,
+                      ceil_div(problem_.octets, blocks));
+        }
+        break;
+      case Variant::grid:
+        if (!allowed_.grid) return refuse(reason, "not allowed by the request");
+        if (!device_.cooperative) return refuse(reason, "no cooperative launch on this device");
+        for (int octets = 1; octets * 8 <= most_units; ++octets) {
+          const int blocks = ceil_div(problem_.octets, octets);
+          if (blocks > 1) try_teams(Exchange::memory, blocks, octets);
+        }
+        break;
+      case Variant::none: break;
+    }
+    if (!found_) {
+      const double need = double(problem_.gates) * double(problem_.H * problem_.H) * problem_.element;
+      const int most = variant == Variant::block ? 1 : variant == Variant::cluster ? device_.max_cluster : device_.sms;
+      return refuse(reason, text("%.0f KiB of W_hh do not fit %.0f blocks beside states and sums", need / 1024, most));
+    }
+    best = best_;
+    best.variant = variant;
+    return true;
+  }
+
+ private:
+  static bool refuse(std::string& reason, const std::string& why) {
+    reason = why;
+    return false;
+  }
+
+  void try_teams(Exchange exchange, int blocks, int octets) {
+    if (allowed_.team_blocks > 0 && blocks != allowed_.team_blocks) return;
+    const int resident = resident_teams(device_, exchange, blocks) / problem_.directions;
+    // With fewer resident teams than directions, a cluster or a block may wait for its turn; a grid may not.
+    const int most_waves = exchange == Exchange::memory ? 1 : 64;
+    if (resident < 1 && (exchange == Exchange::memory || resident_teams(device_, exchange, blocks) < 1)) return;
+    for (int waves = 1; waves <= most_waves; ++waves) {
+      const int64_t teams = std::max<int64_t>(1, int64_t(resident) * waves);
+      int columns = ceil_div(problem_.B, teams);
+      if (allowed_.most_columns > 0) columns = std::min(columns, allowed_.most_columns);
+      bool laid_out = false;
+      for (int shape = 0; shape < shapes_of(multiply_, problem_.gates); ++shape)
+        laid_out |= consider(exchange, blocks, octets, columns, shape);
+      if (laid_out || columns == 1) return;
+    }
+  }
+
+  bool consider(Exchange exchange, int blocks, int octets, int columns, int shape) {
+    Plan plan;
+    plan.multiply = multiply_;
+    plan.backward = backward_;
+    plan.shape = shape;
+    plan.directions = problem_.directions;
+    Tiling& t = plan.tiling;
+    t.exchange = exchange;
+    t.blocks = blocks;
+    t.octets = octets;
+    t.columns = columns;
+    t.teams = ceil_div(problem_.B, columns);
+    plan.blocks = t.blocks * t.teams * plan.directions;
+    plan.waves = ceil_div(int64_t(t.teams) * plan.directions, resident_teams(device_, exchange, blocks));
+    if (exchange == Exchange::memory && plan.blocks > device_.sms) return false;
+    Candidate candidate(problem_, device_, plan);
+    if (!candidate.lay_out()) return false;
+    candidate.predict();
+    if (!found_ || candidate.plan().predicted_us < best_.predicted_us) best_ = candidate.plan();
+    found_ = true;
+    return true;
+  }
+
+  const Problem& problem_;
+  const DeviceInfo& device_;
+  const bool backward_;
+  const Multiply multiply_;
+  const Allowed& allowed_;
+  bool found_ = false;
+  Plan best_;
+};
+
+// All steps, each with a launch of its own.
+double step_wise_us(const Problem& problem, const DeviceInfo& device) {
+  const double weights = double(problem.gates) * double(problem.H * problem.H) * problem.element;
+  const double rate =
+      weights * problem.directions < 0.7 * double(device.l2_bytes) ? l2_bytes_per_us : memory_bytes_per_us;
+  const double mhz = device.clock_khz > 0 ? device.clock_khz / 1e3 : 1700;
+  // Dense rate of the matrix units, or of plain float32 and float64; half of it is reached by products of this size.
+  const double per_cycle = problem.element == 2 ? 1024 : problem.element == 8 ? 64 : 128;
+  const double multiply =
+      double(problem.B) * problem.gates * double(problem.H * problem.H) / (0.5 * per_cycle * device.sms * mhz);
+  return double(problem.T) * problem.directions * (step_launch_us + std::max(weights / rate, multiply));
+}
+
+}  // namespace
+
+const char* name(Variant variant) {
+  switch (variant) {
+    case Variant::block: return "block";
+    case Variant::cluster: return "cluster";
+    case Variant::grid: return "grid";
+    case Variant::none: break;
+  }
+  return "none";
+}
+
+const char* name(Multiply multiply) {
+  switch (multiply) {
+    case Multiply::bfloat16: return "bfloat16";
+    case Multiply::float16: return "float16";
+    case Multiply::tf32: return "tf32";
+    case Multiply::float32: break;
+  }
+  return "float32";
+}
+
+const char* name(Exchange exchange) {
+  switch (exchange) {
+    case Exchange::counted: return "counted";
+    case Exchange::barriers: return "barriers";
+    case Exchange::memory: return "memory";
+    case Exchange::none: break;
+  }
+  return "none";
+}
+
+Plan make_plan(const LayerSizes& sizes, const Steps& steps, const DeviceInfo& device, bool backward, bool tf32,
+               const Allowed& allowed) {
+  Plan plan;
+  plan.backward = backward;
+  plan.directions = sizes.num_directions;
+  Problem problem;
+  problem.kind = sizes.kind;
+  problem.dtype = sizes.dtype;
+  problem.gates = gates_of(sizes.kind);
+  problem.H = sizes.hidden_size;
+  problem.T = steps.T;
+  problem.B = steps.B;
+  problem.directions = sizes.num_directions;
+  problem.element = sizes.dtype == DType::float64 ? 8 : sizes.dtype == DType::float32 ? 4 : 2;
+  problem.per_chunk = chunk_bytes / problem.element;
+  problem.octets = ceil_div(sizes.hidden_size, 8);
+  plan.predicted_us = step_wise_us(problem, device);
+  plan.predicted_step_us = plan.predicted_us / double(std::max<int64_t>(1, steps.T));
+  const double step_wise = plan.predicted_us;
+
+  if (sizes.dtype == DType::float64) return plan.reason = "no persistent kernel for float64", plan;
+  if (sizes.state_size != sizes.hidden_size) return plan.reason = "no persistent kernel for a projection of h", plan;
+  // The kernels count steps and rows in 32 bits.
+  if (steps.T * steps.B >= int64_t(1) << 31 || steps.T < 1 || steps.B < 1 || sizes.hidden_size < 1)
+    return plan.reason = "no persistent kernel for 2^31 rows or none", plan;
+  const Multiply multiply = sizes.dtype == DType::bfloat16  ? Multiply::bfloat16
+                            : sizes.dtype == DType::float16 ? Multiply::float16
+                            : tf32                          ? Multiply::tf32
+                                                            : Multiply::float32;
+  plan.multiply = multiply;
+  Planner planner(problem, device, backward, multiply, allowed);
+  bool found = false;
+  std::string reasons;
+  for (Variant variant : {Variant::block, Variant::cluster, Variant::grid}) {
+    Plan candidate;
+    std::string reason;
+    const bool possible = planner.best(variant, candidate, reason);
+    if (possible && (!found || candidate.predicted_us < plan.predicted_us)) {
+      if (found) reasons += text("%.0f us with variant ", plan.predicted_us) + name(plan.variant) + "; ";
+      plan = candidate;
+      found = true;
+      continue;
+    }
+    if (possible) reason = text("%.0f us", candidate.predicted_us);
+    reasons += std::string(name(variant)) + ": " + reason + "; ";
+  }
+  if (found && allowed.none && step_wise < plan.predicted_us) {
+    reasons += std::string(name(plan.variant)) + text(": %.0f us; ", plan.predicted_us);
+    plan = Plan{};
+    plan.backward = backward;
+    plan.directions = sizes.num_directions;
+    plan.multiply = multiply;
+    plan.predicted_us = step_wise;
+    plan.predicted_step_us = step_wise / double(steps.T);
+  } else if (found) {
+    reasons += text("a launch a step: %.0f us; ", step_wise);
+  }
+  if (reasons.size() >= 2) reasons.resize(reasons.size() - 2);
+  plan.reason = reasons;
+  return plan;
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn

@@ -1,0 +1,200 @@
+// One case of a persistent kernel: made-up numbers, the kernel on the CPU under the plan that csrc/cuda/plan.cpp makes
+// for a made-up GPU, and the same in float64, step by step.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/persistent.cuh"
+#include "engine.h"
+
+namespace fused_rnn {
+namespace cuda_host {
+
+using namespace fused_rnn::cuda;
+
+// Arguments of the form name=value.
+class Case {
+ public:
+  Case(int argc, char** argv) {
+    for (int i = 1; i < argc; ++i) {
+      const std::string argument = argv[i];
+      const size_t at = argument.find('=');
+      values_[argument.substr(0, at)] = at == std::string::npos ? "1" : argument.substr(at + 1);
+    }
+  }
+  std::string text(const std::string& name, const std::string& otherwise) const {
+    const auto found = values_.find(name);
+    return found == values_.end() ? otherwise : found->second;
+  }
+  int number(const std::string& name, int otherwise) const {
+    const auto found = values_.find(name);
+    return found == values_.end() ? otherwise : atoi(found->second.c_str());
+  }
+
+ private:
+  std::map<std::string, std::string> values_;
+};
+
+// Memory of exactly this size that nobody has written yet: NaN as float, bfloat16 and float16.
+template <class T>
+std::vector<T> unwritten(int64_t count) {
+  std::vector<T> v(static_cast<size_t>(count));
+  if (count) memset(static_cast<void*>(v.data()), 0xff, v.size() * sizeof(T));
+  return v;
+}
+
+template <class S>
+class Random {
+ public:
+  explicit Random(unsigned seed) : engine_(seed) {}
+  std::vector<S> operator()(int64_t count, double scale) {
+    std::vector<S> v(static_cast<size_t>(count));
+    std::uniform_real_distribution<double> number(-scale, scale);
+    for (S& x : v) x = narrow<S>(float(number(engine_)));
+    return v;
+  }
+  int below(int n) { return int(engine_() % unsigned(n)); }
+
+ private:
+  std::mt19937 engine_;
+};
+
+template <class S>
+double as_double(S x) {
+  return double(widen(x));
+}
+
+// As the product of this plan sees a number.
+inline double product_input(Multiply multiply, double x) {
+  if (multiply != Multiply::tf32) return x;
+  const uint32_t bits = to_tf32(float(x));
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+// ||a - b|| / ||b||; more than anything where a number of a was never written.
+struct Error {
+  double difference = 0, size = 0;
+  void add(double a, double b) {
+    difference += a == a ? (a - b) * (a - b) : 1e30;
+    size += b * b;
+  }
+  double value() const { return size > 0 ? std::sqrt(difference / size) : std::sqrt(difference); }
+};
+
+// Reports an error above the bound and counts it.
+class Verdict {
+ public:
+  void expect(const char* what, const Error& error, double bound) {
+    printf("%-12s %.2e%s\n", what, error.value(), error.value() <= bound ? "" : "  WRONG");
+    if (!(error.value() <= bound)) ++wrong_;
+  }
+  int wrong() const { return wrong_; }
+
+ private:
+  int wrong_ = 0;
+};
+
+inline CellKind kind_named(const std::string& name) {
+  return name == "rnn_tanh"   ? CellKind::rnn_tanh
+         : name == "rnn_relu" ? CellKind::rnn_relu
+         : name == "gru"      ? CellKind::gru
+                              : CellKind::lstm;
+}
+
+inline DType dtype_named(const std::string& name) {
+  return name == "float32" || name == "tf32" ? DType::float32 : name == "float16" ? DType::float16 : DType::bfloat16;
+}
+
+// Rows live at each step: all, or a batch of falling lengths.
+struct Batch {
+  std::vector<int64_t> sizes, offsets;
+  Steps steps;
+
+  Batch(int T, int B, bool ragged, unsigned seed) {
+    std::mt19937 engine(seed);
+    steps.T = T;
+    steps.B = B;
+    if (!ragged) return;
+    sizes.resize(size_t(T));
+    offsets.assign(1, 0);
+    int64_t rows = B;
+    for (int t = 0; t < T; ++t) {
+      if (t > 0) rows -= int64_t(engine() % unsigned(rows));
+      sizes[size_t(t)] = rows;
+      offsets.push_back(offsets.back() + rows);
+    }
+    steps.batch_sizes = sizes.data();
+    steps.offsets = offsets.data();
+  }
+};
+
+// A GPU that holds a few blocks: argument `sms`; clusters of up to 16.
+inline DeviceInfo made_up_device(const Case& arguments) {
+  DeviceInfo device;
+  device.arch = 90;
+  device.sms = arguments.number("sms", 32);
+  device.shared_per_block = 227 * 1024;
+  device.shared_per_sm = 228 * 1024;
+  device.registers_per_sm = 65536;
+  device.l2_bytes = 50 << 20;
+  device.max_cluster = 16;
+  device.cooperative = true;
+  device.clock_khz = 1755000;
+  return device;
+}
+
+inline Allowed allowed(const Case& arguments) {
+  Allowed a;
+  const std::string exchange = arguments.text("exchange", "counted");
+  a.none = false;
+  a.block = exchange == "none";
+  a.cluster = exchange == "counted" || exchange == "barriers";
+  a.grid = exchange == "memory";
+  a.counted = exchange != "barriers";
+  a.team_blocks = arguments.number("blocks", 0);
+  a.most_columns = arguments.number("columns", 0);
+  return a;
+}
+
+inline Launch launch_of(const Plan& plan, int seed) {
+  Launch l;
+  l.grid_x = plan.tiling.blocks * plan.tiling.teams;
+  l.grid_y = plan.directions;
+  l.threads = block_threads;
+  l.cluster = plan.variant == Variant::cluster ? plan.tiling.blocks : 1;
+  l.shared_bytes = size_t(plan.tiling.shared_bytes);
+  l.cooperative = plan.variant == Variant::grid;
+  l.seed = uint64_t(seed);
+  return l;
+}
+
+inline void print(const Plan& plan) {
+  const Tiling& t = plan.tiling;
+  printf(
+      "%s %s %s: %d blocks, team %d (%d active), %d octets, %d columns in %d tiles, warps %d x %d, %d slabs, "
+      "row tiles %d, weights %lld + %lld bytes, shared %d\n",
+      name(plan.variant), name(t.exchange), name(plan.multiply), plan.blocks, t.blocks, t.active, t.octets, t.columns,
+      t.column_tiles, t.warps_rows, t.warps_k, t.slabs, t.row_tiles, (long long)plan.register_bytes,
+      (long long)plan.weight_bytes, t.shared_bytes);
+}
+
+// f<multiply>() for the multiplication that the case names by its dtype.
+template <class F>
+int with_multiply(const Case& arguments, const F& f) {
+  const std::string dtype = arguments.text("dtype", "bfloat16");
+  if (dtype == "float16") return f.template operator()<Multiply::float16>();
+  if (dtype == "tf32") return f.template operator()<Multiply::tf32>();
+  if (dtype == "float32") return f.template operator()<Multiply::float32>();
+  return f.template operator()<Multiply::bfloat16>();
+}
+
+}  // namespace cuda_host
+}  // namespace fused_rnn

@@ -1,0 +1,166 @@
+// persistent_forward name=value ...: one case of the persistent forward kernels against float64. Exit status 1: wrong.
+//   kind dtype (tf32: float32 with its product in TF32) T B H directions ragged
+//   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
+//   in_place (the projections are where the gates go, or y) save initial bias
+#include "cuda/persistent_forward.cuh"
+
+#include "cuda/plan.cpp"
+#include "persistent.h"
+
+namespace fused_rnn {
+namespace cuda_host {
+
+struct Forward {
+  const Case& arguments;
+
+  template <Multiply multiply>
+  int operator()() const {
+    using S = typename ProductOf<multiply>::type::Storage;
+    const int T = arguments.number("T", 4), B = arguments.number("B", 3), H = arguments.number("H", 24);
+    const int D = arguments.number("directions", 1), seed = arguments.number("seed", 0);
+    const bool save = arguments.number("save", 1), initial = arguments.number("initial", 1);
+    const bool in_place = arguments.number("in_place", 1), bias = arguments.number("bias", 1);
+    LayerSizes sizes;
+    sizes.kind = kind_named(arguments.text("kind", "lstm"));
+    sizes.dtype = dtype_named(arguments.text("dtype", "bfloat16"));
+    sizes.hidden_size = sizes.state_size = H;
+    sizes.num_directions = D;
+    const Batch batch(T, B, arguments.number("ragged", 0), unsigned(seed));
+    const DeviceInfo device = made_up_device(arguments);
+    const Plan plan = make_plan(sizes, batch.steps, device, false, multiply == Multiply::tf32, allowed(arguments));
+    print(plan);
+    if (plan.variant == Variant::none) return printf("no plan: %s\n", plan.reason.c_str()), 2;
+
+    const int64_t N = batch.steps.total_rows();
+    return with_cell(sizes.kind, [&](auto cell) {
+      using Cell = decltype(cell);
+      constexpr int G = Cell::gates, saved = Cell::saved;
+      Random<S> random(unsigned(seed) + 17);
+      struct Direction {
+        std::vector<S> w_hh, b_ih, b_hh, h0, c0, projection, h_n, c_n, gates;
+        std::vector<float> cells;
+      } direction[2];
+      std::vector<S> y = unwritten<S>(N * D * H);
+      ForwardArguments a = {};
+      a.hidden_size = H;
+      a.steps = batch.steps;
+      a.tiling = plan.tiling;
+      std::vector<std::vector<S>> projections;
+      for (int d = 0; d < D; ++d) {
+        Direction& m = direction[d];
+        PersistentForward& p = a.direction[d];
+        m.w_hh = random(int64_t(G) * H * H, 2 / std::sqrt(double(H)));
+        m.b_ih = random(G * H, 0.5);
+        m.b_hh = random(G * H, 0.5);
+        m.h0 = random(int64_t(B) * H, 1);
+        m.c0 = random(int64_t(B) * H, 1);
+        projections.push_back(random(N * G * H, 1));
+        m.h_n = unwritten<S>(int64_t(B) * H);
+        m.c_n = unwritten<S>(Cell::has_cell ? int64_t(B) * H : 0);
+        m.gates = unwritten<S>(save ? N * saved * H : 0);
+        m.cells = unwritten<float>(save && Cell::has_cell ? N * H : 0);
+        p.w_hh = m.w_hh.data();
+        p.b_ih = bias ? m.b_ih.data() : nullptr;
+        p.b_hh = bias ? m.b_hh.data() : nullptr;
+        p.h0 = initial ? m.h0.data() : nullptr;
+        p.c0 = initial ? m.c0.data() : nullptr;
+        p.h_n = m.h_n.data();
+        p.c_n = Cell::has_cell ? m.c_n.data() : nullptr;
+        p.y = y.data() + d * H;
+        p.y_stride = D * H;
+        p.gates = save && saved > 0 ? m.gates.data() : nullptr;
+        p.cells = save && Cell::has_cell ? m.cells.data() : nullptr;
+        // Where the projections stand: on their own, in the gates, or in y.
+        S* to;
+        if (in_place && G == 1) {
+          to = y.data() + d * H;
+          p.projection_stride = D * H;
+        } else if (in_place && save) {
+          to = m.gates.data();
+          p.projection_stride = saved * H;
+        } else {
+          m.projection = unwritten<S>(N * G * H);
+          to = m.projection.data();
+          p.projection_stride = G * H;
+        }
+        p.projection = to;
+        for (int64_t n = 0; n < N; ++n)
+          for (int i = 0; i < G * H; ++i) to[n * p.projection_stride + i] = projections.back()[size_t(n * G * H + i)];
+      }
+      std::vector<char> workspace = unwritten<char>(plan.workspace_bytes);
+      for (int64_t i = 0; i < plan.counters * 4; ++i) workspace[size_t(i)] = 0;
+      a.workspace = workspace.data();
+      const ForwardKernel kernel = forward_kernel<multiply>(sizes.kind, plan.shape);
+      launch(launch_of(plan, seed), [&] { kernel(a); });
+
+      Error y_error, h_error, c_error, gates_error, cells_error;
+      for (int d = 0; d < D; ++d) {
+        const Direction& m = direction[d];
+        const auto number = [&](const std::vector<S>& v, int64_t i) { return as_double(v[size_t(i)]); };
+        std::vector<double> h(size_t(B) * H, 0.0), c(size_t(B) * H, 0.0), next = h;
+        for (int64_t i = 0; i < int64_t(B) * H && initial; ++i) {
+          h[size_t(i)] = number(m.h0, i);
+          c[size_t(i)] = number(m.c0, i);
+        }
+        for (int s = 0; s < T; ++s) {
+          const int t = d == 0 ? s : T - 1 - s;
+          next = h;
+          for (int64_t b = 0; b < batch.steps.rows(t); ++b) {
+            const int64_t n = batch.steps.first_row(t) + b;
+            for (int u = 0; u < H; ++u) {
+              double x[G], r[G], values[saved > 0 ? saved : 1] = {}, h_next, c_next = 0;
+              for (int g = 0; g < G; ++g) {
+                const bool apart = Cell::hidden_bias_apart(g);
+                const double b_hh = bias ? number(m.b_hh, g * H + u) : 0;
+                x[g] = number(projections[size_t(d)], n * G * H + g * H + u) + (bias ? number(m.b_ih, g * H + u) : 0) +
+                       (apart ? 0 : b_hh);
+                r[g] = apart ? b_hh : 0;
+                for (int k = 0; k < H; ++k)
+                  r[g] += product_input(multiply, number(m.w_hh, (int64_t(g) * H + u) * H + k)) *
+                          product_input(multiply, h[size_t(b * H + k)]);
+              }
+              Cell::template forward<double>(x, r, h[size_t(b * H + u)], c[size_t(b * H + u)], h_next, c_next, values);
+              const double rounded = as_double(narrow<S>(float(h_next)));
+              next[size_t(b * H + u)] = rounded;
+              c[size_t(b * H + u)] = c_next;
+              y_error.add(as_double(y[size_t((n * D + d) * H + u)]), rounded);
+              for (int i = 0; i < saved && save; ++i)
+                gates_error.add(number(m.gates, (n * saved + i) * H + u), values[i]);
+              if (save && Cell::has_cell) cells_error.add(m.cells[size_t(n * H + u)], c_next);
+            }
+          }
+          h = next;
+        }
+        for (int64_t i = 0; i < int64_t(B) * H; ++i) {
+          h_error.add(number(m.h_n, i), h[size_t(i)]);
+          if (Cell::has_cell) c_error.add(number(m.c_n, i), c[size_t(i)]);
+        }
+      }
+      // States differ where a sum in float32 falls on the other side of a rounding boundary than one in float64: once
+      // in some hundred numbers by one unit in the last place (2^-8 of bfloat16, 2^-11 of float16). What is saved is
+      // rounded itself.
+      const double rounding = multiply == Multiply::bfloat16 ? 3e-3 : multiply == Multiply::float16 ? 4e-4 : 2e-6;
+      const double states = multiply == Multiply::bfloat16 ? 1e-3 : multiply == Multiply::float16 ? 2e-4 : 2e-6;
+      Verdict verdict;
+      verdict.expect("y", y_error, states);
+      verdict.expect("h_n", h_error, states);
+      verdict.expect("c_n", c_error, rounding);
+      verdict.expect("gates", gates_error, rounding);
+      verdict.expect("cells", cells_error, states);
+      return verdict.wrong() > 0 ? 1 : 0;
+    });
+  }
+};
+
+}  // namespace cuda_host
+}  // namespace fused_rnn
+
+int main(int argc, char** argv) {
+  const fused_rnn::cuda_host::Case arguments(argc, argv);
+  try {
+    return fused_rnn::cuda_host::with_multiply(arguments, fused_rnn::cuda_host::Forward{arguments});
+  } catch (const fused_rnn::cuda_host::Failure& failure) {
+    printf("%s\n", failure.what());
+    return 3;
+  }
+}
