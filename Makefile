@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+GPU_PYTHON ?= python3
 
 SHELL := /bin/bash
 BIN := $(VENV)/bin
@@ -21,7 +22,7 @@ ENVIRONMENT := $(VENV)/.environment-$(ENVIRONMENT_KEY)
 BUILT := $(VENV)/.built-$(ENVIRONMENT_KEY)
 INSTALLED := $(VENV)/.installed-$(ENVIRONMENT_KEY)
 
-.PHONY: demo test build lint format check bench info test-asan wheel clean help
+.PHONY: demo test build lint format check bench info test-asan cuda-compile cuda-link gpu wheel clean help
 .DEFAULT_GOAL := help
 
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
@@ -49,10 +50,20 @@ check: build  ## compare the kernels with the reference on this machine, under a
 bench: build  ## time the kernels against torch.nn (ARGS=--quick for under a minute)
 	$(RUN) -m fused_rnn bench $(ARGS)
 
+# CUDA. The first needs nvcc alone, the second nvcc and a gigabyte of downloads, the third a GPU and a PyTorch for it.
+cuda-compile:  ## compile the CUDA kernels for all architectures: registers, shared memory, spills (ARGS="--arch 90a")
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/cuda_compile.py $(ARGS)
+
+cuda-link: $(ENVIRONMENT)  ## compile and link everything against a CUDA build of PyTorch; needs no GPU
+	$(RUN) tools/cuda_link.py $(ARGS)
+
+gpu:  ## on a GPU machine: build, tests, compute-sanitizer, benchmark, in runs/gpu (GPU_PYTHON=python3 has PyTorch)
+	$(GPU_PYTHON) tools/gpu.py $(ARGS)
+
 info: build  ## versions, how it was built, instruction sets, threads, CUDA
 	$(RUN) -m fused_rnn info $(ARGS)
 
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format: report only
 	$(BIN)/ruff check .

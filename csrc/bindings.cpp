@@ -14,6 +14,10 @@
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
+#include "cuda/plan.h"
+#if defined(FRNN_CUDA)
+#include "ops_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -42,7 +46,15 @@ py::dict build_info() {
   info["flags"] = "";
 #endif
   info["isa_compiled"] = instruction_sets(false);
+#if defined(FRNN_CUDA)
+  info["cuda"] = true;
+  info["cuda_compiler"] = FRNN_CUDA;
+  info["cuda_architectures"] = FRNN_CUDA_ARCHS;
+#else
   info["cuda"] = false;
+  info["cuda_compiler"] = "";
+  info["cuda_architectures"] = "";
+#endif
   info["torch_version"] = TORCH_VERSION;
   info["cxx11_abi"] = bool(_GLIBCXX_USE_CXX11_ABI);
   return info;
@@ -69,8 +81,8 @@ at::Tensor test_activation(const std::string& name, const at::Tensor& x) {
   return out;
 }
 
-py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
-              int directions, int dtype, bool backward) {
+LayerSizes layer_sizes(int kind, int64_t input_size, int64_t hidden_size, int64_t state_size, int directions,
+                       int dtype) {
   LayerSizes sizes;
   sizes.kind = CellKind(kind);
   sizes.dtype = DType(dtype);
@@ -78,10 +90,21 @@ py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden
   sizes.hidden_size = hidden_size;
   sizes.state_size = state_size;
   sizes.num_directions = directions;
+  return sizes;
+}
+
+Steps dense_steps(int64_t T, int64_t B) {
   Steps steps;
   steps.T = T;
   steps.B = B;
-  const Plan p = make_plan(sizes, steps, usable_threads(at::get_num_threads()), kernels().vector_bytes, backward);
+  return steps;
+}
+
+py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
+              int directions, int dtype, bool backward) {
+  const LayerSizes sizes = layer_sizes(kind, input_size, hidden_size, state_size, directions, dtype);
+  const Plan p =
+      make_plan(sizes, dense_steps(T, B), usable_threads(at::get_num_threads()), kernels().vector_bytes, backward);
   py::dict result;
   result["isa"] = kernels().isa;
   result["threads"] = p.threads();
@@ -92,6 +115,90 @@ py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden
   result["serial_us"] = p.serial_us;
   return result;
 }
+
+py::dict describe(const cuda::Plan& p) {
+  py::dict result;
+  result["variant"] = cuda::name(p.variant);
+  result["multiply"] = cuda::name(p.multiply);
+  result["reason"] = p.reason;
+  result["blocks"] = p.blocks;
+  result["team_blocks"] = p.tiling.blocks;
+  result["teams"] = p.tiling.teams;
+  result["columns"] = p.tiling.columns;
+  result["waves"] = p.waves;
+  result["register_bytes"] = p.register_bytes;
+  result["weight_bytes"] = p.weight_bytes;
+  result["shared_bytes"] = p.tiling.shared_bytes;
+  result["workspace_bytes"] = p.workspace_bytes;
+  result["predicted_step_us"] = p.predicted_step_us;
+  result["predicted_us"] = p.predicted_us;
+  return result;
+}
+
+// The GPU that a dict describes, with the names of cuda/cuda.h.
+cuda::DeviceInfo device_from(const py::dict& fields) {
+  cuda::DeviceInfo info;
+  info.arch = fields["arch"].cast<int>();
+  info.sms = fields["sms"].cast<int>();
+  info.shared_per_block = fields["shared_per_block"].cast<int64_t>();
+  info.shared_per_sm = fields["shared_per_sm"].cast<int64_t>();
+  info.registers_per_sm = fields["registers_per_sm"].cast<int64_t>();
+  info.l2_bytes = fields["l2_bytes"].cast<int64_t>();
+  info.max_cluster = fields["max_cluster"].cast<int>();
+  info.cooperative = fields["cooperative"].cast<bool>();
+  info.clock_khz = fields["clock_khz"].cast<int>();
+  return info;
+}
+
+py::dict cuda_plan_for(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
+                       int directions, int dtype, bool backward, const py::dict& device, bool tf32) {
+  const LayerSizes sizes = layer_sizes(kind, input_size, hidden_size, state_size, directions, dtype);
+  return describe(cuda::make_plan(sizes, dense_steps(T, B), device_from(device), backward, tf32));
+}
+
+#if defined(FRNN_CUDA)
+py::dict cuda_plan_here(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
+                        int directions, int dtype, bool backward, int device) {
+  const LayerSizes sizes = layer_sizes(kind, input_size, hidden_size, state_size, directions, dtype);
+  return describe(cuda_plan(sizes, dense_steps(T, B), device, backward, tf32_allowed()));
+}
+
+py::dict cuda_device(int index) {
+  const cuda::DeviceInfo& info = device_info(index);
+  py::dict fields;
+  fields["arch"] = info.arch;
+  fields["sms"] = info.sms;
+  fields["shared_per_block"] = info.shared_per_block;
+  fields["shared_per_sm"] = info.shared_per_sm;
+  fields["registers_per_sm"] = info.registers_per_sm;
+  fields["l2_bytes"] = info.l2_bytes;
+  fields["max_cluster"] = info.max_cluster;
+  fields["cooperative"] = info.cooperative;
+  fields["clock_khz"] = info.clock_khz;
+  return fields;
+}
+
+py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int team_blocks, int most_columns) {
+  cuda::Allowed now;
+  now.block = block;
+  now.cluster = cluster;
+  now.grid = grid;
+  now.none = none;
+  now.counted = counted;
+  now.team_blocks = team_blocks;
+  now.most_columns = most_columns;
+  const cuda::Allowed before = allow_variants(now);
+  py::dict fields;
+  fields["block"] = before.block;
+  fields["cluster"] = before.cluster;
+  fields["grid"] = before.grid;
+  fields["none"] = before.none;
+  fields["counted"] = before.counted;
+  fields["team_blocks"] = before.team_blocks;
+  fields["most_columns"] = before.most_columns;
+  return fields;
+}
+#endif
 
 }  // namespace
 
@@ -116,6 +223,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
         "How one layer's work would be divided over threads.");
+  m.def("cuda_plan_for", &cuda_plan_for, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"),
+        py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
+        py::arg("device"), py::arg("tf32"), "How one layer would run on a GPU of these properties; needs none.");
+#if defined(FRNN_CUDA)
+  m.def("cuda_plan", &cuda_plan_here, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"),
+        py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
+        py::arg("device"), "How one layer would run on the CUDA device of this index.");
+  m.def("cuda_device", &cuda_device, py::arg("index"), "What the planner knows of a CUDA device.");
+  m.def("cuda_allow", &allow, py::arg("block") = true, py::arg("cluster") = true, py::arg("grid") = true,
+        py::arg("none") = true, py::arg("counted") = true, py::arg("team_blocks") = 0, py::arg("most_columns") = 0,
+        "For tests and measurements: which persistent variants may run from now on; returns what was allowed before.");
+#endif
 }
 
 }  // namespace fused_rnn

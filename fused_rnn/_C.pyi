@@ -22,3 +22,40 @@ def plan(
     dtype: int,
     backward: bool,
 ) -> dict[str, Any]: ...
+def cuda_plan_for(
+    kind: int,
+    T: int,
+    B: int,
+    input_size: int,
+    hidden_size: int,
+    state_size: int,
+    directions: int,
+    dtype: int,
+    backward: bool,
+    device: dict[str, Any],
+    tf32: bool,
+) -> dict[str, Any]: ...
+
+# These three only in a build with CUDA.
+def cuda_plan(
+    kind: int,
+    T: int,
+    B: int,
+    input_size: int,
+    hidden_size: int,
+    state_size: int,
+    directions: int,
+    dtype: int,
+    backward: bool,
+    device: int,
+) -> dict[str, Any]: ...
+def cuda_device(index: int) -> dict[str, Any]: ...
+def cuda_allow(
+    block: bool = True,
+    cluster: bool = True,
+    grid: bool = True,
+    none: bool = True,
+    counted: bool = True,
+    team_blocks: int = 0,
+    most_columns: int = 0,
+) -> dict[str, Any]: ...

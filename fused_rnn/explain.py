@@ -59,6 +59,24 @@ class Explanation:
 
 
 def _describe_pass(plan: dict[str, Any]) -> str:
+    return _describe_launches(plan) if "variant" in plan else _describe_threads(plan)
+
+
+def _describe_launches(plan: dict[str, Any]) -> str:
+    """On a CUDA device."""
+    if plan["variant"] == "none":
+        text = "a matrix product and a fused kernel a step"
+    else:
+        kibibytes = (plan[key] / 1024 for key in ("register_bytes", "weight_bytes"))
+        resident = "{:.0f} KiB of W_hh in registers and {:.0f} in shared memory".format(*kibibytes)
+        text = (
+            f"one launch for all steps ({plan['variant']}): {plan['blocks']} blocks, {plan['team_blocks']} for one "
+            f"W_hh, each with {resident}; about {plan['predicted_step_us']:.3g} us a step expected"
+        )
+    return f"{text} (others: {plan['reason']})" if plan["reason"] else text
+
+
+def _describe_threads(plan: dict[str, Any]) -> str:
     groups = (("direction_groups", "directions"), ("row_groups", "batch rows"), ("unit_groups", "hidden units"))
     split = " and ".join(f"{what} in {plan[key]}" for key, what in groups if plan[key] > 1)
     threads = f"{plan['threads']} thread{'s' if plan['threads'] > 1 else ''}"
@@ -117,6 +135,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
             num_layers=spec.num_layers,
             bidirectional=spec.bidirectional,
             dtype=call.input.dtype,
+            device=call.input.device,
             training=training,
         )
     return Explanation(

@@ -65,7 +65,7 @@ def render(report: dict[str, Any]) -> str:
         ("in use", sets["used"] or "none"),
         ("threads", f"{threads['torch']} (torch.get_num_threads()) on {threads['processors']} usable processors"),
         ("environment", _listed(f"{name}={value}" for name, value in report["environment"].items())),
-        ("CUDA", f"kernels {'built' if cuda['kernels'] else 'not built'}; PyTorch's CUDA {cuda['torch'] or 'none'}"),
+        ("CUDA", f"kernels {_built_for(cuda)}; PyTorch's CUDA {cuda['torch'] or 'none'}"),
     ]
     lines += [("device", name) for name in cuda["devices"]]
     lines += [("off", note) for note in report["off"]]
@@ -147,13 +147,32 @@ def _cuda(build: dict[str, Any] | None) -> dict[str, Any]:
     kernels = bool(build and build["cuda"])
     available = torch.cuda.is_available()
     if not kernels:
-        why_off = "this version has no CUDA kernels; tensors on a GPU run through the reference"
+        why_off = "the kernels were built without CUDA; tensors on a GPU run through the reference"
     elif not available:
         why_off = "PyTorch sees no CUDA device"
     else:
         why_off = None
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if available else []
-    return {"kernels": kernels, "torch": torch.version.cuda, "devices": devices, "why_off": why_off}
+    devices = [_device_name(index) for index in range(torch.cuda.device_count())] if available else []
+    return {
+        "kernels": kernels,
+        "compiler": build["cuda_compiler"] if build else "",
+        "architectures": build["cuda_architectures"].split(",") if build and kernels else [],
+        "torch": torch.version.cuda,
+        "devices": devices,
+        "why_off": why_off,
+    }
+
+
+def _built_for(cuda: dict[str, Any]) -> str:
+    """In words: which GPUs the kernels were compiled for, and by what."""
+    if not cuda["kernels"]:
+        return "not built"
+    return f"built by {cuda['compiler']} for {_listed('sm_' + arch for arch in cuda['architectures'])}"
+
+
+def _device_name(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
 
 
 def processor_name() -> str:

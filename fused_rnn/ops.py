@@ -1,8 +1,9 @@
 """The operators ``torch.ops.fused_rnn.*`` as differentiable functions.
 
-Every operator's kernel is in ``csrc/ops.cpp``; its shapes (the fake kernels) and its gradient are here. Letters as in
-``csrc/problem.h``: T steps, B batch rows, I input size, H hidden size, P size of h (``proj_size`` or H), L layers,
-D directions, N rows of all steps (T * B, or the sum of ``batch_sizes``), S values saved per unit and step.
+Every operator's kernels are behind ``csrc/ops.cpp`` and ``csrc/ops_cuda.cpp``; its shapes (the fake kernels) and its
+gradient are here. Letters as in ``csrc/problem.h``: T steps, B batch rows, I input size, H hidden size, P size of h
+(``proj_size`` or H), L layers, D directions, N rows of all steps (T * B, or the sum of ``batch_sizes``), S values saved
+per unit and step.
 
 ========================= =============================================================================================
 ``rnn_forward``           output (T, B, D * P), (B, T, D * P) or (N, D * P); h_n (L * D, B, P); c_n (L * D, B, H), or
@@ -49,6 +50,11 @@ _NUM_SAVED = {CellKind.RNN_TANH: 0, CellKind.RNN_RELU: 0, CellKind.LSTM: 4, Cell
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+# Whether this build has CUDA kernels, and the oldest compute capability that they run on.
+_HAS_CUDA: bool = _C.build_info()["cuda"]
+_OLDEST_CAPABILITY = (8, 0)
+
+
 def why_not_fused(*tensors: Tensor | None) -> str | None:
     """Why no fused kernel takes tensors of this device and dtype; None when one does."""
     for t in tensors:
@@ -56,10 +62,33 @@ def why_not_fused(*tensors: Tensor | None) -> str | None:
             continue
         if t.dtype not in _DTYPES:
             return f"no fused kernel for {t.dtype}: float32, float64, bfloat16 and float16 have one"
-        if t.device.type not in ("cpu", "meta"):
-            return f"no fused kernel for {t.device.type} tensors in this build: the CPU has them"
+        if t.device.type == "cuda":
+            reason = _why_not_cuda(t.device)
+            if reason is not None:
+                return reason
+        elif t.device.type not in ("cpu", "meta"):
+            return f"no fused kernel for {t.device.type} tensors: the CPU and CUDA devices have them"
         if t.layout is not torch.strided:
             return f"no fused kernel for tensors of layout {t.layout}"
+    return None
+
+
+# A capability is asked for once: the question takes as long as a small kernel's launch.
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+
+
+def _why_not_cuda(device: torch.device) -> str | None:
+    if not _HAS_CUDA:
+        return "no fused kernel for cuda tensors in this build: it was compiled without CUDA"
+    if torch.compiler.is_compiling():
+        capability = torch.cuda.get_device_capability(device)
+    else:
+        if device not in _capabilities:
+            _capabilities[device] = torch.cuda.get_device_capability(device)
+        capability = _capabilities[device]
+    if capability < _OLDEST_CAPABILITY:
+        found, needed = (".".join(map(str, version)) for version in (capability, _OLDEST_CAPABILITY))
+        return f"{device} has compute capability {found}: the fused kernels need {needed} or newer"
     return None
 
 
@@ -74,35 +103,51 @@ def plan(
     num_layers: int,
     bidirectional: bool,
     dtype: torch.dtype,
+    device: torch.device,
     training: bool,
 ) -> dict[str, Any]:
     """What would run for one layer of such a call.
 
     Returns:
-        a dict with ``isa`` (the instruction set), ``threads``, how they divide the work (``direction_groups``,
-        ``row_groups``, ``unit_groups``; their product is ``threads``), the cost model's ``predicted_us`` and
-        ``serial_us`` (on one thread) in microseconds for the whole call's forward pass, and with ``training`` also
-        ``backward``, the same for the backward pass.
+        on the CPU a dict with ``isa`` (the instruction set), ``threads``, how they divide the work
+        (``direction_groups``, ``row_groups``, ``unit_groups``; their product is ``threads``), the cost model's
+        ``predicted_us`` and ``serial_us`` (on one thread) in microseconds for the whole call's forward pass, and with
+        ``training`` also ``backward``, the same for the backward pass.
+
+        On a CUDA device ``variant`` (``"none"``: a launch a step), ``reason`` (why no better one), and of a persistent
+        one ``blocks``, ``teams``, ``team_blocks``, ``register_bytes``, ``weight_bytes`` and ``shared_bytes`` (of W_hh
+        in registers and in shared memory, and all shared memory, per block), ``predicted_step_us`` and
+        ``predicted_us``; ``backward`` as above.
     """
     state_size = proj_size or hidden_size
     directions = 2 if bidirectional else 1
 
+    def one_layer(size: int, backward: bool) -> dict[str, Any]:
+        sizes = (kind, T, B, size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
+        if device.type == "cuda":
+            return _C.cuda_plan(*sizes, _cuda_index(device))
+        return _C.plan(*sizes)
+
     def stack(backward: bool) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for layer in range(num_layers):
-            size = input_size if layer == 0 else directions * state_size
-            one = _C.plan(kind, T, B, size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
+            one = one_layer(input_size if layer == 0 else directions * state_size, backward)
             if not result:
                 result = one
-            else:
-                result["predicted_us"] += one["predicted_us"]
-                result["serial_us"] += one["serial_us"]
+                continue
+            for time in ("predicted_us", "serial_us"):
+                if time in result:
+                    result[time] += one[time]
         return result
 
     result = stack(backward=False)
     if training:
         result["backward"] = stack(backward=True)
     return result
+
+
+def _cuda_index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _needs_autograd(tensors: Sequence[Tensor | None]) -> bool:
