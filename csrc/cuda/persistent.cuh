@@ -62,6 +62,7 @@ struct Place {
   int rank, team, direction;
   int first_column;  // of the team
   int columns;       // that the team has; the last team may have fewer
+  int column_tiles;  // none of them without columns
   int octets;        // of this block
   int first_octet, total_octets;
   int units;  // room for units per block, the same for all blocks
@@ -72,6 +73,7 @@ struct Place {
         direction(block_y()),
         first_column(team * tiling.columns),
         columns(batch - first_column < tiling.columns ? int(batch) - first_column : tiling.columns),
+        column_tiles((columns + tile_columns - 1) / tile_columns),
         first_octet(rank * tiling.octets),
         total_octets(int((hidden_size + 7) / 8)),
         units(tiling.octets * 8) {

@@ -62,14 +62,14 @@ class StateExchange {
       reinterpret_cast<Chunk*>(operand_)[i] = {};
 #if defined(FRNN_CUDA_CLUSTERS)
     if (tiling_.exchange == Exchange::counted && thread_index() == 0) {
-      for (int i = 0; i < 2 * tiling_.column_tiles; ++i) mbarrier_init(&barriers_[i], 1);
+      for (int i = 0; i < 2 * place_.column_tiles; ++i) mbarrier_init(&barriers_[i], 1);
       fence_mbarrier_init();
-      for (int i = 0; i < 2 * tiling_.column_tiles; ++i) mbarrier_arrive_expect(&barriers_[i], bytes(i / 2));
+      for (int i = 0; i < 2 * place_.column_tiles; ++i) mbarrier_arrive_expect(&barriers_[i], bytes(i / 2));
     }
 #endif
     sync_threads();
     if (!memory)
-      for (int j = 0; j < tiling_.column_tiles; ++j) load_initial(buffer(j, 0), j, h0, hidden_size);
+      for (int j = 0; j < place_.column_tiles; ++j) load_initial(buffer(j, 0), j, h0, hidden_size);
   }
 
   // Where this block finds h after step s - 1 of column tile j (s = 0: h0), when all of it is there.
@@ -141,7 +141,7 @@ class StateExchange {
   // After the block's sends of step s, column tile j.
   FRNN_DEVICE void sent(int j) {
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::barriers && j == tiling_.column_tiles - 1) cluster_arrive();
+    if (tiling_.exchange == Exchange::barriers && j == place_.column_tiles - 1) cluster_arrive();
 #endif
     if (tiling_.exchange == Exchange::memory) {
       sync_threads();
@@ -225,9 +225,10 @@ __global__ void __launch_bounds__(block_threads, 1)
   // The resident rows.
   const int g = lane_index() / 4;
   const int row_group = warp_index() % tiling.warps_rows, k_group = warp_index() / tiling.warps_rows;
-  const int first_slab = k_group * tiling.slabs;
   const int total_slabs = (place.total_octets * 8 / Product::per_chunk + slab_chunks - 1) / slab_chunks;
-  const int slabs = total_slabs - first_slab < tiling.slabs ? total_slabs - first_slab : tiling.slabs;
+  const int rest = total_slabs - k_group * tiling.slabs;
+  const int slabs = rest < tiling.slabs ? rest : tiling.slabs;  // none, or less, for the last warps
+  const int first_slab = slabs > 0 ? k_group * tiling.slabs : 0;
   const int stored_slabs = tiling.slabs > register_slabs ? tiling.slabs - register_slabs : 0;
   char* const stored = shared_memory() + tiling.weights + warp_index() * stored_slabs * row_tiles * tile_bytes;
   const auto weight = [&](int half, int chunk) {
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       if (apart) biases.of[3] = b_hh;
     }
   }
-  for (int j = 0; j < tiling.column_tiles; ++j) {
+  for (int j = 0; j < place.column_tiles; ++j) {
     Pair h = {}, c = {};
     FRNN_UNROLL
     for (int column = 0; column < 2; ++column) {
@@ -317,7 +318,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   int buffer = 0;
   for (int s = 0; s < num_steps; ++s) {
     if (s + 1 < num_steps) next_rows = step_rows(steps, time_of(s + 1));
-    for (int j = 0; j < tiling.column_tiles; ++j) {
+    for (int j = 0; j < place.column_tiles; ++j) {
       const int columns = place.columns_of(j);
       const char* const operand = exchange.wait(s, j, layer.h0, H) + first_slab * slab_bytes;
 
@@ -421,16 +422,16 @@ __global__ void __launch_bounds__(block_threads, 1)
         exchange.send(s, j, item, h.v);
         exchange.sent(j);
       }
-      if (j + 1 == tiling.column_tiles) {
+      if (j + 1 == place.column_tiles) {
         rows = next_rows;
         next_rows = {};
       }
-      fetch_projection(rows.first, rows.live, j + 1 == tiling.column_tiles ? 0 : j + 1);
+      fetch_projection(rows.first, rows.live, j + 1 == place.column_tiles ? 0 : j + 1);
       buffer ^= 1;
     }
   }
 
-  for (int j = 0; j < tiling.column_tiles; ++j) {
+  for (int j = 0; j < place.column_tiles; ++j) {
     FRNN_UNROLL
     for (int column = 0; column < 2; ++column) {
       if (!owns(j, column)) continue;

@@ -1,0 +1,164 @@
+// persistent_backward name=value ...: one case of the persistent backward kernels against float64. Exit status 1:
+// wrong.
+//   kind dtype (tf32: float32 with its product in TF32) T B H directions ragged
+//   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
+//   in_place (gradients of the gates go where the gates are) initial (h0, c0 and their gradients) final (gradients of
+//   h_n, c_n) output (gradients of y)
+#include "cuda/persistent_backward.cuh"
+
+#include "cuda/plan.cpp"
+#include "persistent.h"
+
+namespace fused_rnn {
+namespace cuda_host {
+
+struct Backward {
+  const Case& arguments;
+
+  template <Multiply multiply>
+  int operator()() const {
+    using S = typename ProductOf<multiply>::type::Storage;
+    const int T = arguments.number("T", 4), B = arguments.number("B", 3), H = arguments.number("H", 24);
+    const int D = arguments.number("directions", 1), seed = arguments.number("seed", 0);
+    const bool initial = arguments.number("initial", 1), final = arguments.number("final", 1);
+    const bool output = arguments.number("output", 1), in_place = arguments.number("in_place", 1);
+    LayerSizes sizes;
+    sizes.kind = kind_named(arguments.text("kind", "lstm"));
+    sizes.dtype = dtype_named(arguments.text("dtype", "bfloat16"));
+    sizes.hidden_size = sizes.state_size = H;
+    sizes.num_directions = D;
+    const Batch batch(T, B, arguments.number("ragged", 0), unsigned(seed));
+    const DeviceInfo device = made_up_device(arguments);
+    const Plan plan = make_plan(sizes, batch.steps, device, true, multiply == Multiply::tf32, allowed(arguments));
+    print(plan);
+    if (plan.variant == Variant::none) return printf("no plan: %s\n", plan.reason.c_str()), 2;
+
+    const int64_t N = batch.steps.total_rows(), states = int64_t(B) * H;
+    return with_cell(sizes.kind, [&](auto cell) {
+      using Cell = decltype(cell);
+      constexpr int G = Cell::gates, saved = Cell::saved, grad_gates = Cell::grad_gates;
+      Random<S> random(unsigned(seed) + 17);
+      Random<float> random_float(unsigned(seed) + 18);
+      struct Direction {
+        std::vector<S> w_hh, h0, c0, gates, grad_h_n, grad_c_n, grad_gates, grad_h0, grad_c0;
+        std::vector<float> cells;
+      } direction[2];
+      const std::vector<S> y = random(N * D * H, 1), grad_y = random(N * D * H, 1);
+      BackwardArguments a = {};
+      a.hidden_size = H;
+      a.steps = batch.steps;
+      a.tiling = plan.tiling;
+      std::vector<std::vector<S>> gates;
+      for (int d = 0; d < D; ++d) {
+        Direction& m = direction[d];
+        PersistentBackward& p = a.direction[d];
+        m.w_hh = random(int64_t(G) * H * H, 2 / std::sqrt(double(H)));
+        m.h0 = random(states, 1);
+        m.c0 = random(states, 1);
+        m.gates = random(N * saved * H, 1);
+        gates.push_back(m.gates);
+        m.grad_h_n = random(states, 1);
+        m.grad_c_n = random(states, 1);
+        if (Cell::has_cell) m.cells = random_float(N * H, 2);
+        m.grad_h0 = unwritten<S>(states);
+        m.grad_c0 = unwritten<S>(states);
+        const bool replaces = in_place && saved == grad_gates;
+        if (!replaces) m.grad_gates = unwritten<S>(N * grad_gates * H);
+        p.w_hh = m.w_hh.data();
+        p.gates = m.gates.data();
+        p.cells = m.cells.data();
+        p.y = y.data() + d * H;
+        p.y_stride = D * H;
+        p.h0 = initial ? m.h0.data() : nullptr;
+        p.c0 = initial ? m.c0.data() : nullptr;
+        p.grad_y = output ? grad_y.data() + d * H : nullptr;
+        p.grad_y_stride = D * H;
+        p.grad_h_n = final ? m.grad_h_n.data() : nullptr;
+        p.grad_c_n = final && Cell::has_cell ? m.grad_c_n.data() : nullptr;
+        p.grad_gates = replaces ? m.gates.data() : m.grad_gates.data();
+        p.grad_h0 = initial ? m.grad_h0.data() : nullptr;
+        p.grad_c0 = initial && Cell::has_cell ? m.grad_c0.data() : nullptr;
+      }
+      std::vector<char> workspace = unwritten<char>(plan.workspace_bytes);
+      for (int64_t i = 0; i < plan.counters * 4; ++i) workspace[size_t(i)] = 0;
+      a.workspace = workspace.data();
+      const BackwardKernel kernel = backward_kernel<multiply>(sizes.kind, plan.shape);
+      launch(launch_of(plan, seed), [&] { kernel(a); });
+
+      Error gates_error, h_error, c_error;
+      for (int d = 0; d < D; ++d) {
+        const Direction& m = direction[d];
+        const S* const results = typed<S>(a.direction[d].grad_gates);
+        const auto number = [&](const std::vector<S>& v, int64_t i) { return as_double(v[size_t(i)]); };
+        std::vector<double> dh(size_t(states), 0.0), dc(size_t(states), 0.0);
+        for (int64_t i = 0; i < states && final; ++i) {
+          dh[size_t(i)] = number(m.grad_h_n, i);
+          dc[size_t(i)] = number(m.grad_c_n, i);
+        }
+        for (int s = 0; s < T; ++s) {
+          const int t = d == 0 ? T - 1 - s : s, previous = d == 0 ? t - 1 : t + 1;
+          const int64_t previous_rows = previous < 0 || previous >= T ? 0 : batch.steps.rows(previous);
+          for (int64_t b = 0; b < batch.steps.rows(t); ++b) {
+            const int64_t n = batch.steps.first_row(t) + b;
+            std::vector<double> product(size_t(G) * H);
+            for (int u = 0; u < H; ++u) {
+              const bool begins = b >= previous_rows;
+              const int64_t state = b * H + u, before = begins ? 0 : batch.steps.first_row(previous) + b;
+              double values[saved > 0 ? saved : 1] = {}, grads[grad_gates], dh_previous, dc_previous = 0;
+              for (int i = 0; i < saved; ++i) values[i] = number(gates[size_t(d)], (n * saved + i) * H + u);
+              const double h_previous =
+                  begins ? (initial ? number(m.h0, state) : 0) : number(y, (before * D + d) * H + u);
+              double c = 0, c_previous = 0;
+              if (Cell::has_cell) {
+                c = m.cells[size_t(n * H + u)];
+                c_previous = begins ? (initial ? number(m.c0, state) : 0) : double(m.cells[size_t(before * H + u)]);
+              }
+              const double dy = output ? number(grad_y, (n * D + d) * H + u) : 0;
+              Cell::template backward<double>(values, number(y, (n * D + d) * H + u), h_previous, c, c_previous,
+                                              dh[size_t(state)] + dy, dc[size_t(state)], grads, dh_previous,
+                                              dc_previous);
+              dh[size_t(state)] = dh_previous;
+              if (Cell::has_cell) dc[size_t(state)] = dc_previous;
+              for (int i = 0; i < grad_gates; ++i)
+                gates_error.add(as_double(results[(n * grad_gates + i) * H + u]), grads[i]);
+              for (int g = 0; g < G; ++g) {
+                const double grad = as_double(narrow<S>(float(grads[Cell::hidden_grads.first + g])));
+                product[size_t(Cell::hidden_grads.gate[g]) * H + u] = product_input(multiply, grad);
+              }
+            }
+            for (int u = 0; u < H; ++u)
+              for (int k = 0; k < G * H; ++k)
+                dh[size_t(b * H + u)] +=
+                    product_input(multiply, number(m.w_hh, int64_t(k) * H + u)) * product[size_t(k)];
+          }
+        }
+        for (int64_t i = 0; i < states && initial; ++i) {
+          h_error.add(number(m.grad_h0, i), dh[size_t(i)]);
+          if (Cell::has_cell) c_error.add(number(m.grad_c0, i), dc[size_t(i)]);
+        }
+      }
+      // Results are rounded to the dtype; a gradient that a sum in float32 rounds the other way goes on with that.
+      const double rounding = multiply == Multiply::bfloat16 ? 3e-3 : multiply == Multiply::float16 ? 4e-4 : 2e-6;
+      // TF32 takes a rounding boundary of its own at every step.
+      const double bound = multiply == Multiply::tf32 ? 1e-4 : rounding;
+      Verdict verdict;
+      verdict.expect("grad_gates", gates_error, bound);
+      verdict.expect("grad_h0", h_error, bound);
+      verdict.expect("grad_c0", c_error, bound);
+      return verdict.wrong() > 0 ? 1 : 0;
+    });
+  }
+};
+
+}  // namespace cuda_host
+}  // namespace fused_rnn
+
+int main(int argc, char** argv) {
+  const fused_rnn::cuda_host::Case arguments(argc, argv);
+  try {
+    return fused_rnn::cuda_host::with_multiply(arguments, fused_rnn::cuda_host::Backward{arguments});
+  } catch (const fused_rnn::cuda_host::Failure& failure) {
+    printf("%s\n", failure.what());
+    return 3;
+  }
+}
