@@ -7,11 +7,7 @@
 // all sums too: a call gives the same bits each time.
 #include "ops_cuda.h"
 
-#include <ATen/cuda/CUDAContext.h>
-#include <ATen/cuda/Exceptions.h>
 #include <ATen/ops/from_blob.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <cublas_v2.h>
 
 #include <map>
 #include <mutex>
@@ -22,6 +18,7 @@
 #include "cells/rnn.h"
 #include "cuda/cuda.h"
 #include "operators.h"
+#include "ops_cuda_stream.h"
 
 namespace fused_rnn {
 
@@ -134,62 +131,6 @@ c10::SmallVector<GateRun, 4> runs_of(const GateGrads& grads, int gates) {
   return runs;
 }
 
-// A row-major matrix in device memory.
-struct Matrix {
-  const void* data;
-  int64_t stride;
-  bool transposed = false;
-};
-
-// Matrix products by cuBLAS on PyTorch's handle for the current stream. at::mm is not enough: it takes the TF32 flag of
-// matrix products where this is an RNN's, and rounds a recurrent product to bfloat16 before the gates see it.
-class Products {
- public:
-  explicit Products(DType dtype, bool tf32) : dtype_(dtype) {
-    handle_ = at::cuda::getCurrentCUDABlasHandle();
-    // PyTorch sets this mode before each product of its own.
-    TORCH_CUDABLAS_CHECK(cublasSetMathMode(
-        handle_, cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
-    compute_ = dtype == DType::float64           ? CUBLAS_COMPUTE_64F
-               : dtype == DType::float32 && tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
-                                                 : CUBLAS_COMPUTE_32F;
-  }
-
-  // c (m, n) = a (m, k) b (k, n) + beta c. a and b are in the layer's dtype; c is too, or in the sum type.
-  void operator()(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, void* c, int64_t c_stride, double beta,
-                  bool c_is_sum = false) const {
-    if (m == 0 || n == 0) return;
-    // A single row may come with any stride.
-    const auto leading = [](const Matrix& x, int64_t rows, int64_t columns) {
-      return std::max(x.stride, x.transposed ? rows : columns);
-    };
-    const float alpha32 = 1, beta32 = float(beta);
-    const double alpha64 = 1;
-    const bool wide = compute_ == CUBLAS_COMPUTE_64F;
-    // cuBLAS is column-major: there every row-major matrix is its transpose.
-    TORCH_CUDABLAS_CHECK(cublasGemmEx_64(
-        handle_, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, n, m, k,
-        wide ? static_cast<const void*>(&alpha64) : &alpha32, b.data, type(false), leading(b, k, n), a.data,
-        type(false), leading(a, m, k), wide ? static_cast<const void*>(&beta) : &beta32, c, type(c_is_sum),
-        std::max(c_stride, n), compute_, CUBLAS_GEMM_DEFAULT));
-  }
-
- private:
-  cudaDataType_t type(bool sum) const {
-    switch (dtype_) {
-      case DType::float64: return CUDA_R_64F;
-      case DType::float32: return CUDA_R_32F;
-      case DType::bfloat16: return sum ? CUDA_R_32F : CUDA_R_16BF;
-      case DType::float16: return sum ? CUDA_R_32F : CUDA_R_16F;
-    }
-    return CUDA_R_32F;
-  }
-
-  DType dtype_;
-  cublasHandle_t handle_;
-  cublasComputeType_t compute_;
-};
-
 // data + count elements of the layer's dtype.
 template <class T>
 T* advance(T* data, int64_t count, int64_t element_size) {
@@ -202,9 +143,7 @@ class Cuda {
   static constexpr bool one_matrix = true;
   static constexpr bool adds_into_grad_x = false;
 
-  explicit Cuda(const Tensor& input) : guard_(input.device()), options_(input.options()) {
-    TORCH_CHECK(input.is_cuda(), "input: expected a CUDA tensor beside the others, got one on ", input.device());
-    stream_ = at::cuda::getCurrentCUDAStream().stream();
+  explicit Cuda(const Tensor& input) : stream_(input), options_(input.options()) {
     sum_dtype_ = accumulation_dtype(input);
     size_ = int64_t(input.element_size());
     sum_size_ = int64_t(c10::elementSize(sum_dtype_));
@@ -226,17 +165,12 @@ class Cuda {
         .make_tensor();
   }
 
-  void copy(void* to, const void* from, int64_t bytes) const {
-    C10_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_));
-  }
-  void clear(void* to, int64_t bytes) const { C10_CUDA_CHECK(cudaMemsetAsync(to, 0, bytes, stream_)); }
-
   // to (rows, columns) in the sum type = from in the layer's dtype, or zeros.
   void widen(const Tensor& to, const void* from) const {
     if (from) {
       to.copy_(view(from, to.sizes(), to.strides(), options_.dtype().toScalarType()));
     } else {
-      clear(to.mutable_data_ptr(), to.numel() * sum_size_);
+      stream_.clear(to.mutable_data_ptr(), to.numel() * sum_size_);
     }
   }
 
@@ -247,7 +181,7 @@ class Cuda {
     if (!steps_.defined()) {
       steps_ = at::empty({2 * steps.T + 1}, options_.dtype(at::kLong));
       int64_t* data = steps_.mutable_data_ptr<int64_t>();
-      check(cuda::upload_steps(steps.batch_sizes, steps.T, data, data + steps.T, stream_));
+      check(cuda::upload_steps(steps.batch_sizes, steps.T, data, data + steps.T, stream_.handle()));
     }
     result.batch_sizes = steps_.const_data_ptr<int64_t>();
     result.offsets = result.batch_sizes + steps.T;
@@ -255,7 +189,7 @@ class Cuda {
   }
 
   const cuda::Plan& plan(const LayerSizes& sizes, const Steps& steps, bool backward) const {
-    return cuda_plan(sizes, steps, options_.device().index(), backward, tf32_);
+    return cuda_plan(sizes, steps, stream_.device(), backward, tf32_);
   }
 
   void steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, void* const* projections,
@@ -265,9 +199,8 @@ class Cuda {
   void weight_gradients(const LayerBackward& layer, const Cell& cell, const Products& product, int d,
                         const void* grad_gates, const void* grad_projected);
 
-  c10::cuda::CUDAGuard guard_;
+  Stream stream_;
   at::TensorOptions options_;
-  cudaStream_t stream_;
   at::ScalarType sum_dtype_;
   int64_t size_, sum_size_;  // bytes of an element
   bool tf32_ = tf32_allowed();
@@ -323,8 +256,8 @@ void Cuda::forward(const LayerForward& layer) {
     to.cells = from.cells;
   }
   const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
-  check(cuda::persistent_forward(s, device_steps(layer.steps), directions, chosen,
-                                 device_info(options_.device().index()), workspace.mutable_data_ptr(), stream_));
+  check(cuda::persistent_forward(s, device_steps(layer.steps), directions, chosen, device_info(stream_.device()),
+                                 workspace.mutable_data_ptr(), stream_.handle()));
 }
 
 void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, void* const* projections,
@@ -351,9 +284,9 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
     if (d == 1 && steps.batch_sizes && T > 1) {
       // Rows that begin later in this direction are part of earlier rows' matrix.
       if (dir.h0) {
-        copy(h[d], dir.h0, B * P * size_);
+        stream_.copy(h[d], dir.h0, B * P * size_);
       } else {
-        clear(h[d], B * P * size_);
+        stream_.clear(h[d], B * P * size_);
       }
     }
   }
@@ -386,14 +319,13 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
       to.gates = advance(dir.gates, row * cell.saved * H, size_);
       to.cells = advance(dir.cells, row * H, sum_size_);
     }
-    check(cuda::step_forward(s.kind, s.dtype, H, step, D, stream_));
+    check(cuda::step_forward(s.kind, s.dtype, H, step, D, stream_.handle()));
     for (int d = 0; d < D && projects; ++d) {
       const int64_t t = d == 0 ? k : T - 1 - k;
       void* y = advance(layer.y.data, steps.first_row(t) * layer.y.batch_stride + d * P, size_);
       product(step[d].rows, P, H, {unprojected[d].const_data_ptr(), H}, {layer.direction[d].weights.w_hr, H, true}, y,
               layer.y.batch_stride, 0);
-      C10_CUDA_CHECK(cudaMemcpy2DAsync(h[d], P * size_, y, layer.y.batch_stride * size_, P * size_, step[d].rows,
-                                       cudaMemcpyDeviceToDevice, stream_));
+      stream_.copy_rows(h[d], P * size_, y, layer.y.batch_stride * size_, P * size_, step[d].rows);
     }
   }
 }
@@ -435,8 +367,8 @@ void Cuda::backward(const LayerBackward& layer) {
       to.grad_c0 = from.grad_c0;
     }
     const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
-    check(cuda::persistent_backward(s, device_steps(layer.steps), directions, chosen,
-                                    device_info(options_.device().index()), workspace.mutable_data_ptr(), stream_));
+    check(cuda::persistent_backward(s, device_steps(layer.steps), directions, chosen, device_info(stream_.device()),
+                                    workspace.mutable_data_ptr(), stream_.handle()));
   } else {
     steps_backward(layer, cell, product, grad_gates, grad_projected);
   }
@@ -519,7 +451,7 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
       to.dh = unprojected[d].mutable_data_ptr();
       product(rows, H, P, {sum.const_data_ptr(), P}, {dir.weights.w_hr, H}, to.dh, H, 0, true);
     }
-    check(cuda::step_backward(s.kind, s.dtype, H, step, D, stream_));
+    check(cuda::step_backward(s.kind, s.dtype, H, step, D, stream_.handle()));
     for (int d = 0; d < D; ++d) {
       const DirectionBackward& dir = layer.direction[d];
       if (k == T - 1 && !dir.grad_h0) continue;
@@ -566,7 +498,7 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
       Sequence y = layer.y;
       y.data = advance(y.data, d * P, size_);
       check(cuda::previous_states(s.dtype, P, device_steps(steps), N, d == 1, y, dir.h0, previous.mutable_data_ptr(),
-                                  stream_));
+                                  stream_.handle()));
     }
     for (const GateRun& run : hidden_runs) {
       void* out = advance(dir.grad_w_hh, run.gate * H * P, size_);
@@ -585,7 +517,7 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
       if (dir.h0) {
         product(run.count * H, P, B, grads(run, d == 0 ? 0 : later), {dir.h0, P}, out, P, beta);
       } else if (later == 0) {
-        clear(out, run.count * H * P * size_);
+        stream_.clear(out, run.count * H * P * size_);
       }
     }
   }
@@ -596,7 +528,7 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
       if (!out && !again) return;
       check(cuda::column_sums(s.dtype, advance(grad_gates, run.grad * H, size_), N, run.count * H, width,
                               advance(out, run.gate * H, size_), advance(again, run.gate * H, size_),
-                              workspace.mutable_data_ptr(), stream_));
+                              workspace.mutable_data_ptr(), stream_.handle()));
     };
     // Where both biases have the same gradient, it is summed once.
     if (cell.grad_gates == cell.gates) {
@@ -619,7 +551,7 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_rnn, CUDA, m) {
+TORCH_LIBRARY_IMPL(FRNN_LIBRARY, FRNN_DISPATCH_KEY, m) {
   m.impl("rnn_forward", &rnn_forward<Cuda>);
   m.impl("rnn_backward", &rnn_backward<Cuda>);
   m.impl("cell_forward", &cell_forward<Cuda>);

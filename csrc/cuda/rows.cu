@@ -1,8 +1,6 @@
 // Launches of rows.cuh, and what a GPU says of itself.
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-
 #include "cuda.h"
 #include "rows.cuh"
 
@@ -12,6 +10,15 @@ namespace cuda {
 namespace {
 
 const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+struct OnStream {
+  cudaStream_t stream;
+
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), int blocks, int threads, const Arguments&... arguments) const {
+    kernel<<<blocks, threads, 0, stream>>>(arguments...);
+  }
+};
 
 // Clusters of `size` blocks that are resident together when each block takes all of its SM's shared memory; 0 when
 // there can be none.
@@ -78,36 +85,13 @@ const char* read_device(int index, DeviceInfo& info) {
 }
 
 const char* upload_steps(const int64_t* batch_sizes, int64_t T, int64_t* sizes, int64_t* offsets, void* stream) {
-  int64_t row = 0;
-  for (int64_t first = 0; first < T; first += step_chunk) {
-    StepSizes chunk;
-    const int count = int(std::min<int64_t>(step_chunk, T - first));
-    std::copy_n(batch_sizes + first, count, chunk.sizes);
-    store_steps<<<1, 256, 0, cudaStream_t(stream)>>>(chunk, first, count, row, sizes, offsets);
-    for (int i = 0; i < count; ++i) row += chunk.sizes[i];
-  }
+  launch_store_steps(batch_sizes, T, sizes, offsets, OnStream{cudaStream_t(stream)});
   return text_of(cudaGetLastError());
-}
-
-template <class E>
-static void launch_previous_states(int64_t size, const Steps& steps, bool reverse, const Sequence& y, const void* h0,
-                                   void* out, int64_t rows, cudaStream_t stream) {
-  const int64_t blocks = std::min<int64_t>((rows + 3) / 4, 1 << 20);
-  gather_previous_states<E>
-      <<<unsigned(blocks), 128, 0, stream>>>(size, steps, reverse, y, static_cast<const E*>(h0), static_cast<E*>(out));
 }
 
 const char* previous_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
                             const Sequence& y, const void* h0, void* out, void* stream) {
-  switch (dtype) {
-    case DType::float64:
-      launch_previous_states<uint64_t>(size, steps, reverse, y, h0, out, rows, cudaStream_t(stream));
-      break;
-    case DType::float32:
-      launch_previous_states<uint32_t>(size, steps, reverse, y, h0, out, rows, cudaStream_t(stream));
-      break;
-    default: launch_previous_states<uint16_t>(size, steps, reverse, y, h0, out, rows, cudaStream_t(stream));
-  }
+  launch_previous_states(dtype, size, steps, rows, reverse, y, h0, out, OnStream{cudaStream_t(stream)});
   return text_of(cudaGetLastError());
 }
 

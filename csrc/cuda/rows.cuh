@@ -1,6 +1,9 @@
 // Rows of a packed batch: which step each belongs to, and the state before it.
 #pragma once
 
+#include <algorithm>
+
+#include "cuda.h"
 #include "device.h"
 
 namespace fused_rnn {
@@ -51,6 +54,37 @@ __global__ void gather_previous_states(int64_t size, Steps steps, bool reverse, 
       from = static_cast<const E*>(y.data) + steps.step(y, previous) + b * y.batch_stride;
     }
     for (int64_t i = lane_index(); i < size; i += warp_size) out[n * size + i] = from ? from[i] : E(0);
+  }
+}
+
+// Both take a launch(kernel, blocks, threads, arguments...).
+
+template <class Launch>
+void launch_store_steps(const int64_t* batch_sizes, int64_t T, int64_t* sizes, int64_t* offsets, Launch launch) {
+  int64_t row = 0;
+  for (int64_t first = 0; first < T; first += step_chunk) {
+    StepSizes chunk;
+    const int count = int(std::min<int64_t>(step_chunk, T - first));
+    std::copy_n(batch_sizes + first, count, chunk.sizes);
+    launch(store_steps, 1, 256, chunk, first, count, row, sizes, offsets);
+    for (int i = 0; i < count; ++i) row += chunk.sizes[i];
+  }
+}
+
+template <class Launch>
+void launch_previous_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
+                            const Sequence& y, const void* h0, void* out, Launch launch) {
+  constexpr int threads = 128, rows_of_block = threads / warp_size;
+  const int blocks = int(std::min<int64_t>((rows + rows_of_block - 1) / rows_of_block, 1 << 20));
+  const auto run = [&](auto element) {
+    using E = decltype(element);
+    launch(gather_previous_states<E>, blocks, threads, size, steps, reverse, y, static_cast<const E*>(h0),
+           static_cast<E*>(out));
+  };
+  switch (dtype) {
+    case DType::float64: run(uint64_t{}); break;
+    case DType::float32: run(uint32_t{}); break;
+    default: run(uint16_t{});
   }
 }
 

@@ -1,0 +1,106 @@
+// The CUDA operators on CPU tensors: csrc/ops_cuda.cpp as it is, products by at::mm, kernels on the engine of engine.h.
+// Registers fused_rnn_host::rnn_forward and the others, with the schemas of fused_rnn's, which must be loaded.
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "cuda/rows.cuh"
+#include "cuda/step.cuh"
+#include "engine.h"
+#include "ops_cuda.h"
+#include "ops_cuda_stream.h"
+
+namespace fused_rnn {
+
+namespace cuda {
+
+namespace {
+
+struct OnHost {
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), StepGrid grid, int threads, int shared_bytes,
+                  const Arguments&... arguments) const {
+    cuda_host::Launch launch;
+    launch.grid_x = int(grid.x);
+    launch.grid_y = int(grid.y);
+    launch.grid_z = int(grid.z);
+    launch.threads = threads;
+    launch.shared_bytes = size_t(shared_bytes);
+    cuda_host::launch(launch, [&] { kernel(arguments...); });
+  }
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), int blocks, int threads, const Arguments&... arguments) const {
+    (*this)(kernel, StepGrid{unsigned(blocks), 1, 1}, threads, 0, arguments...);
+  }
+};
+
+}  // namespace
+
+const char* read_device(int, DeviceInfo& info) {
+  // An H100, but that plans for it are never asked here whether they fit.
+  info.arch = 90;
+  info.sms = 132;
+  info.shared_per_block = 232448;
+  info.shared_per_sm = 233472;
+  info.registers_per_sm = 65536;
+  info.l2_bytes = int64_t(50) << 20;
+  info.max_cluster = 16;
+  info.cooperative = true;
+  info.clock_khz = 1980000;
+  return nullptr;
+}
+
+const char* step_forward(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions, int count,
+                         void*) {
+  launch_step(kind, dtype, hidden_size, directions, count, units_for_vectors, OnHost{});
+  return nullptr;
+}
+
+const char* step_backward(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions, int count,
+                          void*) {
+  launch_step(kind, dtype, hidden_size, directions, count, units_for_vectors, OnHost{});
+  return nullptr;
+}
+
+int64_t column_sums_workspace(DType dtype, int64_t rows, int64_t columns) {
+  return sum_chunks(rows) * columns * int64_t(dtype == DType::float64 ? sizeof(double) : sizeof(float));
+}
+
+const char* column_sums(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride, void* out,
+                        void* again, void* workspace, void*) {
+  launch_column_sums(dtype, data, rows, columns, stride, out, again, workspace, OnHost{});
+  return nullptr;
+}
+
+const char* upload_steps(const int64_t* batch_sizes, int64_t T, int64_t* sizes, int64_t* offsets, void*) {
+  launch_store_steps(batch_sizes, T, sizes, offsets, OnHost{});
+  return nullptr;
+}
+
+const char* previous_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
+                            const Sequence& y, const void* h0, void* out, void*) {
+  launch_previous_states(dtype, size, steps, rows, reverse, y, h0, out, OnHost{});
+  return nullptr;
+}
+
+bool persistent_fits(const LayerSizes&, const Plan&, const DeviceInfo&) { return false; }
+
+const char* persistent_forward(const LayerSizes&, const Steps&, const PersistentForward*, const Plan&,
+                               const DeviceInfo&, void*, void*) {
+  return "not on the host yet";
+}
+
+const char* persistent_backward(const LayerSizes&, const Steps&, const PersistentBackward*, const Plan&,
+                                const DeviceInfo&, void*, void*) {
+  return "not on the host yet";
+}
+
+}  // namespace cuda
+
+}  // namespace fused_rnn
+
+TORCH_LIBRARY(fused_rnn_host, m) {
+  for (const char* name : {"rnn_forward", "rnn_backward", "cell_forward", "cell_backward"}) {
+    const auto original =
+        c10::Dispatcher::singleton().findSchemaOrThrow((std::string("fused_rnn::") + name).c_str(), "");
+    m.def(original.schema().cloneWithName(std::string("fused_rnn_host::") + name, ""));
+  }
+}
