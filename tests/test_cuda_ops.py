@@ -11,9 +11,8 @@ import pytest
 import torch
 from support import cuda_ops
 from support.cases import CELLS, Case, CellCase, run
-from support.compare import assert_same, assert_within
+from support.compare import assert_within
 from support.pairwise import Row, pairwise
-from torch import nn
 
 import fused_rnn
 from fused_rnn import ops
