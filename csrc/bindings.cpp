@@ -16,6 +16,9 @@
 #include "cpu/team.h"
 #include "cuda/plan.h"
 #if defined(FRNN_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
 #include "ops_cuda.h"
 #endif
 
@@ -160,6 +163,7 @@ py::dict cuda_plan_for(int kind, int64_t T, int64_t B, int64_t input_size, int64
 py::dict cuda_plan_here(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
                         int directions, int dtype, bool backward, int device) {
   const LayerSizes sizes = layer_sizes(kind, input_size, hidden_size, state_size, directions, dtype);
+  const c10::cuda::CUDAGuard guard{c10::DeviceIndex(device)};
   return describe(cuda_plan(sizes, dense_steps(T, B), device, backward, tf32_allowed()));
 }
 
@@ -176,6 +180,20 @@ py::dict cuda_device(int index) {
   fields["cooperative"] = info.cooperative;
   fields["clock_khz"] = info.clock_khz;
   return fields;
+}
+
+void cuda_barriers(const std::string& kind, int64_t rounds) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const cuda::DeviceInfo& device = device_info(stream.device_index());
+  const char* error = "kind: expected cluster or grid";
+  if (kind == "cluster") {
+    error = cuda::run_cluster_barriers(rounds, device, stream.stream());
+  } else if (kind == "grid") {
+    const at::Tensor counter = at::empty({1}, at::TensorOptions().dtype(at::kInt).device(stream.device()));
+    error =
+        cuda::run_grid_barriers(rounds, device, static_cast<uint32_t*>(counter.mutable_data_ptr()), stream.stream());
+  }
+  TORCH_CHECK(!error, "fused_rnn: ", error);
 }
 
 py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int team_blocks, int most_columns) {
@@ -231,6 +249,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
         py::arg("device"), "How one layer would run on the CUDA device of this index.");
   m.def("cuda_device", &cuda_device, py::arg("index"), "What the planner knows of a CUDA device.");
+  m.def("cuda_barrier", &cuda_barriers, py::arg("kind"), py::arg("rounds"),
+        "Barriers of one cluster or of the whole grid, one after the other, on the current stream; for benchmarks.");
   m.def("cuda_allow", &allow, py::arg("block") = true, py::arg("cluster") = true, py::arg("grid") = true,
         py::arg("none") = true, py::arg("counted") = true, py::arg("team_blocks") = 0, py::arg("most_columns") = 0,
         "For tests and measurements: which persistent variants may run from now on; returns what was allowed before.");

@@ -36,7 +36,7 @@ def cuda_plan_for(
     tf32: bool,
 ) -> dict[str, Any]: ...
 
-# These three only in a build with CUDA.
+# These only in a build with CUDA.
 def cuda_plan(
     kind: int,
     T: int,
@@ -50,6 +50,7 @@ def cuda_plan(
     device: int,
 ) -> dict[str, Any]: ...
 def cuda_device(index: int) -> dict[str, Any]: ...
+def cuda_barrier(kind: str, rounds: int) -> None: ...
 def cuda_allow(
     block: bool = True,
     cluster: bool = True,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.backends import available_isas, fused_available
+from support.backends import available_isas, fused_available, why_no_cuda
 
 from fused_rnn.check import instruction_set
 
@@ -24,6 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if why := why_no_cuda():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=why))
     if fused_available():
         return
     skip = pytest.mark.skip(reason="the fused backend is not in use")

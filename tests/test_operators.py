@@ -45,9 +45,9 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def recorded_calls(case: Case | CellCase) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def recorded_calls(case: Case | CellCase, device: str = "cpu") -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     with fused_rnn.use_backend("fused"), _Recorder() as recorder:
-        run(case.build(fused_rnn), case.data())
+        run(case.build(fused_rnn).to(device), case.data().to(device))
     return recorder.calls
 
 

@@ -152,5 +152,12 @@ const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, cons
 const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* direction,
                                 const Plan& plan, const DeviceInfo& device, void* workspace, void* stream);
 
+// Barriers
+
+// So many barriers, one after the other: of one cluster of the most blocks, or of a grid of one block per SM. counter
+// is a word of device memory.
+const char* run_cluster_barriers(int64_t rounds, const DeviceInfo& device, void* stream);
+const char* run_grid_barriers(int64_t rounds, const DeviceInfo& device, uint32_t* counter, void* stream);
+
 }  // namespace cuda
 }  // namespace fused_rnn

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 
+import torch
+
 
 @functools.cache
 def fused_available() -> bool:
@@ -20,3 +22,15 @@ def available_isas() -> tuple[str, ...]:
     from fused_rnn import _C
 
     return tuple(_C.isa_supported())
+
+
+@functools.cache
+def why_no_cuda() -> str | None:
+    """Why the tests marked `cuda` cannot run here; None where they can."""
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    if not fused_available():
+        return "the fused backend is not in use"
+    from fused_rnn import _C
+
+    return None if _C.build_info()["cuda"] else "fused_rnn was built without CUDA"

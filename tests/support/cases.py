@@ -216,11 +216,11 @@ class Data:
     sequence: Tensor
     states: tuple[Tensor, ...]
 
-    def to(self, dtype: torch.dtype) -> Data:
-        """The very same values (no rounding when `dtype` is wider) as new leaves."""
+    def to(self, target: torch.dtype | str) -> Data:
+        """The very same values (no rounding when a dtype is wider) as new leaves, of a dtype or on a device."""
 
         def copy(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(dtype, copy=True).requires_grad_()
+            return tensor.detach().to(target, copy=True).requires_grad_()
 
         return Data(self.case, copy(self.sequence), tuple(copy(state) for state in self.states))
 
@@ -242,7 +242,7 @@ class Data:
 def incoming_gradients(outputs: Sequence[Tensor], *, integers: bool = False, seed: int = 2) -> list[Tensor]:
     """A gradient of its own for every output element: the same numbers in every dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return [random_values(x.shape, integers=integers, generator=generator).to(x.dtype) for x in outputs]
+    return [random_values(x.shape, integers=integers, generator=generator).to(x) for x in outputs]
 
 
 def run(module: nn.Module, data: Data, *, gradients: bool = True) -> dict[str, Tensor]:
