@@ -29,6 +29,7 @@
 #endif
 
 #define FRNN_DEVICE __device__ __forceinline__
+#define FRNN_UNROLL _Pragma("unroll")
 
 namespace fused_rnn {
 namespace cuda {
@@ -67,8 +68,6 @@ FRNN_DEVICE void named_barrier(int id, int threads) {
 FRNN_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-
-FRNN_DEVICE void fence_gpu() { __threadfence(); }
 
 // Exchange inside the warp
 

@@ -16,6 +16,7 @@
 #define __grid_constant__
 
 #define FRNN_DEVICE inline
+#define FRNN_UNROLL
 #define FRNN_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 namespace fused_rnn {

@@ -1,0 +1,52 @@
+// Launches of step.cuh.
+#include <cuda_runtime_api.h>
+
+#include "step.cuh"
+
+namespace fused_rnn {
+namespace cuda {
+
+namespace {
+
+// Starts kernels on a stream.
+struct OnStream {
+  cudaStream_t stream;
+
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), StepGrid grid, int threads, int shared_bytes,
+                  const Arguments&... arguments) const {
+    kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared_bytes, stream>>>(arguments...);
+  }
+};
+
+const char* last_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* step_forward(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions, int count,
+                         void* stream) {
+  launch_step(kind, dtype, hidden_size, directions, count, units_for_vectors, OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+const char* step_backward(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions, int count,
+                          void* stream) {
+  launch_step(kind, dtype, hidden_size, directions, count, units_for_vectors, OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+int64_t column_sums_workspace(DType dtype, int64_t rows, int64_t columns) {
+  return sum_chunks(rows) * columns * int64_t(dtype == DType::float64 ? sizeof(double) : sizeof(float));
+}
+
+const char* column_sums(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride, void* out,
+                        void* again, void* workspace, void* stream) {
+  launch_column_sums(dtype, data, rows, columns, stride, out, again, workspace, OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn
