@@ -53,7 +53,15 @@ struct Lanes<float> {
   static FRNN_HOST_DEVICE float select(bool mask, float a, float b) { return mask ? a : b; }
   static FRNN_HOST_DEVICE float times_power(float x, float n) { return detail::plain_times_power(x, n); }
   static FRNN_HOST_DEVICE float quotient(float a, float a_low, float b, float b_low) {
+#if defined(__CUDA_ARCH__)
+    // Division branches, and what branches does not overlap with its neighbours. b needs none of its special cases, and
+    // the correction makes up for the reciprocal's last bits.
+    const float r = __fdividef(1.0f, b);
+    const float q = a * r;
+    return q + (fmaf(-q, b, a) + (a_low - q * b_low)) * r;
+#else
     return detail::plain_quotient(a, a_low, b, b_low);
+#endif
   }
 };
 

@@ -26,6 +26,14 @@ struct BackwardArguments {
   char* workspace;
 };
 
+// The kernel of a plan. Each is instantiated in a source of its own, persistent_<pass>_<product>.cu.
+using ForwardKernel = void (*)(ForwardArguments);
+using BackwardKernel = void (*)(BackwardArguments);
+template <Multiply multiply>
+ForwardKernel forward_kernel(CellKind kind, int shape);
+template <Multiply multiply>
+BackwardKernel backward_kernel(CellKind kind, int shape);
+
 // The product that a plan wants, as a type.
 template <Multiply multiply>
 struct ProductOf;

@@ -164,6 +164,7 @@ template <class Product, class Cell, int group, int register_groups, int most_sl
 __global__ void __launch_bounds__(block_threads, 1)
     persistent_backward_kernel(const __grid_constant__ BackwardArguments arguments) {
   using S = typename Product::Storage;
+  using Real = typename Product::Real;
   constexpr int gates = Cell::gates, saved = Cell::saved, grad_gates = Cell::grad_gates;
   // Which h the cell's formula reads: its own, where nothing else is saved; that of the step before, in a cell that
   // keeps it in part; none beside a cell state.
@@ -299,32 +300,32 @@ __global__ void __launch_bounds__(block_threads, 1)
       char* const operand = operands + buffer * slabs * slab_bytes;
       if (item.exists && 2 * item.pair < columns) {
         Pair dh = *dh_state(j), dc = *dc_state(j);
-        float grads[2][grad_gates], dh_previous[2], dc_previous[2];
+        Real grads[2][grad_gates], dh_previous[2], dc_previous[2];
         FRNN_UNROLL
         for (int column = 0; column < 2; ++column) {
           dh.v[column] += received.v[column];
-          float activated[saved > 0 ? saved : 1];
+          Real activated[saved > 0 ? saved : 1];
           FRNN_UNROLL
           for (int i = 0; i < saved; ++i) activated[i] = widen(values[i][column]);
-          const float h = widen(hidden[column]);
-          Cell::template backward<float>(activated, h, h, cells[column], previous_cells[column],
-                                         dh.v[column] + widen(grad_y[column]), dc.v[column], grads[column],
-                                         dh_previous[column], dc_previous[column]);
+          const Real h = widen(hidden[column]);
+          Cell::template backward<Real>(activated, h, h, cells[column], previous_cells[column],
+                                        dh.v[column] + widen(grad_y[column]), dc.v[column], grads[column],
+                                        dh_previous[column], dc_previous[column]);
         }
         FRNN_UNROLL
         for (int column = 0; column < 2; ++column) {
           const bool live = owns(j, column) && row_of(j, column) < rows.live;
           if (live) {
-            dh.v[column] = dh_previous[column];
-            if (Cell::has_cell) dc.v[column] = dc_previous[column];
+            dh.v[column] = float(dh_previous[column]);
+            if (Cell::has_cell) dc.v[column] = float(dc_previous[column]);
             S* const to = typed<S>(layer.grad_gates) + int64_t(rows.first + row_of(j, column)) * grad_gates * H +
                           item.global_unit;
             FRNN_UNROLL
-            for (int i = 0; i < grad_gates; ++i) to[i * H] = narrow<S>(grads[column][i]);
+            for (int i = 0; i < grad_gates; ++i) to[i * H] = narrow<S>(float(grads[column][i]));
           }
           FRNN_UNROLL
           for (int gate = 0; gate < gates; ++gate) {
-            const float grad = live ? grads[column][hidden_grads.first + gate] : 0.0f;
+            const float grad = live ? float(grads[column][hidden_grads.first + gate]) : 0.0f;
             char* const chunk =
                 operand + chunk_offset(gate * gate_chunks + item.unit / per_chunk, 2 * item.pair + column);
             if constexpr (per_chunk == 8) {
@@ -347,7 +348,8 @@ __global__ void __launch_bounds__(block_threads, 1)
         sync_threads();
         typename Product::Operand b[most_slabs];
         FRNN_UNROLL
-        for (int k = 0; k < most_slabs; ++k) b[k] = Product::operand(operand + (k < slabs ? k : 0) * slab_bytes);
+        for (int k = 0; k < most_slabs; ++k)
+          b[k] = Product::operand(operand + (k < slabs ? k : 0) * slab_bytes, columns);
         const auto send = [&](const typename Product::Sums(&sums)[group], int n) {
           FRNN_UNROLL
           for (int m = 0; m < group; ++m) {
@@ -408,19 +410,17 @@ __global__ void __launch_bounds__(block_threads, 1)
   meet_cluster(tiling);
 }
 
-using BackwardKernel = void (*)(BackwardArguments);
-
-// The kernel of a plan with this product. Instantiates it, so include this header once per product.
 template <Multiply multiply>
 BackwardKernel backward_kernel(CellKind kind, int shape) {
   using Product = typename ProductOf<multiply>::type;
   return with_cell(kind, [&](auto cell) -> BackwardKernel {
     using Cell = decltype(cell);
     constexpr BackwardShape first = backward_shape(multiply, 0);
-    if constexpr (shapes_of(multiply, Cell::gates) > 1) {
-      constexpr BackwardShape second = backward_shape(multiply, 1);
+    if constexpr (backward_shapes(multiply, Cell::gates) > 1) {
+      constexpr BackwardShape second = backward_shape(multiply, 1), third = backward_shape(multiply, 2);
       if (shape == 1)
         return persistent_backward_kernel<Product, Cell, second.group, second.register_groups, second.slabs>;
+      if (shape == 2) return persistent_backward_kernel<Product, Cell, third.group, third.register_groups, third.slabs>;
     }
     return persistent_backward_kernel<Product, Cell, first.group, first.register_groups, first.slabs>;
   });

@@ -54,7 +54,8 @@ class StateExchange {
     }
   }
 
-  // h0 into the buffers, zeros into all the rest. The caller's block (and cluster) must meet before the first step.
+  // h0 into the buffers, zeros into all the rest. The cluster, if there is one, must meet before the first
+  // step; wait makes a block do so.
   FRNN_DEVICE void begin(const void* h0, int64_t hidden_size) {
     const bool memory = tiling_.exchange == Exchange::memory;
     const int buffers = memory ? 1 : 2 * tiling_.column_tiles;
@@ -211,6 +212,7 @@ template <class Product, class Cell, int row_tiles, int register_slabs>
 __global__ void __launch_bounds__(block_threads, 1)
     persistent_forward_kernel(const __grid_constant__ ForwardArguments arguments) {
   using S = typename Product::Storage;
+  using Real = typename Product::Real;
   constexpr int gates = Cell::gates, saved = Cell::saved;
   const Tiling& tiling = arguments.tiling;
   const Steps& steps = arguments.steps;
@@ -290,7 +292,6 @@ __global__ void __launch_bounds__(block_threads, 1)
 
   StateExchange<Product> exchange(tiling, place, arguments.workspace, num_steps);
   exchange.begin(layer.h0, H);
-  sync_threads();
   meet_cluster(tiling);
   if (place.rank >= tiling.active) {  // nothing to do, but the cluster's barriers count this block
     for (int s = 0; s + 1 < num_steps && tiling.exchange == Exchange::barriers; ++s) meet_cluster(tiling);
@@ -324,17 +325,17 @@ __global__ void __launch_bounds__(block_threads, 1)
 
       typename Product::Sums sums[row_tiles];
       // A slab of h is loaded one turn ahead, rows from shared memory while those in registers are multiplied.
-      auto next = Product::operand(operand);
+      auto next = Product::operand(operand, columns);
       FRNN_UNROLL
       for (int r = 0; r < register_slabs; ++r) {
         if (r >= slabs) break;
         const auto b = next;
-        next = Product::operand(operand + (r + 1 < slabs ? r + 1 : r) * slab_bytes);
+        next = Product::operand(operand + (r + 1 < slabs ? r + 1 : r) * slab_bytes, columns);
         if (register_slabs + r < slabs) {
           uint32_t a[row_tiles][8];
           FRNN_UNROLL
           for (int m = 0; m < row_tiles; ++m) fetch_tile(a[m], stored + (r * row_tiles + m) * tile_bytes);
-          const auto stored_b = Product::operand(operand + (register_slabs + r) * slab_bytes);
+          const auto stored_b = Product::operand(operand + (register_slabs + r) * slab_bytes, columns);
           FRNN_UNROLL
           for (int m = 0; m < row_tiles; ++m) sums[m].add(resident[r][m], b, columns);
           FRNN_UNROLL
@@ -345,7 +346,7 @@ __global__ void __launch_bounds__(block_threads, 1)
         }
       }
       for (int r = register_slabs; register_slabs + r < slabs; ++r) {
-        const auto b = Product::operand(operand + (register_slabs + r) * slab_bytes);
+        const auto b = Product::operand(operand + (register_slabs + r) * slab_bytes, columns);
         FRNN_UNROLL
         for (int m = 0; m < row_tiles; ++m) {
           uint32_t a[8];
@@ -385,34 +386,33 @@ __global__ void __launch_bounds__(block_threads, 1)
         }
         const Biases bias = biases;
         // Both columns together, dead or not, so that their arithmetic overlaps.
-        float values[2][saved > 0 ? saved : 1], h_next[2], c_next[2];
+        Real values[2][saved > 0 ? saved : 1], h_next[2], c_next[2];
         FRNN_UNROLL
         for (int column = 0; column < 2; ++column) {
-          float x[gates], r[gates];
+          Real x[gates], r[gates];
           FRNN_UNROLL
           for (int gate = 0; gate < gates; ++gate) {
             x[gate] = widen(projected[gate][column]) + bias.of[gate];
-            r[gate] = product[gate].v[column];
-            if (Cell::hidden_bias_apart(gate)) r[gate] += bias.of[3];
+            r[gate] = product[gate].v[column] + (Cell::hidden_bias_apart(gate) ? bias.of[3] : 0.0f);
           }
-          Cell::template forward<float>(x, r, h.v[column], c.v[column], h_next[column], c_next[column], values[column]);
+          Cell::template forward<Real>(x, r, h.v[column], c.v[column], h_next[column], c_next[column], values[column]);
         }
         FRNN_UNROLL
         for (int column = 0; column < 2; ++column) {
           if (!owns(j, column) || row_of(j, column) >= rows.live) continue;
-          const S stored_h = narrow<S>(h_next[column]);
+          const S stored_h = narrow<S>(float(h_next[column]));
           h.v[column] = widen(stored_h);
           const int64_t row = rows.first + row_of(j, column);
           typed<S>(layer.y)[row * layer.y_stride + item.global_unit] = stored_h;
           if (Cell::has_cell) {
-            c.v[column] = c_next[column];
-            if (layer.cells) store_streaming(typed<float>(layer.cells) + row * H + item.global_unit, c_next[column]);
+            c.v[column] = float(c_next[column]);
+            if (layer.cells) store_streaming(typed<float>(layer.cells) + row * H + item.global_unit, c.v[column]);
           }
           if (saved > 0 && layer.gates) {
             FRNN_UNROLL
             for (int i = 0; i < saved; ++i)
               store_streaming(typed<S>(layer.gates) + (row * saved + i) * H + item.global_unit,
-                              narrow<S>(values[column][i]));
+                              narrow<S>(float(values[column][i])));
           }
         }
         *h_state(j) = h;
@@ -444,16 +444,13 @@ __global__ void __launch_bounds__(block_threads, 1)
   meet_cluster(tiling);
 }
 
-using ForwardKernel = void (*)(ForwardArguments);
-
-// The kernel of a plan with this product. Instantiates it, so include this header once per product.
 template <Multiply multiply>
 ForwardKernel forward_kernel(CellKind kind, int shape) {
   using Product = typename ProductOf<multiply>::type;
   return with_cell(kind, [&](auto cell) -> ForwardKernel {
     using Cell = decltype(cell);
     constexpr ForwardShape first = forward_shape(multiply, 0);
-    if constexpr (shapes_of(multiply, Cell::gates) > 1) {
+    if constexpr (forward_shapes(multiply, Cell::gates) > 1) {
       constexpr ForwardShape second = forward_shape(multiply, 1);
       if (shape == 1) return persistent_forward_kernel<Product, Cell, second.row_tiles, second.register_slabs>;
     }

@@ -73,12 +73,13 @@ class Candidate {
   Candidate(const Problem& problem, const DeviceInfo& device, Plan plan)
       : problem_(problem), device_(device), plan_(std::move(plan)) {}
 
-  // Lays out a block of the plan's team; false where no kernel or no memory is large enough.
-  bool lay_out() {
+  // Lays out a block of the plan's team. The result says what does not fit; empty: all does.
+  std::string lay_out() {
     Tiling& t = plan_.tiling;
     t.active = ceil_div(problem_.octets, t.octets);
     t.column_tiles = ceil_div(t.columns, tile_columns);
-    if (t.octets * 8 > most_units) return false;
+    if (t.octets * 8 > most_units)
+      return text("%.0f units a block, of which a kernel takes %.0f", t.octets * 8, most_units);
     return plan_.backward ? lay_out_backward() : lay_out_forward();
   }
 
@@ -129,19 +130,25 @@ class Candidate {
     return int32_t(at);
   }
 
-  bool fits() {
-    if (shared_ > device_.shared_per_block) return false;
+  std::string check() {
+    if (shared_ > device_.shared_per_block)
+      return text(
+          "%.0f KiB of W_hh a block do not fit %.0f KiB of registers and, beside the states, %.0f of shared memory",
+          double(plan_.register_bytes + plan_.weight_bytes) / 1024, double(plan_.register_bytes) / 1024,
+          double(device_.shared_per_block) / 1024);
     plan_.tiling.shared_bytes = int32_t(shared_);
-    return true;
+    return "";
   }
 
-  bool lay_out_forward() {
+  std::string lay_out_forward() {
     Tiling& t = plan_.tiling;
     const ForwardShape shape = forward_shape(plan_.multiply, plan_.shape);
     const int row_tiles = ceil_div(int64_t(t.octets) * problem_.gates, 2);
     t.warps_rows = 1;
     while (t.warps_rows < block_warps && t.warps_rows * shape.row_tiles < row_tiles) t.warps_rows *= 2;
-    if (t.warps_rows * shape.row_tiles < row_tiles) return false;
+    if (t.warps_rows * shape.row_tiles < row_tiles)
+      return text("%.0f rows of W_hh a block, of which a kernel takes %.0f", 16 * row_tiles,
+                  16 * block_warps * shape.row_tiles);
     t.warps_k = block_warps / t.warps_rows;
     const int chunks = problem_.octets * 8 / problem_.per_chunk, slabs = ceil_div(chunks, 4);
     t.slabs = ceil_div(slabs, t.warps_k);
@@ -160,14 +167,16 @@ class Candidate {
       plan_.counters = int64_t(problem_.directions) * t.teams * t.column_tiles;
       plan_.workspace_bytes = counter_bytes(plan_.counters) + plan_.counters * 2 * slabs * slab_bytes;
     }
-    return fits();
+    return check();
   }
 
-  bool lay_out_backward() {
+  std::string lay_out_backward() {
     Tiling& t = plan_.tiling;
     const BackwardShape shape = backward_shape(plan_.multiply, plan_.shape);
     t.slabs = ceil_div(int64_t(t.octets) * 8 / problem_.per_chunk * problem_.gates, 4);
-    if (t.slabs > shape.slabs) return false;
+    if (t.slabs > shape.slabs)
+      return text("%.0f gates a block, of which a kernel takes %.0f", t.octets * 8 * problem_.gates,
+                  shape.slabs * slab_chunks * problem_.per_chunk);
     const int groups = ceil_div(ceil_div(ceil_div(problem_.H, 16), block_warps), shape.group);
     t.row_tiles = groups * shape.group;
     const int units = t.octets * 8;
@@ -190,7 +199,7 @@ class Candidate {
       plan_.counters = int64_t(problem_.directions) * t.teams * t.column_tiles;
       plan_.workspace_bytes = counter_bytes(plan_.counters) + plan_.counters * 2 * t.active * received;
     }
-    return fits();
+    return check();
   }
 
   const Problem& problem_;
@@ -207,6 +216,7 @@ class Planner {
   // The best plan of a variant; false and a reason where there is none.
   bool best(Variant variant, Plan& best, std::string& reason) {
     found_ = false;
+    refusal_.clear();
     switch (variant) {
       case Variant::block:
         if (!allowed_.block) return refuse(reason, "not allowed by the request");
@@ -224,18 +234,15 @@ class Planner {
       case Variant::grid:
         if (!allowed_.grid) return refuse(reason, "not allowed by the request");
         if (!device_.cooperative) return refuse(reason, "no cooperative launch on this device");
-        for (int octets = 1; octets * 8 <= most_units; ++octets) {
+        // The largest teams last: what they lack is the reason that is told.
+        for (int octets = most_units / 8; octets >= 1; --octets) {
           const int blocks = ceil_div(problem_.octets, octets);
           if (blocks > 1) try_teams(Exchange::memory, blocks, octets);
         }
         break;
       case Variant::none: break;
     }
-    if (!found_) {
-      const double need = double(problem_.gates) * double(problem_.H * problem_.H) * problem_.element;
-      const int most = variant == Variant::block ? 1 : variant == Variant::cluster ? device_.max_cluster : device_.sms;
-      return refuse(reason, text("%.0f KiB of W_hh do not fit %.0f blocks beside states and sums", need / 1024, most));
-    }
+    if (!found_) return refuse(reason, refusal_.empty() ? "no team of a fitting size" : refusal_);
     best = best_;
     best.variant = variant;
     return true;
@@ -252,14 +259,18 @@ class Planner {
     const int resident = resident_teams(device_, exchange, blocks) / problem_.directions;
     // With fewer resident teams than directions, a cluster or a block may wait for its turn; a grid may not.
     const int most_waves = exchange == Exchange::memory ? 1 : 64;
-    if (resident < 1 && (exchange == Exchange::memory || resident_teams(device_, exchange, blocks) < 1)) return;
+    if (resident < 1 && (exchange == Exchange::memory || resident_teams(device_, exchange, blocks) < 1)) {
+      refusal_ = text("teams of %.0f are not resident together", blocks);
+      return;
+    }
     for (int waves = 1; waves <= most_waves; ++waves) {
       const int64_t teams = std::max<int64_t>(1, int64_t(resident) * waves);
       int columns = ceil_div(problem_.B, teams);
       if (allowed_.most_columns > 0) columns = std::min(columns, allowed_.most_columns);
       bool laid_out = false;
-      for (int shape = 0; shape < shapes_of(multiply_, problem_.gates); ++shape)
-        laid_out |= consider(exchange, blocks, octets, columns, shape);
+      const int shapes =
+          backward_ ? backward_shapes(multiply_, problem_.gates) : forward_shapes(multiply_, problem_.gates);
+      for (int shape = 0; shape < shapes; ++shape) laid_out |= consider(exchange, blocks, octets, columns, shape);
       if (laid_out || columns == 1) return;
     }
   }
@@ -278,9 +289,12 @@ class Planner {
     t.teams = ceil_div(problem_.B, columns);
     plan.blocks = t.blocks * t.teams * plan.directions;
     plan.waves = ceil_div(int64_t(t.teams) * plan.directions, resident_teams(device_, exchange, blocks));
-    if (exchange == Exchange::memory && plan.blocks > device_.sms) return false;
     Candidate candidate(problem_, device_, plan);
-    if (!candidate.lay_out()) return false;
+    const std::string misfit = candidate.lay_out();
+    if (!misfit.empty()) {
+      refusal_ = text("with teams of %.0f: ", blocks) + misfit;
+      return false;
+    }
     candidate.predict();
     if (!found_ || candidate.plan().predicted_us < best_.predicted_us) best_ = candidate.plan();
     found_ = true;
@@ -294,6 +308,7 @@ class Planner {
   const Allowed& allowed_;
   bool found_ = false;
   Plan best_;
+  std::string refusal_;  // of the last team that did not fit
 };
 
 // All steps, each with a launch of its own.

@@ -48,26 +48,32 @@ struct BackwardShape {
 };
 
 // A kernel of 256 threads can have 255 registers per thread. These counts are the largest without spills, next to the
-// sums (4 per row tile, with float32 16), the operands under way and the addresses. Index 0 is for few row tiles, 1 for
-// many, which only 16-bit types have. Host execution has few registers, so that small sizes need shared memory as well.
+// sums (4 per row tile, with float32 16), the operands under way and the addresses. Row tiles and slabs in registers
+// are those of H = 512 and 768 in 16 bits and clusters of 16 (second and third of the backward pass), and smaller ones;
+// what is larger stands in shared memory, but for the slabs of the backward pass, which are the most that a block may
+// have. Host execution has few registers, so that small sizes need shared memory as well.
 #if defined(FRNN_CUDA_ON_HOST)
 constexpr bool few_registers = true;
 #else
 constexpr bool few_registers = false;
 #endif
-constexpr int shapes_of(Multiply multiply, int gates) { return multiply <= Multiply::float16 && gates > 1 ? 2 : 1; }
+constexpr bool is_half(Multiply multiply) { return multiply == Multiply::bfloat16 || multiply == Multiply::float16; }
+
+// How many shapes there are. A cell with one gate needs no more: a block has at most 64 units.
+constexpr int forward_shapes(Multiply multiply, int gates) { return is_half(multiply) && gates > 1 ? 2 : 1; }
+constexpr int backward_shapes(Multiply multiply, int gates) { return is_half(multiply) && gates > 1 ? 3 : 1; }
+
 constexpr ForwardShape forward_shape(Multiply multiply, int index) {
   if (few_registers) return {index == 0 ? 2 : 3, 1};
   if (multiply == Multiply::float32) return {2, 6};
-  if (multiply == Multiply::tf32) return {2, 9};
   return index == 0 ? ForwardShape{2, 9} : ForwardShape{3, 7};
 }
 constexpr BackwardShape backward_shape(Multiply multiply, int index) {
-  if (few_registers)
-    return {multiply == Multiply::float32 ? 1 : 2, 1, multiply <= Multiply::float16 && index == 0 ? 2 : 8};
-  if (multiply == Multiply::float32) return {1, 2, 8};
-  if (multiply == Multiply::tf32) return {2, 1, 8};
-  return index == 0 ? BackwardShape{2, 4, 2} : BackwardShape{3, 1, 6};
+  const int group = multiply == Multiply::float32 ? 1 : 2;
+  if (!is_half(multiply)) return {group, few_registers ? 1 : 2 / group, 8};
+  if (index == 0) return {group, few_registers ? 1 : 4, 2};
+  if (index == 1) return {group, few_registers ? 1 : 2, 4};
+  return {few_registers ? group : 3, 1, 6};
 }
 
 // What a kernel knows of its plan. Bytes are of one block's shared memory.

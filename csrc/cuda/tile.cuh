@@ -10,15 +10,9 @@
 // it.
 #pragma once
 
-#include "../cells/math.h"
+#include "approximate.cuh"
 #include "device.h"
 #include "plan.h"
-
-#if defined(__CUDACC__)
-#define FRNN_UNROLL _Pragma("unroll")
-#else
-#define FRNN_UNROLL
-#endif
 
 namespace fused_rnn {
 namespace cuda {
@@ -42,11 +36,19 @@ struct TileSums {
   Pair row[2];
 };
 
+// Which chunk of a slab of a column tile a lane multiplies. Columns without a row of the batch repeat the last one that
+// has: nobody looks at their sums, and lanes that read the same bytes share a pass over shared memory.
+FRNN_DEVICE int live_chunk(int columns) {
+  const int column = lane_index() / slab_chunks;
+  return ((column < columns ? column : columns - 1) * slab_chunks + lane_index() % slab_chunks) * chunk_bytes;
+}
+
 // --- How numbers are multiplied. Each has
 //   Storage                 the dtype in global memory
+//   Real                    what the cell's formulas are computed in
 //   per_chunk               numbers in a chunk
 //   word(value)             how a 32-bit number is handed to add
-//   Operand                 what a lane holds of a slab of a column tile
+//   Operand                 what a lane holds of a slab of a column tile with this many columns; operand(slab, columns)
 //   Sums                    running sums of a row tile times a column tile; add(a, b, columns), result()
 //                           a: chunk i of rows g and g + 8, word by word in turn, as the matrix instructions want it
 
@@ -54,10 +56,13 @@ struct TileSums {
 template <class S>
 struct HalfProduct {
   using Storage = S;
+  using Real = Approximate;
   static constexpr int per_chunk = 8;
   using Operand = Chunk;
 
-  static FRNN_DEVICE Operand operand(const char* slab) { return reinterpret_cast<const Chunk*>(slab)[lane_index()]; }
+  static FRNN_DEVICE Operand operand(const char* slab, int columns) {
+    return *reinterpret_cast<const Chunk*>(slab + live_chunk(columns));
+  }
 
   struct Sums {
     float sum[4] = {};
@@ -73,11 +78,14 @@ struct HalfProduct {
 // float32 rounded to TF32 on the matrix units.
 struct Tf32Product {
   using Storage = float;
+  using Real = float;
   static constexpr int per_chunk = 4;
   using Operand = Chunk;
 
   static FRNN_DEVICE uint32_t word(float value) { return to_tf32(value); }
-  static FRNN_DEVICE Operand operand(const char* slab) { return reinterpret_cast<const Chunk*>(slab)[lane_index()]; }
+  static FRNN_DEVICE Operand operand(const char* slab, int columns) {
+    return *reinterpret_cast<const Chunk*>(slab + live_chunk(columns));
+  }
 
   struct Sums {
     float sum[4] = {};
@@ -94,11 +102,12 @@ struct Tf32Product {
 // add up at the end.
 struct FloatProduct {
   using Storage = float;
+  using Real = float;
   static constexpr int per_chunk = 4;
   using Operand = const char*;
 
   static FRNN_DEVICE uint32_t word(float value) { return uint32_t(Lanes<float>::bits(value)); }
-  static FRNN_DEVICE Operand operand(const char* slab) { return slab + lane_index() % 4 * chunk_bytes; }
+  static FRNN_DEVICE Operand operand(const char* slab, int) { return slab + lane_index() % 4 * chunk_bytes; }
 
   struct Sums {
     float sum[2][tile_columns] = {};

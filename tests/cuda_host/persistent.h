@@ -196,5 +196,20 @@ int with_multiply(const Case& arguments, const F& f) {
   return f.template operator()<Multiply::bfloat16>();
 }
 
+// Exit status: 0 right, 1 wrong numbers, 2 no plan, 3 the device was misused or everybody waits.
+template <class Pass>
+int run_case(int argc, char** argv) {
+  const Case arguments(argc, argv);
+  try {
+    const int status = with_multiply(arguments, Pass{arguments});
+    if (arguments.number("sites", 0))
+      for (const Site& site : sites()) printf("site %s %s:%d\n", site.function.c_str(), site.file.c_str(), site.line);
+    return status;
+  } catch (const Failure& failure) {
+    printf("%s\n", failure.what());
+    return 3;
+  }
+}
+
 }  // namespace cuda_host
 }  // namespace fused_rnn

@@ -153,12 +153,4 @@ struct Backward {
 }  // namespace cuda_host
 }  // namespace fused_rnn
 
-int main(int argc, char** argv) {
-  const fused_rnn::cuda_host::Case arguments(argc, argv);
-  try {
-    return fused_rnn::cuda_host::with_multiply(arguments, fused_rnn::cuda_host::Backward{arguments});
-  } catch (const fused_rnn::cuda_host::Failure& failure) {
-    printf("%s\n", failure.what());
-    return 3;
-  }
-}
+int main(int argc, char** argv) { return fused_rnn::cuda_host::run_case<fused_rnn::cuda_host::Backward>(argc, argv); }

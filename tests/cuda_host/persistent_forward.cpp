@@ -1,4 +1,5 @@
 // persistent_forward name=value ...: one case of the persistent forward kernels against float64. Exit status 1: wrong.
+//   sites (prints the waits that were met)
 //   kind dtype (tf32: float32 with its product in TF32) T B H directions ragged
 //   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
 //   in_place (the projections are where the gates go, or y) save initial bias
@@ -155,12 +156,4 @@ struct Forward {
 }  // namespace cuda_host
 }  // namespace fused_rnn
 
-int main(int argc, char** argv) {
-  const fused_rnn::cuda_host::Case arguments(argc, argv);
-  try {
-    return fused_rnn::cuda_host::with_multiply(arguments, fused_rnn::cuda_host::Forward{arguments});
-  } catch (const fused_rnn::cuda_host::Failure& failure) {
-    printf("%s\n", failure.what());
-    return 3;
-  }
-}
+int main(int argc, char** argv) { return fused_rnn::cuda_host::run_case<fused_rnn::cuda_host::Forward>(argc, argv); }

@@ -1,0 +1,125 @@
+// Launches of the persistent kernels, and what the driver says of their residency.
+#include <cuda_runtime_api.h>
+
+#include "persistent.cuh"
+
+namespace fused_rnn {
+namespace cuda {
+
+namespace {
+
+const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+template <template <Multiply> class Select>
+const void* select(Multiply multiply, CellKind kind, int shape) {
+  switch (multiply) {
+    case Multiply::bfloat16: return Select<Multiply::bfloat16>::kernel(kind, shape);
+    case Multiply::float16: return Select<Multiply::float16>::kernel(kind, shape);
+    case Multiply::tf32: return Select<Multiply::tf32>::kernel(kind, shape);
+    default: return Select<Multiply::float32>::kernel(kind, shape);
+  }
+}
+
+template <Multiply multiply>
+struct Forward {
+  static const void* kernel(CellKind kind, int shape) {
+    return reinterpret_cast<const void*>(forward_kernel<multiply>(kind, shape));
+  }
+};
+template <Multiply multiply>
+struct Backward {
+  static const void* kernel(CellKind kind, int shape) {
+    return reinterpret_cast<const void*>(backward_kernel<multiply>(kind, shape));
+  }
+};
+
+const void* kernel_of(const Plan& plan, CellKind kind) {
+  return plan.backward ? select<Backward>(plan.multiply, kind, plan.shape)
+                       : select<Forward>(plan.multiply, kind, plan.shape);
+}
+
+// How a plan is launched. Not to be copied: the configuration points at the attribute.
+struct Configuration {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+  cudaError_t error = cudaSuccess;
+
+  Configuration(const void* kernel, const Plan& plan, cudaStream_t stream) {
+    const Tiling& t = plan.tiling;
+    config.gridDim = dim3(unsigned(t.blocks * t.teams), unsigned(plan.directions));
+    config.blockDim = dim3(block_threads);
+    config.dynamicSmemBytes = size_t(t.shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    if (plan.variant == Variant::cluster) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = unsigned(t.blocks);
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      config.numAttrs = 1;
+    } else if (plan.variant == Variant::grid) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+      config.numAttrs = 1;
+    }
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t.shared_bytes);
+    if (error == cudaSuccess && plan.variant == Variant::cluster && t.blocks > 8)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  Configuration(const Configuration&) = delete;
+};
+
+// Blocks of the kernel that an SM holds, or clusters that the GPU holds; -1: the driver refuses.
+int resident(const void* kernel, const Plan& plan) {
+  Configuration c(kernel, plan, nullptr);
+  int count = 0;
+  cudaError_t error = c.error;
+  if (error == cudaSuccess) {
+    error = plan.variant == Variant::cluster ? cudaOccupancyMaxActiveClusters(&count, kernel, &c.config)
+                                             : cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                                                   &count, kernel, block_threads, c.config.dynamicSmemBytes);
+  }
+  if (error == cudaSuccess) return count;
+  cudaGetLastError();  // not an error of whoever asks next
+  return -1;
+}
+
+template <class Arguments, class Direction>
+const char* launch(const LayerSizes& sizes, const Steps& steps, const Direction* direction, const Plan& plan,
+                   void* workspace, void* stream) {
+  if (plan.variant == Variant::none) return "this plan has no persistent kernel";
+  Arguments arguments = {};
+  arguments.hidden_size = sizes.hidden_size;
+  arguments.steps = steps;
+  for (int d = 0; d < plan.directions; ++d) arguments.direction[d] = direction[d];
+  arguments.tiling = plan.tiling;
+  arguments.workspace = static_cast<char*>(workspace);
+  const void* const kernel = kernel_of(plan, sizes.kind);
+  Configuration c(kernel, plan, cudaStream_t(stream));
+  cudaError_t error = c.error;
+  if (error == cudaSuccess && plan.counters > 0)
+    error = cudaMemsetAsync(workspace, 0, size_t(plan.counters) * sizeof(uint32_t), cudaStream_t(stream));
+  void* pointers[] = {&arguments};
+  if (error == cudaSuccess) error = cudaLaunchKernelExC(&c.config, kernel, pointers);
+  if (error != cudaSuccess) cudaGetLastError();  // told here, so not again by the next call
+  return text_of(error);
+}
+
+}  // namespace
+
+bool persistent_fits(const LayerSizes& sizes, const Plan& plan, const DeviceInfo& device) {
+  const int count = resident(kernel_of(plan, sizes.kind), plan);
+  return plan.variant == Variant::grid ? count * device.sms >= plan.blocks : count >= 1;
+}
+
+const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* direction,
+                               const Plan& plan, const DeviceInfo&, void* workspace, void* stream) {
+  return launch<ForwardArguments>(sizes, steps, direction, plan, workspace, stream);
+}
+
+const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* direction,
+                                const Plan& plan, const DeviceInfo&, void* workspace, void* stream) {
+  return launch<BackwardArguments>(sizes, steps, direction, plan, workspace, stream);
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn

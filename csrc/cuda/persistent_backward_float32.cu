@@ -1,0 +1,9 @@
+#include "persistent_backward.cuh"
+
+namespace fused_rnn {
+namespace cuda {
+
+template BackwardKernel backward_kernel<Multiply::float32>(CellKind kind, int shape);
+
+}  // namespace cuda
+}  // namespace fused_rnn

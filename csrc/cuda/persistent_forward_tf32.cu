@@ -1,0 +1,9 @@
+#include "persistent_forward.cuh"
+
+namespace fused_rnn {
+namespace cuda {
+
+template ForwardKernel forward_kernel<Multiply::tf32>(CellKind kind, int shape);
+
+}  // namespace cuda
+}  // namespace fused_rnn

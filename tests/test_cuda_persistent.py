@@ -1,0 +1,132 @@
+"""The persistent CUDA kernels, executed on the CPU under the planner's own plans, against float64.
+
+Host execution keeps few tiles of the weights in registers (``few_registers`` in csrc/cuda/plan.h), so that small sizes
+go through the same code as large ones: tiles in registers and in shared memory, several slabs of k per warp, sums split
+over warps, teams with idle blocks, column tiles with dead columns.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import zlib
+
+import pytest
+from support import cuda_host
+
+PASSES = ["forward", "backward"]
+KINDS = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
+DTYPES = ["bfloat16", "float16", "tf32", "float32"]
+EXCHANGES = ["none", "counted", "barriers", "memory"]
+
+# Shapes for which something is different; the keys say what. `sms` is the size of the made-up GPU: with no more blocks
+# than a team has, the whole batch falls to one team.
+SHAPES = {
+    "a block alone": "exchange=none T=4 B=3 H=24",
+    "one unit": "exchange=none T=3 B=2 H=1",
+    "one step": "exchange=counted blocks=2 T=1 B=3 H=16",
+    "a cluster of 16": "exchange=counted blocks=16 T=3 B=2 H=128",
+    "idle blocks in a cluster": "exchange=counted blocks=4 T=4 B=3 H=24",
+    "idle blocks that meet at barriers": "exchange=barriers blocks=4 T=4 B=3 H=24",
+    "units that do not fill the last octet": "exchange=counted blocks=2 T=4 B=3 H=13",
+    "teams with fewer column tiles than others": "exchange=counted blocks=2 sms=4 T=5 B=17 H=15",
+    "several column tiles, barriers": "exchange=barriers blocks=2 sms=2 T=4 B=20 H=16",
+    "several column tiles through memory": "exchange=memory sms=3 T=4 B=20 H=24",
+    "several column tiles in one block": "exchange=none sms=1 T=4 B=20 H=8",
+    "teams one after the other": "exchange=counted blocks=2 sms=2 columns=3 T=3 B=10 H=16",
+    "rows in registers and in shared memory": "exchange=counted blocks=8 T=2 B=2 H=264",
+    "k in registers and in shared memory": "exchange=counted blocks=4 T=3 B=2 H=100",
+    "many small blocks": "exchange=memory sms=20 T=3 B=2 H=150",
+    "both directions": "exchange=counted blocks=2 directions=2 T=4 B=5 H=24",
+    "falling lengths": "exchange=counted blocks=2 ragged=1 T=6 B=9 H=24",
+    "falling lengths, several column tiles": "exchange=counted blocks=2 sms=4 directions=2 ragged=1 T=6 B=20 H=16",
+    "falling lengths, barriers": "exchange=barriers blocks=2 sms=4 directions=2 ragged=1 T=6 B=20 H=16",
+    "falling lengths through memory": "exchange=memory sms=4 directions=2 ragged=1 T=6 B=20 H=16",
+    "no initial state": "exchange=counted blocks=2 initial=0 T=3 B=3 H=16",
+    "nothing saved, no biases": "exchange=counted blocks=2 save=0 bias=0 in_place=0 T=3 B=3 H=16",
+    "no gradient of the output": "exchange=counted blocks=2 output=0 T=3 B=3 H=16",
+    "no gradient of the last states": "exchange=counted blocks=2 final=0 T=3 B=3 H=16",
+    "results apart from what they could replace": "exchange=counted blocks=2 in_place=0 T=3 B=3 H=16",
+}
+
+
+def _run(name: str, case: str, variant: str = "plain", skip_site: str | None = None) -> str:
+    result = cuda_host.run(cuda_host.build(name, variant), *case.split(), skip_site=skip_site)
+    assert result.returncode == 0, f"{case}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("direction", PASSES)
+def test_every_shape_agrees_with_float64(direction: str, name: str) -> None:
+    for kind, dtype in (("lstm", "bfloat16"), ("gru", "float32")):
+        _run(f"persistent_{direction}", f"{SHAPES[name]} kind={kind} dtype={dtype}")
+
+
+def _drawn(direction: str, kind: str, dtype: str, exchange: str) -> str:
+    """A case of this description with everything else drawn, the same in every run."""
+    draw = random.Random(zlib.crc32(f"{direction} {kind} {dtype} {exchange}".encode()))
+    hidden = draw.choice([9, 15, 16, 24, 33])
+    octets = (hidden + 7) // 8
+    blocks = {"none": 1, "memory": octets}.get(exchange) or draw.choice([b for b in (2, 4) if octets > b // 2])
+    directions = draw.choice([1, 2])
+    case = {
+        "kind": kind,
+        "dtype": dtype,
+        "exchange": exchange,
+        "H": min(hidden, 24) if exchange == "none" else hidden,
+        "T": draw.choice([2, 3, 5]),
+        "B": draw.choice([1, 3, 8, 13]),
+        "blocks": 0 if exchange == "memory" else blocks,
+        "sms": directions * blocks * draw.choice([1, 2]),
+        "directions": directions,
+        "seed": draw.randrange(1000),
+    }
+    for flag in ("ragged", "in_place", "save", "initial", "bias", "final", "output"):
+        case[flag] = draw.choice([0, 1])
+    return " ".join(f"{name}={value}" for name, value in case.items())
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", PASSES)
+def test_every_kernel_and_exchange_agrees_with_float64(direction: str, dtype: str, exchange: str) -> None:
+    for kind in KINDS:
+        _run(f"persistent_{direction}", _drawn(direction, kind, dtype, exchange))
+
+
+# Small enough for the many threads that ThreadSanitizer keeps a history of.
+RACE_CASES = {
+    "none": "exchange=none sms=1 T=4 B=10 H=24",
+    "counted": "exchange=counted blocks=2 sms=2 T=4 B=10 H=24",
+    "barriers": "exchange=barriers blocks=4 sms=4 T=4 B=3 H=24",
+    "memory": "exchange=memory sms=3 T=4 B=10 H=24",
+}
+needs_setarch = pytest.mark.skipif(not shutil.which("setarch"), reason="ThreadSanitizer needs a fixed address layout")
+
+
+@needs_setarch
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("direction", PASSES)
+def test_no_thread_races_with_another(direction: str, exchange: str) -> None:
+    for kind, dtype, seed in (("lstm", "bfloat16", 1), ("gru", "float32", 2), ("rnn_tanh", "tf32", 3)):
+        _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} kind={kind} dtype={dtype} seed={seed}", "thread")
+    _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} ragged=1 seed=4", "thread")
+
+
+@needs_setarch
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("direction", PASSES)
+def test_every_wait_is_missed_where_it_is_taken_out(direction: str, exchange: str) -> None:
+    case = f"{RACE_CASES[exchange]} kind=gru"
+    listed = _run(f"persistent_{direction}", f"{case} sites=1", "thread")
+    waits = [line.split()[1:] for line in listed.splitlines() if line.startswith("site ")]
+    waits = [site for function, site in waits if "wait" in function or function == "sync_threads"]
+    assert len(waits) >= 2
+    program = cuda_host.build(f"persistent_{direction}", "thread")
+    unnoticed = []
+    for site in waits:
+        runs = (cuda_host.run(program, *case.split(), f"seed={seed}", skip_site=site) for seed in range(3))
+        if all(run.returncode == 0 for run in runs):
+            unnoticed.append(site)
+    assert not unnoticed
