@@ -74,10 +74,11 @@ class Problem:
             directions.append(t)
         return directions
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, schedule: int | None = None) -> None:
         sizes = self.batch_sizes
         numbers = [self.kind, DTYPES[self.dtype], len(sizes), self.B, self.H, self.directions, self.packed, self.biases]
-        numbers += [self.initial, self.vectors, self.in_place, self.few_blocks, self.seed, *sizes]
+        numbers += [self.initial, self.vectors, self.in_place, self.few_blocks]
+        numbers += [self.seed if schedule is None else schedule, *sizes]
         with path.open("wb") as file:
             file.write(struct.pack(f"{len(numbers)}q", *map(int, numbers)))
             for direction in self.tensors():
@@ -178,6 +179,7 @@ def check(problem: Problem, folder: Path, variant: str = "address") -> None:
         {"biases": False, "initial": False, "in_place": True, "directions": 2, "few_blocks": True, "B": 7, "seed": 5},
         {"H": 150, "B": 20, "lengths": (2,), "directions": 2, "seed": 6},
         {"H": 1, "B": 1, "seed": 7},
+        {"H": 9, "B": 30, "lengths": (12,), "seed": 8},  # sums over rows in several chunks
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
@@ -185,3 +187,37 @@ def test_step_kernels_match_the_reference(
     kind: CellKind, dtype: torch.dtype, options: dict[str, Any], tmp_path: Path
 ) -> None:
     check(Problem(kind, dtype, **options), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.float32, "B": 9, "packed": True, "lengths": (2, 2, 2, 1, 1, 1, 1, 1, 1), "directions": 2},
+        {"dtype": torch.bfloat16, "B": 9, "H": 8, "lengths": (2,), "vectors": True, "in_place": True},
+        {"dtype": torch.float64, "B": 9, "lengths": (2,), "few_blocks": True},
+    ],
+    ids=lambda options: str(options["dtype"]),
+)
+@pytest.mark.parametrize("kind", CELLS, ids=lambda kind: kind.name)
+def test_no_thread_of_a_step_races_with_another(kind: CellKind, options: dict[str, Any], tmp_path: Path) -> None:
+    check(Problem(kind, **options), tmp_path, "thread")
+
+
+def test_the_order_of_threads_changes_no_bit(tmp_path: Path) -> None:
+    problem = Problem(CellKind.LSTM, torch.float32, B=20, lengths=(12,), directions=2)
+    results = set()
+    for schedule in range(12):
+        problem.write(tmp_path / "in", schedule)
+        result = cuda_host.run(cuda_host.build("step", "address"), tmp_path / "in", tmp_path / "out")
+        assert result.returncode == 0, result.stderr
+        results.add((tmp_path / "out").read_bytes())
+    assert len(results) == 1
+
+
+def test_every_wait_is_missed_where_it_is_taken_out(tmp_path: Path) -> None:
+    problem = Problem(CellKind.LSTM, torch.float32, B=9, lengths=(2,))
+    listed = run(problem, tmp_path, "thread").stdout.splitlines()
+    sites = [line.split()[1] for line in listed]
+    assert sites, "the sums over rows meet at a barrier"
+    for site in sites:
+        assert run(problem, tmp_path, "thread", skip_site=site).returncode == cuda_host.RACE, site
