@@ -315,7 +315,8 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
                             const OptionalTensor& c0, at::TensorList params, at::TensorList dropout_masks,
                             const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
                             const Tensor& cells, const Tensor& hidden, int64_t kind, bool has_biases,
-                            int64_t num_layers, bool bidirectional, bool batch_first, c10::List<bool> needs) {
+                            int64_t num_layers, bool bidirectional, bool batch_first, c10::List<bool> needs,
+                            bool reuse_gates) {
   Backend backend(input);
   const Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
                     batch_first);
@@ -388,6 +389,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
     layer.y = stack.sequence(l == L - 1 ? y : hidden.select(0, l));
     layer.grad_y = stack.sequence(grad_y);
     layer.grad_x = stack.sequence(grad_x);
+    layer.reuse_gates = reuse_gates;
     for (int64_t d = 0; d < D; ++d) {
       DirectionBackward& dir = layer.direction[d];
       const int64_t i = l * D + d;

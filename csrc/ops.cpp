@@ -39,8 +39,8 @@ TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, Tensor? c0, "
       "Tensor[] params, Tensor[] dropout_masks, Tensor? batch_sizes, Tensor output, Tensor gates, Tensor cells, "
-      "Tensor hidden, int kind, bool has_biases, int num_layers, bool bidirectional, bool batch_first, bool[] needs) "
-      "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
+      "Tensor hidden, int kind, bool has_biases, int num_layers, bool bidirectional, bool batch_first, bool[] needs, "
+      "bool reuse_gates) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "cell_forward(Tensor input, Tensor h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, int kind, "

@@ -340,8 +340,11 @@ void Cuda::backward(const LayerBackward& layer) {
 
   Tensor buffers[2], grad_projected[2];
   void* grad_gates[2] = {};
+  // A training step then needs no more than what the forward pass saved. (W_hr's gradient wants the gates once more.)
+  const bool in_place = layer.reuse_gates && cell.saved == cell.grad_gates && P == H;
   for (int d = 0; d < D; ++d) {
-    grad_gates[d] = (buffers[d] = buffer({N, width})).mutable_data_ptr();
+    grad_gates[d] =
+        in_place ? const_cast<void*>(layer.direction[d].gates) : (buffers[d] = buffer({N, width})).mutable_data_ptr();
     if (P != H) grad_projected[d] = buffer({N, P});
   }
 

@@ -102,10 +102,11 @@ struct DirectionBackward {
 struct LayerBackward {
   LayerSizes sizes;
   Steps steps;
-  Sequence x;       // the layer's input; data may be null when no weight gradient is needed
-  Sequence y;       // the layer's output
-  Sequence grad_y;  // data null: zeros
-  Sequence grad_x;  // data null: not needed
+  Sequence x;                // the layer's input; data may be null when no weight gradient is needed
+  Sequence y;                // the layer's output
+  Sequence grad_y;           // data null: zeros
+  Sequence grad_x;           // data null: not needed
+  bool reuse_gates = false;  // nobody reads the saved gates after this: their memory may be written
   DirectionBackward direction[2];
 };
 

@@ -1,7 +1,8 @@
 """Parity self-test of this machine: `python -m fused_rnn check`.
 
-Runs every cell in every dtype on every instruction set that this processor has, and holds outputs and all gradients
-against the plain PyTorch reference in float64. The exit status is 0 when every error is within its limit.
+Runs every cell in every dtype on every instruction set that this processor has, and on the CUDA device where the
+kernels were built with CUDA, and holds outputs and all gradients against the plain PyTorch reference in float64. The
+exit status is 0 when every error is within its limit.
 """
 
 from __future__ import annotations
@@ -149,21 +150,22 @@ class Call:
         return fill_with_small_integers_(module) if self.integers else module
 
     def run(self, module: nn.Module) -> dict[str, Tensor]:
-        """Outputs and gradients by name, in the module's dtype."""
-        dtype = next(module.parameters()).dtype
+        """Outputs and gradients by name, on the CPU, in the module's dtype."""
+        like = next(module.parameters())
         generator = torch.Generator().manual_seed(1)
         shape = (self.steps, self.batch, self.input_size) if self.steps else (self.batch, self.input_size)
-        values = random_values(shape, integers=self.integers, generator=generator).to(dtype).requires_grad_()
+        values = random_values(shape, integers=self.integers, generator=generator).to(like).requires_grad_()
         sequence: Tensor | PackedSequence = values
         if self.packed:
             lengths = torch.arange(self.batch) % self.steps + 1
             sequence = pack_padded_sequence(values, lengths, enforce_sorted=False)
         outputs = _tensors(module(sequence))
-        incoming = [random_values(x.shape, integers=self.integers, generator=generator).to(dtype) for x in outputs]
+        incoming = [random_values(x.shape, integers=self.integers, generator=generator).to(like) for x in outputs]
         leaves = {"input": values} | dict(module.named_parameters())
         gradients = torch.autograd.grad(outputs, list(leaves.values()), incoming)
         named = {f"output[{i}]": output.detach() for i, output in enumerate(outputs)}
-        return named | {f"grad({name})": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+        named |= {f"grad({name})": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+        return {name: tensor.cpu() for name, tensor in named.items()}
 
     def reference(self) -> dict[str, Tensor]:
         """The same call in float64 by the plain PyTorch formulas."""
@@ -218,6 +220,22 @@ def instruction_set(name: str) -> Iterator[None]:
         _C.set_isa(previous)
 
 
+@contextlib.contextmanager
+def _kernels(target: str) -> Iterator[str]:
+    """The device to run on, with the kernels of `target` in use there: an instruction set, or "cuda"."""
+    if target != "cuda":
+        with instruction_set(target):
+            yield "cpu"
+        return
+    # TF32 would be right to be allowed, and off by more than float32's limit.
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield "cuda"
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 @dataclasses.dataclass(frozen=True)
 class Failure:
     """A result outside its limit, or a call that raised."""
@@ -236,7 +254,7 @@ def check(
     """Compare all `calls()` on each instruction set with the float64 reference.
 
     Args:
-        isas: names out of `_C.isa_supported()`.
+        isas: names out of `_C.isa_supported()`, and "cuda".
         progress: called with one line before each instruction set.
 
     Returns:
@@ -247,11 +265,11 @@ def check(
     failures: list[Failure] = []
     for isa in isas:
         progress(f"{isa} ...")
-        with instruction_set(isa), fused_rnn.use_backend("fused"):
+        with _kernels(isa) as device, fused_rnn.use_backend("fused"):
             for call, expected in references.items():
                 key = (isa, call.cell, call.dtype)
                 try:
-                    found = call.run(call.build())
+                    found = call.run(call.build().to(device))
                 except Exception as error:
                     worst[key] = float("inf")
                     failures.append(Failure(isa, call, f"{type(error).__name__}: {error}"))
@@ -292,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fused_rnn check", description="Compare the kernels on this machine with the float64 reference."
     )
-    parser.add_argument("--isa", action="append", help="check this instruction set only (may be repeated)")
+    parser.add_argument("--isa", action="append", help="check this instruction set, or cuda, only (may be repeated)")
     arguments = parser.parse_args(argv)
     try:
         from fused_rnn import _C
@@ -301,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     supported = list(_C.isa_supported())
+    if _C.build_info()["cuda"] and torch.cuda.is_available():
+        supported.append("cuda")
     isas = arguments.isa or supported
     for isa in isas:
         if isa not in supported:

@@ -10,7 +10,9 @@ per unit and step.
                           (0,) without a cell state; and, with ``save``, what the backward pass needs: gates
                           (L * D, N, S, H) in the input's dtype, cells (L * D, N, H) in float32 (float64 for float64),
                           hidden (L - 1, N, D * P), the outputs of the lower layers
-``rnn_backward``          gradients of input, h0, c0 and params; (0,) for those that ``needs`` does not ask for
+``rnn_backward``          gradients of input, h0, c0 and params; (0,) for those that ``needs`` does not ask for. With
+                          ``reuse_gates`` it may write over ``gates``, which its schema does not say (as PyTorch's own
+                          for cuDNN with its reserve): only for a tensor that nobody reads afterwards
 ``cell_forward``          one step: h (B, H), c (B, H) or (0,), gates (1, B, S, H), cells (1, B, H)
 ``cell_backward``         its gradients
 ========================= =============================================================================================
@@ -406,7 +408,9 @@ class _Rnn(torch.autograd.Function):
         grad_c_n = grad_c_n if ctx.settings[0] == CellKind.LSTM else None
         needs = ctx.needs_input_grad[7:]
         run = _RnnBackward.apply if torch.is_grad_enabled() else _RnnBackward.forward
-        grads = run(*ctx.settings, needs, grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        reuse_gates = _is_last_use(saved[1])
+        grads = run(*ctx.settings, needs, reuse_gates, grad_output, grad_h_n, grad_c_n, *saved)
         return *(None,) * 7, *_none_for_unneeded(grads, needs)
 
     @staticmethod
@@ -423,21 +427,32 @@ class _ForwardModeRnn(_Rnn):
         return y, h_n, c_n if ctx.settings[0] == CellKind.LSTM else None, None, None, None
 
 
+def _is_last_use(saved: Tensor) -> bool:
+    """Whether a backward pass under way reads this saved CUDA tensor, which no user has seen, for the last time."""
+    if not saved.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    # Neither a tracer's tensor nor one inside of torch.func: there others may hold what this one stands for.
+    if type(saved) is not Tensor or torch._C._are_functorch_transforms_active():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 class _RnnBackward(torch.autograd.Function):
     """``rnn_backward`` with its gradient; returns a gradient for each tensor.
 
-    The arguments: the first seven of :class:`_Rnn`; needs; the gradients of output, h_n, c_n; output, gates, cells,
-    hidden; and the tensors input, h0, c0, masks, params.
+    The arguments: the first seven of :class:`_Rnn`; needs; reuse_gates; the gradients of output, h_n, c_n; output,
+    gates, cells, hidden; and the tensors input, h0, c0, masks, params.
     """
 
     @staticmethod
     def forward(*args):  # type: ignore[no-untyped-def]
-        stack, (num_masks, batch_sizes, needs), seeds, saved = args[:5], args[5:8], args[8:11], args[11:15]
-        input, h0, c0, *rest = args[15:]
+        stack, (num_masks, batch_sizes, needs, reuse_gates) = args[:5], args[5:9]
+        seeds, saved = args[9:12], args[12:16]
+        input, h0, c0, *rest = args[16:]
         masks, params = rest[:num_masks], rest[num_masks:]
         asked = (*needs[:3], *needs[3 + num_masks :])
         grad_input, grad_h0, grad_c0, grad_params = _rnn_backward(
-            *seeds, input, h0, c0, params, masks, batch_sizes, *saved, *stack, asked
+            *seeds, input, h0, c0, params, masks, batch_sizes, *saved, *stack, asked, reuse_gates
         )
         # Masks are drawn, not learned: their gradient is never asked for.
         return grad_input, grad_h0, grad_c0, *(input.new_empty(0) for _ in masks), *grad_params
@@ -447,13 +462,13 @@ class _RnnBackward(torch.autograd.Function):
         ctx.settings, ctx.needs = inputs[:7], inputs[7]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t, needed in zip(output, ctx.needs, strict=True) if not needed))
-        ctx.save_for_backward(*inputs[8:11], *inputs[15:])
+        ctx.save_for_backward(*inputs[9:12], *inputs[16:])
 
     @staticmethod
     def backward(ctx, *grad_grads):  # type: ignore[no-untyped-def]
         seeds, primals = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         cotangents, grads = _second_derivative(_reference_stack(ctx.settings), primals, seeds, ctx.needs, grad_grads)
-        return *(None,) * 8, *cotangents, *(None,) * 4, *grads
+        return *(None,) * 9, *cotangents, *(None,) * 4, *grads
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
@@ -582,7 +597,7 @@ def _(  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fused_rnn::rnn_backward")
 def _(  # type: ignore[no-untyped-def]
     grad_output, grad_h_n, grad_c_n, input, h0, c0, params, dropout_masks, batch_sizes, output, gates, cells, hidden,
-    kind, has_biases, num_layers, bidirectional, batch_first, needs,
+    kind, has_biases, num_layers, bidirectional, batch_first, needs, reuse_gates,
 ):  # fmt: skip
     def like(t, needed):  # type: ignore[no-untyped-def]
         return input.new_empty(t.shape if needed and t is not None else 0)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from support import cuda_ops
 from support.cases import CELLS, Case, CellCase, run
-from support.compare import assert_within
+from support.compare import assert_same, assert_within
 from support.pairwise import Row, pairwise
 
 import fused_rnn
 from fused_rnn import ops
+from fused_rnn.check import scaled_errors
 
 pytestmark = pytest.mark.kernels
 
@@ -58,10 +59,19 @@ CELL_CASES = [
 
 @pytest.fixture(autouse=True)
 def _cuda_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The functions of fused_rnn.ops call the CUDA operators of this build instead of the CPU's."""
+    """The functions of fused_rnn.ops call the CUDA operators of this build instead of the CPU's. TF32 is off."""
     cuda_ops.load()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for name in ("rnn_forward", "rnn_backward", "cell_forward", "cell_backward"):
         monkeypatch.setattr(ops, f"_{name}", getattr(torch.ops.fused_rnn_host, name).default)
+    _allow("none")
+
+
+def _allow(variant: str, *, team_blocks: int = 0, most_columns: int = 0) -> None:
+    """Makes every layer run in this variant, "none" being a launch a step, wherever it can."""
+    flags = [name == variant for name in ("block", "cluster", "grid", "none")]
+    torch.ops.fused_rnn_host.allow(*flags, team_blocks, most_columns)
+    torch.ops.fused_rnn_host.launches()
 
 
 def _reference(case: Case | CellCase) -> dict[str, torch.Tensor]:
@@ -85,3 +95,76 @@ def test_layer_without_gradients_matches_the_float64_reference(case: Case) -> No
 @pytest.mark.parametrize("case", CELL_CASES, ids=str)
 def test_cell_matches_the_float64_reference(case: CellCase) -> None:
     assert_within(run(case.build(fused_rnn), case.data()), _reference(case))
+
+
+# Variants, teams of so many blocks, and a dtype for each product that the kernels have but TF32's.
+PERSISTENT = [
+    ("block", 1, torch.bfloat16),
+    ("cluster", 2, torch.bfloat16),
+    ("cluster", 2, torch.float16),
+    ("grid", 2, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("variant", "team_blocks", "dtype"), PERSISTENT, ids=str)
+@pytest.mark.parametrize("packing", ["padded", "unsorted"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_persistent_layer_matches_the_float64_reference(
+    cell: str, packing: str, variant: str, team_blocks: int, dtype: torch.dtype
+) -> None:
+    case = Case(
+        cell=cell,
+        hidden_size=16,
+        num_layers=2,
+        bidirectional=True,
+        batch=9,
+        steps=4,
+        packing=packing,
+        batch_first=True,
+        hx=packing == "padded",
+        dtype=dtype,
+    )
+    _allow(variant, team_blocks=team_blocks)
+    found = run(case.build(fused_rnn), case.data())
+    kernels = f"{variant} {str(dtype).removeprefix('torch.')}"
+    assert torch.ops.fused_rnn_host.launches() == [f"{kernels} forward"] * 2 + [f"{kernels} backward"] * 2
+    assert_within(found, _reference(case))
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_float32_is_rounded_to_tf32_where_the_flag_of_rnns_allows_it(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    case = Case(hidden_size=16, batch=9, steps=4)
+    _allow("cluster", team_blocks=2)
+    found = run(case.build(fused_rnn), case.data())
+    product = "tf32" if allowed else "float32"
+    assert torch.ops.fused_rnn_host.launches() == [f"cluster {product} forward", f"cluster {product} backward"]
+    worst = max(scaled_errors(found, _reference(case)).values())
+    # 2^13 epsilons of float32 are 2^-10: what TF32 rounds a product by at most.
+    assert 100 < worst < 2.0**13 if allowed else worst <= 32
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_persistent_layer_without_gradients_gives_the_same_bits_as_with_them(cell: str) -> None:
+    case = Case(cell=cell, hidden_size=16, num_layers=2, steps=4, hx=True, dtype=torch.bfloat16)
+    module, data = case.build(fused_rnn), case.data()
+    _allow("cluster", team_blocks=2)
+    with torch.no_grad():
+        found = run(module, data, gradients=False)
+    assert torch.ops.fused_rnn_host.launches() == ["cluster bfloat16 forward"] * 2
+    with_gradients = run(module, data)
+    assert_same(found, {name: with_gradients[name] for name in found})
+
+
+@pytest.mark.parametrize("variant", ["none", "block", "cluster", "grid"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_gate_gradients_in_the_place_of_the_gates_change_nothing(
+    cell: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(cell=cell, hidden_size=16, num_layers=2, bidirectional=True, batch=9, steps=4, dtype=torch.bfloat16)
+    _allow(variant, team_blocks=1 if variant == "block" else 2)
+    apart = run(case.build(fused_rnn), case.data())
+    monkeypatch.setattr(ops, "_is_last_use", lambda saved: True)
+    assert_same(run(case.build(fused_rnn), case.data()), apart)

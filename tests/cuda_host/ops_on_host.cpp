@@ -2,6 +2,7 @@
 // Registers fused_rnn_host::rnn_forward and the others, with the schemas of fused_rnn's, which must be loaded.
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "cuda/persistent.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/step.cuh"
 #include "engine.h"
@@ -81,23 +82,80 @@ const char* previous_states(DType dtype, int64_t size, const Steps& steps, int64
   return nullptr;
 }
 
-bool persistent_fits(const LayerSizes&, const Plan&, const DeviceInfo&) { return false; }
+// What ran since launches() was asked last.
+static std::vector<std::string> launched;
 
-const char* persistent_forward(const LayerSizes&, const Steps&, const PersistentForward*, const Plan&,
-                               const DeviceInfo&, void*, void*) {
-  return "not on the host yet";
+bool persistent_fits(const LayerSizes&, const Plan&, const DeviceInfo&) { return true; }
+
+template <class Arguments, class Kernel, class Direction>
+const char* launch_persistent(Kernel kernel, const LayerSizes& sizes, const Steps& steps, const Direction* direction,
+                              const Plan& plan, void* workspace) {
+  Arguments arguments = {};
+  arguments.hidden_size = sizes.hidden_size;
+  arguments.steps = steps;
+  for (int d = 0; d < plan.directions; ++d) arguments.direction[d] = direction[d];
+  arguments.tiling = plan.tiling;
+  arguments.workspace = static_cast<char*>(workspace);
+  memset(workspace, 0xff, size_t(plan.workspace_bytes));
+  memset(workspace, 0, size_t(plan.counters) * 4);
+  cuda_host::Launch launch;
+  launch.grid_x = plan.tiling.blocks * plan.tiling.teams;
+  launch.grid_y = plan.directions;
+  launch.threads = block_threads;
+  launch.cluster = plan.variant == Variant::cluster ? plan.tiling.blocks : 1;
+  launch.shared_bytes = size_t(plan.tiling.shared_bytes);
+  launch.cooperative = plan.variant == Variant::grid;
+  launched.push_back(std::string(name(plan.variant)) + " " + name(plan.multiply) +
+                     (plan.backward ? " backward" : " forward"));
+  cuda_host::launch(launch, [&] { kernel(arguments); });
+  return nullptr;
 }
 
-const char* persistent_backward(const LayerSizes&, const Steps&, const PersistentBackward*, const Plan&,
-                                const DeviceInfo&, void*, void*) {
-  return "not on the host yet";
+const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* direction,
+                               const Plan& plan, const DeviceInfo&, void* workspace, void*) {
+  const auto run = [&](ForwardKernel kernel) {
+    return launch_persistent<ForwardArguments>(kernel, sizes, steps, direction, plan, workspace);
+  };
+  switch (plan.multiply) {
+    case Multiply::bfloat16: return run(forward_kernel<Multiply::bfloat16>(sizes.kind, plan.shape));
+    case Multiply::float16: return run(forward_kernel<Multiply::float16>(sizes.kind, plan.shape));
+    case Multiply::tf32: return run(forward_kernel<Multiply::tf32>(sizes.kind, plan.shape));
+    default: return run(forward_kernel<Multiply::float32>(sizes.kind, plan.shape));
+  }
+}
+
+const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* direction,
+                                const Plan& plan, const DeviceInfo&, void* workspace, void*) {
+  const auto run = [&](BackwardKernel kernel) {
+    return launch_persistent<BackwardArguments>(kernel, sizes, steps, direction, plan, workspace);
+  };
+  switch (plan.multiply) {
+    case Multiply::bfloat16: return run(backward_kernel<Multiply::bfloat16>(sizes.kind, plan.shape));
+    case Multiply::float16: return run(backward_kernel<Multiply::float16>(sizes.kind, plan.shape));
+    case Multiply::tf32: return run(backward_kernel<Multiply::tf32>(sizes.kind, plan.shape));
+    default: return run(backward_kernel<Multiply::float32>(sizes.kind, plan.shape));
+  }
 }
 
 }  // namespace cuda
 
 }  // namespace fused_rnn
 
+// Which persistent variants may run from now on.
+static void allow(bool block, bool cluster, bool grid, bool none, int64_t team_blocks, int64_t most_columns) {
+  fused_rnn::cuda::Allowed allowed;
+  allowed.block = block;
+  allowed.cluster = cluster;
+  allowed.grid = grid;
+  allowed.none = none;
+  allowed.team_blocks = int32_t(team_blocks);
+  allowed.most_columns = int32_t(most_columns);
+  fused_rnn::allow_variants(allowed);
+}
+
 TORCH_LIBRARY(fused_rnn_host, m) {
+  m.def("allow(bool block, bool cluster, bool grid, bool none, int team_blocks, int most_columns) -> ()", &allow);
+  m.def("launches() -> str[]", [] { return std::exchange(fused_rnn::cuda::launched, {}); });
   for (const char* name : {"rnn_forward", "rnn_backward", "cell_forward", "cell_backward"}) {
     const auto original =
         c10::Dispatcher::singleton().findSchemaOrThrow((std::string("fused_rnn::") + name).c_str(), "");

@@ -32,6 +32,8 @@ def load() -> None:
     compile(cuda_host.SOURCES / "engine.cpp", ["-fPIC", "-O2", "-fno-tree-loop-distribute-patterns"])
     compile(cuda_host.SOURCES / "ops_on_host.cpp", with_torch)
     compile(CSRC / "ops_cuda.cpp", with_torch)
+    for kernels in sorted((CSRC / "cuda").glob("persistent_*ward_*.cu")):
+        compile(kernels, [*shared, "-x", "c++"])
     for name in ("cuda", "cpu"):
         source = CSRC / name / "plan.cpp"
         objects.append(cuda_host._compile(folder / f"{name}_plan.o", [*shared, "-c", str(source)]))
