@@ -97,7 +97,7 @@ def test_every_kernel_and_exchange_agrees_with_float64(direction: str, dtype: st
 
 # Small enough for the many threads that ThreadSanitizer keeps a history of.
 RACE_CASES = {
-    "none": "exchange=none sms=1 T=4 B=10 H=24",
+    "none": "exchange=none sms=1 T=4 B=3 H=24",
     "counted": "exchange=counted blocks=2 sms=2 T=4 B=10 H=24",
     "barriers": "exchange=barriers blocks=4 sms=4 T=4 B=3 H=24",
     "memory": "exchange=memory sms=3 T=4 B=10 H=24",

@@ -1,13 +1,12 @@
-// Gates of 16-bit layers: float32 with sigmoid and tanh from the hardware's exponential and reciprocal.
+// Gates of 16-bit and TF32 layers: float32 with sigmoid and tanh from the hardware's exponential and reciprocal.
 //
 // The functions of cells/math.h are right to 2 ulp of float32 and take some 40 instructions each. These take 4 and 11,
-// without a branch, and are right to a few 1e-7 (tanh: 1e-6 relative), far below what rounding to 16 bits loses. In a
-// persistent kernel their latency, and for wide batches their issue slots, stand in every step.
+// without a branch, and are right to a few 1e-7 (tanh: 1e-6 relative), far below what rounding to 16 bits or a product
+// in TF32 loses. In a persistent kernel their latency, and for wide batches their issue slots, stand in every step.
 #pragma once
 
-#include <cmath>
-
 #include "../cells/math.h"
+#include "device.h"
 
 namespace fused_rnn {
 
@@ -24,22 +23,6 @@ struct Approximate {
   friend FRNN_HOST_DEVICE Approximate operator*(Approximate a, Approximate b) { return a.value * b.value; }
   friend FRNN_HOST_DEVICE bool operator<=(Approximate a, Approximate b) { return a.value <= b.value; }
 };
-
-// e^x, and 1 / x for x >= 1, infinity included.
-FRNN_HOST_DEVICE float approximate_exp(float x) {
-#if defined(__CUDA_ARCH__)
-  return __expf(x);
-#else
-  return std::exp(x);
-#endif
-}
-FRNN_HOST_DEVICE float approximate_reciprocal(float x) {
-#if defined(__CUDA_ARCH__)
-  return __fdividef(1.0f, x);
-#else
-  return 1.0f / x;
-#endif
-}
 
 }  // namespace cuda
 

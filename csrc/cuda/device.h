@@ -11,11 +11,39 @@
 // "The warp" means all 32 lanes, which must arrive at the same call together.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "../cpu/element.h"
 #include "../problem.h"
+
+namespace fused_rnn {
+namespace cuda {
+
+// Approximations of the special function unit, to a few units in the last place. What would be subnormal is zero.
+
+FRNN_HOST_DEVICE float approximate_exp(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
+#else
+  return std::exp(x);
+#endif
+}
+FRNN_HOST_DEVICE float approximate_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn
 
 #if defined(FRNN_CUDA_ON_HOST)
 #define FRNN_CUDA_CLUSTERS 1

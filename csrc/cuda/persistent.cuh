@@ -121,14 +121,24 @@ struct Item {
         exists(pair < tile_columns / 2 && global_unit < hidden_size && unit / 8 < place.octets) {}
 };
 
-// All blocks of a cluster; no more than the other blocks' shared memory must be waited for in between.
+constexpr FRNN_HOST_DEVICE bool is_cluster(Exchange exchange) {
+  return exchange == Exchange::counted || exchange == Exchange::barriers;
+}
+
+// A barrier of the cluster, where the team is one.
 FRNN_DEVICE void meet_cluster(const Tiling& tiling) {
 #if defined(FRNN_CUDA_CLUSTERS)
-  if (tiling.exchange == Exchange::counted || tiling.exchange == Exchange::barriers) {
+  if (is_cluster(tiling.exchange)) {
     cluster_arrive();
     cluster_wait();
   }
 #endif
+}
+
+// The same, and of the block where it is not: after it, shared memory is ready for whoever may write into it.
+FRNN_DEVICE void meet_writers(const Tiling& tiling) {
+  if (!is_cluster(tiling.exchange)) sync_threads();
+  meet_cluster(tiling);
 }
 
 template <class S>

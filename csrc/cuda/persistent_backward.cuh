@@ -43,7 +43,7 @@ class SumExchange {
     }
   }
 
-  // The caller's block (and cluster) must meet before the first step.
+  // The caller meets all who write there before the first step.
   FRNN_DEVICE void begin() {
 #if defined(FRNN_CUDA_CLUSTERS)
     if (tiling_.exchange == Exchange::counted && thread_index() == 0) {
@@ -54,16 +54,21 @@ class SumExchange {
 #endif
   }
 
+  // (Here and below the fastest exchange comes before the switch, whose jump takes longer than a step's other
+  // branches.)
   FRNN_DEVICE void wait(int e, int j) {
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (tiling_.exchange == Exchange::counted) {
+      mbarrier_wait(&barriers_[2 * j + (e & 1)], ((e - 1) >> 1) & 1);
+      if (thread_index() == 0 && e + 2 <= exchanges_) mbarrier_arrive_expect(&barriers_[2 * j + (e & 1)], bytes(j));
+      return;
+    }
+#endif
     switch (tiling_.exchange) {
       case Exchange::none:
         if (j == 0) sync_threads();
         break;
 #if defined(FRNN_CUDA_CLUSTERS)
-      case Exchange::counted:
-        mbarrier_wait(&barriers_[2 * j + (e & 1)], ((e - 1) >> 1) & 1);
-        if (thread_index() == 0 && e + 2 <= exchanges_) mbarrier_arrive_expect(&barriers_[2 * j + (e & 1)], bytes(j));
-        break;
       case Exchange::barriers:
         if (j == 0) cluster_wait();
         break;
@@ -96,7 +101,9 @@ class SumExchange {
       }
     }
     if (tiling_.source_split > 1) {
-      Pair* const parts = reinterpret_cast<Pair*>(shared_memory() + tiling_.sums);
+      // Two buffers: who is a sum ahead has met those that still read here at the barrier below.
+      Pair* const parts = reinterpret_cast<Pair*>(shared_memory() + tiling_.sums) + parity_ * block_threads;
+      parity_ ^= 1;
       parts[thread_index()] = total;
       sync_threads();
       for (int i = 1; i < tiling_.source_split && split == 0; ++i) {
@@ -112,13 +119,16 @@ class SumExchange {
     if (octet >= place_.total_octets || 2 * pair >= place_.columns_of(j)) return;
     const int owner = (octet * inverse_octets_) >> 16;  // octet / octets, exact for the sizes that fit a GPU
     const int at = offset(place_.rank, pair, (octet - owner * tiling_.octets) * 8 + g);
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (tiling_.exchange == Exchange::counted) {
+      store_async(remote_address(shared(j, e & 1) + at, owner), value,
+                  remote_address(&barriers_[2 * j + (e & 1)], owner));
+      return;
+    }
+#endif
     switch (tiling_.exchange) {
       case Exchange::none: *reinterpret_cast<Pair*>(shared(j, e & 1) + at) = value; break;
 #if defined(FRNN_CUDA_CLUSTERS)
-      case Exchange::counted:
-        store_async(remote_address(shared(j, e & 1) + at, owner), value,
-                    remote_address(&barriers_[2 * j + (e & 1)], owner));
-        break;
       case Exchange::barriers: store_remote(remote_address(shared(j, e & 1) + at, owner), value); break;
 #endif
       case Exchange::memory: store_l2(reinterpret_cast<Pair*>(global(j, e & 1, owner) + at), value); break;
@@ -158,6 +168,7 @@ class SumExchange {
 #endif
   char* memory_ = nullptr;
   uint32_t* counters_ = nullptr;
+  int parity_ = 0;  // of the sums
 };
 
 template <class Product, class Cell, int group, int register_groups, int most_slabs>
@@ -250,8 +261,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   const int exchanges = layer.grad_h0 ? num_steps : num_steps - 1;
   SumExchange exchange(tiling, place, arguments.workspace, exchanges);
   exchange.begin();
-  sync_threads();
-  meet_cluster(tiling);
+  meet_writers(tiling);
   if (place.rank >= tiling.active) {  // nothing to do, but the cluster's barriers count this block
     for (int e = 0; e < exchanges && tiling.exchange == Exchange::barriers; ++e) meet_cluster(tiling);
     meet_cluster(tiling);
@@ -404,7 +414,6 @@ __global__ void __launch_bounds__(block_threads, 1)
       if (layer.grad_h0) typed<S>(layer.grad_h0)[index] = narrow<S>(dh_state(j)->v[column] + received.v[column]);
       if (Cell::has_cell && layer.grad_c0) typed<S>(layer.grad_c0)[index] = narrow<S>(dc_state(j)->v[column]);
     }
-    sync_threads();
   }
   // No block leaves while others may write into its shared memory.
   meet_cluster(tiling);

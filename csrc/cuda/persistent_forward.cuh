@@ -54,8 +54,7 @@ class StateExchange {
     }
   }
 
-  // h0 into the buffers, zeros into all the rest. The cluster, if there is one, must meet before the first
-  // step; wait makes a block do so.
+  // h0 into the buffers, zeros into all the rest. The caller meets all who write there before the first step.
   FRNN_DEVICE void begin(const void* h0, int64_t hidden_size) {
     const bool memory = tiling_.exchange == Exchange::memory;
     const int buffers = memory ? 1 : 2 * tiling_.column_tiles;
@@ -68,24 +67,29 @@ class StateExchange {
       for (int i = 0; i < 2 * place_.column_tiles; ++i) mbarrier_arrive_expect(&barriers_[i], bytes(i / 2));
     }
 #endif
+    if (memory) return;
     sync_threads();
-    if (!memory)
-      for (int j = 0; j < place_.column_tiles; ++j) load_initial(buffer(j, 0), j, h0, hidden_size);
+    for (int j = 0; j < place_.column_tiles; ++j) load_initial(buffer(j, 0), j, h0, hidden_size);
   }
 
   // Where this block finds h after step s - 1 of column tile j (s = 0: h0), when all of it is there.
   FRNN_DEVICE const char* wait(int s, int j, const void* h0, int64_t hidden_size) {
     const int parity = s & 1;
-    switch (tiling_.exchange) {
-      case Exchange::none:
-        if (j == 0) sync_threads();
-        break;
+    // (Here and below the fastest exchange comes before the switch, whose jump takes longer than other branches.)
 #if defined(FRNN_CUDA_CLUSTERS)
-      case Exchange::counted:
-        if (s == 0) break;
+    if (tiling_.exchange == Exchange::counted) {
+      if (s > 0) {
         mbarrier_wait(&barriers_[2 * j + parity], ((s - 1) >> 1) & 1);
         if (thread_index() == 0 && s + 2 < steps_) mbarrier_arrive_expect(&barriers_[2 * j + parity], bytes(j));
+      }
+      return buffer(j, parity);
+    }
+#endif
+    switch (tiling_.exchange) {
+      case Exchange::none:
+        if (s > 0 && j == 0) sync_threads();
         break;
+#if defined(FRNN_CUDA_CLUSTERS)
       case Exchange::barriers:
         if (s > 0 && j == 0) cluster_wait();
         break;
@@ -93,7 +97,6 @@ class StateExchange {
       case Exchange::memory:
         // The one buffer in shared memory is free: all warps have passed the barrier of the column tile before.
         if (s == 0) {
-          sync_threads();
           load_initial(operand_, j, h0, hidden_size);
         } else {
           if (thread_index() == 0) wait_until_at_least(&counters_[j], uint32_t(s) * uint32_t(tiling_.active));
@@ -117,16 +120,19 @@ class StateExchange {
     if (!sends) return;
     const int offset = chunk_offset((place_.first_octet * 8 + item.unit) / per_chunk, column);
     const int holder = lane_index() % (2 * holders) / 2;
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (tiling_.exchange == Exchange::counted) {
+      for (int rank = holder; rank < tiling_.active; rank += holders)
+        store_async(remote_address(buffer(j, parity) + offset, rank), chunk,
+                    remote_address(&barriers_[2 * j + parity], rank));
+      return;
+    }
+#endif
     switch (tiling_.exchange) {
       case Exchange::none:
         if (holder == 0) *reinterpret_cast<Chunk*>(buffer(j, parity) + offset) = chunk;
         break;
 #if defined(FRNN_CUDA_CLUSTERS)
-      case Exchange::counted:
-        for (int rank = holder; rank < tiling_.active; rank += holders)
-          store_async(remote_address(buffer(j, parity) + offset, rank), chunk,
-                      remote_address(&barriers_[2 * j + parity], rank));
-        break;
       case Exchange::barriers:
         for (int rank = holder; rank < tiling_.active; rank += holders)
           store_remote(remote_address(buffer(j, parity) + offset, rank), chunk);
@@ -208,6 +214,20 @@ struct alignas(16) Biases {
   float of[4];
 };
 
+// The sums of a unit and two columns over `warps` warps, in their order. Without a loop, so that all loads overlap.
+template <int warps, int gates>
+FRNN_DEVICE void add_parts(Pair (&sums)[gates], const Pair* part, int pair_stride) {
+  FRNN_UNROLL
+  for (int k = 0; k < warps; ++k) {
+    FRNN_UNROLL
+    for (int gate = 0; gate < gates; ++gate) {
+      const Pair more = part[(k * gates + gate) * (tile_columns / 2) * pair_stride];
+      sums[gate].v[0] = k == 0 ? more.v[0] : sums[gate].v[0] + more.v[0];
+      sums[gate].v[1] = k == 0 ? more.v[1] : sums[gate].v[1] + more.v[1];
+    }
+  }
+}
+
 template <class Product, class Cell, int row_tiles, int register_slabs>
 __global__ void __launch_bounds__(block_threads, 1)
     persistent_forward_kernel(const __grid_constant__ ForwardArguments arguments) {
@@ -265,6 +285,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   const auto c_state = [&](int j) { return &states[(2 * j + 1) * block_threads + thread_index()]; };
   const auto row_of = [&](int j, int column) { return place.first_column + j * tile_columns + 2 * item.pair + column; };
   const auto owns = [&](int j, int column) { return item.exists && 2 * item.pair + column < place.columns_of(j); };
+  const auto lives = [&](int j, int column, int live) { return owns(j, column) && row_of(j, column) < live; };
   Biases& biases = reinterpret_cast<Biases*>(shared_memory() + tiling.biases)[thread_index()];
   biases = {};
   if (item.exists) {
@@ -292,7 +313,7 @@ __global__ void __launch_bounds__(block_threads, 1)
 
   StateExchange<Product> exchange(tiling, place, arguments.workspace, num_steps);
   exchange.begin(layer.h0, H);
-  meet_cluster(tiling);
+  meet_writers(tiling);
   if (place.rank >= tiling.active) {  // nothing to do, but the cluster's barriers count this block
     for (int s = 0; s + 1 < num_steps && tiling.exchange == Exchange::barriers; ++s) meet_cluster(tiling);
     meet_cluster(tiling);
@@ -304,7 +325,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   const auto fetch_projection = [&](int first, int live, int j) {
     FRNN_UNROLL
     for (int column = 0; column < 2; ++column) {
-      if (!owns(j, column) || row_of(j, column) >= live) continue;
+      if (!lives(j, column, live)) continue;
       const S* const row =
           typed<S>(layer.projection) + (first + row_of(j, column)) * layer.projection_stride + item.global_unit;
       FRNN_UNROLL
@@ -371,56 +392,60 @@ __global__ void __launch_bounds__(block_threads, 1)
       }
       sync_threads();
 
-      Pair h = {}, c = {};
-      if (item.exists && 2 * item.pair < columns) {
+      // Both columns of the item together, dead or not, so that their arithmetic overlaps.
+      const bool acts = item.exists && 2 * item.pair < columns;
+      Pair h = {};
+      Real values[2][saved > 0 ? saved : 1], c_next[2];
+      S stored_h[2] = {};
+      if (acts) {
         h = *h_state(j);
+        Pair c = {};
         if (Cell::has_cell) c = *c_state(j);
-        Pair product[gates] = {};
-        for (int k = 0; k < tiling.warps_k; ++k) {
-          FRNN_UNROLL
-          for (int gate = 0; gate < gates; ++gate) {
-            const Pair part = partial[((k * gates + gate) * (tile_columns / 2) + item.pair) * pair_stride + item.unit];
-            product[gate].v[0] += part.v[0];
-            product[gate].v[1] += part.v[1];
-          }
+        Pair product[gates];
+        const Pair* const part = partial + item.pair * pair_stride + item.unit;
+        switch (tiling.warps_k) {
+          case 1: add_parts<1>(product, part, pair_stride); break;
+          case 2: add_parts<2>(product, part, pair_stride); break;
+          case 4: add_parts<4>(product, part, pair_stride); break;
+          default: add_parts<8>(product, part, pair_stride);
         }
         const Biases bias = biases;
-        // Both columns together, dead or not, so that their arithmetic overlaps.
-        Real values[2][saved > 0 ? saved : 1], h_next[2], c_next[2];
         FRNN_UNROLL
         for (int column = 0; column < 2; ++column) {
-          Real x[gates], r[gates];
+          Real x[gates], r[gates], h_next;
           FRNN_UNROLL
           for (int gate = 0; gate < gates; ++gate) {
             x[gate] = widen(projected[gate][column]) + bias.of[gate];
             r[gate] = product[gate].v[column] + (Cell::hidden_bias_apart(gate) ? bias.of[3] : 0.0f);
           }
-          Cell::template forward<Real>(x, r, h.v[column], c.v[column], h_next[column], c_next[column], values[column]);
-        }
-        FRNN_UNROLL
-        for (int column = 0; column < 2; ++column) {
-          if (!owns(j, column) || row_of(j, column) >= rows.live) continue;
-          const S stored_h = narrow<S>(float(h_next[column]));
-          h.v[column] = widen(stored_h);
-          const int64_t row = rows.first + row_of(j, column);
-          typed<S>(layer.y)[row * layer.y_stride + item.global_unit] = stored_h;
-          if (Cell::has_cell) {
-            c.v[column] = float(c_next[column]);
-            if (layer.cells) store_streaming(typed<float>(layer.cells) + row * H + item.global_unit, c.v[column]);
-          }
-          if (saved > 0 && layer.gates) {
-            FRNN_UNROLL
-            for (int i = 0; i < saved; ++i)
-              store_streaming(typed<S>(layer.gates) + (row * saved + i) * H + item.global_unit,
-                              narrow<S>(float(values[column][i])));
+          Cell::template forward<Real>(x, r, h.v[column], c.v[column], h_next, c_next[column], values[column]);
+          stored_h[column] = narrow<S>(float(h_next));
+          if (lives(j, column, rows.live)) {
+            h.v[column] = widen(stored_h[column]);
+            if (Cell::has_cell) c.v[column] = float(c_next[column]);
           }
         }
         *h_state(j) = h;
         if (Cell::has_cell) *c_state(j) = c;
       }
+      // The team waits for h; memory does not.
       if (s + 1 < num_steps) {
         exchange.send(s, j, item, h.v);
         exchange.sent(j);
+      }
+      FRNN_UNROLL
+      for (int column = 0; column < 2; ++column) {
+        if (!acts || !lives(j, column, rows.live)) continue;
+        const int64_t row = rows.first + row_of(j, column);
+        typed<S>(layer.y)[row * layer.y_stride + item.global_unit] = stored_h[column];
+        if (Cell::has_cell && layer.cells)
+          store_streaming(typed<float>(layer.cells) + row * H + item.global_unit, float(c_next[column]));
+        if (saved > 0 && layer.gates) {
+          FRNN_UNROLL
+          for (int i = 0; i < saved; ++i)
+            store_streaming(typed<S>(layer.gates) + (row * saved + i) * H + item.global_unit,
+                            narrow<S>(float(values[column][i])));
+        }
       }
       if (j + 1 == place.column_tiles) {
         rows = next_rows;

@@ -78,7 +78,7 @@ struct HalfProduct {
 // float32 rounded to TF32 on the matrix units.
 struct Tf32Product {
   using Storage = float;
-  using Real = float;
+  using Real = Approximate;
   static constexpr int per_chunk = 4;
   using Operand = Chunk;
 

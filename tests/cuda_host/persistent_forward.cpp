@@ -140,8 +140,9 @@ struct Forward {
       // States differ where a sum in float32 falls on the other side of a rounding boundary than one in float64: once
       // in some hundred numbers by one unit in the last place (2^-8 of bfloat16, 2^-11 of float16). What is saved is
       // rounded itself.
-      const double rounding = multiply == Multiply::bfloat16 ? 3e-3 : multiply == Multiply::float16 ? 4e-4 : 2e-6;
-      const double states = multiply == Multiply::bfloat16 ? 1e-3 : multiply == Multiply::float16 ? 2e-4 : 2e-6;
+      const double exact = multiply == Multiply::tf32 ? 1e-4 : 2e-6;  // TF32 has rounding boundaries of its own
+      const double rounding = multiply == Multiply::bfloat16 ? 3e-3 : multiply == Multiply::float16 ? 4e-4 : exact;
+      const double states = multiply == Multiply::bfloat16 ? 1e-3 : multiply == Multiply::float16 ? 2e-4 : exact;
       Verdict verdict;
       verdict.expect("y", y_error, states);
       verdict.expect("h_n", h_error, states);

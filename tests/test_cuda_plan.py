@@ -1,0 +1,140 @@
+"""Which CUDA variant the planner chooses for GPUs that are not there: csrc/cuda/plan.cpp is part of every build."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fused_rnn import _C
+from fused_rnn.reference import CellKind
+
+DEVICES = {
+    "A100": {"arch": 80, "sms": 108, "shared": 163, "l2": 40, "max_cluster": 1, "mhz": 1410},
+    "H200": {"arch": 90, "sms": 132, "shared": 227, "l2": 50, "max_cluster": 16, "mhz": 1980},
+    "B200": {"arch": 100, "sms": 148, "shared": 227, "l2": 126, "max_cluster": 16, "mhz": 1965},
+    "RTX 5090": {"arch": 120, "sms": 170, "shared": 99, "l2": 96, "max_cluster": 8, "mhz": 2407},
+}
+CELLS = {"lstm": CellKind.LSTM, "gru": CellKind.GRU, "rnn_tanh": CellKind.RNN_TANH}
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
+DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
+BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+# The grids of issue-sized benchmarks: FlashRNN's (B 2 to 256 at H 768), haste's (H 128 to 4096), and the CPU table's.
+SHAPES = sorted(
+    {(16, 64), (32, 64), (1, 256), (64, 512), (64, 1024), (20, 650)}
+    | {(batch, 768) for batch in (2, 4, 8, 16, 32, 64, 128, 256)}
+    | set(itertools.product((1, 32, 64, 128), (128, 256, 512, 1024, 2048, 4096)))
+)
+TABLE = Path(__file__).parent / "data" / "cuda_plans.json"
+
+
+def plan(
+    device: str, cell: str, dtype: str, batch: int, hidden: int, *, backward: bool, tf32: bool = True, **other: Any
+) -> dict[str, Any]:
+    d = DEVICES[device]
+    fields = {
+        "arch": d["arch"],
+        "sms": d["sms"],
+        "shared_per_block": d["shared"] * 1024,
+        "shared_per_sm": (d["shared"] + 1) * 1024,
+        "registers_per_sm": 65536,
+        "l2_bytes": d["l2"] << 20,
+        "max_cluster": d["max_cluster"],
+        "cooperative": True,
+        "clock_khz": d["mhz"] * 1000,
+    }
+    return _C.cuda_plan_for(
+        CELLS[cell],
+        T=other.get("T", 1024),
+        B=batch,
+        input_size=hidden,
+        hidden_size=hidden,
+        state_size=other.get("state_size", hidden),
+        directions=other.get("directions", 1),
+        dtype=DTYPES[dtype],
+        backward=backward,
+        device=fields,
+        tf32=tf32,
+    )
+
+
+def described(p: dict[str, Any]) -> str:
+    """Like ``cluster of 16, 8 teams of 2 columns``."""
+    if p["variant"] == "none":
+        return "none"
+    return f"{p['variant']} of {p['team_blocks']}, {p['teams']} teams of {p['columns']} columns"
+
+
+def decisions() -> dict[str, dict[str, str]]:
+    """What tests/data/cuda_plans.json holds: per device and layer, forward and backward."""
+    return {
+        device: {
+            f"{cell} {dtype} B{batch} H{hidden}": "; ".join(
+                described(plan(device, cell, dtype, batch, hidden, backward=backward)) for backward in (False, True)
+            )
+            for cell in ("lstm", "gru")
+            for dtype in ("bfloat16", "float32")
+            for batch, hidden in SHAPES
+        }
+        for device in DEVICES
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_plan_holds_the_weights_and_the_batch(device: str) -> None:
+    d = DEVICES[device]
+    for cell, dtype, directions, backward in itertools.product(CELLS, BYTES, (1, 2), (False, True)):
+        for batch, hidden in [*SHAPES, (3, 1), (7, 13), (300, 100)]:
+            p = plan(device, cell, dtype, batch, hidden, backward=backward, directions=directions)
+            if p["variant"] == "none":
+                assert p["reason"]
+                continue
+            weights = GATES[cell] * hidden * hidden * BYTES[dtype]
+            assert (p["register_bytes"] + p["weight_bytes"]) * p["team_blocks"] >= weights
+            assert p["register_bytes"] <= 65536 * 4
+            assert p["weight_bytes"] < p["shared_bytes"] <= d["shared"] * 1024
+            assert (p["teams"] - 1) * p["columns"] < batch <= p["teams"] * p["columns"]
+            assert p["blocks"] == p["teams"] * p["team_blocks"] * directions
+            assert p["variant"] != "grid" or p["blocks"] <= d["sms"]
+            assert p["variant"] != "cluster" or p["team_blocks"] <= d["max_cluster"]
+            assert (p["workspace_bytes"] > 0) == (p["variant"] == "grid")
+            assert p["predicted_us"] > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"dtype": "float64"}, "float64"),
+        ({"state_size": 64}, "projection"),
+        ({"T": 1 << 30}, "2^31 rows"),
+        ({"hidden": 8192}, "do not fit"),
+    ],
+)
+def test_what_no_persistent_kernel_takes_says_why(case: dict[str, Any], reason: str) -> None:
+    arguments = {"cell": "lstm", "dtype": "bfloat16", "batch": 16, "hidden": 512, "backward": False, **case}
+    p = plan("H200", **arguments)
+    assert p["variant"] == "none"
+    assert reason in p["reason"]
+
+
+def test_without_clusters_the_reason_says_so() -> None:
+    assert "cluster: this GPU has no clusters" in plan("A100", "lstm", "bfloat16", 16, 512, backward=False)["reason"]
+
+
+def test_float32_is_rounded_to_tf32_only_where_that_is_allowed() -> None:
+    for tf32, multiply in ((True, "tf32"), (False, "float32")):
+        assert plan("H200", "gru", "float32", 16, 256, backward=False, tf32=tf32)["multiply"] == multiply
+
+
+def test_decisions_are_those_of_the_table() -> None:
+    """After a deliberate change of the cost model: ``python tests/test_cuda_plan.py`` writes the table anew."""
+    assert decisions() == json.loads(TABLE.read_text())
+
+
+if __name__ == "__main__":
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(json.dumps(decisions(), indent=1) + "\n")
