@@ -105,6 +105,14 @@ def plan(
     return result
 
 
+def peak_flops(dtype: torch.dtype, seconds: float) -> float:
+    """Floating-point operations a second that the multiply-add units reach, measured for about `seconds` (at most 1).
+
+    On as many threads as a call would use, with the instructions that products of `dtype` are made of, from registers.
+    """
+    return _C.peak_flops(_DTYPES[dtype], seconds)
+
+
 def _needs_autograd(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the call must be recorded: by autograd, by forward-mode differentiation or by a torch.func transform."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
