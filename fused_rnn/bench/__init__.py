@@ -99,7 +99,7 @@ class _Run:
         for section in sections:
             print(f"\n{section.title}\n{report.aligned(section)}")
         if self.arguments.json:
-            _write(self.arguments.json, json.dumps(result, indent=1) + "\n")
+            _write(self.arguments.json, report.json_text(result))
         if self.arguments.markdown:
             _write(self.arguments.markdown, report.to_markdown(self.where, self.table, self.results, sections))
         failed = [found for found in self.results if not found.passed]

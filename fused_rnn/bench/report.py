@@ -1,6 +1,7 @@
 """Results as aligned lines for the terminal, as Markdown and as JSON."""
 
 import dataclasses
+import json
 import math
 import os
 import statistics
@@ -97,10 +98,14 @@ def footnotes(results: Sequence[Result]) -> list[str]:
     """Explain the asterisks of the table, why the reference ran and no kernel; say how calm the machine was."""
     reasons = dict.fromkeys(result.reference_reason for result in results if result.reference_reason)
     notes = [f"* ran on the reference, not on a kernel: {reason}" for reason in reasons]
-    disturbed = sum(result.disturbed_rounds for result in results)
-    if disturbed:
-        rounds = disturbed + sum(len(result.seconds[FUSED.name]) for result in results if result.passed)
-        notes.append(f"Other processes were at work in {disturbed} of {rounds} rounds, which were thrown away.")
+    thrown = sum(result.disturbed_rounds for result in results)
+    kept = sum(result.disturbed_rounds_kept for result in results)
+    if thrown or kept:
+        rounds = thrown + sum(len(result.seconds[FUSED.name]) for result in results if result.passed)
+        notes.append(
+            f"Other processes were at work in {thrown + kept} of {rounds} rounds, of which {thrown} were repeated and "
+            f"{kept} count all the same."
+        )
     return notes
 
 
@@ -252,11 +257,32 @@ def to_json(
         "schema": SCHEMA,
         "environment": environment,
         "plans": {part: dataclasses.asdict(plan) for part, plan in plans.items()},
-        "cases": [_case_record(result, rivals) for result in results],
+        "cases": [_significant(_case_record(result, rivals)) for result in results],
         "geometric_means": {rival: geometric_means(results, rival) for rival in rivals},
         "memory": [_identity_record(found.case) | {"bytes_saved": found.bytes_saved} for found in saved],
-        "crowded": [_crowded_record(found) for found in crowdings],
+        "crowded": [_significant(_crowded_record(found)) for found in crowdings],
     }
+
+
+def json_text(result: Mapping[str, Any]) -> str:
+    """Return the text of a result: the records of a list on a line each, so that changes of a result can be read."""
+    parts = []
+    for key, value in result.items():
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(json.dumps(record) for record in value) + "\n]"
+        else:
+            text = json.dumps(value, indent=1)
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _significant(value: Any) -> Any:
+    """Round what is measured to six digits, in nested lists and dicts."""
+    if isinstance(value, dict):
+        return {key: _significant(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_significant(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _identity_record(case: Case) -> dict[str, Any]:
@@ -300,7 +326,7 @@ def _case_record(result: Result, rivals: Sequence[str]) -> dict[str, Any]:
             rival: dataclasses.asdict(result.ratio(rival)) for rival in rivals if rival in result.seconds
         }
         record["fused_gflops"] = result.gflops
-        record["disturbed_rounds"] = result.disturbed_rounds
+        record["disturbed_rounds"] = {"repeated": result.disturbed_rounds, "kept": result.disturbed_rounds_kept}
     if result.peak:
         shares = {name: result.share_of_peak(name) for name in result.seconds}
         record["peak_gflops"] = dataclasses.asdict(Spread.of([rate / 1e9 for rate in result.peak]))

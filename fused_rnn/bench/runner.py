@@ -137,6 +137,7 @@ class Result:
         calls: by peer, calls in each round.
         peak: operations a second that the arithmetic units reached in each round; empty where it was not measured.
         disturbed_rounds: rounds thrown away because other processes were at work.
+        disturbed_rounds_kept: rounds that count all the same, because there were too many of these.
     """
 
     case: Case
@@ -149,6 +150,7 @@ class Result:
     calls: dict[str, int] = field(default_factory=dict)
     peak: list[float] = field(default_factory=list)
     disturbed_rounds: int = 0
+    disturbed_rounds_kept: int = 0
 
     @property
     def passed(self) -> bool:
@@ -301,7 +303,11 @@ def _time(
                     last_pool = pools[name]
                 result.seconds[name].append(_turn(runs[name], result.calls[name]))
             order.reverse()
-            if others.disturbed() and time.perf_counter() - start < _DISTURBED_LIMIT * plan.seconds:
+            if not others.disturbed():
+                continue
+            if time.perf_counter() - start > plan.seconds + _DISTURBED_SECONDS:
+                result.disturbed_rounds_kept += 1
+            else:
                 result.disturbed_rounds += 1
                 for samples in (*result.seconds.values(), *([result.peak] if peak else [])):
                     samples.pop()
@@ -309,10 +315,10 @@ def _time(
         gc.enable()
 
 
-# Until a case has taken so many times the plan's seconds, rounds in which other processes were at work are repeated.
-_DISTURBED_LIMIT = 3.0
+# Rounds in which other processes were at work are repeated, but not for longer than this beyond the plan's seconds.
+_DISTURBED_SECONDS = 1.5
 
-# Pools were seen to spin for up to 50 ms (ONNX Runtime), 20 (libgomp) and 1 (TBB) after a call.
+# Pools were seen to spin for up to 50 ms (ONNX Runtime), 10 (libgomp) and 1 (TBB) after a call.
 _IDLE_LIMIT_SECONDS = 0.2
 # Linux accounts for the time of running threads at every tick, of up to 4 ms.
 _IDLE_STEP_SECONDS = 0.005
