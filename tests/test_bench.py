@@ -203,6 +203,17 @@ def test_rounds_with_other_processes_at_work_are_repeated(monkeypatch: pytest.Mo
     )
 
 
+def test_disturbed_rounds_count_once_patience_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.OtherProcesses, "disturbed", lambda self: True)
+    exactly = dataclasses.replace(PLAN, min_rounds=4, max_rounds=4)
+    others = runner.OtherProcesses(patience=1e-9)
+    case = Case(TINY, "rnn", "inference", "float32")
+    result = runner.measure(case, [peers.FUSED, peers.TORCH_NN], exactly, others=others)
+    assert others.patience < 0
+    assert (result.disturbed_rounds, result.disturbed_rounds_kept) == (1, 4)
+    assert len(result.seconds["fused"]) == 4
+
+
 @pytest.mark.kernels
 def test_peak_is_positive_and_refuses_what_it_cannot_measure(isa: str) -> None:
     from fused_rnn import _C

@@ -20,6 +20,9 @@ from .peers import FUSED, PEERS, TORCH_NN, Peer
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+# What a run spends at most on repeating rounds in which other processes were at work.
+_PATIENCE_SECONDS = 40.0
+
 PARTS = (*cases.PARTS, "memory", "crowded")
 
 
@@ -72,6 +75,7 @@ class _Run:
             freed_memory_kept=freed_memory_kept, peers={peer.name: peer.version() for peer in self.peers}
         )
         self.table = report.Table([case for case in selected if case.shape.part != "sweeps"], self.rivals)
+        self.others = environment.OtherProcesses(patience=_PATIENCE_SECONDS)
         self.results: list[runner.Result] = []
         self.saved: list[memory.Saved] = []
         self.crowdings: list[crowded.Crowding] = []
@@ -138,8 +142,8 @@ class _Run:
         plan = self.plans[case.shape.part]
         if case.shape.part == "sweeps":
             contestants: list[Peer] = [FUSED, TORCH_NN]
-            return runner.measure(case, contestants, plan)
-        return runner.measure(case, self.peers, plan, peak=_peak if backend.ops else None)
+            return runner.measure(case, contestants, plan, others=self.others)
+        return runner.measure(case, self.peers, plan, peak=_peak if backend.ops else None, others=self.others)
 
 
 def _peak(dtype: str) -> float:

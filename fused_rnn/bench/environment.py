@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import math
 import os
 import platform
 import subprocess
@@ -42,13 +43,18 @@ class OtherProcesses:
     """Whether anything but this process works on its processors: another process, or another virtual machine.
 
     Linux counts in ticks of 10 ms, so spans of less than some 50 ms are never found to be disturbed.
+
+    Args:
+        patience: seconds that may be spent in all on repeating what was disturbed; what is left of them is in the
+            attribute of this name.
     """
 
     # Both must be passed: more than the rounding of ticks, and more than a system's housekeeping.
     _LEAST_SECONDS = 0.03
     _LEAST_SHARE = 0.2
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = math.inf) -> None:
+        self.patience = patience
         self._processors = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         self.start()
 
@@ -58,9 +64,12 @@ class OtherProcesses:
 
     def disturbed(self) -> bool:
         """Tell whether others took a part of the processors since `start`."""
-        start, used_before = self._began
-        used = self._used_by_others() - used_before
-        return used > max(self._LEAST_SECONDS, self._LEAST_SHARE * (time.perf_counter() - start))
+        used = self._used_by_others() - self._began[1]
+        return used > max(self._LEAST_SECONDS, self._LEAST_SHARE * self.span())
+
+    def span(self) -> float:
+        """Return the seconds since `start`."""
+        return time.perf_counter() - self._began[0]
 
     def _used_by_others(self) -> float:
         try:

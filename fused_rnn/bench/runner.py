@@ -198,7 +198,14 @@ class Result:
         return precise or elapsed * (rounds + 1) / rounds > allowed
 
 
-def measure(case: Case, peers: Sequence[Peer], plan: Plan, *, peak: Callable[[str], float] | None = None) -> Result:
+def measure(
+    case: Case,
+    peers: Sequence[Peer],
+    plan: Plan,
+    *,
+    peak: Callable[[str], float] | None = None,
+    others: OtherProcesses | None = None,
+) -> Result:
     """Check the case, and time it if every peer has the right numbers.
 
     Args:
@@ -206,6 +213,7 @@ def measure(case: Case, peers: Sequence[Peer], plan: Plan, *, peak: Callable[[st
         peers: contestants; those that do not support the case are left out.
         plan: how long.
         peak: measures the arithmetic units for a dtype, in operations a second; called once a round.
+        others: watches for other processes, with what patience is left for all cases.
     """
     problem = Problem(case)
     with torch.set_grad_enabled(case.training):
@@ -218,7 +226,7 @@ def measure(case: Case, peers: Sequence[Peer], plan: Plan, *, peak: Callable[[st
         first_seconds = _check(problem, runs, result)
         if result.passed:
             pools = {name: peer.pool for name, peer in contestants.items()}
-            _time(runs, pools, first_seconds, plan, peak, result)
+            _time(runs, pools, first_seconds, plan, peak, others or OtherProcesses(), result)
     return result
 
 
@@ -272,6 +280,7 @@ def _time(
     first_seconds: Mapping[str, float],
     plan: Plan,
     peak: Callable[[str], float] | None,
+    others: OtherProcesses,
     result: Result,
 ) -> None:
     """Fill `seconds`, `calls` and `peak`.
@@ -280,7 +289,8 @@ def _time(
     """
     for name, run in runs.items():
         seconds = first_seconds[name]
-        if seconds < 10 * plan.sample_seconds:  # a first call can take several times as long as the others
+        # A first call can take several times as long as the others, but that of much work is believed.
+        if result.case.flops < 1e9 or seconds < 10 * plan.sample_seconds:
             seconds = _estimate(run, plan)
         result.calls[name] = max(1, round(plan.sample_seconds / seconds))
     result.seconds = {name: [] for name in runs}
@@ -289,9 +299,8 @@ def _time(
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
-        others = OtherProcesses()
-        while not result.enough(plan, time.perf_counter() - start):
+        start, wasted = time.perf_counter(), 0.0
+        while not result.enough(plan, time.perf_counter() - start - wasted):
             others.start()
             if peak is not None:
                 _wait_until_idle()
@@ -305,17 +314,19 @@ def _time(
             order.reverse()
             if not others.disturbed():
                 continue
-            if time.perf_counter() - start > plan.seconds + _DISTURBED_SECONDS:
+            if others.patience < 0 or wasted > _DISTURBED_SECONDS:
                 result.disturbed_rounds_kept += 1
             else:
                 result.disturbed_rounds += 1
+                wasted += others.span()
+                others.patience -= others.span()
                 for samples in (*result.seconds.values(), *([result.peak] if peak else [])):
                     samples.pop()
     finally:
         gc.enable()
 
 
-# Rounds in which other processes were at work are repeated, but not for longer than this beyond the plan's seconds.
+# A case spends at most about this on repeating rounds in which other processes were at work.
 _DISTURBED_SECONDS = 1.5
 
 # Pools were seen to spin for up to 50 ms (ONNX Runtime), 10 (libgomp) and 1 (TBB) after a call.
@@ -346,7 +357,8 @@ def _estimate(run: Run, plan: Plan) -> float:
     calls = 1
     while (seconds := _time_calls(run, calls)) < plan.sample_seconds / 4:
         calls *= 4
-    return seconds / calls
+    # A single call that something held up would make every turn a single call.
+    return min(seconds, _time_calls(run, calls)) / calls
 
 
 def _time_calls(run: Run, calls: int) -> float:
