@@ -434,6 +434,19 @@ def test_result_says_where_and_what_was_measured(result_file: Path) -> None:
     assert "| 1 | gru | B1 T1 I8 H8 | float32 | inference |" in markdown
 
 
+def test_bars_are_not_judged_by_a_choice_of_their_cases(
+    threads: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crowded, "measure", lambda progress: [])
+    monkeypatch.setattr(memory, "CASES", ())
+    monkeypatch.setattr(bench.cases, "SHAPES", (cases.SHAPES[6],))
+    options = ["--rounds", "1", "--threads", "1", "--no-keep-freed-memory", "--parts", ",".join(bench.PARTS)]
+    assert bench.main([*options, "--cells", "gru"]) == 0
+    assert "Bars: " not in capsys.readouterr().out
+    assert bench.main(options) == 0
+    assert "Bars: " in capsys.readouterr().out
+
+
 def test_a_kept_result_is_judged_again(result_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert bench.main(["--bars", str(result_file)]) == 0

@@ -95,7 +95,8 @@ class _Run:
         if self.crowdings:
             sections.append(report.crowded_section(self.crowdings))
         result = report.to_json(self.where, self.plans, self.results, self.rivals, self.saved, self.crowdings)
-        if set(self.parts) == set(PARTS):
+        # A bar that is met by a choice of its cases is not met.
+        if set(self.parts) == set(PARTS) and not _chosen(self.arguments) and not interrupted:
             sections.append(report.bars_section(bars.evaluate(result)))
 
         for note in report.footnotes(self.results):
@@ -133,10 +134,11 @@ class _Run:
                     progress.write(self.table.line(self.results[-1]))
             torch.set_num_threads(self.thread_counts[0])
             if "memory" in self.parts:
-                progress.note("memory")
+                progress.write("\nmemory")
                 self.saved = [memory.measure(case) for case in memory.CASES]
             if "crowded" in self.parts:
-                self.crowdings = crowded.measure(progress=lambda text: progress.note(f"crowded: {text}"))
+                progress.write("\ncrowded runs")
+                self.crowdings = crowded.measure(progress=progress.note)
 
     def _measure_case(self, case: cases.Case) -> runner.Result:
         plan = self.plans[case.shape.part]
@@ -165,8 +167,13 @@ def _plans(arguments: argparse.Namespace) -> dict[str, runner.Plan]:
 def _default_parts(arguments: argparse.Namespace) -> Sequence[str]:
     if arguments.quick:
         return ("table",)
-    chosen = arguments.cases or arguments.dtype or arguments.cells != cases.CELLS or arguments.mode != cases.MODES
-    return cases.PARTS if chosen else PARTS
+    return cases.PARTS if _chosen(arguments) else PARTS
+
+
+def _chosen(arguments: argparse.Namespace) -> bool:
+    """Tell whether the arguments choose some of the cases."""
+    selection = (arguments.cases, arguments.cells, arguments.mode, arguments.dtype, arguments.quick)
+    return selection != ("", cases.CELLS, cases.MODES, None, False)
 
 
 def _default_threads(arguments: argparse.Namespace) -> Sequence[int]:
