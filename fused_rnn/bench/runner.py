@@ -287,12 +287,12 @@ def _time(
 
     Contestants take turns, and the order turns round from one round to the next.
     """
+    expected = dict(first_seconds)
     for name, run in runs.items():
-        seconds = first_seconds[name]
         # A first call can take several times as long as the others, but that of much work is believed.
-        if result.case.flops < 1e9 or seconds < 10 * plan.sample_seconds:
-            seconds = _estimate(run, plan)
-        result.calls[name] = max(1, round(plan.sample_seconds / seconds))
+        if result.case.flops < 1e9 or expected[name] < 10 * plan.sample_seconds:
+            expected[name] = _estimate(run, plan)
+        result.calls[name] = max(1, round(plan.sample_seconds / expected[name]))
     result.seconds = {name: [] for name in runs}
     order = list(runs)
     last_pool = None
@@ -310,7 +310,7 @@ def _time(
                 if pools[name] != last_pool:
                     _wait_until_idle()
                     last_pool = pools[name]
-                result.seconds[name].append(_turn(runs[name], result.calls[name]))
+                result.seconds[name].append(_turn(runs[name], result.calls[name], expected[name]))
             order.reverse()
             if not others.disturbed():
                 continue
@@ -345,10 +345,14 @@ def _wait_until_idle() -> None:
             return
 
 
-def _turn(run: Run, calls: int) -> float:
-    """Return the seconds of one call."""
-    if calls > 1:
-        run()  # wakes its threads up; a longer call does not notice
+# A call that takes longer does not notice that its threads have to wake up and its data are in no cache.
+_LONG_CALL_SECONDS = 0.05
+
+
+def _turn(run: Run, calls: int, seconds: float) -> float:
+    """Return the seconds of one call, of which about `seconds` are expected, in steady state."""
+    if seconds < _LONG_CALL_SECONDS:
+        run()
     return _time_calls(run, calls) / calls
 
 
