@@ -49,6 +49,14 @@ _NUM_SAVED = {CellKind.RNN_TANH: 0, CellKind.RNN_RELU: 0, CellKind.LSTM: 4, Cell
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+def peak_flops(dtype: torch.dtype, seconds: float) -> float:
+    """Floating-point operations a second that the multiply-add units reach, measured for about `seconds` (at most 1).
+
+    On as many threads as a call would use, with the instructions that products of `dtype` are made of, from registers.
+    """
+    return _C.peak_flops(_DTYPES[dtype], seconds)
+
+
 def why_not_fused(*tensors: Tensor | None) -> str | None:
     """Why no fused kernel takes tensors of this device and dtype; None when one does."""
     for t in tensors:
