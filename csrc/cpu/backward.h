@@ -12,7 +12,7 @@ namespace fused_rnn {
 namespace FRNN_ISA {
 
 // Rows of all steps of a chunk: long sums for the weight gradients, while their operands stay in the shared cache.
-inline constexpr int64_t gradient_chunk_rows = 384;
+inline constexpr int64_t gradient_chunk_rows = 768;
 
 template <class Cell, class S>
 class BackwardPass {
