@@ -1,5 +1,5 @@
 // fused_rnn._C: how the extension was built, which instruction set runs, what a call would do. Computation goes through
-// torch.ops.fused_rnn.
+// torch.ops.fused_rnn, the usual call by a short way (calls.cpp).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "calls.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
@@ -116,6 +117,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"), py::arg("hidden_size"),
         py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
         "How one layer's work would be divided over threads.");
+  add_calls(m);
 }
 
 }  // namespace fused_rnn

@@ -3,6 +3,8 @@
 //
 // The checks here keep the kernels inside their memory whatever is passed; messages for users come from
 // fused_rnn/_checks.py, which sees the arguments first.
+#include "ops.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -14,9 +16,6 @@
 namespace fused_rnn {
 
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -241,8 +240,6 @@ void run_layer(const Layer& layer, Run run, bool backward) {
               "fused_rnn: out of memory for packed weights and buffers");
 }
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                           at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
                           int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
@@ -295,8 +292,6 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
   }
   return result();
 }
-
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                             const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
@@ -461,10 +456,9 @@ struct Step {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c,
-                                                        const Tensor& w_ih, const Tensor& w_hh,
-                                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                                                        int64_t kind, bool save) {
+CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c, const Tensor& w_ih,
+                        const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, int64_t kind,
+                        bool save) {
   const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;
   const int64_t saved = save ? saved_gate_count(step.sizes.kind) : 0;
@@ -494,11 +488,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cell_forward(const Tensor& input, con
   return {h_next, c_next, gates, cells};
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cell_backward(
-    const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input, const Tensor& h,
-    const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-    const OptionalTensor& b_hh, const Tensor& h_next, const Tensor& gates, const Tensor& cells, int64_t kind,
-    c10::List<bool> needs) {
+BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
+                             const Tensor& h, const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
+                             const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h_next,
+                             const Tensor& gates, const Tensor& cells, int64_t kind, c10::List<bool> needs) {
   const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;
   const bool has_cell = has_cell_state(step.sizes.kind);

@@ -22,3 +22,20 @@ def plan(
     dtype: int,
     backward: bool,
 ) -> dict[str, Any]: ...
+def run_layers(
+    kind: int,
+    input_size: int,
+    hidden_size: int,
+    state_size: int,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    input: Any,
+    hx: Any,
+    params: Any,
+    /,
+) -> tuple[Tensor, Tensor, Tensor] | None: ...
+def run_cell(
+    kind: int, input_size: int, hidden_size: int, input: Any, hx: Any, params: Any, /
+) -> tuple[Tensor, Tensor | None] | None: ...

@@ -268,6 +268,29 @@ def run_layers(
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A whole stack: ``(output, h_n, c_n)``, c_n empty unless it is an LSTM's."""
+    draws_masks = False
+    if dropout:
+        _checks.check_dropout(dropout)
+        draws_masks = training and spec.num_layers > 1
+    # The operator checks what it is given, so the usual call need not be checked twice, which would take as long as a
+    # small one computes. What is wrong with a call that is not valid, prepare_layers says in the user's terms.
+    kernels = None if batch_sizes is not None or draws_masks else backend.eager_kernels()
+    if kernels is not None:
+        done: tuple[Tensor, Tensor, Tensor] | None = kernels.try_rnn(
+            spec.kind,
+            spec.input_size,
+            spec.hidden_size,
+            spec.state_size,
+            spec.bias,
+            spec.num_layers,
+            spec.bidirectional,
+            batch_first,
+            input,
+            hx,
+            params,
+        )
+        if done is not None:
+            return done
     region = autocast_region(spec, input)
     if region is not None:
         input, hx, params = autocast(spec, region, input, hx, params, packed=batch_sizes is not None)
@@ -281,11 +304,7 @@ def run_layers(
         c = None if c is None else c.unsqueeze(1)
     if batch is None or batch_sizes is not None:
         batch_first = False
-    masks: list[Tensor] = []
-    if dropout:
-        _checks.check_dropout(dropout)
-        if training and spec.num_layers > 1:
-            masks = _dropout_masks(spec, input, dropout, batch_first)
+    masks = _dropout_masks(spec, input, dropout, batch_first) if draws_masks else []
     output, h_n, c_n = backend.implementation(why_reference).rnn(
         spec.kind,
         input,
@@ -321,15 +340,19 @@ def prepare_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[An
 
 def run_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
     """One step of a cell: ``(h, c)``, c ``None`` unless it is an LSTM's."""
+    kernels = backend.eager_kernels()  # as in run_layers
+    if kernels is not None:
+        done: tuple[Tensor, Tensor | None] | None = kernels.try_cell_step(
+            spec.kind, spec.input_size, spec.hidden_size, input, hx, params
+        )
+        if done is not None:
+            return done
     region = autocast_region(spec, input)
     if region is not None:
         input, hx, params = autocast(spec, region, input, hx, params)
         with torch.autocast(region, enabled=False):
             return run_cell(spec, input, hx, params)
 
-    done = _step_if_valid(spec, input, hx, params)
-    if done is not None:
-        return done
     input, h, c, _, batch, why_reference = prepare_cell(spec, input, hx, params)
     assert h is not None
     if batch is None:
@@ -339,29 +362,6 @@ def run_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]) 
     if batch is None:
         return h.squeeze(0), None if c is None else c.squeeze(0)
     return h, c
-
-
-def _step_if_valid(
-    spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]
-) -> tuple[Tensor, Tensor | None] | None:
-    """The step of the usual call, a batch with its state on the kernels; ``None`` if it is another or not valid.
-
-    The operator checks what it is given, so a valid call need not be checked twice, which would take as long as the
-    step of a small cell. What is wrong with one that is not, :func:`prepare_cell` says in the user's terms.
-    """
-    if backend.ops is None or torch.compiler.is_compiling() or backend.current_backend() == "reference":
-        return None
-    h, c = hx if spec.kind == CellKind.LSTM and isinstance(hx, tuple) and len(hx) == 2 else (hx, None)
-    if not isinstance(h, Tensor) or input.dim() != 2 or backend.ops.why_not_fused(input) is not None:
-        return None
-    if h.shape != (input.shape[0], spec.hidden_size) or input.shape[1] != spec.input_size:
-        return None
-    weights = params if spec.bias else (*params, None, None)
-    try:
-        done: tuple[Tensor, Tensor | None] = backend.ops.cell_step(spec.kind, input, h, c, *weights)
-    except (RuntimeError, TypeError):
-        return None
-    return done
 
 
 def _dropout_masks(spec: _checks.Spec, input: Tensor, dropout: float, batch_first: bool) -> list[Tensor]:

@@ -14,7 +14,9 @@ D directions, N rows of all steps (T * B, or the sum of ``batch_sizes``), S valu
 ``cell_backward``         its gradients
 ========================= =============================================================================================
 
-The second derivative goes through the formulas of :mod:`fused_rnn.reference`.
+In plain eager mode the gradient of the two forward operators is that of ``csrc/autograd.cpp``; the functions here are
+for ``torch.func``, forward mode and the compiler. The second derivative goes through the formulas of
+:mod:`fused_rnn.reference`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,13 @@ from torch.autograd import forward_ad
 from . import _C
 from .reference import CellKind
 
-__all__ = ["CellKind", "cell_step", "plan", "rnn", "why_not_fused"]
+__all__ = ["CellKind", "cell_step", "plan", "rnn", "try_cell_step", "try_rnn", "why_not_fused"]
+
+# The usual call, without the way through torch.ops, for which every argument is described anew: eager, of plain
+# tensors, without a mode or a transform of torch.func that wants to see it. Each returns None for any other call, and
+# for one that is not valid, which is no loss of time where it matters. They are opaque to torch.compile.
+try_rnn = _C.run_layers
+try_cell_step = _C.run_cell
 
 _rnn_forward = torch.ops.fused_rnn.rnn_forward.default
 _rnn_backward = torch.ops.fused_rnn.rnn_backward.default
@@ -105,11 +113,11 @@ def plan(
     return result
 
 
-def _needs_autograd(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the call must be recorded: by autograd, by forward-mode differentiation or by a torch.func transform."""
+def _needs_function(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the call goes through a Function here: for torch.func, forward mode, or recorded by the compiler."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    if not torch.is_grad_enabled():
+    if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     for t in tensors:
         if t is not None and t.requires_grad:
@@ -150,7 +158,7 @@ def rnn(
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    if _needs_autograd((input, h0, c0, *params, *dropout_masks)):
+    if _needs_function((input, h0, c0, *params, *dropout_masks)):
         results = _apply(
             _Rnn,
             _ForwardModeRnn,
@@ -199,7 +207,7 @@ def cell_step(
     Returns:
         h (B, H), and c (B, H) for an LSTM, else None.
     """
-    if _needs_autograd((input, h, c, w_ih, w_hh, b_ih, b_hh)):
+    if _needs_function((input, h, c, w_ih, w_hh, b_ih, b_hh)):
         h_next, c_next = _apply(_Cell, _ForwardModeCell, kind, input, h, c, w_ih, w_hh, b_ih, b_hh)[:2]
     else:
         h_next, c_next = _cell_forward(input, h, c, w_ih, w_hh, b_ih, b_hh, kind, False)[:2]
@@ -224,6 +232,30 @@ def _apply(function: type[torch.autograd.Function], forward_mode: type[torch.aut
     if torch._C._are_functorch_transforms_active():
         return forward_mode.apply(*args)
     return super(torch.autograd.Function, forward_mode).apply(*args)  # type: ignore[misc]
+
+
+def differentiable_rnn_backward(
+    settings: tuple[Any, ...], needs: tuple[bool, ...], tensors: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """The backward pass of ``csrc/autograd.cpp`` when it is recorded itself, or under ``vmap``.
+
+    Args:
+        settings: the first seven arguments of :class:`_Rnn`.
+        needs: whether input, h0, c0, each mask and each parameter need a gradient.
+        tensors: the gradients of output, h_n, c_n; output, gates, cells, hidden; input, h0, c0, masks, params.
+
+    Returns:
+        the gradients of input, h0, c0, masks, params.
+    """
+    grads = _RnnBackward.apply(CellKind(settings[0]), *settings[1:], needs, *tensors)
+    return _none_for_unneeded(grads, needs)
+
+
+def differentiable_cell_backward(
+    settings: tuple[Any, ...], needs: tuple[bool, ...], tensors: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """As :func:`differentiable_rnn_backward`, with the tensors of :class:`_CellBackward`."""
+    return _none_for_unneeded(_CellBackward.apply(CellKind(settings[0]), needs, *tensors), needs)
 
 
 def _none_for_unneeded(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -332,7 +364,11 @@ def _forward_derivative(
     along = tuple(
         torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True) if p is not None
     )
-    return tuple(torch.func.jvp(results, at, along)[1])
+    # torch.func.jvp cannot stand inside of forward-mode differentiation. The pullback is linear in the cotangents, and
+    # the pullback of a linear map, J^T here, is its transpose: J.
+    values, pullback = torch.func.vjp(results, *at)[:2]
+    pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(value) for value in values))[1]
+    return tuple(pushforward(along)[0])
 
 
 class _Rnn(torch.autograd.Function):
