@@ -82,7 +82,7 @@ struct RnnCall {
   int64_t kind;
   bool has_biases;
   int64_t num_layers;
-  bool bidirectional, batch_first;
+  bool bidirectional, batch_first, recompute;
   Tensor c_n, gates, cells, hidden;  // results without a gradient
 };
 
@@ -98,7 +98,7 @@ class RnnGradient : public torch::autograd::Function<RnnGradient> {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       std::tie(output, h_n, call.c_n, call.gates, call.cells, call.hidden) =
           rnn_forward_operator().call(input, h0, c0, params, call.masks, call.batch_sizes, call.kind, call.has_biases,
-                                      call.num_layers, call.bidirectional, call.batch_first, true);
+                                      call.num_layers, call.bidirectional, call.batch_first, true, call.recompute);
     }
     variable_list saved{
         output, call.gates, call.cells, call.hidden, input, h0.value_or(Tensor()), c0.value_or(Tensor())};
@@ -212,13 +212,14 @@ Tensor nothing_like(const Tensor& t) { return at::empty({0}, t.options()); }
 ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                           at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
                           int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
-                          bool save) {
+                          bool save, bool recompute) {
   if (!is_recorded(input, h0, c0, params)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return rnn_forward_operator().call(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers,
-                                       bidirectional, batch_first, save);
+                                       bidirectional, batch_first, save, recompute);
   }
-  RnnCall call{dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional, batch_first, {}, {}, {}, {}};
+  RnnCall call{dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
+               batch_first,   recompute,   {},   {},         {},         {}};
   const variable_list results = RnnGradient::apply(input, h0, c0, params, call);
   const Tensor& c_n = results.size() == 3 ? results[2] : call.c_n;
   if (!save) {

@@ -103,16 +103,17 @@ PyObject* decline() { Py_RETURN_NONE; }
 
 PyObject* run_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 11, "run_layers: expected 11 arguments, got ", count);
+  TORCH_CHECK_TYPE(count == 12, "run_layers: expected 12 arguments, got ", count);
   Arguments read(args);
   const int64_t kind = read.integer(0), I = read.integer(1), H = read.integer(2), P = read.integer(3);
   const bool has_biases = read.boolean(4), bidirectional = read.boolean(6), batch_first = read.boolean(7);
   const int64_t num_layers = read.integer(5);
-  const Tensor input = read.tensor(8);
+  const bool recompute = read.boolean(8);
+  const Tensor input = read.tensor(9);
   if (!read.usual || input.dim() != 3 || input.size(2) != I || !has_kernels_for(input.scalar_type())) return decline();
   OptionalTensor h, c;
-  read.states(9, has_cell_state(CellKind(kind)), h, c);
-  const std::vector<Tensor> params = read.list(10);
+  read.states(10, has_cell_state(CellKind(kind)), h, c);
+  const std::vector<Tensor> params = read.list(11);
   if (!read.usual || params.size() < 2 || params[1].dim() != 2 || params[1].size(1) != P ||
       params[1].size(0) != gate_count(CellKind(kind)) * H)
     return decline();
@@ -121,7 +122,7 @@ PyObject* run_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     {
       py::gil_scoped_release no_gil;
       result = rnn_forward_operator().call(input, h, c, params, {}, std::nullopt, kind, has_biases, num_layers,
-                                           bidirectional, batch_first, false);
+                                           bidirectional, batch_first, false, recompute);
     }
     return tuple_of({&std::get<0>(result), &std::get<1>(result), &std::get<2>(result)});
   } catch (const c10::Error&) {
@@ -166,8 +167,9 @@ PyObject* run_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"run_layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_layers)), METH_FASTCALL,
-     "run_layers(kind, input_size, hidden_size, state_size, has_biases, num_layers, bidirectional, batch_first, input, "
-     "hx, params): (output, h_n, c_n), or None where the call is not of the usual kind, or not valid."},
+     "run_layers(kind, input_size, hidden_size, state_size, has_biases, num_layers, bidirectional, batch_first, "
+     "recompute, "
+     "input, hx, params): (output, h_n, c_n), or None where the call is not of the usual kind, or not valid."},
     {"run_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_cell)), METH_FASTCALL,
      "run_cell(kind, input_size, hidden_size, input, hx, params): (h, c), c None without a cell state; or None where "
      "the call is not of the usual kind, or not valid."},

@@ -25,7 +25,7 @@ using CellResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using RnnForward = ForwardResult(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                                  at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
                                  int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional,
-                                 bool batch_first, bool save);
+                                 bool batch_first, bool save, bool recompute);
 using RnnBackward = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                    const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
                                    const OptionalTensor& c0, at::TensorList params, at::TensorList dropout_masks,

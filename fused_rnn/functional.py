@@ -52,6 +52,7 @@ def lstm(
     batch_first: bool = False,
     proj_size: int = 0,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A stack of LSTM layers over a sequence (Hochreiter and Schmidhuber 1997; Gers 2000; projection: Sak 2014).
 
@@ -67,12 +68,14 @@ def lstm(
         proj_size: P, 0 for none.
         batch_sizes: int64 (T) on the CPU, the number of sequences still running at each step, never rising; ``input``
             is then packed data as in :class:`torch.nn.utils.rnn.PackedSequence`.
+        recompute: keep only the states for the backward pass, and compute the gates there again: less memory, more
+            time, the same numbers.
 
     Returns:
         ``(output, (h_n, c_n))``. With ``batch_first`` the output is a transposed view of (T, B, D*P) storage.
     """
     spec = _spec_of_params(CellKind.LSTM, params, proj_size, num_layers, bidirectional, bias)
-    output, h_n, c_n = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes)
+    output, h_n, c_n = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
     return output, (h_n, c_n)
 
 
@@ -88,6 +91,7 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers over a sequence (Cho 2014; reset gate after the product with W_hh).
 
@@ -98,7 +102,7 @@ def gru(
         ``(output, h_n)``.
     """
     spec = _spec_of_params(CellKind.GRU, params, 0, num_layers, bidirectional, bias)
-    output, h_n, _ = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes)
+    output, h_n, _ = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
     return output, h_n
 
 
@@ -115,6 +119,7 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A stack of Elman layers over a sequence (Elman 1990).
 
@@ -126,7 +131,7 @@ def rnn(
         ``(output, h_n)``.
     """
     spec = _spec_of_params(rnn_kind(nonlinearity), params, 0, num_layers, bidirectional, bias)
-    output, h_n, _ = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes)
+    output, h_n, _ = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
     return output, h_n
 
 
@@ -266,6 +271,7 @@ def run_layers(
     dropout: float,
     training: bool,
     batch_sizes: Tensor | None,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A whole stack: ``(output, h_n, c_n)``, c_n empty unless it is an LSTM's."""
     draws_masks = False
@@ -285,6 +291,7 @@ def run_layers(
             spec.num_layers,
             spec.bidirectional,
             batch_first,
+            recompute,
             input,
             hx,
             params,
@@ -295,7 +302,7 @@ def run_layers(
     if region is not None:
         input, hx, params = autocast(spec, region, input, hx, params, packed=batch_sizes is not None)
         with torch.autocast(region, enabled=False):
-            return run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes)
+            return run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
 
     input, h, c, _, batch, why_reference = prepare_layers(spec, input, hx, params, batch_first, batch_sizes)
     if batch is None:
@@ -317,6 +324,7 @@ def run_layers(
         num_layers=spec.num_layers,
         bidirectional=spec.bidirectional,
         batch_first=batch_first,
+        recompute=recompute,
     )
     if batch is None:
         return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if spec.kind == CellKind.LSTM else c_n

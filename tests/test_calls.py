@@ -181,7 +181,7 @@ def test_an_operator_called_directly_is_differentiable(case: Case) -> None:
     params = list(module.parameters())
     kind = fused_rnn.ops.CellKind[case.cell]
     h0, c0 = (*data.states, None)[:2]
-    arguments = (data.sequence, h0, c0, params, [], None, kind, True, 2, True, False, False)
+    arguments = (data.sequence, h0, c0, params, [], None, kind, True, 2, True, False, False, False)
     output, h_n, c_n, *saved = torch.ops.fused_rnn.rnn_forward(*arguments)
     assert [t.numel() for t in saved] == [0, 0, 0]
     assert output.requires_grad and h_n.requires_grad and c_n.requires_grad == (case.cell == "LSTM")
