@@ -131,7 +131,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_packed_bytes_limit", &set_packed_bytes_limit, py::arg("bytes"), "Sets that limit; 0 keeps nothing.");
   m.def("clear_packed", &clear_packed, "Frees all packed weights that are kept.");
   m.def("team_is_late", &team_is_late, "Whether calls of this thread do without a team for a while: a busy machine.");
-  m.def("judge_team", &judge_team, py::arg("threads"), py::arg("wall_us"), py::arg("waited_us"),
+  m.def("judge_team", &judge_team, py::arg("threads"), py::arg("wall_us"), py::arg("own_us"),
         "For tests: what a call says of its team when it is done.");
   m.def("expect_teams_in_time", &expect_teams_in_time, "For tests: forgets that teams were late.");
   m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("batch_sizes"), py::arg("input_size"),

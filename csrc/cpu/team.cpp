@@ -57,15 +57,18 @@ int quota_processors() {
   return int((quota + period - 1) / period);
 }
 
-double now_us() {
+double clock_us(clockid_t clock) {
   timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
+  clock_gettime(clock, &t);
   return double(t.tv_sec) * 1e6 + double(t.tv_nsec) * 1e-3;
 }
 
+double now_us() { return clock_us(CLOCK_MONOTONIC); }
+
 // Whether teams get the processors they ask for. Where they do not, the threads that run wait for one that does not,
-// until the system lets it in; one thread alone then is faster. A team of n that took `wall` while its first thread
-// waited for the others for all but `own` was slower than that thread alone, which would have taken about n * own.
+// until the system lets it in; one thread alone then is faster. A team of n that took `wall`, of which its first thread
+// worked for `own` on a processor, took longer than that thread alone would have with a processor, about n * own; and
+// where it would not have had one either, it loses its share of time and not the waiting.
 //
 // After two such teams within a few calls, calls do without a team for a time that is long compared with what was lost,
 // and doubles whenever the first team after it is late again.
@@ -73,8 +76,12 @@ class Crowding {
  public:
   bool alone() { return until_us_ > 0 && now_us() < until_us_; }
 
-  void judge(int threads, double wall_us, double waited_us) {
-    const double lost_us = wall_us - threads * (wall_us - waited_us);
+  // Whether the next team is worth the clock of its first thread's processor time, a system call.
+  bool watches() const { return watches_; }
+
+  void judge(int threads, double wall_us, double own_us) {
+    const double lost_us = wall_us - threads * own_us;
+    watches_ = wall_us >= shortest_us;
     if (wall_us < shortest_us || lost_us < 0.1 * wall_us) {
       lateness_ = std::max(lateness_ - 1, 0);
       if (lateness_ == 0) alone_us_ = 0;
@@ -90,6 +97,7 @@ class Crowding {
   // Waking a thread that sleeps takes tens of microseconds on an idle machine.
   static constexpr double shortest_us = 200;
   static constexpr double longest_alone_us = 1e6;
+  bool watches_ = false;
   int lateness_ = 0;
   double alone_us_ = 0, until_us_ = 0;
 };
@@ -146,7 +154,7 @@ int usable_threads(int requested) {
 
 bool team_is_late() { return processors_override.load(std::memory_order_relaxed) == 0 && crowding.alone(); }
 
-void judge_team(int threads, double wall_us, double waited_us) { crowding.judge(threads, wall_us, waited_us); }
+void judge_team(int threads, double wall_us, double own_us) { crowding.judge(threads, wall_us, own_us); }
 
 void expect_teams_in_time() { crowding = Crowding(); }
 
@@ -160,7 +168,8 @@ bool run_team(int threads, void (*task)(void*, int), void* context) {
   // processor to a thread that has none.
   Barrier finish;
   finish.reset(threads);
-  const double begin = now_us();
+  const bool watches = crowding.watches();
+  const double begin = now_us(), processor_begin = watches ? clock_us(CLOCK_THREAD_CPUTIME_ID) : 0;
   waited_us = 0;
   double finished = begin;
 #pragma omp parallel num_threads(threads)
@@ -175,8 +184,9 @@ bool run_team(int threads, void (*task)(void*, int), void* context) {
       }
     }
   }
-  const double end = now_us();
-  if (complete) judge_team(threads, end - begin, waited_us + end - finished);
+  const double end = now_us(), wall = end - begin, waited = waited_us + end - finished;
+  const double processor = watches ? clock_us(CLOCK_THREAD_CPUTIME_ID) - processor_begin : wall;
+  if (complete) judge_team(threads, wall, std::max(0.0, std::min(wall, processor) - waited));
   return complete;
 }
 

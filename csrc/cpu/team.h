@@ -44,9 +44,9 @@ int usable_threads(int requested);
 // work, and the system lets a team's threads run in turns. Never under override_processors.
 bool team_is_late();
 
-// What that follows from: a team of `threads` took wall_us, of which its first thread waited waited_us for the others.
-// run_team says so of each; tests, too.
-void judge_team(int threads, double wall_us, double waited_us);
+// What that follows from: a team of `threads` took wall_us, of which its first thread worked own_us on a processor, not
+// waiting for the others. run_team says so of each; tests, too.
+void judge_team(int threads, double wall_us, double own_us);
 
 // Forgets that teams were late; for tests.
 void expect_teams_in_time();
