@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -72,6 +73,22 @@ at::Tensor test_activation(const std::string& name, const at::Tensor& x) {
   return out;
 }
 
+double peak_flops(int dtype, double seconds) {
+  TORCH_CHECK_VALUE(dtype >= 0 && dtype <= int(DType::float16), "dtype: expected 0 to 3, got ", dtype);
+  TORCH_CHECK_VALUE(seconds > 0 && seconds <= 1, "seconds: expected more than 0 and at most 1, got ", seconds);
+  struct Work {
+    DType dtype;
+    double seconds;
+    std::vector<double> rates;
+  } work{DType(dtype), seconds, std::vector<double>(usable_threads(at::get_num_threads()))};
+  const auto measure = [](void* context, int thread) {
+    Work& mine = *static_cast<Work*>(context);
+    mine.rates[thread] = kernels().peak(mine.dtype, mine.seconds);
+  };
+  TORCH_CHECK(run_team(int(work.rates.size()), measure, &work), "no ", work.rates.size(), " threads could be had");
+  return std::accumulate(work.rates.begin(), work.rates.end(), 0.0);
+}
+
 py::dict plan(int kind, int64_t T, int64_t B, const std::optional<std::vector<int64_t>>& batch_sizes,
               int64_t input_size, int64_t hidden_size, int64_t state_size, int directions, int dtype, bool backward) {
   LayerSizes sizes;
@@ -134,6 +151,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("judge_team", &judge_team, py::arg("threads"), py::arg("wall_us"), py::arg("own_us"),
         "For tests: what a call says of its team when it is done.");
   m.def("expect_teams_in_time", &expect_teams_in_time, "For tests: forgets that teams were late.");
+  m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("seconds"),
+        "Floating-point operations a second that the multiply-add units reach on all threads of a call together, "
+        "measured for about `seconds` on registers alone.");
   m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("batch_sizes"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
         "How one layer's work would be divided over threads.");

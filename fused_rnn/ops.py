@@ -73,6 +73,14 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _TIMES = ("predicted_us", "serial_us", "bound_us")
 
 
+def peak_flops(dtype: torch.dtype, seconds: float) -> float:
+    """Floating-point operations a second that the multiply-add units reach, measured for about `seconds` (at most 1).
+
+    On as many threads as a call would use, with the instructions that products of `dtype` are made of, from registers.
+    """
+    return _C.peak_flops(_DTYPES[dtype], seconds)
+
+
 def why_not_fused(*tensors: Tensor | None) -> str | None:
     """Why no fused kernel takes tensors of this device and dtype; None when one does."""
     for t in tensors:

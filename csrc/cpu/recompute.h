@@ -18,6 +18,7 @@ class GateRecomputation {
   static constexpr int width = Simd<A>::width;
   static constexpr int G = Cell::gates;
   static constexpr int64_t panel_columns = G * width;
+  static constexpr int vectors_apart = Cell::hidden_bias_apart(G - 1) ? 1 : 0;
   static constexpr bool converts = sizeof(S) != sizeof(E);
 
  public:
@@ -55,7 +56,7 @@ class GateRecomputation {
       t.h_rows = layout.take<const E*>(chunk_rows);
       t.places = layout.take<Place>(chunk_rows);
       t.projected = layout.take<A>(chunk_rows * panel_columns);
-      t.recurrent = layout.take<A>(chunk_rows * panel_columns);
+      t.sums = layout.take<A>(chunk_rows * panel_columns);
       if (threads_) threads_[i] = t;
     }
   }
@@ -99,9 +100,9 @@ class GateRecomputation {
       for (int64_t p = panels.begin; p < panels.end; ++p) {
         const int64_t ih = padded_depth<E>(I_) * panel_columns, hh = padded_depth<E>(P_) * panel_columns;
         product<E, G>(count, I_, mine.x_rows, s.w_ih + p * ih, 1, ih, mine.projected, panel_columns,
-                      s.input_bias + p * panel_columns, false);
-        product<E, G>(count, P_, mine.h_rows, s.w_hh + p * hh, 1, hh, mine.recurrent, panel_columns,
-                      s.hidden_bias + p * panel_columns, false);
+                      {s.input_bias + p * panel_columns});
+        product<E, G, vectors_apart>(count, P_, mine.h_rows, s.w_hh + p * hh, 1, hh, mine.sums, panel_columns,
+                                     {mine.projected, panel_columns, s.hidden_bias + p * panel_columns});
         for (int64_t r = 0; r < count; ++r)
           store_gates(mine, r, p * width, s.gates + (own.begin + r) * Cell::saved * H_);
       }
@@ -124,7 +125,7 @@ class GateRecomputation {
     E *x, *h;  // rows that are not multiplied in their storage type
     const E **x_rows, **h_rows;
     Place* places;
-    A *projected, *recurrent;  // (chunk_rows, one panel)
+    A *projected, *sums;  // (chunk_rows, one panel)
   };
 
   template <class Pass>
@@ -156,11 +157,13 @@ class GateRecomputation {
   FRNN_INLINE void store_gates(const Thread& mine, int64_t row, int64_t unit, S* gates) {
     const int64_t n = H_ - unit;
     const Place& place = mine.places[row];
-    V x[G], sums[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
+    V x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      x[g] = Simd<A>::load(mine.projected + row * panel_columns + g * width);
-      sums[g] = Simd<A>::load(mine.recurrent + row * panel_columns + g * width);
+      // As in the forward pass: the sums hold the projection too, but where the cell wants it apart.
+      r[g] = Simd<A>::load(mine.sums + row * panel_columns + g * width);
+      x[g] = Cell::hidden_bias_apart(g) ? Simd<A>::load(mine.projected + row * panel_columns + g * width)
+                                        : Simd<A>::splat(A(-0.0));
     }
     if constexpr (Cell::kind == CellKind::gru) {
       if (place.h) h_prev = Simd<A>::load_n(place.h + unit, n);
@@ -172,7 +175,7 @@ class GateRecomputation {
         c_prev = Simd<A>::load_n(place.c0 + unit, n);
       }
     }
-    Cell::template forward<V>(x, sums, h_prev, c_prev, h, c, saved);
+    Cell::template forward<V>(x, r, h_prev, c_prev, h, c, saved);
 #pragma GCC unroll 4
     for (int g = 0; g < Cell::saved; ++g) Simd<A>::store_n(gates + g * H_ + unit, saved[g], n);
   }

@@ -5,17 +5,20 @@
 // which it wants B. The rows of A may stand anywhere, so 32 k of 16 of them are copied together first; rows and k that
 // do not exist are zeros there, and in the copy of B's last block, behind which another panel may hold a NaN.
 //
-// Every element is summed in the order of k from its bias or old value on, whatever rows are beside it, and few rows
+// Every element is summed in the order of k whatever rows are beside it, then what is to be added to it is. Few rows
 // take tiles like many: a tile of weights passes as fast as L2 delivers it.
 #pragma once
 
 #include <cstring>
 #include <type_traits>
 
-#include "simd.h"
+#include "../problem.h"
+#include "element.h"
 
 #if defined(FRNN_EMULATE_TILES)
 #include FRNN_EMULATE_TILES
+#else
+#include <immintrin.h>
 #endif
 
 namespace fused_rnn {
@@ -34,15 +37,15 @@ struct alignas(64) TileConfiguration {
 
 // The instructions take their tiles' numbers as literals.
 template <int v>
-FRNN_INLINE void load_sums(const float* sums, int64_t stride) {
-  if constexpr (v == 0) _tile_loadd(0, sums, stride);
-  if constexpr (v == 1) _tile_loadd(1, sums, stride);
-  if constexpr (v == 2) _tile_loadd(2, sums, stride);
-  if constexpr (v == 3) _tile_loadd(3, sums, stride);
+FRNN_HOST_DEVICE void clear_sums() {
+  if constexpr (v == 0) _tile_zero(0);
+  if constexpr (v == 1) _tile_zero(1);
+  if constexpr (v == 2) _tile_zero(2);
+  if constexpr (v == 3) _tile_zero(3);
 }
 
 template <int v>
-FRNN_INLINE void store_sums(float* sums, int64_t stride) {
+FRNN_HOST_DEVICE void store_sums(float* sums, int64_t stride) {
   if constexpr (v == 0) _tile_stored(0, sums, stride);
   if constexpr (v == 1) _tile_stored(1, sums, stride);
   if constexpr (v == 2) _tile_stored(2, sums, stride);
@@ -50,7 +53,7 @@ FRNN_INLINE void store_sums(float* sums, int64_t stride) {
 }
 
 template <int v>
-FRNN_INLINE void multiply_tile(const BFloat16* b, int64_t stride) {
+FRNN_HOST_DEVICE void multiply_tile(const BFloat16* b, int64_t stride) {
   _tile_loadd(5, b, stride);
   if constexpr (v == 0) _tile_dpbf16ps(0, 4, 5);
   if constexpr (v == 1) _tile_dpbf16ps(1, 4, 5);
@@ -60,18 +63,20 @@ FRNN_INLINE void multiply_tile(const BFloat16* b, int64_t stride) {
 
 // f(std::integral_constant<int, v>) for v = 0 ... NV - 1.
 template <int NV, class F>
-FRNN_INLINE void each_column_tile(F f) {
+FRNN_HOST_DEVICE void each_column_tile(F f) {
   f(std::integral_constant<int, 0>{});
   if constexpr (NV > 1) f(std::integral_constant<int, 1>{});
   if constexpr (NV > 2) f(std::integral_constant<int, 2>{});
   if constexpr (NV > 3) f(std::integral_constant<int, 3>{});
 }
 
-// As product() of product.h.
-template <int NV>
+// As product() of product.h, whose Addend is from, from_stride and apart here.
+template <int NV, int NA>
 void product_of_tiles(int64_t rows, int64_t K, const BFloat16* const* a, const BFloat16* b, int64_t panels,
-                      int64_t panel_stride, float* c, int64_t c_stride, const float* bias, bool accumulate) {
+                      int64_t panel_stride, float* c, int64_t c_stride, const float* from, int64_t from_stride,
+                      const float* apart) {
   constexpr int64_t columns = NV * tile_columns;
+  constexpr int64_t first_apart = (NV - NA) * tile_columns;
   constexpr int64_t b_bytes = columns * 2 * int64_t(sizeof(BFloat16));  // from one pair of k to the next
   constexpr int64_t sums_bytes = columns * int64_t(sizeof(float));
   if (rows <= 0 || panels <= 0) return;
@@ -83,31 +88,19 @@ void product_of_tiles(int64_t rows, int64_t K, const BFloat16* const* a, const B
   _tile_loadconfig(&configuration);
   for (int64_t p = 0; p < panels; ++p) {
     const BFloat16* panel = b + p * panel_stride;
-    const float* panel_bias = bias ? bias + p * columns : nullptr;
     if (left > 0) {
       memset(b_last, 0, sizeof b_last);
       memcpy(b_last, panel + whole * columns, size_t((left + 1) / 2 * b_bytes));
     }
     for (int64_t r = 0; r < rows; r += tile_height) {
       const int64_t count = rows - r < tile_height ? rows - r : tile_height;
-      for (int64_t i = 0; i < tile_height; ++i) {
-        const float* from = i >= count ? nullptr : accumulate ? c + (r + i) * c_stride + p * columns : panel_bias;
-        if (from) {
-          memcpy(sums + i * columns, from, sums_bytes);
-        } else {
-          memset(sums + i * columns, 0, sums_bytes);
-        }
-      }
-      each_column_tile<NV>([&](auto v) __attribute__((always_inline)) {
-        load_sums<decltype(v)::value>(sums + decltype(v)::value * tile_columns, sums_bytes);
-      });
+      each_column_tile<NV>([&](auto v) __attribute__((always_inline)) { clear_sums<decltype(v)::value>(); });
       memset(a_tile, 0, sizeof a_tile);
       for (int64_t k = 0; k < K; k += tile_depth) {
         const bool last = k == whole;
-        const int64_t depth = last ? left : tile_depth;
         if (last) memset(a_tile, 0, sizeof a_tile);
         for (int64_t i = 0; i < count; ++i)
-          memcpy(a_tile + i * tile_depth, a[r + i] + k, size_t(depth) * sizeof(BFloat16));
+          memcpy(a_tile + i * tile_depth, a[r + i] + k, size_t(last ? left : tile_depth) * sizeof(BFloat16));
         _tile_loadd(4, a_tile, tile_depth * int64_t(sizeof(BFloat16)));
         const BFloat16* block = last ? b_last : panel + k * columns;
         each_column_tile<NV>([&](auto v) __attribute__((always_inline)) {
@@ -117,7 +110,13 @@ void product_of_tiles(int64_t rows, int64_t K, const BFloat16* const* a, const B
       each_column_tile<NV>([&](auto v) __attribute__((always_inline)) {
         store_sums<decltype(v)::value>(sums + decltype(v)::value * tile_columns, sums_bytes);
       });
-      for (int64_t i = 0; i < count; ++i) memcpy(c + (r + i) * c_stride + p * columns, sums + i * columns, sums_bytes);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* sum = sums + i * columns;
+        const float* added = from ? from + (r + i) * from_stride + p * columns : nullptr;
+        float* to = c + (r + i) * c_stride + p * columns;
+        for (int64_t n = 0; n < first_apart; ++n) to[n] = added ? sum[n] + added[n] : sum[n];
+        for (int64_t n = first_apart; n < columns; ++n) to[n] = sum[n] + apart[p * columns + n];
+      }
     }
   }
   _tile_release();

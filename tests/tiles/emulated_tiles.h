@@ -3,8 +3,6 @@
 // would fault on ends the program.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -53,6 +51,8 @@ inline void load_configuration(const void* memory) {
 
 inline void release() { configured = false; }
 
+inline void clear(int t) { std::memset(tile(t).data, 0, sizeof tile(t).data); }
+
 inline void load(int t, const void* base, long stride) {
   Tile& to = tile(t);
   std::memset(to.data, 0, sizeof to.data);
@@ -95,10 +95,8 @@ inline void multiply(int sums, int a, int b) {
 
 }  // namespace emulated
 
-#undef _tile_loadd
-#undef _tile_stored
-#undef _tile_dpbf16ps
 #define _tile_loadconfig(memory) emulated::load_configuration(memory)
+#define _tile_zero(t) emulated::clear(t)
 #define _tile_release() emulated::release()
 #define _tile_loadd(t, base, stride) emulated::load(t, base, stride)
 #define _tile_stored(t, base, stride) emulated::store(t, base, stride)

@@ -1,8 +1,9 @@
-// The product on tiles against the sums written down, on emulated tiles, so that it runs on any x86-64 processor:
-// every number of vectors in a panel, odd sizes of K and of rows, sums that begin at zero, a bias, or what stood there.
+// The product on tiles against the sums written down, on emulated tiles, so that it runs on any processor:
+// every number of vectors in a panel, odd sizes of K and of rows, nothing added, a bias, what stood there, or rows of
+// their own with the last vector of a panel apart.
 // Values are small integers, with which every order of summation gives the same float32. Exits with 1 at a difference.
 #define FRNN_ISA isa_tiles
-#define FRNN_VECTOR_BYTES 64
+#include <cstdio>
 #include <random>
 #include <vector>
 
@@ -31,8 +32,10 @@ float value_of(BFloat16 x) {
 
 constexpr float untouched = 12345;
 
-template <int NV>
-int check(int64_t rows, int64_t K, int64_t panels, bool with_bias, bool accumulate) {
+enum class Form { nothing, bias, accumulate, apart };
+
+template <int NV, int NA>
+int check(int64_t rows, int64_t K, int64_t panels, Form form) {
   constexpr int64_t columns = NV * 16;
   const int64_t padded = (K + 1) / 2 * 2, panel_stride = padded * columns, c_stride = panels * columns + 5;
   const BFloat16 nan{0x7fc0};
@@ -52,28 +55,39 @@ int check(int64_t rows, int64_t K, int64_t panels, bool with_bias, bool accumula
     for (int64_t k = 0; k < padded; ++k)
       for (int64_t n = 0; n < columns; ++n) weight(p, k, n) = k < K ? small_integer() : BFloat16{0};
   }
-  std::vector<float> bias(size_t(panels * columns)), c(size_t(rows * c_stride), untouched);
+  const size_t width = size_t(panels * columns);
+  std::vector<float> bias(width), own(size_t(rows) * width), c(size_t(rows * c_stride), untouched);
   for (float& x : bias) x = value_of(small_integer());
-  if (accumulate) {
+  for (float& x : own) x = value_of(small_integer());
+  if (form == Form::accumulate) {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t n = 0; n < panels * columns; ++n) c[size_t(r * c_stride + n)] = value_of(small_integer());
+      for (size_t n = 0; n < width; ++n) c[size_t(r * c_stride) + n] = value_of(small_integer());
   }
   const std::vector<float> before = c;
-  product_of_tiles<NV>(rows, K, a_rows.data(), b.data(), panels, panel_stride, c.data(), c_stride,
-                       with_bias ? bias.data() : nullptr, accumulate);
+  const float* from = form == Form::nothing      ? nullptr
+                      : form == Form::bias       ? bias.data()
+                      : form == Form::accumulate ? c.data()
+                                                 : own.data();
+  const int64_t from_stride = form == Form::accumulate ? c_stride : form == Form::apart ? int64_t(width) : 0;
+  product_of_tiles<NV, NA>(rows, K, a_rows.data(), b.data(), panels, panel_stride, c.data(), c_stride, from,
+                           from_stride, bias.data());
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t n = 0; n < c_stride; ++n) {
       float expected = before[size_t(r * c_stride + n)];
       if (n < panels * columns) {
-        if (!accumulate) expected = with_bias ? bias[size_t(n)] : 0;
+        if (form == Form::nothing) expected = 0;
+        if (form == Form::bias || n % columns >= (NV - NA) * 16) {
+          expected = bias[size_t(n)];
+        } else if (form == Form::apart) {
+          expected = own[size_t(r) * width + size_t(n)];
+        }
         for (int64_t k = 0; k < K; ++k)
           expected += value_of(a[size_t(r)][size_t(k)]) * value_of(weight(n / columns, k, n % columns));
       }
       const float found = c[size_t(r * c_stride + n)];
       if (found != expected) {
-        std::printf("NV %d rows %ld K %ld panels %ld bias %d accumulate %d: row %ld column %ld: %g, expected %g\n", NV,
-                    long(rows), long(K), long(panels), with_bias, accumulate, long(r), long(n), double(found),
-                    double(expected));
+        std::printf("NV %d NA %d rows %ld K %ld panels %ld form %d: row %ld column %ld: %g, expected %g\n", NV, NA,
+                    long(rows), long(K), long(panels), int(form), long(r), long(n), double(found), double(expected));
         return 1;
       }
     }
@@ -86,8 +100,11 @@ int check_all(int& count) {
   for (const int64_t rows : {1, 2, 15, 16, 17, 33, 48}) {
     for (const int64_t K : {1, 2, 7, 31, 32, 33, 63, 64, 65, 130}) {
       for (const int64_t panels : {1, 3}) {
-        for (int form = 0; form < 3; ++form, ++count)
-          if (check<NV>(rows, K, panels, form == 1, form == 2)) return 1;
+        for (const Form form : {Form::nothing, Form::bias, Form::accumulate}) {
+          if (check<NV, 0>(rows, K, panels, form)) return 1;
+        }
+        if (check<NV, 1>(rows, K, panels, Form::apart)) return 1;
+        count += 4;
       }
     }
   }
