@@ -1,5 +1,5 @@
 // fused_rnn._C: how the extension was built, which instruction set runs, what a call would do. Computation goes through
-// torch.ops.fused_rnn.
+// torch.ops.fused_rnn, the usual call by a short way (calls.cpp).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
@@ -8,11 +8,14 @@
 #include <torch/version.h>
 
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "calls.h"
 #include "cpu/kernels.h"
+#include "cpu/packed.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
 
@@ -86,8 +89,8 @@ double peak_flops(int dtype, double seconds) {
   return std::accumulate(work.rates.begin(), work.rates.end(), 0.0);
 }
 
-py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
-              int directions, int dtype, bool backward) {
+py::dict plan(int kind, int64_t T, int64_t B, const std::optional<std::vector<int64_t>>& batch_sizes,
+              int64_t input_size, int64_t hidden_size, int64_t state_size, int directions, int dtype, bool backward) {
   LayerSizes sizes;
   sizes.kind = CellKind(kind);
   sizes.dtype = DType(dtype);
@@ -98,7 +101,15 @@ py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden
   Steps steps;
   steps.T = T;
   steps.B = B;
-  const Plan p = make_plan(sizes, steps, usable_threads(at::get_num_threads()), kernels().vector_bytes, backward);
+  std::vector<int64_t> offsets{0};
+  if (batch_sizes) {
+    for (const int64_t n : *batch_sizes) offsets.push_back(offsets.back() + n);
+    steps.batch_sizes = batch_sizes->data();
+    steps.offsets = offsets.data();
+  }
+  const int bytes = kernels().vector_bytes;
+  const Plan p = make_plan(sizes, steps, usable_threads(at::get_num_threads()), bytes, backward);
+  const Bound bound = time_bound(sizes, steps, p, bytes, backward);
   py::dict result;
   result["isa"] = kernels().isa;
   result["threads"] = p.threads();
@@ -107,6 +118,8 @@ py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden
   result["unit_groups"] = p.unit_groups;
   result["predicted_us"] = p.predicted_us;
   result["serial_us"] = p.serial_us;
+  result["bound_us"] = bound.us;
+  result["bound_by"] = bound.by;
   return result;
 }
 
@@ -130,12 +143,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "For tests: the number that available_processors gives from now on, 0 for the real one; returns the override "
         "before.");
   m.def("scratch_held", &scratch_held, "Bytes of buffers that are kept for this thread's next call.");
+  m.def("packed_bytes_held", &packed_bytes_held, "Bytes of packed weights that are kept for later inference calls.");
+  m.def("packed_bytes_limit", &packed_bytes_limit, "The most bytes of packed weights that are kept.");
+  m.def("set_packed_bytes_limit", &set_packed_bytes_limit, py::arg("bytes"), "Sets that limit; 0 keeps nothing.");
+  m.def("clear_packed", &clear_packed, "Frees all packed weights that are kept.");
+  m.def("team_is_late", &team_is_late, "Whether calls of this thread do without a team for a while: a busy machine.");
+  m.def("judge_team", &judge_team, py::arg("threads"), py::arg("wall_us"), py::arg("own_us"),
+        "For tests: what a call says of its team when it is done.");
+  m.def("expect_teams_in_time", &expect_teams_in_time, "For tests: forgets that teams were late.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("seconds"),
         "Floating-point operations a second that the multiply-add units reach on all threads of a call together, "
         "measured for about `seconds` on registers alone.");
-  m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"), py::arg("hidden_size"),
-        py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
+  m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("batch_sizes"), py::arg("input_size"),
+        py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
         "How one layer's work would be divided over threads.");
+  add_calls(m);
 }
 
 }  // namespace fused_rnn

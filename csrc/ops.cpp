@@ -3,6 +3,8 @@
 //
 // The checks here keep the kernels inside their memory whatever is passed; messages for users come from
 // fused_rnn/_checks.py, which sees the arguments first.
+#include "ops.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -14,9 +16,6 @@
 namespace fused_rnn {
 
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -234,19 +233,17 @@ struct Stack {
 template <class Layer, class Run>
 void run_layer(const Layer& layer, Run run, bool backward) {
   const int bytes = kernels().vector_bytes;
-  const int threads = usable_threads(at::get_num_threads());
+  const int threads = team_is_late() ? 1 : usable_threads(at::get_num_threads());
   const Plan plan = make_plan(layer.sizes, layer.steps, threads, bytes, backward);
   if (run(layer, plan)) return;
   TORCH_CHECK(plan.threads() > 1 && run(layer, make_plan(layer.sizes, layer.steps, 1, bytes, backward)),
               "fused_rnn: out of memory for packed weights and buffers");
 }
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                           at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
                           int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
-                          bool save) {
+                          bool save, bool recompute) {
   const Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
                     batch_first);
   const auto options = stack.input.options();
@@ -258,7 +255,7 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
   const Tensor c_n = at::empty(has_cell ? std::vector<int64_t>{L * D, B, H} : std::vector<int64_t>{0}, options);
   Tensor gates = at::empty({0}, options), cells = at::empty({0}, options.dtype(accumulation_dtype(input)));
   Tensor hidden = at::empty({0}, options);
-  if (save && saved > 0) gates = at::empty({L * D, N, saved, H}, options);
+  if (save && !recompute && saved > 0) gates = at::empty({L * D, N, saved, H}, options);
   if (save && has_cell) cells = at::empty({L * D, N, H}, cells.options());
   if (L > 1) hidden = at::empty({save ? L - 1 : std::min<int64_t>(L - 1, 2), N, D * P}, options);
   const auto result = [&] {
@@ -272,6 +269,7 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
     LayerForward layer;
     layer.sizes = stack.layer_sizes(l);
     layer.steps = steps;
+    layer.inference = !save;
     Tensor x = stack.input;
     if (l > 0) {
       x = hidden.select(0, save ? l - 1 : (l - 1) % 2);
@@ -295,8 +293,6 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
   }
   return result();
 }
-
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                             const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
@@ -326,7 +322,9 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   Tensor grad_y = grad_output ? rows_first(*grad_output, "grad_output") : Tensor();
   const Tensor final_h = final_gradient(grad_h_n, P, "grad_h_n");
   const Tensor final_c = final_gradient(grad_c_n, H, "grad_c_n");
-  TORCH_CHECK(gates.numel() == L * D * N * saved * H && gates.is_contiguous(), "gates: not those of this call");
+  // Without gates the forward pass was told that they will be computed again.
+  TORCH_CHECK((gates.numel() == L * D * N * saved * H || gates.numel() == 0) && gates.is_contiguous(),
+              "gates: not those of this call");
   TORCH_CHECK(cells.numel() == (has_cell ? L * D * N * H : 0) && cells.is_contiguous(),
               "cells: not those of this call");
   TORCH_CHECK(hidden.numel() == (L - 1) * N * D * P && hidden.is_contiguous(), "hidden: not that of this call");
@@ -461,10 +459,9 @@ struct Step {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c,
-                                                        const Tensor& w_ih, const Tensor& w_hh,
-                                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                                                        int64_t kind, bool save) {
+CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c, const Tensor& w_ih,
+                        const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, int64_t kind,
+                        bool save) {
   const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;
   const int64_t saved = save ? saved_gate_count(step.sizes.kind) : 0;
@@ -480,6 +477,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cell_forward(const Tensor& input, con
     LayerForward layer;
     layer.sizes = step.sizes;
     layer.steps = step.steps;
+    layer.inference = !save;
     layer.x = Step::sequence(step.input);
     layer.y = Step::sequence(h_next);
     DirectionForward& dir = layer.direction[0];
@@ -494,11 +492,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cell_forward(const Tensor& input, con
   return {h_next, c_next, gates, cells};
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cell_backward(
-    const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input, const Tensor& h,
-    const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-    const OptionalTensor& b_hh, const Tensor& h_next, const Tensor& gates, const Tensor& cells, int64_t kind,
-    c10::List<bool> needs) {
+BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
+                             const Tensor& h, const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
+                             const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h_next,
+                             const Tensor& gates, const Tensor& cells, int64_t kind, c10::List<bool> needs) {
   const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;
   const bool has_cell = has_cell_state(step.sizes.kind);
@@ -561,7 +558,8 @@ TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "rnn_forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor[] dropout_masks, "
       "Tensor? batch_sizes, int kind, bool has_biases, int num_layers, bool bidirectional, bool batch_first, "
-      "bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor hidden)",
+      "bool save, bool recompute) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor "
+      "hidden)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, Tensor? c0, "

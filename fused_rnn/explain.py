@@ -62,7 +62,20 @@ def _describe_pass(plan: dict[str, Any]) -> str:
     groups = (("direction_groups", "directions"), ("row_groups", "batch rows"), ("unit_groups", "hidden units"))
     split = " and ".join(f"{what} in {plan[key]}" for key, what in groups if plan[key] > 1)
     threads = f"{plan['threads']} thread{'s' if plan['threads'] > 1 else ''}"
-    return f"{plan['isa']}, {threads}{f' ({split})' if split else ''}, about {plan['predicted_us']:.3g} us expected"
+    again = ", gates computed again" if plan.get("recomputes") else ""
+    where = f"{plan['isa']}, {threads}{f' ({split})' if split else ''}{again}"
+    return (
+        f"{where}, about {_time(plan['predicted_us'])} expected, "
+        f"no less than {_time(plan['bound_us'])} for the {plan['bound_by']}"
+    )
+
+
+def _time(us: float) -> str:
+    """Three digits in the unit that reads best."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if us >= size:
+            return f"{us / size:.3g} {unit}"
+    return f"{us:.3g} us"
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
@@ -111,6 +124,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
             spec.kind,
             T=call.num_steps,
             B=batch_size,
+            batch_sizes=None if batch_sizes is None else batch_sizes.tolist(),
             input_size=spec.input_size,
             hidden_size=spec.hidden_size,
             proj_size=spec.state_size if spec.state_size != spec.hidden_size else 0,
@@ -118,6 +132,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
             bidirectional=spec.bidirectional,
             dtype=call.input.dtype,
             training=training,
+            recompute=getattr(module, "recompute", False),
         )
     return Explanation(
         module=repr(module),

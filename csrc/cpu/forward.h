@@ -9,7 +9,9 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "fingerprint.h"
 #include "pack.h"
+#include "packed.h"
 #include "plan.h"
 #include "team.h"
 
@@ -36,6 +38,13 @@ FRNN_INLINE S* rows_of(void* p) {
 
 // With no more rows than this over all steps, weights are read as they are instead of being packed first.
 inline constexpr int64_t most_unpacked_rows = 12;
+
+// Where packed weights are kept for the next inference call: not if they are fewer bytes, which are packed as fast as
+// they are seen to be unchanged, nor with more steps or more rows over all steps, beside which packing is no cost, and
+// brings the weights into the right caches (docs/performance.md).
+inline constexpr int64_t least_kept_bytes = 256 * 1024;
+inline constexpr int64_t most_kept_steps = 32;
+inline constexpr int64_t most_kept_rows = 512;
 
 // A share [begin, end) of n items for part i of parts.
 struct Share {
@@ -70,6 +79,29 @@ void copy_row(const From* src, To* dst, int64_t n) {
   }
 }
 
+// Biases of panel p, its columns ordered as those of pack_gates. b_ih + b_hh goes with the input projection, except
+// where the cell wants b_hh apart.
+template <class Cell, class S, int U>
+void pack_bias(const Weights& w, int64_t H, int64_t p, typename Accumulator<S>::type* input,
+               typename Accumulator<S>::type* hidden) {
+  using A = typename Accumulator<S>::type;
+  using V = typename Simd<A>::V;
+  constexpr int width = Simd<A>::width;
+  for (int g = 0; g < Cell::gates; ++g) {
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
+      V b_ih{}, b_hh{};
+      if (unit < H && w.b_ih) {
+        b_ih = Simd<A>::load_n(rows_of<S>(w.b_ih) + g * H + unit, H - unit);
+        b_hh = Simd<A>::load_n(rows_of<S>(w.b_hh) + g * H + unit, H - unit);
+      }
+      const bool apart = Cell::hidden_bias_apart(g);
+      Simd<A>::store(input + column, apart ? b_ih : b_ih + b_hh);
+      Simd<A>::store(hidden + column, apart ? b_hh : V{});
+    }
+  }
+}
+
 template <class Cell, class S, int U>
 class ForwardPass {
   using A = typename Accumulator<S>::type;
@@ -95,6 +127,7 @@ class ForwardPass {
         B_(layer.steps.B),
         panels_((H_ + panel_units - 1) / panel_units),
         projects_(layer.direction[0].weights.w_hr != nullptr),
+        saves_gates_(layer.direction[0].gates != nullptr),
         // Rows of a stride that is no multiple of 4 KiB: tiles read several rows at the same column.
         state_stride_(round_up(P_, width) + 16),
         unit_stride_(panels_ * panel_units + 16) {}
@@ -118,18 +151,43 @@ class ForwardPass {
         H_ % width == 0 && aligned_to_lines(layer_.direction[0]) && aligned_to_lines(layer_.direction[1]);
     chunk_rows_ = wanted < own_rows_ ? own_rows_ : wanted < all ? wanted : all;
 
+    const bool brief = T_ <= most_kept_steps && all <= most_kept_rows;
+    if (!packs_ || !layer_.inference || !brief || kept_bytes() < least_kept_bytes) return launch();
+    Layout weights;
+    lay_out_weights(weights);
+    PackedCopy copy(packed_key(), weights.used(), size_t(all_blocks() * fingerprint_sums));
+    copy_ = &copy;
+    if (!launch()) return false;
+    if (copy.filled() && changed_) {
+      copy.replace();
+      changed_ = false;
+      if (!launch()) return false;
+    }
+    if (copy.filling() && !changed_) {
+      copy.keep();
+    } else if (copy.filled()) {
+      copy.confirm();
+    }
+    return true;
+  }
+
+ private:
+  bool launch() {
     Layout measure;
     lay_out(measure);
     void* memory = scratch_memory(measure.used());
     if (!memory) return false;
     Layout layout(memory);
     lay_out(layout);
+    if (keeps()) {
+      Layout weights(copy_->memory());
+      lay_out_weights(weights);
+    }
     for (int i = 0; i < plan_.threads() / plan_.unit_groups; ++i) unit_barriers_[i].reset(plan_.unit_groups);
     everyone_->reset(plan_.threads());
     return run_team(plan_.threads(), &task, this);
   }
 
- private:
   struct DirectionScratch {
     E *w_ih, *w_hh, *w_hr;
     A *input_bias, *hidden_bias;
@@ -149,12 +207,19 @@ class ForwardPass {
 
   static constexpr int64_t panels_together = panels_at_once<NV>(1);
 
-  void lay_out(Layout& layout) {
+  void lay_out_weights(Layout& layout) {
     for (int d = 0; d < D_; ++d) {
       DirectionScratch& s = direction_[d];
       s.w_ih = layout.take<E>(packs_ ? panels_ * padded_depth<E>(I_) * panel_columns : 0);
       s.w_hh = layout.take<E>(packs_ ? panels_ * padded_depth<E>(P_) * panel_columns : 0);
       s.w_hr = layout.take<E>(projects_ ? int64_t(ColumnPanels<E>::elements(H_, P_)) : 0);
+    }
+  }
+
+  void lay_out(Layout& layout) {
+    if (!keeps()) lay_out_weights(layout);
+    for (int d = 0; d < D_; ++d) {
+      DirectionScratch& s = direction_[d];
       s.input_bias = layout.take<A>(panels_ * panel_columns);
       s.hidden_bias = layout.take<A>(panels_ * panel_columns);
       for (E*& state : s.state) state = layout.take<E>(B_ * state_stride_);
@@ -183,8 +248,7 @@ class ForwardPass {
   static void task(void* self, int thread) { static_cast<ForwardPass*>(self)->work(thread); }
 
   void work(int thread) {
-    pack(thread);
-    everyone_->wait();
+    if (!prepare_weights(thread)) return;
     const Owner own(plan_, D_, thread);
     const int64_t r0 = row_boundary(layer_.steps, own.row_group, plan_.row_groups);
     const int64_t r1 = row_boundary(layer_.steps, own.row_group + 1, plan_.row_groups);
@@ -194,39 +258,112 @@ class ForwardPass {
       scan(d, r0, r1, panels, state_columns, threads_[thread], unit_barriers_[own.barrier], own.unit_group == 0);
   }
 
-  void pack(int thread) {
+  // Whether packed weights are a copy that outlives the call.
+  bool keeps() const { return copy_ && (copy_->filled() || copy_->filling()); }
+
+  // Packs the weights, or looks whether the kept copy is still one of them; false: it is not.
+  bool prepare_weights(int thread) {
+    if (!keeps()) {
+      pack(thread, true);
+      everyone_->wait();
+      return true;
+    }
+    if (copy_->filled()) {
+      pack(thread, false);
+      if (!each_block(thread, [&](uint64_t* kept, const uint64_t* found) { return same_sums(kept, found); }))
+        changed_ = true;
+      everyone_->wait();
+      return !changed_;
+    }
+    // The fingerprint is that of bytes that were there before and after packing: whoever writes to the weights
+    // meanwhile spoils this call, but no later one.
+    each_block(thread, [](uint64_t* kept, const uint64_t* found) {
+      for (int i = 0; i < fingerprint_sums; ++i) kept[i] = found[i];
+      return true;
+    });
+    everyone_->wait();
+    pack(thread, true);
+    everyone_->wait();
+    if (!each_block(thread, [&](uint64_t* kept, const uint64_t* found) { return same_sums(kept, found); }))
+      changed_ = true;
+    return true;
+  }
+
+  static bool same_sums(const uint64_t* a, const uint64_t* b) {
+    uint64_t difference = 0;
+    for (int i = 0; i < fingerprint_sums; ++i) difference |= a[i] ^ b[i];
+    return difference == 0;
+  }
+
+  // The matrices that are packed.
+  struct Matrix {
+    const void* data;
+    int64_t bytes;
+  };
+  Matrix matrix(int i) const {
+    const Weights& w = layer_.direction[i / 3].weights;
+    const int64_t element = int64_t(sizeof(S));
+    switch (i % 3) {
+      case 0: return {w.w_ih, G * H_ * I_ * element};
+      case 1: return {w.w_hh, G * H_ * P_ * element};
+    }
+    return {w.w_hr, projects_ ? P_ * H_ * element : 0};
+  }
+  int64_t kept_bytes() const {
+    int64_t bytes = 0;
+    for (int i = 0; i < 3 * D_; ++i) bytes += matrix(i).bytes;
+    return bytes;
+  }
+  int64_t all_blocks() const {
+    int64_t blocks = 0;
+    for (int i = 0; i < 3 * D_; ++i) blocks += fingerprint_blocks(matrix(i).bytes);
+    return blocks;
+  }
+
+  PackedKey packed_key() const {
+    PackedKey key;
+    for (int i = 0; i < 3 * D_; ++i) key.weights[i] = matrix(i).data;
+    key.sizes = {I_, H_, P_, D_, int64_t(layer_.sizes.kind), int64_t(layer_.sizes.dtype)};
+    key.format = reinterpret_cast<const void*>(&task);
+    return key;
+  }
+
+  // Calls f(kept sums, found sums) for this thread's share of the blocks of 4 KiB, until one returns false.
+  template <class F>
+  bool each_block(int thread, F f) {
+    const Share share(all_blocks(), thread, plan_.threads());
+    int64_t first = 0;
+    for (int i = 0; i < 3 * D_; ++i) {
+      const Matrix m = matrix(i);
+      const int64_t count = fingerprint_blocks(m.bytes);
+      const int64_t begin = share.begin > first ? share.begin - first : 0;
+      const int64_t end = share.end - first < count ? share.end - first : count;
+      for (int64_t block = begin; block < end; ++block) {
+        uint64_t sums[fingerprint_sums];
+        fingerprint_of(m.data, m.bytes, block, fingerprint_key(), sums);
+        if (!f(copy_->prints() + (first + block) * fingerprint_sums, sums)) return false;
+      }
+      first += count;
+    }
+    return true;
+  }
+
+  void pack(int thread, bool matrices) {
     const Share share(panels_, thread, plan_.threads());
     for (int d = 0; d < D_; ++d) {
       const Weights& w = layer_.direction[d].weights;
       DirectionScratch& s = direction_[d];
       for (int64_t p = share.begin; p < share.end; ++p) {
-        if (packs_) {
+        if (packs_ && matrices) {
           pack_gates<E, G, U>(rows_of<S>(w.w_ih), H_, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
           pack_gates<E, G, U>(rows_of<S>(w.w_hh), H_, P_, p, s.w_hh + p * padded_depth<E>(P_) * panel_columns);
         }
-        pack_bias(w, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
+        pack_bias<Cell, S, U>(w, H_, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
       }
-      if (projects_) {
+      if (projects_ && matrices) {
         const int64_t count = ColumnPanels<E>::count(P_);
         const Share columns(count, thread, plan_.threads());
         for (int64_t p = columns.begin; p < columns.end; ++p) pack_projection(rows_of<S>(w.w_hr), p, s.w_hr);
-      }
-    }
-  }
-
-  // b_ih + b_hh goes with the input projection, except where the cell wants b_hh apart.
-  void pack_bias(const Weights& w, int64_t p, A* input, A* hidden) {
-    for (int g = 0; g < G; ++g) {
-      for (int u = 0; u < U; ++u) {
-        const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
-        V b_ih{}, b_hh{};
-        if (unit < H_ && w.b_ih) {
-          b_ih = Simd<A>::load_n(rows_of<S>(w.b_ih) + g * H_ + unit, H_ - unit);
-          b_hh = Simd<A>::load_n(rows_of<S>(w.b_hh) + g * H_ + unit, H_ - unit);
-        }
-        const bool apart = Cell::hidden_bias_apart(g);
-        Simd<A>::store(input + column, apart ? b_ih : b_ih + b_hh);
-        Simd<A>::store(hidden + column, apart ? b_hh : V{});
       }
     }
   }
@@ -421,7 +558,7 @@ class ForwardPass {
       units.y = places(rows_of<S>(y.data) + layer_.steps.step(y, t) + r0 * y.batch_stride + d * P_ + unit,
                        y.batch_stride, width);
       units.gates = places(rows_of<S>(dir.gates) + first_row * Cell::saved * H_ + unit, Cell::saved * H_, width);
-      const bool saves = dir.gates != nullptr;
+      const bool saves = dir.gates || dir.cells;
       if (!by_rows) {
         gates_of<true>(units, whole, width, saves);
         if (tail) gates_of<false>(units, 1, left % width, saves);
@@ -480,7 +617,7 @@ class ForwardPass {
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
 #pragma GCC unroll 4
-      for (int g = 0; g < Cell::saved; ++g) keep(units.gates[i] + g * H_, saved[g].v[i], n);
+      for (int g = 0; g < Cell::saved && saves_gates_; ++g) keep(units.gates[i] + g * H_, saved[g].v[i], n);
       if constexpr (Cell::has_cell) keep(units.cells[i], c.v[i], n);
     }
   }
@@ -531,6 +668,9 @@ class ForwardPass {
   const bool projects_;
   bool packs_ = true;
   bool past_caches_ = false;
+  const bool saves_gates_;      // or, for the backward pass, the cells alone
+  PackedCopy* copy_ = nullptr;  // null: none is kept of weights such as these
+  std::atomic<bool> changed_{false};
   const int64_t state_stride_, unit_stride_;
   int64_t own_panels_ = 0, own_rows_ = 0, chunk_rows_ = 0;
   DirectionScratch direction_[2];

@@ -11,6 +11,9 @@
 #pragma once
 
 #include "simd.h"
+#if defined(FRNN_TILES)
+#include "tiles.h"
+#endif
 
 namespace fused_rnn {
 namespace FRNN_ISA {
@@ -207,6 +210,12 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
   using A = typename Operand<E>::Acc;
   constexpr int64_t columns = NV * Simd<A>::width;
   if (rows <= 0 || panels <= 0) return;
+#if defined(FRNN_TILES)
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    return product_of_tiles<NV, NA>(rows, K, a, b, panels, panel_stride, c, c_stride, addend.from, addend.stride,
+                                    addend.apart);
+  }
+#endif
   const auto addend_of = [&](int64_t row, int64_t p) __attribute__((always_inline)) {
     const int64_t column = p * columns;
     return Addend<A>{addend.from ? addend.from + row * addend.stride + column : nullptr, addend.stride,
