@@ -2,11 +2,13 @@
 #
 # Variables, e.g. `make test TORCH=torch==2.11.0 PYTHON=python3.12`:
 #   PYTHON  the Python that .venv is made with          TORCH  what pip is asked for as PyTorch
+#   RESULT  where bench writes its result, and figures reads one (out/bench.json)
 #   ARGS    further arguments of the program that a target runs (demo, test, bench, check)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+RESULT ?= out/bench.json
 ARGS ?=
 GPU_PYTHON ?= python3
 
@@ -22,7 +24,9 @@ ENVIRONMENT := $(VENV)/.environment-$(ENVIRONMENT_KEY)
 BUILT := $(VENV)/.built-$(ENVIRONMENT_KEY)
 INSTALLED := $(VENV)/.installed-$(ENVIRONMENT_KEY)
 
-.PHONY: demo test build lint format check bench info test-asan cuda-compile cuda-link gpu wheel clean help
+PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirements.txt | cut -c1-12)
+
+.PHONY: demo test build lint format check bench figures info test-asan cuda-compile cuda-link gpu wheel clean help
 .DEFAULT_GOAL := help
 
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
@@ -47,8 +51,12 @@ build: $(BUILT) $(INSTALLED)  ## create .venv with PyTorch in it, compile what c
 check: build  ## compare the kernels with the reference on this machine, under a minute
 	$(RUN) -m fused_rnn check $(ARGS)
 
-bench: build  ## time the kernels against torch.nn (ARGS=--quick for under a minute)
-	$(RUN) -m fused_rnn bench $(ARGS)
+bench: build $(PEERS)  ## time the kernels against torch.nn, ONNX Runtime, OpenVINO (ARGS=--quick for under a minute)
+	$(RUN) -m fused_rnn bench --json $(RESULT) --markdown $(RESULT:.json=.md) $(ARGS)
+
+figures: build  ## tables and images of README and docs from a result (RESULT=benchmarks/results/NAME.json)
+	$(RUN) benchmarks/plot.py $(RESULT) --out docs/images
+	$(RUN) benchmarks/tables.py $(RESULT)
 
 # CUDA. The first needs nvcc alone, the second nvcc and a gigabyte of downloads, the third a GPU and a PyTorch for it.
 cuda-compile:  ## compile the CUDA kernels for all architectures: registers, shared memory, spills (ARGS="--arch 90a")
@@ -91,11 +99,16 @@ $(ENVIRONMENT):
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not found: install Python 3.10 or newer, or name one with PYTHON=" >&2; exit 1; }
 	@$(PYTHON) tools/prerequisites.py
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@rm -f $(VENV)/.environment-* $(VENV)/.built-* $(VENV)/.installed-*
+	@rm -f $(VENV)/.environment-* $(VENV)/.built-* $(VENV)/.installed-* $(VENV)/.peers-*
 	$(PIP) install --quiet --upgrade 'pip>=23'
 	$(PIP) install '$(TORCH)'
 	$(PIP) install --quiet --requirement requirements-dev.txt
 	@touch $@
+
+# Engines that the benchmark compares with. Where one has no wheel for this Python or processor, it goes without.
+$(PEERS): $(ENVIRONMENT) benchmarks/requirements.txt
+	@$(PIP) install --quiet --requirement benchmarks/requirements.txt && touch $@ || \
+		echo "warning: not all of benchmarks/requirements.txt could be installed; these peers are left out" >&2
 
 $(BUILT): $(ENVIRONMENT) setup.py $(shell find csrc -type f 2>/dev/null)
 	$(RUN) setup.py --quiet build_ext --inplace

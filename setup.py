@@ -42,6 +42,7 @@ X86_FLAGS: dict[str, list[str]] = {"portable": []}
 X86_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
 X86_FLAGS["avx512"] = [*X86_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86_FLAGS["avx512_bf16"] = [*X86_FLAGS["avx512"], "-mavx512bf16"]
+X86_FLAGS["avx512_amx"] = [*X86_FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 OTHER_FLAGS: dict[str, list[str]] = {"portable": []}
 
 # Gate arithmetic must see NaN and infinity, hence no -ffast-math: only the two of its parts that change no result.

@@ -28,8 +28,7 @@ double rate(int64_t rows, int64_t H, int64_t gates) {
   for (int repeat = 0; repeat < 30; ++repeat) {
     const auto begin = std::chrono::steady_clock::now();
     for (int64_t p = 0; p < panels; ++p)
-      product<float, NV>(rows, H, a.data(), weights.data() + p * columns * H, 1, columns * H, sums.data(), columns,
-                         nullptr, false);
+      product<float, NV>(rows, H, a.data(), weights.data() + p * columns * H, 1, columns * H, sums.data(), columns, {});
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     const double gflops = 2.0 * rows * panels * columns * H / seconds / 1e9;
     if (gflops > best) best = gflops;

@@ -1,5 +1,5 @@
 // fused_rnn._C: how the extension was built, which instruction set runs, what a call would do. Computation goes through
-// torch.ops.fused_rnn.
+// torch.ops.fused_rnn, the usual call by a short way (calls.cpp).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
@@ -7,11 +7,15 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "calls.h"
 #include "cpu/kernels.h"
+#include "cpu/packed.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
 #include "cuda/plan.h"
@@ -84,6 +88,22 @@ at::Tensor test_activation(const std::string& name, const at::Tensor& x) {
   return out;
 }
 
+double peak_flops(int dtype, double seconds) {
+  TORCH_CHECK_VALUE(dtype >= 0 && dtype <= int(DType::float16), "dtype: expected 0 to 3, got ", dtype);
+  TORCH_CHECK_VALUE(seconds > 0 && seconds <= 1, "seconds: expected more than 0 and at most 1, got ", seconds);
+  struct Work {
+    DType dtype;
+    double seconds;
+    std::vector<double> rates;
+  } work{DType(dtype), seconds, std::vector<double>(usable_threads(at::get_num_threads()))};
+  const auto measure = [](void* context, int thread) {
+    Work& mine = *static_cast<Work*>(context);
+    mine.rates[thread] = kernels().peak(mine.dtype, mine.seconds);
+  };
+  TORCH_CHECK(run_team(int(work.rates.size()), measure, &work), "no ", work.rates.size(), " threads could be had");
+  return std::accumulate(work.rates.begin(), work.rates.end(), 0.0);
+}
+
 LayerSizes layer_sizes(int kind, int64_t input_size, int64_t hidden_size, int64_t state_size, int directions,
                        int dtype) {
   LayerSizes sizes;
@@ -103,11 +123,19 @@ Steps dense_steps(int64_t T, int64_t B) {
   return steps;
 }
 
-py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
-              int directions, int dtype, bool backward) {
+py::dict plan(int kind, int64_t T, int64_t B, const std::optional<std::vector<int64_t>>& batch_sizes,
+              int64_t input_size, int64_t hidden_size, int64_t state_size, int directions, int dtype, bool backward) {
   const LayerSizes sizes = layer_sizes(kind, input_size, hidden_size, state_size, directions, dtype);
-  const Plan p =
-      make_plan(sizes, dense_steps(T, B), usable_threads(at::get_num_threads()), kernels().vector_bytes, backward);
+  Steps steps = dense_steps(T, B);
+  std::vector<int64_t> offsets{0};
+  if (batch_sizes) {
+    for (const int64_t n : *batch_sizes) offsets.push_back(offsets.back() + n);
+    steps.batch_sizes = batch_sizes->data();
+    steps.offsets = offsets.data();
+  }
+  const int bytes = kernels().vector_bytes;
+  const Plan p = make_plan(sizes, steps, usable_threads(at::get_num_threads()), bytes, backward);
+  const Bound bound = time_bound(sizes, steps, p, bytes, backward);
   py::dict result;
   result["isa"] = kernels().isa;
   result["threads"] = p.threads();
@@ -116,6 +144,8 @@ py::dict plan(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden
   result["unit_groups"] = p.unit_groups;
   result["predicted_us"] = p.predicted_us;
   result["serial_us"] = p.serial_us;
+  result["bound_us"] = bound.us;
+  result["bound_by"] = bound.by;
   return result;
 }
 
@@ -238,8 +268,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "For tests: the number that available_processors gives from now on, 0 for the real one; returns the override "
         "before.");
   m.def("scratch_held", &scratch_held, "Bytes of buffers that are kept for this thread's next call.");
-  m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"), py::arg("hidden_size"),
-        py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
+  m.def("packed_bytes_held", &packed_bytes_held, "Bytes of packed weights that are kept for later inference calls.");
+  m.def("packed_bytes_limit", &packed_bytes_limit, "The most bytes of packed weights that are kept.");
+  m.def("set_packed_bytes_limit", &set_packed_bytes_limit, py::arg("bytes"), "Sets that limit; 0 keeps nothing.");
+  m.def("clear_packed", &clear_packed, "Frees all packed weights that are kept.");
+  m.def("team_is_late", &team_is_late, "Whether calls of this thread do without a team for a while: a busy machine.");
+  m.def("judge_team", &judge_team, py::arg("threads"), py::arg("wall_us"), py::arg("own_us"),
+        "For tests: what a call says of its team when it is done.");
+  m.def("expect_teams_in_time", &expect_teams_in_time, "For tests: forgets that teams were late.");
+  m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("seconds"),
+        "Floating-point operations a second that the multiply-add units reach on all threads of a call together, "
+        "measured for about `seconds` on registers alone.");
+  m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("batch_sizes"), py::arg("input_size"),
+        py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
         "How one layer's work would be divided over threads.");
   m.def("cuda_plan_for", &cuda_plan_for, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
@@ -255,6 +296,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("none") = true, py::arg("counted") = true, py::arg("team_blocks") = 0, py::arg("most_columns") = 0,
         "For tests and measurements: which persistent variants may run from now on; returns what was allowed before.");
 #endif
+  add_calls(m);
 }
 
 }  // namespace fused_rnn

@@ -15,11 +15,9 @@
 #include <torch/library.h>
 
 #include "cpu/plan.h"
+#include "ops.h"
 
 namespace fused_rnn {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -249,13 +247,11 @@ struct Stack {
   }
 };
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 template <class Backend>
 ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                           at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
                           int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
-                          bool save) {
+                          bool save, bool recompute) {
   Backend backend(input);
   const Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
                     batch_first);
@@ -268,7 +264,7 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
   const Tensor c_n = at::empty(has_cell ? std::vector<int64_t>{L * D, B, H} : std::vector<int64_t>{0}, options);
   Tensor gates = at::empty({0}, options), cells = at::empty({0}, options.dtype(accumulation_dtype(input)));
   Tensor hidden = at::empty({0}, options);
-  if (save && saved > 0) gates = at::empty({L * D, N, saved, H}, options);
+  if (save && !recompute && saved > 0) gates = at::empty({L * D, N, saved, H}, options);
   if (save && has_cell) cells = at::empty({L * D, N, H}, cells.options());
   if (L > 1) hidden = at::empty({save ? L - 1 : std::min<int64_t>(L - 1, 2), N, D * P}, options);
   const auto result = [&] {
@@ -282,6 +278,7 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
     LayerForward layer;
     layer.sizes = stack.layer_sizes(l);
     layer.steps = steps;
+    layer.inference = !save;
     Tensor x = stack.input;
     if (l > 0) {
       x = hidden.select(0, save ? l - 1 : (l - 1) % 2);
@@ -306,8 +303,6 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
   }
   return result();
 }
-
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 template <class Backend>
 BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -340,7 +335,9 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   Tensor grad_y = grad_output ? rows_first(*grad_output, "grad_output") : Tensor();
   const Tensor final_h = final_gradient(grad_h_n, P, "grad_h_n");
   const Tensor final_c = final_gradient(grad_c_n, H, "grad_c_n");
-  TORCH_CHECK(gates.numel() == L * D * N * saved * H && gates.is_contiguous(), "gates: not those of this call");
+  // Without gates the forward pass was told that they will be computed again.
+  TORCH_CHECK((gates.numel() == L * D * N * saved * H || gates.numel() == 0) && gates.is_contiguous(),
+              "gates: not those of this call");
   TORCH_CHECK(cells.numel() == (has_cell ? L * D * N * H : 0) && cells.is_contiguous(),
               "cells: not those of this call");
   TORCH_CHECK(hidden.numel() == (L - 1) * N * D * P && hidden.is_contiguous(), "hidden: not that of this call");
@@ -476,10 +473,9 @@ struct Step {
 };
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c,
-                                                        const Tensor& w_ih, const Tensor& w_hh,
-                                                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                                                        int64_t kind, bool save) {
+CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c, const Tensor& w_ih,
+                        const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, int64_t kind,
+                        bool save) {
   Backend backend(input);
   const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;
@@ -496,6 +492,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cell_forward(const Tensor& input, con
     LayerForward layer;
     layer.sizes = step.sizes;
     layer.steps = step.steps;
+    layer.inference = !save;
     const Tensor x = rows_for<Backend>(step.input);
     layer.x = Step::sequence(x);
     layer.y = Step::sequence(h_next);
@@ -512,11 +509,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cell_forward(const Tensor& input, con
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cell_backward(
-    const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input, const Tensor& h,
-    const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-    const OptionalTensor& b_hh, const Tensor& h_next, const Tensor& gates, const Tensor& cells, int64_t kind,
-    c10::List<bool> needs) {
+BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
+                             const Tensor& h, const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
+                             const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h_next,
+                             const Tensor& gates, const Tensor& cells, int64_t kind, c10::List<bool> needs) {
   Backend backend(input);
   const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;

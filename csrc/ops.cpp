@@ -13,7 +13,7 @@ namespace {
 template <class Layer, class Run>
 void run_layer(const Layer& layer, Run run, bool backward) {
   const int bytes = kernels().vector_bytes;
-  const int threads = usable_threads(at::get_num_threads());
+  const int threads = team_is_late() ? 1 : usable_threads(at::get_num_threads());
   const Plan plan = make_plan(layer.sizes, layer.steps, threads, bytes, backward);
   if (run(layer, plan)) return;
   TORCH_CHECK(plan.threads() > 1 && run(layer, make_plan(layer.sizes, layer.steps, 1, bytes, backward)),
@@ -34,7 +34,8 @@ TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "rnn_forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor[] dropout_masks, "
       "Tensor? batch_sizes, int kind, bool has_biases, int num_layers, bool bidirectional, bool batch_first, "
-      "bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor hidden)",
+      "bool save, bool recompute) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor "
+      "hidden)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, Tensor? c0, "

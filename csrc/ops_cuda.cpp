@@ -196,6 +196,7 @@ class Cuda {
                      int64_t projection_stride);
   void steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product, void* const* grad_gates,
                       const Tensor* grad_projected);
+  void compute_gates_again(const LayerBackward& layer, const Cell& cell, Tensor* gates);
   void weight_gradients(const LayerBackward& layer, const Cell& cell, const Products& product, int d,
                         const void* grad_gates, const void* grad_projected);
 
@@ -330,9 +331,16 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
   }
 }
 
-void Cuda::backward(const LayerBackward& layer) {
-  const LayerSizes& s = layer.sizes;
+void Cuda::backward(const LayerBackward& given) {
+  const LayerSizes& s = given.sizes;
   const Cell cell = cell_of(s.kind);
+  LayerBackward layer = given;
+  Tensor gates[2];
+  if (cell.saved > 0 && !given.direction[0].gates) {
+    compute_gates_again(given, cell, gates);
+    for (int d = 0; d < s.num_directions; ++d) layer.direction[d].gates = gates[d].const_data_ptr();
+    layer.reuse_gates = true;
+  }
   const Products product(s.dtype, tf32_);
   const int64_t H = s.hidden_size, P = s.state_size, I = s.input_size, N = layer.steps.total_rows();
   const int64_t width = cell.grad_gates * H;
@@ -387,6 +395,33 @@ void Cuda::backward(const LayerBackward& layer) {
       beta = 1;
     }
   }
+}
+
+// The forward pass once more, for gates that were not kept. Its other results are those that are there.
+void Cuda::compute_gates_again(const LayerBackward& layer, const Cell& cell, Tensor* gates) {
+  const LayerSizes& s = layer.sizes;
+  const int64_t H = s.hidden_size, P = s.state_size, B = layer.steps.B, N = layer.steps.total_rows();
+  const int64_t D = s.num_directions;
+  const Tensor y = buffer({N, D * P}), h_n = buffer({D, B, P});
+  const Tensor c_n = cell.has_cell ? buffer({D, B, H}) : Tensor();
+  LayerForward again;
+  again.sizes = s;
+  again.steps = layer.steps;
+  again.x = layer.x;
+  again.y.data = y.mutable_data_ptr();
+  again.y.batch_stride = D * P;
+  again.y.time_stride = B * D * P;
+  for (int64_t d = 0; d < D; ++d) {
+    DirectionForward& dir = again.direction[d];
+    gates[d] = buffer({N, cell.saved * H});
+    dir.weights = layer.direction[d].weights;
+    dir.h0 = layer.direction[d].h0;
+    dir.c0 = layer.direction[d].c0;
+    dir.h_n = mutable_slice(h_n, d);
+    dir.c_n = mutable_slice(c_n, d);
+    dir.gates = gates[d].mutable_data_ptr();
+  }
+  forward(again);
 }
 
 void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product,

@@ -69,8 +69,8 @@ struct DirectionForward {
   const void* c0 = nullptr;  // (B, H) or null: zeros
   void* h_n = nullptr;       // (B, P) or null: not needed
   void* c_n = nullptr;       // (B, H), null unless the cell has a cell state
-  void* gates = nullptr;     // (N, saved_gates * H), layer dtype; null: nothing is kept for the backward pass
-  void* cells = nullptr;     // (N, H), accumulation dtype (float; double for float64); null like gates
+  void* gates = nullptr;     // (N, saved_gates * H), layer dtype; null: not kept for the backward pass
+  void* cells = nullptr;     // (N, H), accumulation dtype (float; double for float64); null: not kept
 };
 
 struct LayerForward {
@@ -79,6 +79,7 @@ struct LayerForward {
   Sequence x;                     // (I features)
   Sequence y;                     // (num_directions * P features), direction d writes features d * P ...
   DirectionForward direction[2];  // direction[1] runs from the last step to the first
+  bool inference = false;         // the weights may well be those of the next call
 };
 
 // One direction of one layer, backward. A null gradient is one that nobody needs.
@@ -86,7 +87,7 @@ struct DirectionBackward {
   Weights weights;
   const void* h0 = nullptr;
   const void* c0 = nullptr;
-  const void* gates = nullptr;
+  const void* gates = nullptr;  // null: computed again from x and the states
   const void* cells = nullptr;
   const void* grad_h_n = nullptr;  // (B, P) or null: zeros
   const void* grad_c_n = nullptr;  // (B, H) or null: zeros
@@ -102,7 +103,7 @@ struct DirectionBackward {
 struct LayerBackward {
   LayerSizes sizes;
   Steps steps;
-  Sequence x;                // the layer's input; data may be null when no weight gradient is needed
+  Sequence x;                // the layer's input
   Sequence y;                // the layer's output
   Sequence grad_y;           // data null: zeros
   Sequence grad_x;           // data null: not needed

@@ -2,10 +2,11 @@
 
 :class:`LSTM`, :class:`GRU`, :class:`RNN` and the cells take the place of ``torch.nn``'s; :func:`convert` puts them in a
 model that exists, :func:`patch` in one that is being built. :mod:`fused_rnn.functional` has the same as functions,
-:mod:`fused_rnn.reference` in plain PyTorch; :func:`use_backend` chooses, :func:`explain` says what runs.
+:mod:`fused_rnn.reference` in plain PyTorch; :func:`use_backend` chooses, :func:`explain` says what runs,
+:mod:`fused_rnn.packed_weights` what memory inference keeps.
 """
 
-from . import functional, reference
+from . import functional, packed_weights, reference
 from .backend import use_backend
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import ConversionWarning, convert, patch, revert
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "packed_weights",
     "patch",
     "reference",
     "revert",

@@ -37,9 +37,11 @@ def check_constructor(
     dropout: Any,
     bidirectional: Any,
     proj_size: Any,
+    recompute: Any,
 ) -> None:
     """Arguments of a layer, all that ``torch.nn`` checks and what it leaves to fail later."""
-    for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+    flags = (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional), ("recompute", recompute))
+    for name, flag in flags:
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):

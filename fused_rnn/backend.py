@@ -138,6 +138,13 @@ def why_reference(input: Tensor) -> str | None:
     return reason
 
 
+def eager_kernels() -> ModuleType | None:
+    """The module of the kernels where a call made here and now may try them directly, else ``None``."""
+    if torch.compiler.is_compiling() or current_backend() == "reference":
+        return None
+    return ops
+
+
 def implementation(reason: str | None) -> ModuleType:
     """The module that computes a call, by what :func:`why_reference` said: both have ``rnn`` and ``cell_step``."""
     if reason is not None:

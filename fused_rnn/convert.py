@@ -48,7 +48,7 @@ class ConversionWarning(UserWarning):
         super().__init__("fused_rnn.convert left alone " + "; ".join(lines))
 
 
-def convert(model: ModelT, *, inplace: bool = True) -> ModelT:
+def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> ModelT:
     """Make every ``torch.nn`` LSTM, GRU, RNN and cell of a model a fused one.
 
     A module stays the same object, of another class: its Parameters, hooks, training flag, parametrizations, place in
@@ -63,6 +63,7 @@ def convert(model: ModelT, *, inplace: bool = True) -> ModelT:
         model: any module, a recurrent one included.
         inplace: ``False`` leaves ``model`` as it is and converts a copy of its modules. The copy holds the very
             Parameters and buffers of ``model``; for independent ones convert ``copy.deepcopy(model)``.
+        recompute: the option of :class:`fused_rnn.LSTM` for the layers that are converted: less memory in training.
 
     Returns:
         ``model``, or the copy.
@@ -83,6 +84,8 @@ def convert(model: ModelT, *, inplace: bool = True) -> ModelT:
             # torch.nn's list of weights, which the fused layers work out when asked for it
             module.__dict__.pop("_flat_weights", None)
             _change_class(module, target)
+            if recompute and isinstance(module, nn.RNNBase):
+                module.recompute = True
             _log.info("converted %s to %s", _quote(name), module)
     if left_alone:
         warnings.warn(ConversionWarning(left_alone), stacklevel=2)
@@ -121,6 +124,7 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
         module = model.get_submodule(name)
         _change_class(module, _TORCH[_own_class(module)])
         if isinstance(module, nn.RNNBase):
+            module.__dict__.pop("recompute", None)  # of the kernels, no part of what the module computes
             module._init_flat_weights()
     return model
 

@@ -73,6 +73,8 @@ def _describe_launches(plan: dict[str, Any]) -> str:
             f"one launch for all steps ({plan['variant']}): {plan['blocks']} blocks, {plan['team_blocks']} for one "
             f"W_hh, each with {resident}; about {plan['predicted_step_us']:.3g} us a step expected"
         )
+    if plan.get("recomputes"):
+        text += ", after the forward pass's once more"
     return f"{text} (others: {plan['reason']})" if plan["reason"] else text
 
 
@@ -80,7 +82,20 @@ def _describe_threads(plan: dict[str, Any]) -> str:
     groups = (("direction_groups", "directions"), ("row_groups", "batch rows"), ("unit_groups", "hidden units"))
     split = " and ".join(f"{what} in {plan[key]}" for key, what in groups if plan[key] > 1)
     threads = f"{plan['threads']} thread{'s' if plan['threads'] > 1 else ''}"
-    return f"{plan['isa']}, {threads}{f' ({split})' if split else ''}, about {plan['predicted_us']:.3g} us expected"
+    again = ", gates computed again" if plan.get("recomputes") else ""
+    where = f"{plan['isa']}, {threads}{f' ({split})' if split else ''}{again}"
+    return (
+        f"{where}, about {_time(plan['predicted_us'])} expected, "
+        f"no less than {_time(plan['bound_us'])} for the {plan['bound_by']}"
+    )
+
+
+def _time(us: float) -> str:
+    """Three digits in the unit that reads best."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if us >= size:
+            return f"{us / size:.3g} {unit}"
+    return f"{us:.3g} us"
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
@@ -129,6 +144,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
             spec.kind,
             T=call.num_steps,
             B=batch_size,
+            batch_sizes=None if batch_sizes is None else batch_sizes.tolist(),
             input_size=spec.input_size,
             hidden_size=spec.hidden_size,
             proj_size=spec.state_size if spec.state_size != spec.hidden_size else 0,
@@ -137,6 +153,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
             dtype=call.input.dtype,
             device=call.input.device,
             training=training,
+            recompute=getattr(module, "recompute", False),
         )
     return Explanation(
         module=repr(module),

@@ -52,6 +52,7 @@ def lstm(
     batch_first: bool = False,
     proj_size: int = 0,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A stack of LSTM layers over a sequence (Hochreiter and Schmidhuber 1997; Gers 2000; projection: Sak 2014).
 
@@ -67,12 +68,14 @@ def lstm(
         proj_size: P, 0 for none.
         batch_sizes: int64 (T) on the CPU, the number of sequences still running at each step, never rising; ``input``
             is then packed data as in :class:`torch.nn.utils.rnn.PackedSequence`.
+        recompute: keep only the states for the backward pass, and compute the gates there again: less memory, more
+            time, the same numbers.
 
     Returns:
         ``(output, (h_n, c_n))``. With ``batch_first`` the output is a transposed view of (T, B, D*P) storage.
     """
     spec = _spec_of_params(CellKind.LSTM, params, proj_size, num_layers, bidirectional, bias)
-    output, h_n, c_n = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes)
+    output, h_n, c_n = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
     return output, (h_n, c_n)
 
 
@@ -88,6 +91,7 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers over a sequence (Cho 2014; reset gate after the product with W_hh).
 
@@ -98,7 +102,7 @@ def gru(
         ``(output, h_n)``.
     """
     spec = _spec_of_params(CellKind.GRU, params, 0, num_layers, bidirectional, bias)
-    output, h_n, _ = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes)
+    output, h_n, _ = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
     return output, h_n
 
 
@@ -115,6 +119,7 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A stack of Elman layers over a sequence (Elman 1990).
 
@@ -126,7 +131,7 @@ def rnn(
         ``(output, h_n)``.
     """
     spec = _spec_of_params(rnn_kind(nonlinearity), params, 0, num_layers, bidirectional, bias)
-    output, h_n, _ = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes)
+    output, h_n, _ = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
     return output, h_n
 
 
@@ -266,13 +271,38 @@ def run_layers(
     dropout: float,
     training: bool,
     batch_sizes: Tensor | None,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A whole stack: ``(output, h_n, c_n)``, c_n empty unless it is an LSTM's."""
+    draws_masks = False
+    if dropout:
+        _checks.check_dropout(dropout)
+        draws_masks = training and spec.num_layers > 1
+    # The operator checks what it is given, so the usual call need not be checked twice, which would take as long as a
+    # small one computes. What is wrong with a call that is not valid, prepare_layers says in the user's terms.
+    kernels = None if batch_sizes is not None or draws_masks else backend.eager_kernels()
+    if kernels is not None:
+        done: tuple[Tensor, Tensor, Tensor] | None = kernels.try_rnn(
+            spec.kind,
+            spec.input_size,
+            spec.hidden_size,
+            spec.state_size,
+            spec.bias,
+            spec.num_layers,
+            spec.bidirectional,
+            batch_first,
+            recompute,
+            input,
+            hx,
+            params,
+        )
+        if done is not None:
+            return done
     region = autocast_region(spec, input)
     if region is not None:
         input, hx, params = autocast(spec, region, input, hx, params, packed=batch_sizes is not None)
         with torch.autocast(region, enabled=False):
-            return run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes)
+            return run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
 
     input, h, c, _, batch, why_reference = prepare_layers(spec, input, hx, params, batch_first, batch_sizes)
     if batch is None:
@@ -281,11 +311,7 @@ def run_layers(
         c = None if c is None else c.unsqueeze(1)
     if batch is None or batch_sizes is not None:
         batch_first = False
-    masks: list[Tensor] = []
-    if dropout:
-        _checks.check_dropout(dropout)
-        if training and spec.num_layers > 1:
-            masks = _dropout_masks(spec, input, dropout, batch_first)
+    masks = _dropout_masks(spec, input, dropout, batch_first) if draws_masks else []
     output, h_n, c_n = backend.implementation(why_reference).rnn(
         spec.kind,
         input,
@@ -298,6 +324,7 @@ def run_layers(
         num_layers=spec.num_layers,
         bidirectional=spec.bidirectional,
         batch_first=batch_first,
+        recompute=recompute,
     )
     if batch is None:
         return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if spec.kind == CellKind.LSTM else c_n
@@ -321,15 +348,19 @@ def prepare_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[An
 
 def run_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
     """One step of a cell: ``(h, c)``, c ``None`` unless it is an LSTM's."""
+    kernels = backend.eager_kernels()  # as in run_layers
+    if kernels is not None:
+        done: tuple[Tensor, Tensor | None] | None = kernels.try_cell_step(
+            spec.kind, spec.input_size, spec.hidden_size, input, hx, params
+        )
+        if done is not None:
+            return done
     region = autocast_region(spec, input)
     if region is not None:
         input, hx, params = autocast(spec, region, input, hx, params)
         with torch.autocast(region, enabled=False):
             return run_cell(spec, input, hx, params)
 
-    done = _step_if_valid(spec, input, hx, params)
-    if done is not None:
-        return done
     input, h, c, _, batch, why_reference = prepare_cell(spec, input, hx, params)
     assert h is not None
     if batch is None:
@@ -339,29 +370,6 @@ def run_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]) 
     if batch is None:
         return h.squeeze(0), None if c is None else c.squeeze(0)
     return h, c
-
-
-def _step_if_valid(
-    spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]
-) -> tuple[Tensor, Tensor | None] | None:
-    """The step of the usual call, a batch with its state on the kernels; ``None`` if it is another or not valid.
-
-    The operator checks what it is given, so a valid call need not be checked twice, which would take as long as the
-    step of a small cell. What is wrong with one that is not, :func:`prepare_cell` says in the user's terms.
-    """
-    if backend.ops is None or torch.compiler.is_compiling() or backend.current_backend() == "reference":
-        return None
-    h, c = hx if spec.kind == CellKind.LSTM and isinstance(hx, tuple) and len(hx) == 2 else (hx, None)
-    if not isinstance(h, Tensor) or input.dim() != 2 or backend.ops.why_not_fused(input) is not None:
-        return None
-    if h.shape != (input.shape[0], spec.hidden_size) or input.shape[1] != spec.input_size:
-        return None
-    weights = params if spec.bias else (*params, None, None)
-    try:
-        done: tuple[Tensor, Tensor | None] = backend.ops.cell_step(spec.kind, input, h, c, *weights)
-    except (RuntimeError, TypeError):
-        return None
-    return done
 
 
 def _dropout_masks(spec: _checks.Spec, input: Tensor, dropout: float, batch_first: bool) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 # From the widest to the narrowest: the first that is compiled in and that the processor has is used.
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
 ENVIRONMENT_VARIABLES = ("FUSED_RNN_BACKEND", "FUSED_RNN_ISA", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -35,6 +35,7 @@ class _Recurrent(nn.RNNBase):
         proj_size: int,
         device: Any,
         dtype: Any,
+        recompute: bool,
     ) -> None:
         _checks.check_constructor(
             input_size=input_size,
@@ -45,6 +46,7 @@ class _Recurrent(nn.RNNBase):
             dropout=dropout,
             bidirectional=bidirectional,
             proj_size=proj_size,
+            recompute=recompute,
         )
         super().__init__(
             mode,
@@ -59,6 +61,12 @@ class _Recurrent(nn.RNNBase):
             device,
             dtype,
         )
+        self.recompute = recompute
+
+    recompute: bool = False  # of layers that were made, or pickled, without it
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     # torch.nn keeps a list of its weights and has to notice when one is replaced. Here it is made when asked for; the
     # setter takes what RNNBase assigns.
@@ -95,7 +103,15 @@ class _Recurrent(nn.RNNBase):
 
     def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return functional.run_layers(
-            self._spec(), input, hx, self._params(), self.batch_first, self.dropout, self.training, batch_sizes
+            self._spec(),
+            input,
+            hx,
+            self._params(),
+            self.batch_first,
+            self.dropout,
+            self.training,
+            batch_sizes,
+            self.recompute,
         )
 
     def _run_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Tensor, Tensor]:
@@ -137,6 +153,8 @@ class LSTM(_Recurrent):
         bidirectional: whether a second set of weights reads the sequence from its end (D = 2, else 1).
         proj_size: P, size to which h is projected (Sak, Senior and Beaufays 2014); 0 for no projection (P = H).
         device, dtype: of the parameters.
+        recompute: keep only h and c of every step for the backward pass, not the gates, which it then computes again:
+            less than half the memory, more time, the same numbers.
 
     Raises:
         TypeError, ValueError: naming the argument that has another type or is out of range.
@@ -169,6 +187,8 @@ class LSTM(_Recurrent):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -182,6 +202,7 @@ class LSTM(_Recurrent):
             proj_size,
             device,
             dtype,
+            recompute,
         )
 
     @overload
@@ -289,6 +310,7 @@ class GRU(_SingleState):
 
     Args:
         proj_size: only 0; the place it has among ``torch.nn.GRU``'s positional arguments.
+        recompute: keep only h of every step for the backward pass; see :class:`LSTM`.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as :class:`LSTM`.
 
     Raises:
@@ -311,10 +333,23 @@ class GRU(_SingleState):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         _checks.check_no_projection("GRU", proj_size)
         super().__init__(
-            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            recompute,
         )
 
 
@@ -329,6 +364,7 @@ class RNN(_SingleState):
     Args:
         nonlinearity: ``"tanh"`` or ``"relu"``.
         proj_size: only 0; the place it has among ``torch.nn.RNN``'s positional arguments.
+        recompute: without effect, h being all that is kept in any case.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as :class:`LSTM`.
 
     Raises:
@@ -352,6 +388,8 @@ class RNN(_SingleState):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         _checks.check_no_projection("RNN", proj_size)
         _checks.check_nonlinearity(nonlinearity)
@@ -368,4 +406,5 @@ class RNN(_SingleState):
             0,
             device,
             dtype,
+            recompute,
         )

@@ -8,8 +8,8 @@ per unit and step.
 ========================= =============================================================================================
 ``rnn_forward``           output (T, B, D * P), (B, T, D * P) or (N, D * P); h_n (L * D, B, P); c_n (L * D, B, H), or
                           (0,) without a cell state; and, with ``save``, what the backward pass needs: gates
-                          (L * D, N, S, H) in the input's dtype, cells (L * D, N, H) in float32 (float64 for float64),
-                          hidden (L - 1, N, D * P), the outputs of the lower layers
+                          (L * D, N, S, H) in the input's dtype, or (0,) with ``recompute``, cells (L * D, N, H) in
+                          float32 (float64 for float64), hidden (L - 1, N, D * P), the outputs of the lower layers
 ``rnn_backward``          gradients of input, h0, c0 and params; (0,) for those that ``needs`` does not ask for. With
                           ``reuse_gates`` it may write over ``gates``, which its schema does not say (as PyTorch's own
                           for cuDNN with its reserve): only for a tensor that nobody reads afterwards
@@ -17,7 +17,9 @@ per unit and step.
 ``cell_backward``         its gradients
 ========================= =============================================================================================
 
-The second derivative goes through the formulas of :mod:`fused_rnn.reference`.
+In plain eager mode the gradient of the two forward operators is that of ``csrc/autograd.cpp``; the functions here are
+for ``torch.func``, forward mode and the compiler. The second derivative goes through the formulas of
+:mod:`fused_rnn.reference`.
 """
 
 from __future__ import annotations
@@ -31,9 +33,28 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C
+from ._C import clear_packed, packed_bytes_held, packed_bytes_limit, set_packed_bytes_limit
 from .reference import CellKind
 
-__all__ = ["CellKind", "cell_step", "plan", "rnn", "why_not_fused"]
+__all__ = [
+    "CellKind",
+    "cell_step",
+    "clear_packed",
+    "packed_bytes_held",
+    "packed_bytes_limit",
+    "plan",
+    "rnn",
+    "set_packed_bytes_limit",
+    "try_cell_step",
+    "try_rnn",
+    "why_not_fused",
+]
+
+# The usual call, without the way through torch.ops, for which every argument is described anew: eager, of plain
+# tensors, without a mode or a transform of torch.func that wants to see it. Each returns None for any other call, and
+# for one that is not valid, which is no loss of time where it matters. They are opaque to torch.compile.
+try_rnn = _C.run_layers
+try_cell_step = _C.run_cell
 
 _rnn_forward = torch.ops.fused_rnn.rnn_forward.default
 _rnn_backward = torch.ops.fused_rnn.rnn_backward.default
@@ -55,6 +76,16 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 # Whether this build has CUDA kernels, and the oldest compute capability that they run on.
 _HAS_CUDA: bool = _C.build_info()["cuda"]
 _OLDEST_CAPABILITY = (8, 0)
+
+_TIMES = ("predicted_us", "serial_us", "bound_us")
+
+
+def peak_flops(dtype: torch.dtype, seconds: float) -> float:
+    """Floating-point operations a second that the multiply-add units reach, measured for about `seconds` (at most 1).
+
+    On as many threads as a call would use, with the instructions that products of `dtype` are made of, from registers.
+    """
+    return _C.peak_flops(_DTYPES[dtype], seconds)
 
 
 def why_not_fused(*tensors: Tensor | None) -> str | None:
@@ -99,6 +130,7 @@ def plan(
     *,
     T: int,
     B: int,
+    batch_sizes: Sequence[int] | None,
     input_size: int,
     hidden_size: int,
     proj_size: int,
@@ -107,14 +139,17 @@ def plan(
     dtype: torch.dtype,
     device: torch.device,
     training: bool,
+    recompute: bool = False,
 ) -> dict[str, Any]:
-    """What would run for one layer of such a call.
+    """What would run for such a call.
 
     Returns:
-        on the CPU a dict with ``isa`` (the instruction set), ``threads``, how they divide the work
-        (``direction_groups``, ``row_groups``, ``unit_groups``; their product is ``threads``), the cost model's
-        ``predicted_us`` and ``serial_us`` (on one thread) in microseconds for the whole call's forward pass, and with
-        ``training`` also ``backward``, the same for the backward pass.
+        on the CPU a dict with ``isa`` (the instruction set), ``threads``, how they divide the work of a layer
+        (``direction_groups``, ``row_groups``, ``unit_groups``; their product is ``threads``), and times of the whole
+        call's forward pass in microseconds by the planner's cost model: ``predicted_us``, ``serial_us`` (on one
+        thread), ``bound_us``, below which these threads cannot get, and ``bound_by``, what that is the time of. With
+        ``training`` also ``backward``, the same for the backward pass, which has ``recomputes``: whether it computes
+        the gates again.
 
         On a CUDA device ``variant`` (``"none"``: a launch a step), ``reason`` (why no better one), and of a persistent
         one ``blocks``, ``teams``, ``team_blocks``, ``register_bytes``, ``weight_bytes`` and ``shared_bytes`` (of W_hh
@@ -123,12 +158,13 @@ def plan(
     """
     state_size = proj_size or hidden_size
     directions = 2 if bidirectional else 1
+    sizes = None if batch_sizes is None else list(batch_sizes)
 
     def one_layer(size: int, backward: bool) -> dict[str, Any]:
-        sizes = (kind, T, B, size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
+        layer = (size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         if device.type == "cuda":
-            return _C.cuda_plan(*sizes, _cuda_index(device))
-        return _C.plan(*sizes)
+            return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device))
+        return _C.plan(kind, T, B, sizes, *layer)
 
     def stack(backward: bool) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -136,15 +172,21 @@ def plan(
             one = one_layer(input_size if layer == 0 else directions * state_size, backward)
             if not result:
                 result = one
-                continue
-            for time in ("predicted_us", "serial_us"):
-                if time in result:
-                    result[time] += one[time]
+            else:
+                for key in _TIMES:
+                    if key in result:
+                        result[key] += one[key]
         return result
 
     result = stack(backward=False)
     if training:
-        result["backward"] = stack(backward=True)
+        backward = stack(backward=True)
+        backward["recomputes"] = recompute and _NUM_SAVED[kind] > 0
+        if backward["recomputes"]:
+            for key in _TIMES:
+                if key in backward:
+                    backward[key] += result[key]
+        result["backward"] = backward
     return result
 
 
@@ -152,11 +194,11 @@ def _cuda_index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _needs_autograd(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the call must be recorded: by autograd, by forward-mode differentiation or by a torch.func transform."""
+def _needs_function(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the call goes through a Function here: for torch.func, forward mode, or recorded by the compiler."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    if not torch.is_grad_enabled():
+    if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     for t in tensors:
         if t is not None and t.requires_grad:
@@ -177,6 +219,7 @@ def rnn(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A stack of recurrent layers over a whole sequence, in one operator.
 
@@ -189,6 +232,7 @@ def rnn(
         dropout_masks: none, or L - 1 factors of the layers' outputs, (T, B, D * P) or (N, D * P).
         batch_sizes: int64 on the CPU, rows of each step of a packed batch, never increasing.
         has_biases, num_layers, bidirectional, batch_first: as in :class:`torch.nn.LSTM`.
+        recompute: a backward pass computes the gates again instead of finding them in memory.
 
     Returns:
         output (shaped like the input, D * P features), h_n (L * D, B, P), c_n (L * D, B, H) or, without a cell state,
@@ -197,7 +241,7 @@ def rnn(
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    if _needs_autograd((input, h0, c0, *params, *dropout_masks)):
+    if _needs_function((input, h0, c0, *params, *dropout_masks)):
         results = _apply(
             _Rnn,
             _ForwardModeRnn,
@@ -208,6 +252,7 @@ def rnn(
             batch_first,
             len(dropout_masks),
             batch_sizes,
+            recompute,
             input,
             h0,
             c0,
@@ -228,6 +273,7 @@ def rnn(
         bidirectional,
         batch_first,
         False,
+        recompute,
     )[:3]
 
 
@@ -246,7 +292,7 @@ def cell_step(
     Returns:
         h (B, H), and c (B, H) for an LSTM, else None.
     """
-    if _needs_autograd((input, h, c, w_ih, w_hh, b_ih, b_hh)):
+    if _needs_function((input, h, c, w_ih, w_hh, b_ih, b_hh)):
         h_next, c_next = _apply(_Cell, _ForwardModeCell, kind, input, h, c, w_ih, w_hh, b_ih, b_hh)[:2]
     else:
         h_next, c_next = _cell_forward(input, h, c, w_ih, w_hh, b_ih, b_hh, kind, False)[:2]
@@ -271,6 +317,30 @@ def _apply(function: type[torch.autograd.Function], forward_mode: type[torch.aut
     if torch._C._are_functorch_transforms_active():
         return forward_mode.apply(*args)
     return super(torch.autograd.Function, forward_mode).apply(*args)  # type: ignore[misc]
+
+
+def differentiable_rnn_backward(
+    settings: tuple[Any, ...], needs: tuple[bool, ...], tensors: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """The backward pass of ``csrc/autograd.cpp`` when it is recorded itself, or under ``vmap``.
+
+    Args:
+        settings: the first seven arguments of :class:`_Rnn`.
+        needs: whether input, h0, c0, each mask and each parameter need a gradient.
+        tensors: the gradients of output, h_n, c_n; output, gates, cells, hidden; input, h0, c0, masks, params.
+
+    Returns:
+        the gradients of input, h0, c0, masks, params.
+    """
+    grads = _RnnBackward.apply(CellKind(settings[0]), *settings[1:], needs, *tensors)
+    return _none_for_unneeded(grads, needs)
+
+
+def differentiable_cell_backward(
+    settings: tuple[Any, ...], needs: tuple[bool, ...], tensors: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """As :func:`differentiable_rnn_backward`, with the tensors of :class:`_CellBackward`."""
+    return _none_for_unneeded(_CellBackward.apply(CellKind(settings[0]), needs, *tensors), needs)
 
 
 def _none_for_unneeded(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -379,20 +449,26 @@ def _forward_derivative(
     along = tuple(
         torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True) if p is not None
     )
-    return tuple(torch.func.jvp(results, at, along)[1])
+    # torch.func.jvp cannot stand inside of forward-mode differentiation. The pullback is linear in the cotangents, and
+    # the pullback of a linear map, J^T here, is its transpose: J.
+    values, pullback = torch.func.vjp(results, *at)[:2]
+    pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(value) for value in values))[1]
+    return tuple(pushforward(along)[0])
 
 
 class _Rnn(torch.autograd.Function):
     """``rnn_forward`` with its gradient.
 
-    The arguments: kind, has_biases, num_layers, bidirectional, batch_first; the number of masks; batch_sizes; and the
-    tensors input, h0, c0, masks, params.
+    The arguments: kind, has_biases, num_layers, bidirectional, batch_first; the number of masks; batch_sizes;
+    recompute; and the tensors input, h0, c0, masks, params.
     """
 
     @staticmethod
     def forward(*args):  # type: ignore[no-untyped-def]
-        stack, (num_masks, batch_sizes, input, h0, c0), tensors = args[:5], args[5:10], args[10:]
-        return _rnn_forward(input, h0, c0, tensors[num_masks:], tensors[:num_masks], batch_sizes, *stack, True)
+        stack, (num_masks, batch_sizes, recompute, input, h0, c0), tensors = args[:5], args[5:11], args[11:]
+        return _rnn_forward(
+            input, h0, c0, tensors[num_masks:], tensors[:num_masks], batch_sizes, *stack, True, recompute
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -400,18 +476,16 @@ class _Rnn(torch.autograd.Function):
         y, _, c_n, *saved = output
         ctx.mark_non_differentiable(*saved, *(() if inputs[0] == CellKind.LSTM else (c_n,)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, *saved, *inputs[7:])
-        ctx.save_for_forward(*inputs[7:])
+        ctx.save_for_backward(y, *saved, *inputs[8:])
+        ctx.save_for_forward(*inputs[8:])
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, *_):  # type: ignore[no-untyped-def]
         grad_c_n = grad_c_n if ctx.settings[0] == CellKind.LSTM else None
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         run = _RnnBackward.apply if torch.is_grad_enabled() else _RnnBackward.forward
-        saved = ctx.saved_tensors
-        reuse_gates = _is_last_use(saved[1])
-        grads = run(*ctx.settings, needs, reuse_gates, grad_output, grad_h_n, grad_c_n, *saved)
-        return *(None,) * 7, *_none_for_unneeded(grads, needs)
+        grads = run(*ctx.settings, needs, grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors)
+        return *(None,) * 8, *_none_for_unneeded(grads, needs)
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
@@ -423,36 +497,25 @@ class _ForwardModeRnn(_Rnn):
 
     @staticmethod
     def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
-        y, h_n, c_n = _forward_derivative(_reference_stack(ctx.settings), ctx.saved_tensors, tangents[7:])
+        y, h_n, c_n = _forward_derivative(_reference_stack(ctx.settings), ctx.saved_tensors, tangents[8:])
         return y, h_n, c_n if ctx.settings[0] == CellKind.LSTM else None, None, None, None
-
-
-def _is_last_use(saved: Tensor) -> bool:
-    """Whether a backward pass under way reads this saved CUDA tensor, which no user has seen, for the last time."""
-    if not saved.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    # Neither a tracer's tensor nor one inside of torch.func: there others may hold what this one stands for.
-    if type(saved) is not Tensor or torch._C._are_functorch_transforms_active():
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class _RnnBackward(torch.autograd.Function):
     """``rnn_backward`` with its gradient; returns a gradient for each tensor.
 
-    The arguments: the first seven of :class:`_Rnn`; needs; reuse_gates; the gradients of output, h_n, c_n; output,
-    gates, cells, hidden; and the tensors input, h0, c0, masks, params.
+    The arguments: the first seven of :class:`_Rnn`; needs; the gradients of output, h_n, c_n; output, gates, cells,
+    hidden; and the tensors input, h0, c0, masks, params.
     """
 
     @staticmethod
     def forward(*args):  # type: ignore[no-untyped-def]
-        stack, (num_masks, batch_sizes, needs, reuse_gates) = args[:5], args[5:9]
-        seeds, saved = args[9:12], args[12:16]
-        input, h0, c0, *rest = args[16:]
+        stack, (num_masks, batch_sizes, needs), seeds, saved = args[:5], args[5:8], args[8:11], args[11:15]
+        input, h0, c0, *rest = args[15:]
         masks, params = rest[:num_masks], rest[num_masks:]
         asked = (*needs[:3], *needs[3 + num_masks :])
         grad_input, grad_h0, grad_c0, grad_params = _rnn_backward(
-            *seeds, input, h0, c0, params, masks, batch_sizes, *saved, *stack, asked, reuse_gates
+            *seeds, input, h0, c0, params, masks, batch_sizes, *saved, *stack, asked, False
         )
         # Masks are drawn, not learned: their gradient is never asked for.
         return grad_input, grad_h0, grad_c0, *(input.new_empty(0) for _ in masks), *grad_params
@@ -462,13 +525,13 @@ class _RnnBackward(torch.autograd.Function):
         ctx.settings, ctx.needs = inputs[:7], inputs[7]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t, needed in zip(output, ctx.needs, strict=True) if not needed))
-        ctx.save_for_backward(*inputs[9:12], *inputs[16:])
+        ctx.save_for_backward(*inputs[8:11], *inputs[15:])
 
     @staticmethod
     def backward(ctx, *grad_grads):  # type: ignore[no-untyped-def]
         seeds, primals = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         cotangents, grads = _second_derivative(_reference_stack(ctx.settings), primals, seeds, ctx.needs, grad_grads)
-        return *(None,) * 9, *cotangents, *(None,) * 4, *grads
+        return *(None,) * 8, *cotangents, *(None,) * 4, *grads
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
@@ -565,8 +628,9 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.register_fake("fused_rnn::rnn_forward")
 def _(  # type: ignore[no-untyped-def]
-    input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional, batch_first, save
-):
+    input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional, batch_first, save,
+    recompute,
+):  # fmt: skip
     kind = CellKind(kind)
     D = 2 if bidirectional else 1
     H, P = params[1].shape[0] // kind.num_gates, params[1].shape[1]
@@ -588,7 +652,7 @@ def _(  # type: ignore[no-untyped-def]
         output,
         input.new_empty(num_layers * D, B, P),
         input.new_empty((num_layers * D, B, H) if has_cell else 0),
-        input.new_empty((*rows, _NUM_SAVED[kind], H) if save and _NUM_SAVED[kind] else 0),
+        input.new_empty((*rows, _NUM_SAVED[kind], H) if save and not recompute and _NUM_SAVED[kind] else 0),
         input.new_empty((*rows, H) if save and has_cell else 0, dtype=accumulation),
         input.new_empty((num_layers - 1, N, D * P) if save and num_layers > 1 else 0),
     )

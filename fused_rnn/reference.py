@@ -143,6 +143,7 @@ def _stack(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions; arguments and results as :func:`rnn` with a kind has them."""
     num_directions = 2 if bidirectional else 1
@@ -240,7 +241,7 @@ def rnn(*args: Any, **options: Any) -> Any:
     :func:`fused_rnn.functional.rnn` through this module's loops, whatever backend is in use.
 
     ``rnn(kind, input, h0, c0, params, dropout_masks, batch_sizes, *, has_biases, num_layers, bidirectional,
-    batch_first)`` with a :class:`CellKind` first is the twin of :func:`fused_rnn.ops.rnn`:
+    batch_first, recompute=False)`` with a :class:`CellKind` first is the twin of :func:`fused_rnn.ops.rnn`:
 
     Args:
         kind: which cell.
@@ -250,6 +251,7 @@ def rnn(*args: Any, **options: Any) -> Any:
             b_ih (G*H) and b_hh (G*H), and for a projected LSTM w_hr (P, H).
         dropout_masks: empty, or for every layer but the last a factor of its output, (T, B, D*P) or (N, D*P).
         batch_sizes: int64 (T) of falling numbers of sequences still running, or ``None``.
+        recompute: without effect here, where autograd keeps every step.
 
     Returns:
         ``(output, h_n, c_n)``: (T, B, D*P) — a transposed view of that with ``batch_first``, (N, D*P) if packed —,

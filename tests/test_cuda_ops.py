@@ -6,6 +6,8 @@ What these tests cannot see: cuBLAS, streams, devices. Those are in test_cuda.py
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,11 @@ from support.compare import assert_same, assert_within
 from support.pairwise import Row, pairwise
 
 import fused_rnn
-from fused_rnn import ops
 from fused_rnn.check import scaled_errors
 
 pytestmark = pytest.mark.kernels
 
+NAMES = ("rnn_forward", "rnn_backward", "cell_forward", "cell_backward")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Few sizes: a fibre runs for each CUDA thread. H 8 and 16 have vectors of 16 bytes, the others have not.
@@ -58,13 +60,16 @@ CELL_CASES = [
 
 
 @pytest.fixture(autouse=True)
-def _cuda_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The functions of fused_rnn.ops call the CUDA operators of this build instead of the CPU's. TF32 is off."""
+def _cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls on CPU tensors go to the CUDA operators of this build instead of the CPU's. TF32 is off."""
     cuda_ops.load()
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    for name in ("rnn_forward", "rnn_backward", "cell_forward", "cell_backward"):
-        monkeypatch.setattr(ops, f"_{name}", getattr(torch.ops.fused_rnn_host, name).default)
+    library = torch.library.Library("fused_rnn", "IMPL")
+    for name in NAMES:
+        library.impl(name, getattr(torch.ops.fused_rnn_host, name).default, "CPU", allow_override=True)
     _allow("none")
+    yield
+    library._destroy()
 
 
 def _allow(variant: str, *, team_blocks: int = 0, most_columns: int = 0) -> None:
@@ -160,11 +165,38 @@ def test_persistent_layer_without_gradients_gives_the_same_bits_as_with_them(cel
 
 @pytest.mark.parametrize("variant", ["none", "block", "cluster", "grid"])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-def test_gate_gradients_in_the_place_of_the_gates_change_nothing(
-    cell: str, variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gate_gradients_in_the_place_of_the_gates_change_nothing(cell: str, variant: str) -> None:
     case = Case(cell=cell, hidden_size=16, num_layers=2, bidirectional=True, batch=9, steps=4, dtype=torch.bfloat16)
     _allow(variant, team_blocks=1 if variant == "block" else 2)
     apart = run(case.build(fused_rnn), case.data())
-    monkeypatch.setattr(ops, "_is_last_use", lambda saved: True)
-    assert_same(run(case.build(fused_rnn), case.data()), apart)
+
+    def backward(*args: Any) -> Any:
+        return torch.ops.fused_rnn_host.rnn_backward(*args[:-1], True)
+
+    library = torch.library.Library("fused_rnn", "IMPL")
+    library.impl("rnn_backward", backward, "CPU", allow_override=True)
+    in_place = run(case.build(fused_rnn), case.data())
+    library._destroy()
+    assert_same(in_place, apart)
+
+
+@pytest.mark.parametrize("variant", ["none", "cluster"])
+@pytest.mark.parametrize("packing", ["padded", "unsorted"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gates_that_are_computed_again_give_the_same_bits(cell: str, packing: str, variant: str) -> None:
+    case = Case(
+        cell=cell, hidden_size=16, num_layers=2, bidirectional=True, packing=packing, hx=True, dtype=torch.bfloat16
+    )
+    _allow(variant, team_blocks=2)
+    module = case.build(fused_rnn)
+    expected = run(module, case.data())
+    module.recompute = True
+    assert_same(run(module, case.data()), expected)
+
+
+def test_a_projected_layer_computes_gates_again() -> None:
+    case = Case(hidden_size=8, proj=True, num_layers=2, bidirectional=True, packing="unsorted")
+    module = case.build(fused_rnn)
+    expected = run(module, case.data())
+    module.recompute = True
+    assert_same(run(module, case.data()), expected)

@@ -7,7 +7,7 @@ import copy
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -138,6 +138,83 @@ def test_backward_may_run_in_another_thread_than_forward() -> None:
         found = pool.submit(lambda: torch.autograd.grad(loss, data.sequence)[0]).result(SECONDS)
     assert_within({"input": found}, {"input": reference.double()})
     assert_same(run(module, data), expected)
+
+
+# ---- a busy machine -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged() -> Iterator[Callable[[int, float, float], bool]]:
+    """Says how long a team took and its first thread worked; returns whether the next call does without a team."""
+    from fused_rnn import _C
+
+    def judge(threads: int, wall_us: float, own_us: float) -> bool:
+        _C.judge_team(threads, wall_us, own_us)
+        return _C.team_is_late()
+
+    _C.expect_teams_in_time()
+    yield judge
+    _C.expect_teams_in_time()
+
+
+@pytest.mark.kernels
+def test_calls_do_without_a_team_after_two_late_ones(judged: Callable[[int, float, float], bool]) -> None:
+    assert not judged(2, 12_000, 50)  # one is an accident
+    assert judged(2, 12_000, 50)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("threads", "wall_us", "own_us"),
+    [
+        (2, 10_000, 10_000),
+        (2, 10_000, 5_000),  # half of the work was the other thread's
+        (8, 10_000, 2_000),  # alone it would have taken 16 ms
+        (2, 150, 10),  # waking a thread takes that long
+    ],
+)
+def test_teams_in_time_are_kept(
+    threads: int, wall_us: float, own_us: float, judged: Callable[[int, float, float], bool]
+) -> None:
+    assert not any(judged(threads, wall_us, own_us) for _ in range(50))
+
+
+@pytest.mark.kernels
+def test_rare_late_teams_are_no_reason(judged: Callable[[int, float, float], bool]) -> None:
+    for _ in range(10):
+        assert not judged(2, 12_000, 50)
+        assert not any(judged(2, 12_000, 11_900) for _ in range(4))
+
+
+@pytest.mark.kernels
+def test_every_thread_judges_its_own_teams(judged: Callable[[int, float, float], bool]) -> None:
+    from fused_rnn import _C
+
+    assert not judged(2, 12_000, 50) and judged(2, 12_000, 50)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(_C.team_is_late).result(SECONDS)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_without_a_team_the_bits_are_the_same(
+    case: Case, judged: Callable[[int, float, float], bool], threads: None
+) -> None:
+    """Calls with and without one alternate while a machine is busy, and the same thread count gives the same bits."""
+    from fused_rnn import _C
+
+    torch.set_num_threads(2)
+    previous = _C.set_processors(2)
+    try:
+        module = case.build(fused_rnn)
+        expected = run(module, case.data())
+        _C.set_processors(0)
+        for _ in range(2):
+            judged(2, 1e9, 0)
+        assert _C.team_is_late()
+        assert_same(run(module, case.data()), expected)
+    finally:
+        _C.set_processors(previous)
 
 
 # ---- forked processes ---------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@
 #pragma once
 
 #include "forward.h"
+#include "recompute.h"
 
 namespace fused_rnn {
 namespace FRNN_ISA {
 
 // Rows of all steps of a chunk: long sums for the weight gradients, while their operands stay in the shared cache.
-inline constexpr int64_t gradient_chunk_rows = 384;
+inline constexpr int64_t gradient_chunk_rows = 768;
 
 template <class Cell, class S>
 class BackwardPass {
@@ -39,7 +40,8 @@ class BackwardPass {
         wants_x_(layer.grad_x.data != nullptr),
         state_stride_(round_up(P_, width) + 16),
         unit_stride_(round_up(H_, width) + 16),
-        grad_stride_(round_up(GG * H_, width) + 32) {}
+        grad_stride_(round_up(GG * H_, width) + 32),
+        recomputation_(layer, plan.threads()) {}
 
   bool run() {
     const int64_t all = layer_.steps.total_rows();
@@ -102,6 +104,7 @@ class BackwardPass {
       s.bias_ih = dir.grad_b_ih ? layout.take<A>(G * H_) : nullptr;
       s.bias_hh = dir.grad_b_hh ? layout.take<A>(G * H_) : nullptr;
     }
+    recomputation_.lay_out(layout, chunk_rows_);
     unit_barriers_ = layout.take<Barrier>(plan_.threads() / plan_.unit_groups);
     everyone_ = layout.take<Barrier>(1);
     threads_ = layout.take<ThreadScratch>(plan_.threads());
@@ -142,6 +145,7 @@ class BackwardPass {
     const int64_t r1 = row_boundary(layer_.steps, own.row_group + 1, plan_.row_groups);
     ThreadScratch& mine = threads_[thread];
     pack(thread, mine);
+    recomputation_.pack(thread);
     for (int d = own.direction_begin; d < own.direction_end; ++d) {
       if (own.unit_group == 0) begin_rows(d, r0, r1);
     }
@@ -152,6 +156,12 @@ class BackwardPass {
       for (int d = 0; d < D_; ++d) end[d] = chunk_end(d, step);
       // Both directions stop together, so that one chunk of each is at hand between the barriers.
       const int64_t stop = end[0] < end[1] ? end[0] : end[1];
+      if (recomputation_.needed()) {
+        for (int d = 0; d < D_; ++d) {
+          recomputation_.run(d, thread, chunk_row(d, step, stop), [&](auto f) { each_row(d, step, stop, f); }, *this);
+        }
+        everyone_->wait();
+      }
       for (int d = own.direction_begin; d < own.direction_end; ++d) scan(d, step, stop, r0, r1, own, mine);
       everyone_->wait();
       for (int d = 0; d < D_; ++d) {
@@ -352,7 +362,9 @@ class BackwardPass {
     for (int i = 0; i < N; ++i) {
       const auto [r, unit, chunk_row, grad_hidden] = units[i];
       const int64_t n = H_ - unit;
-      const S* gates = rows_of<S>(dir.gates) + (first_row + r) * Cell::saved * H_ + unit;
+      const S* gates = (dir.gates ? rows_of<S>(dir.gates) + (first_row + r) * Cell::saved * H_
+                                  : recomputation_.gates(d, chunk_row)) +
+                       unit;
 #pragma GCC unroll 4
       for (int g = 0; g < Cell::saved; ++g) saved[g].v[i] = Simd<A>::load_n(gates + g * H_, n);
       if constexpr (Cell::has_cell) {
@@ -531,6 +543,8 @@ class BackwardPass {
   const int64_t T_, B_;
   const bool projects_, wants_x_;
   const int64_t state_stride_, unit_stride_, grad_stride_;
+  GateRecomputation<Cell, S> recomputation_;
+  friend class GateRecomputation<Cell, S>;
   int64_t chunk_rows_ = 0, depth_ = 0;
   DirectionScratch direction_[2];
   ThreadScratch* threads_ = nullptr;

@@ -3,10 +3,23 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace fused_rnn {
 
+#if defined(FRNN_ISA_AVX512_AMX)
+namespace isa_avx512_amx {
+extern const KernelTable table;
+}
+#endif
 #if defined(FRNN_ISA_AVX512_BF16)
 namespace isa_avx512_bf16 {
 extern const KernelTable table;
@@ -29,6 +42,9 @@ extern const KernelTable table;
 namespace {
 
 const KernelTable* const tables[] = {
+#if defined(FRNN_ISA_AVX512_AMX)
+    &isa_avx512_amx::table,
+#endif
 #if defined(FRNN_ISA_AVX512_BF16)
     &isa_avx512_bf16::table,
 #endif
@@ -40,6 +56,22 @@ const KernelTable* const tables[] = {
 #endif
     &isa_portable::table,    nullptr,
 };
+
+#if defined(__x86_64__)
+// Whether the processor has tiles with bfloat16 products, and the system lets this process use them: it has to be
+// asked, because their registers are 8 KiB more to be saved for every thread.
+bool has_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::atomic<const KernelTable*> selected{nullptr};
 
@@ -72,7 +104,10 @@ bool runs_here(const KernelTable& table) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(isa, "avx2") == 0) return avx2;
   if (std::strcmp(isa, "avx512") == 0) return avx512;
-  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512_bf16;
+  static const bool tiles = has_tiles();
+  if (std::strcmp(isa, "avx512_amx") == 0) return avx512_bf16 && tiles;
 #endif
   return std::strcmp(table.isa, "portable") == 0;
 }

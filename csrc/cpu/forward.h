@@ -9,15 +9,23 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "fingerprint.h"
 #include "pack.h"
+#include "packed.h"
 #include "plan.h"
 #include "team.h"
 
 namespace fused_rnn {
 namespace FRNN_ISA {
 
-// Bytes of projected inputs that one thread keeps between the projection and the steps: a part of its L2.
-inline constexpr int64_t projection_chunk_bytes = 384 * 1024;
+// Bytes of projected inputs that one thread keeps between the projection and the steps: a part of its L2. Where the
+// weights alone are as large as shared caches are, more of them, so that w_ih is read less often.
+inline constexpr int64_t projection_chunk_bytes = 512 * 1024;
+inline constexpr int64_t large_projection_chunk_bytes = 4 * 1024 * 1024;
+inline constexpr int64_t large_weight_bytes = 16 * 1024 * 1024;
+
+// What a layer saves for the backward pass goes past the caches when it is more than they would keep until then.
+inline constexpr int64_t past_caches_bytes = 16 * 1024 * 1024;
 
 template <class S>
 FRNN_INLINE const S* rows_of(const void* p) {
@@ -30,6 +38,13 @@ FRNN_INLINE S* rows_of(void* p) {
 
 // With no more rows than this over all steps, weights are read as they are instead of being packed first.
 inline constexpr int64_t most_unpacked_rows = 12;
+
+// Where packed weights are kept for the next inference call: not if they are fewer bytes, which are packed as fast as
+// they are seen to be unchanged, nor with more steps or more rows over all steps, beside which packing is no cost, and
+// brings the weights into the right caches (docs/performance.md).
+inline constexpr int64_t least_kept_bytes = 256 * 1024;
+inline constexpr int64_t most_kept_steps = 32;
+inline constexpr int64_t most_kept_rows = 512;
 
 // A share [begin, end) of n items for part i of parts.
 struct Share {
@@ -64,6 +79,29 @@ void copy_row(const From* src, To* dst, int64_t n) {
   }
 }
 
+// Biases of panel p, its columns ordered as those of pack_gates. b_ih + b_hh goes with the input projection, except
+// where the cell wants b_hh apart.
+template <class Cell, class S, int U>
+void pack_bias(const Weights& w, int64_t H, int64_t p, typename Accumulator<S>::type* input,
+               typename Accumulator<S>::type* hidden) {
+  using A = typename Accumulator<S>::type;
+  using V = typename Simd<A>::V;
+  constexpr int width = Simd<A>::width;
+  for (int g = 0; g < Cell::gates; ++g) {
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
+      V b_ih{}, b_hh{};
+      if (unit < H && w.b_ih) {
+        b_ih = Simd<A>::load_n(rows_of<S>(w.b_ih) + g * H + unit, H - unit);
+        b_hh = Simd<A>::load_n(rows_of<S>(w.b_hh) + g * H + unit, H - unit);
+      }
+      const bool apart = Cell::hidden_bias_apart(g);
+      Simd<A>::store(input + column, apart ? b_ih : b_ih + b_hh);
+      Simd<A>::store(hidden + column, apart ? b_hh : V{});
+    }
+  }
+}
+
 template <class Cell, class S, int U>
 class ForwardPass {
   using A = typename Accumulator<S>::type;
@@ -73,6 +111,8 @@ class ForwardPass {
   static constexpr int G = Cell::gates;
   static constexpr int NV = G * U;
   static constexpr int64_t panel_columns = NV * width;
+  // Vectors at the end of a panel whose recurrent sums the cell wants without the input projection.
+  static constexpr int vectors_apart = Cell::hidden_bias_apart(G - 1) ? U : 0;
   static constexpr int64_t panel_units = U * width;
 
  public:
@@ -87,6 +127,7 @@ class ForwardPass {
         B_(layer.steps.B),
         panels_((H_ + panel_units - 1) / panel_units),
         projects_(layer.direction[0].weights.w_hr != nullptr),
+        saves_gates_(layer.direction[0].gates != nullptr),
         // Rows of a stride that is no multiple of 4 KiB: tiles read several rows at the same column.
         state_stride_(round_up(P_, width) + 16),
         unit_stride_(panels_ * panel_units + 16) {}
@@ -99,23 +140,54 @@ class ForwardPass {
           row_boundary(layer_.steps, g + 1, plan_.row_groups) - row_boundary(layer_.steps, g, plan_.row_groups);
       if (n > own_rows_) own_rows_ = n;
     }
-    const int64_t wanted = projection_chunk_bytes / (own_panels_ * panel_columns * int64_t(sizeof(A)));
     const int64_t all = layer_.steps.total_rows();
     packs_ = all > most_unpacked_rows;
+    const int64_t weight_bytes = panels_ * panel_columns * (I_ + P_) * int64_t(sizeof(E));
+    const int64_t chunk_bytes =
+        weight_bytes > large_weight_bytes ? large_projection_chunk_bytes : projection_chunk_bytes;
+    const int64_t wanted = chunk_bytes / (own_panels_ * panel_columns * int64_t(sizeof(A)));
+    past_caches_ =
+        all * H_ * (Cell::saved * int64_t(sizeof(S)) + Cell::has_cell * int64_t(sizeof(A))) > past_caches_bytes &&
+        H_ % width == 0 && aligned_to_lines(layer_.direction[0]) && aligned_to_lines(layer_.direction[1]);
     chunk_rows_ = wanted < own_rows_ ? own_rows_ : wanted < all ? wanted : all;
 
+    const bool brief = T_ <= most_kept_steps && all <= most_kept_rows;
+    if (!packs_ || !layer_.inference || !brief || kept_bytes() < least_kept_bytes) return launch();
+    Layout weights;
+    lay_out_weights(weights);
+    PackedCopy copy(packed_key(), weights.used(), size_t(all_blocks() * fingerprint_sums));
+    copy_ = &copy;
+    if (!launch()) return false;
+    if (copy.filled() && changed_) {
+      copy.replace();
+      changed_ = false;
+      if (!launch()) return false;
+    }
+    if (copy.filling() && !changed_) {
+      copy.keep();
+    } else if (copy.filled()) {
+      copy.confirm();
+    }
+    return true;
+  }
+
+ private:
+  bool launch() {
     Layout measure;
     lay_out(measure);
     void* memory = scratch_memory(measure.used());
     if (!memory) return false;
     Layout layout(memory);
     lay_out(layout);
+    if (keeps()) {
+      Layout weights(copy_->memory());
+      lay_out_weights(weights);
+    }
     for (int i = 0; i < plan_.threads() / plan_.unit_groups; ++i) unit_barriers_[i].reset(plan_.unit_groups);
     everyone_->reset(plan_.threads());
     return run_team(plan_.threads(), &task, this);
   }
 
- private:
   struct DirectionScratch {
     E *w_ih, *w_hh, *w_hr;
     A *input_bias, *hidden_bias;
@@ -125,7 +197,7 @@ class ForwardPass {
   };
   struct ThreadScratch {
     A* projected;   // (chunk_rows, own panels)
-    A* recurrent;   // (own_rows, one panel), or a few panels of one or two rows
+    A* sums;        // (own_rows, one panel), or a few panels of one or two rows
     A* state_sums;  // (own_rows, P padded): the projection of h
     E* x;           // (chunk_rows, x_stride) inputs, where they are not multiplied in their storage type
     const E** x_rows;
@@ -135,12 +207,19 @@ class ForwardPass {
 
   static constexpr int64_t panels_together = panels_at_once<NV>(1);
 
-  void lay_out(Layout& layout) {
+  void lay_out_weights(Layout& layout) {
     for (int d = 0; d < D_; ++d) {
       DirectionScratch& s = direction_[d];
       s.w_ih = layout.take<E>(packs_ ? panels_ * padded_depth<E>(I_) * panel_columns : 0);
       s.w_hh = layout.take<E>(packs_ ? panels_ * padded_depth<E>(P_) * panel_columns : 0);
       s.w_hr = layout.take<E>(projects_ ? int64_t(ColumnPanels<E>::elements(H_, P_)) : 0);
+    }
+  }
+
+  void lay_out(Layout& layout) {
+    if (!keeps()) lay_out_weights(layout);
+    for (int d = 0; d < D_; ++d) {
+      DirectionScratch& s = direction_[d];
       s.input_bias = layout.take<A>(panels_ * panel_columns);
       s.hidden_bias = layout.take<A>(panels_ * panel_columns);
       for (E*& state : s.state) state = layout.take<E>(B_ * state_stride_);
@@ -153,7 +232,7 @@ class ForwardPass {
     for (int i = 0; i < plan_.threads(); ++i) {
       ThreadScratch t;
       t.projected = layout.take<A>(chunk_rows_ * own_panels_ * panel_columns);
-      t.recurrent = layout.take<A>((own_rows_ + 2 * panels_together) * panel_columns);
+      t.sums = layout.take<A>((own_rows_ + 2 * panels_together) * panel_columns);
       t.state_sums = layout.take<A>(projects_ ? own_rows_ * ColumnPanels<E>::padded_columns(P_) : 0);
       t.x = layout.take<E>(converts_x ? chunk_rows_ * x_stride() : 0);
       t.x_rows = layout.take<const E*>(chunk_rows_);
@@ -169,8 +248,7 @@ class ForwardPass {
   static void task(void* self, int thread) { static_cast<ForwardPass*>(self)->work(thread); }
 
   void work(int thread) {
-    pack(thread);
-    everyone_->wait();
+    if (!prepare_weights(thread)) return;
     const Owner own(plan_, D_, thread);
     const int64_t r0 = row_boundary(layer_.steps, own.row_group, plan_.row_groups);
     const int64_t r1 = row_boundary(layer_.steps, own.row_group + 1, plan_.row_groups);
@@ -180,39 +258,112 @@ class ForwardPass {
       scan(d, r0, r1, panels, state_columns, threads_[thread], unit_barriers_[own.barrier], own.unit_group == 0);
   }
 
-  void pack(int thread) {
+  // Whether packed weights are a copy that outlives the call.
+  bool keeps() const { return copy_ && (copy_->filled() || copy_->filling()); }
+
+  // Packs the weights, or looks whether the kept copy is still one of them; false: it is not.
+  bool prepare_weights(int thread) {
+    if (!keeps()) {
+      pack(thread, true);
+      everyone_->wait();
+      return true;
+    }
+    if (copy_->filled()) {
+      pack(thread, false);
+      if (!each_block(thread, [&](uint64_t* kept, const uint64_t* found) { return same_sums(kept, found); }))
+        changed_ = true;
+      everyone_->wait();
+      return !changed_;
+    }
+    // The fingerprint is that of bytes that were there before and after packing: whoever writes to the weights
+    // meanwhile spoils this call, but no later one.
+    each_block(thread, [](uint64_t* kept, const uint64_t* found) {
+      for (int i = 0; i < fingerprint_sums; ++i) kept[i] = found[i];
+      return true;
+    });
+    everyone_->wait();
+    pack(thread, true);
+    everyone_->wait();
+    if (!each_block(thread, [&](uint64_t* kept, const uint64_t* found) { return same_sums(kept, found); }))
+      changed_ = true;
+    return true;
+  }
+
+  static bool same_sums(const uint64_t* a, const uint64_t* b) {
+    uint64_t difference = 0;
+    for (int i = 0; i < fingerprint_sums; ++i) difference |= a[i] ^ b[i];
+    return difference == 0;
+  }
+
+  // The matrices that are packed.
+  struct Matrix {
+    const void* data;
+    int64_t bytes;
+  };
+  Matrix matrix(int i) const {
+    const Weights& w = layer_.direction[i / 3].weights;
+    const int64_t element = int64_t(sizeof(S));
+    switch (i % 3) {
+      case 0: return {w.w_ih, G * H_ * I_ * element};
+      case 1: return {w.w_hh, G * H_ * P_ * element};
+    }
+    return {w.w_hr, projects_ ? P_ * H_ * element : 0};
+  }
+  int64_t kept_bytes() const {
+    int64_t bytes = 0;
+    for (int i = 0; i < 3 * D_; ++i) bytes += matrix(i).bytes;
+    return bytes;
+  }
+  int64_t all_blocks() const {
+    int64_t blocks = 0;
+    for (int i = 0; i < 3 * D_; ++i) blocks += fingerprint_blocks(matrix(i).bytes);
+    return blocks;
+  }
+
+  PackedKey packed_key() const {
+    PackedKey key;
+    for (int i = 0; i < 3 * D_; ++i) key.weights[i] = matrix(i).data;
+    key.sizes = {I_, H_, P_, D_, int64_t(layer_.sizes.kind), int64_t(layer_.sizes.dtype)};
+    key.format = reinterpret_cast<const void*>(&task);
+    return key;
+  }
+
+  // Calls f(kept sums, found sums) for this thread's share of the blocks of 4 KiB, until one returns false.
+  template <class F>
+  bool each_block(int thread, F f) {
+    const Share share(all_blocks(), thread, plan_.threads());
+    int64_t first = 0;
+    for (int i = 0; i < 3 * D_; ++i) {
+      const Matrix m = matrix(i);
+      const int64_t count = fingerprint_blocks(m.bytes);
+      const int64_t begin = share.begin > first ? share.begin - first : 0;
+      const int64_t end = share.end - first < count ? share.end - first : count;
+      for (int64_t block = begin; block < end; ++block) {
+        uint64_t sums[fingerprint_sums];
+        fingerprint_of(m.data, m.bytes, block, fingerprint_key(), sums);
+        if (!f(copy_->prints() + (first + block) * fingerprint_sums, sums)) return false;
+      }
+      first += count;
+    }
+    return true;
+  }
+
+  void pack(int thread, bool matrices) {
     const Share share(panels_, thread, plan_.threads());
     for (int d = 0; d < D_; ++d) {
       const Weights& w = layer_.direction[d].weights;
       DirectionScratch& s = direction_[d];
       for (int64_t p = share.begin; p < share.end; ++p) {
-        if (packs_) {
+        if (packs_ && matrices) {
           pack_gates<E, G, U>(rows_of<S>(w.w_ih), H_, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
           pack_gates<E, G, U>(rows_of<S>(w.w_hh), H_, P_, p, s.w_hh + p * padded_depth<E>(P_) * panel_columns);
         }
-        pack_bias(w, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
+        pack_bias<Cell, S, U>(w, H_, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
       }
-      if (projects_) {
+      if (projects_ && matrices) {
         const int64_t count = ColumnPanels<E>::count(P_);
         const Share columns(count, thread, plan_.threads());
         for (int64_t p = columns.begin; p < columns.end; ++p) pack_projection(rows_of<S>(w.w_hr), p, s.w_hr);
-      }
-    }
-  }
-
-  // b_ih + b_hh goes with the input projection, except where the cell wants b_hh apart.
-  void pack_bias(const Weights& w, int64_t p, A* input, A* hidden) {
-    for (int g = 0; g < G; ++g) {
-      for (int u = 0; u < U; ++u) {
-        const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
-        V b_ih{}, b_hh{};
-        if (unit < H_ && w.b_ih) {
-          b_ih = Simd<A>::load_n(rows_of<S>(w.b_ih) + g * H_ + unit, H_ - unit);
-          b_hh = Simd<A>::load_n(rows_of<S>(w.b_hh) + g * H_ + unit, H_ - unit);
-        }
-        const bool apart = Cell::hidden_bias_apart(g);
-        Simd<A>::store(input + column, apart ? b_ih : b_ih + b_hh);
-        Simd<A>::store(hidden + column, apart ? b_hh : V{});
       }
     }
   }
@@ -272,6 +423,7 @@ class ForwardPass {
         }
       }
     }
+    if (past_caches_) wait_for_stores_past_caches();
     if (first && Cell::has_cell) {
       for (int64_t r = r0; r < r1; ++r) copy_row<A>(s.cell + r * unit_stride_, rows_of<S>(dir.c_n) + r * H_, H_);
     }
@@ -306,114 +458,191 @@ class ForwardPass {
       }
     }
     const DirectionScratch& s = direction_[d];
-    multiply_panels(rows, I_, mine.x_rows, s.w_ih, layer_.direction[d].weights.w_ih, panels.begin,
-                    panels.end - panels.begin, mine.projected, own_panels_ * panel_columns, s.input_bias);
+    multiply_panels<0>(rows, I_, mine.x_rows, s.w_ih, layer_.direction[d].weights.w_ih, panels.begin,
+                       panels.end - panels.begin, mine.projected, own_panels_ * panel_columns,
+                       {s.input_bias + panels.begin * panel_columns, 0, nullptr},
+                       s.w_hh + panels.begin * padded_depth<E>(P_) * panel_columns);
     return step;
   }
 
-  // c = rows times panels [p, p + count) of a weight, packed or not, plus their bias.
+  // c = rows times panels [p, p + count) of a weight, packed or not, plus an addend.
+  template <int apart>
   FRNN_INLINE void multiply_panels(int64_t rows, int64_t K, const E* const* a, const E* packed, const void* weight,
-                                   int64_t p, int64_t count, A* c, int64_t c_stride, const A* bias) {
+                                   int64_t p, int64_t count, A* c, int64_t c_stride, Addend<A> addend, const E* then) {
     if (packs_) {
       const int64_t stride = padded_depth<E>(K) * panel_columns;
-      product<E, NV>(rows, K, a, packed + p * stride, count, stride, c, c_stride, bias + p * panel_columns, false);
+      product<E, NV, apart>(rows, K, a, packed + p * stride, count, stride, c, c_stride, addend, then);
       return;
     }
-    for (int64_t q = p; q < p + count; ++q)
-      product_unpacked<E, G, U>(rows, K, a, rows_of<S>(weight), H_, q, c + (q - p) * panel_columns, c_stride,
-                                bias + q * panel_columns);
+    for (int64_t q = 0; q < count; ++q) {
+      const int64_t column = q * panel_columns;
+      product_unpacked<E, G, U, apart>(
+          rows, K, a, rows_of<S>(weight), H_, p + q, c + column, c_stride,
+          {addend.from + column, addend.stride, apart > 0 ? addend.apart + column : nullptr});
+    }
   }
 
   // One step of the owned rows and panels.
   void advance(int d, int64_t t, int64_t r0, int64_t rows, Share panels, const ThreadScratch& mine, int now,
                int64_t chunk_row) {
+    if (rows == 0) return;
     const DirectionScratch& s = direction_[d];
-    const int64_t together = panels_at_once<NV>(rows);
+    const int64_t together = panels_at_once<NV>(rows), stride = own_panels_ * panel_columns;
     for (int64_t p = panels.begin; p < panels.end; p += together) {
       const int64_t count = panels.end - p < together ? panels.end - p : together;
-      multiply_panels(rows, P_, mine.state_rows[now], s.w_hh, layer_.direction[d].weights.w_hh, p, count,
-                      mine.recurrent, together * panel_columns, s.hidden_bias);
-      gates_of_panels(d, t, r0, rows, p, count, mine.projected + chunk_row * own_panels_ * panel_columns,
-                      mine.recurrent, panels.begin, together, now);
+      const A* projected = mine.projected + chunk_row * stride + (p - panels.begin) * panel_columns;
+      multiply_panels<vectors_apart>(
+          rows, P_, mine.state_rows[now], s.w_hh, layer_.direction[d].weights.w_hh, p, count, mine.sums,
+          together * panel_columns, {projected, stride, s.hidden_bias + p * panel_columns},
+          s.w_hh + (p + count < panels.end ? p + count : panels.begin) * padded_depth<E>(P_) * panel_columns);
+      gates_of_panels(d, t, r0, rows, p, count, projected, mine.sums, together * panel_columns, now);
     }
   }
 
-  // One vector of units of one row: its sums, gate g at + g * U * width.
-  struct Units {
-    int64_t row, unit;
-    const A *projected, *recurrent;
+  // A place in an array for each of several vectors of units.
+  template <class T>
+  struct Places {
+    T* first;
+    int64_t stride;
+    FRNN_INLINE T* operator[](int64_t i) const { return first + i * stride; }
+    FRNN_INLINE void advance(int64_t n) { first += n * stride; }
   };
 
-  // Vectors whose gates are computed together.
-  static constexpr int group = 2;
+  // Vectors of units whose gates are computed one like the other: one column of all rows, or all columns of one row.
+  struct Units {
+    Places<const A> projected, sums;  // gate g at + g * U * width
+    Places<const E> h_prev;
+    Places<E> h_next, hidden;
+    Places<A> cell, cells;
+    Places<S> y, gates;
+
+    FRNN_INLINE void advance(int64_t n) {
+      projected.advance(n);
+      sums.advance(n);
+      h_prev.advance(n);
+      h_next.advance(n);
+      hidden.advance(n);
+      cell.advance(n);
+      cells.advance(n);
+      y.advance(n);
+      gates.advance(n);
+    }
+  };
 
   // The cell's step for some rows and panels [first, first + count).
   void gates_of_panels(int d, int64_t t, int64_t r0, int64_t rows, int64_t first, int64_t count, const A* projected,
-                       const A* recurrent, int64_t first_owned, int64_t together, int now) {
-    Units units[group];
-    int waiting = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t q = 0; q < count; ++q) {
-#pragma GCC unroll 2
-        for (int u = 0; u < U; ++u) {
-          const int64_t unit = (first + q) * panel_units + u * width;
-          if (U > 1 && unit >= H_) break;
-          units[waiting++] = {r0 + r, unit, projected + (first + q - first_owned) * panel_columns + u * width,
-                              recurrent + q * panel_columns + u * width};
-          if (waiting == group) {
-            gates<group>(d, t, units, now);
-            waiting = 0;
-          }
-        }
-      }
-      projected += own_panels_ * panel_columns;
-      recurrent += together * panel_columns;
-    }
-    if (waiting > 0) gates<1>(d, t, units, now);
-  }
-
-  template <int N>
-  FRNN_INLINE void gates(int d, int64_t t, const Units* units, int now) {
-    using Values = Pack<V, N>;
+                       const A* sums, int64_t sums_stride, int now) {
+    static_assert(G == 1 || U == 1, "neighbouring vectors of units are equally far apart");
+    constexpr int64_t next_vector = G == 1 ? width : panel_columns;
     const DirectionForward& dir = layer_.direction[d];
     const DirectionScratch& s = direction_[d];
-    const int64_t first_row = layer_.steps.first_row(t);
-    Values x[G], sums[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
-#pragma GCC unroll 2
+    const Sequence& y = layer_.y;
+    const int64_t first_row = layer_.steps.first_row(t) + r0, begin = first * panel_units;
+    const int64_t left = H_ - begin;
+    const int64_t whole = left / width < count * U ? left / width : count * U;  // vectors of which all units exist
+    const bool tail = whole < count * U && left % width != 0;
+    const bool by_rows = rows > 1;
+    const auto places = [&](auto* data, int64_t row_stride, int64_t vector_stride) __attribute__((always_inline)) {
+      return Places<std::remove_pointer_t<decltype(data)>>{data, by_rows ? row_stride : vector_stride};
+    };
+    for (int64_t v = 0; v < (by_rows ? whole + tail : 1); ++v) {
+      const int64_t unit = begin + v * width;
+      Units units;
+      units.projected = places(projected + v * next_vector, own_panels_ * panel_columns, next_vector);
+      units.sums = places(sums + v * next_vector, sums_stride, next_vector);
+      units.h_prev = places(static_cast<const E*>(s.state[now]) + r0 * state_stride_ + unit, state_stride_, width);
+      units.h_next = places(s.state[now ^ 1] + r0 * state_stride_ + unit, state_stride_, width);
+      units.hidden = places(s.hidden + r0 * unit_stride_ + unit, unit_stride_, width);
+      units.cell = places(s.cell + r0 * unit_stride_ + unit, unit_stride_, width);
+      units.cells = places(rows_of<A>(dir.cells) + first_row * H_ + unit, H_, width);
+      units.y = places(rows_of<S>(y.data) + layer_.steps.step(y, t) + r0 * y.batch_stride + d * P_ + unit,
+                       y.batch_stride, width);
+      units.gates = places(rows_of<S>(dir.gates) + first_row * Cell::saved * H_ + unit, Cell::saved * H_, width);
+      const bool saves = dir.gates || dir.cells;
+      if (!by_rows) {
+        gates_of<true>(units, whole, width, saves);
+        if (tail) gates_of<false>(units, 1, left % width, saves);
+      } else if (v < whole) {
+        gates_of<true>(units, rows, width, saves);
+      } else {
+        gates_of<false>(units, rows, left % width, saves);
+      }
+    }
+  }
+
+  // `vectors` of them, each of n units: a whole vector, or a part of one.
+  template <bool whole>
+  FRNN_INLINE void gates_of(Units& units, int64_t vectors, int64_t n, bool saves) {
+    for (; vectors >= group; vectors -= group) {
+      gates<group, whole>(units, n, saves);
+      units.advance(group);
+    }
+    for (; vectors > 0; --vectors) {
+      gates<1, whole>(units, n, saves);
+      units.advance(1);
+    }
+  }
+
+  // Vectors whose gates are computed together.
+  static constexpr int group = G == 4 ? 2 : 4;
+
+  template <int N, bool whole>
+  FRNN_INLINE void gates(const Units& units, int64_t n, bool saves) {
+    using Values = Pack<V, N>;
+    if (whole) n = width;
+    Values x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
+#pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
-      const auto [r, unit, projected, recurrent] = units[i];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        x[g].v[i] = Simd<A>::load(projected + g * U * width);
-        sums[g].v[i] = Simd<A>::load(recurrent + g * U * width);
+        // The sums hold the projection too, but where the cell wants it apart; -0 added to them is no operation.
+        r[g].v[i] = Simd<A>::load(units.sums[i] + g * U * width);
+        x[g].v[i] =
+            Cell::hidden_bias_apart(g) ? Simd<A>::load(units.projected[i] + g * U * width) : Simd<A>::splat(A(-0.0));
       }
-      if constexpr (Cell::kind == CellKind::gru) h_prev.v[i] = Simd<A>::load(s.state[now] + r * state_stride_ + unit);
-      if constexpr (Cell::has_cell) c_prev.v[i] = Simd<A>::load(s.cell + r * unit_stride_ + unit);
+      if constexpr (Cell::kind == CellKind::gru) h_prev.v[i] = Simd<A>::load(units.h_prev[i]);
+      if constexpr (Cell::has_cell) c_prev.v[i] = Simd<A>::load(units.cell[i]);
     }
-    Cell::template forward<Values>(x, sums, h_prev, c_prev, h, c, saved);
-#pragma GCC unroll 2
-    for (int i = 0; i < N; ++i) {
-      const int64_t r = units[i].row, unit = units[i].unit, n = H_ - unit;
-      if constexpr (Cell::has_cell) Simd<A>::store(s.cell + r * unit_stride_ + unit, c.v[i]);
-      if (projects_) {
-        Simd<A>::store(s.hidden + r * unit_stride_ + unit, h.v[i]);
-      } else {
-        write_state(d, t, r, unit, h.v[i], n, now);
-      }
-      if (dir.gates) {
-        S* gates = rows_of<S>(dir.gates) + (first_row + r) * Cell::saved * H_ + unit;
+    Cell::template forward<Values>(x, r, h_prev, c_prev, h, c, saved);
 #pragma GCC unroll 4
-        for (int g = 0; g < Cell::saved; ++g) Simd<A>::store_n(gates + g * H_, saved[g].v[i], n);
-        if constexpr (Cell::has_cell) Simd<A>::store_n(rows_of<A>(dir.cells) + (first_row + r) * H_ + unit, c.v[i], n);
+    for (int i = 0; i < N; ++i) {
+      if constexpr (Cell::has_cell) Simd<A>::store(units.cell[i], c.v[i]);
+      if (projects_) {
+        Simd<A>::store(units.hidden[i], h.v[i]);
+      } else {
+        write_state(units.y[i], units.h_next[i], h.v[i], n);
       }
     }
+    if (!saves) return;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 4
+      for (int g = 0; g < Cell::saved && saves_gates_; ++g) keep(units.gates[i] + g * H_, saved[g].v[i], n);
+      if constexpr (Cell::has_cell) keep(units.cells[i], c.v[i], n);
+    }
+  }
+
+  static bool aligned_to_lines(const DirectionForward& dir) {
+    return (reinterpret_cast<uintptr_t>(dir.gates) | reinterpret_cast<uintptr_t>(dir.cells)) % FRNN_VECTOR_BYTES == 0;
+  }
+
+  // Stores what only the backward pass will read.
+  template <class T>
+  FRNN_INLINE void keep(T* dst, V v, int64_t n) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (past_caches_) return Simd<A>::store_past_caches(dst, v);
+    }
+    Simd<A>::store_n(dst, v, n);
   }
 
   // h of one vector of units, to the next state and to the output, both as the layer's dtype rounds it.
-  FRNN_INLINE void write_state(int d, int64_t t, int64_t r, int64_t unit, V h, int64_t n, int now) {
-    const Sequence& y = layer_.y;
-    Simd<A>::store_n(rows_of<S>(y.data) + layer_.steps.step(y, t) + r * y.batch_stride + d * P_ + unit, h, n);
-    Simd<A>::store(direction_[d].state[now ^ 1] + r * state_stride_ + unit, Simd<A>::template rounded<S>(h));
+  FRNN_INLINE void write_state(S* y, E* state, V h, int64_t n) {
+    Simd<A>::store_n(y, h, n);
+    if constexpr (std::is_same_v<S, E>) {
+      Simd<A>::store(state, h);
+    } else {
+      Simd<A>::store(state, Simd<A>::template rounded<S>(h));
+    }
   }
 
   // h = w_hr (o * tanh(c)) for the owned rows and columns.
@@ -424,8 +653,10 @@ class ForwardPass {
     product_columns<E>(rows, mine.hidden_rows, w_hr, columns.begin, columns.end, mine.state_sums, stride, false);
     const int64_t end = columns.end * C::NV * width < P_ ? columns.end * C::NV * width : P_;
     for (int64_t r = 0; r < rows; ++r) {
+      S* y = rows_of<S>(layer_.y.data) + layer_.steps.step(layer_.y, t) + (r0 + r) * layer_.y.batch_stride + d * P_;
+      E* state = direction_[d].state[now ^ 1] + (r0 + r) * state_stride_;
       for (int64_t u = columns.begin * C::NV * width; u < end; u += width)
-        write_state(d, t, r0 + r, u, Simd<A>::load(mine.state_sums + r * stride + u), P_ - u, now);
+        write_state(y + u, state + u, Simd<A>::load(mine.state_sums + r * stride + u), P_ - u);
     }
   }
 
@@ -436,6 +667,10 @@ class ForwardPass {
   const int64_t T_, B_, panels_;
   const bool projects_;
   bool packs_ = true;
+  bool past_caches_ = false;
+  const bool saves_gates_;      // or, for the backward pass, the cells alone
+  PackedCopy* copy_ = nullptr;  // null: none is kept of weights such as these
+  std::atomic<bool> changed_{false};
   const int64_t state_stride_, unit_stride_;
   int64_t own_panels_ = 0, own_rows_ = 0, chunk_rows_ = 0;
   DirectionScratch direction_[2];

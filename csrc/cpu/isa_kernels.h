@@ -8,6 +8,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "kernels.h"
+#include "peak.h"
 
 namespace fused_rnn {
 namespace FRNN_ISA {
@@ -71,6 +72,10 @@ bool backward(const LayerBackward& layer, const Plan& plan) {
 void activation(Activation which, DType dtype, const void* in, void* out, int64_t count) {
   FRNN_BASE_ISA::table.activation(which, dtype, in, out, count);
 }
+
+double peak(DType dtype, double seconds) {
+  return dtype == DType::bfloat16 ? multiply_add_rate<BFloat16>(seconds) : FRNN_BASE_ISA::table.peak(dtype, seconds);
+}
 #else
 bool forward(const LayerForward& layer, const Plan& plan) {
   switch (layer.sizes.dtype) {
@@ -109,10 +114,15 @@ void activation(Activation which, DType dtype, const void* in, void* out, int64_
     activation_of(which, rows_of<float>(in), rows_of<float>(out), count);
   }
 }
+
+// The 16-bit formats are multiplied as float here.
+double peak(DType dtype, double seconds) {
+  return dtype == DType::float64 ? multiply_add_rate<double>(seconds) : multiply_add_rate<float>(seconds);
+}
 #endif
 
 extern const KernelTable table;
-const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward, &backward, &activation};
+const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward, &backward, &activation, &peak};
 
 }  // namespace FRNN_ISA
 }  // namespace fused_rnn

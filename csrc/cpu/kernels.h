@@ -16,6 +16,9 @@ struct KernelTable {
   bool (*backward)(const LayerBackward& layer, const Plan& plan);
   // out[i] = activation(in[i]); float32 and float64 only. For tests.
   void (*activation)(Activation activation, DType dtype, const void* in, void* out, int64_t count);
+  // Floating-point operations a second of the multiply-adds that products of this dtype are made of: one thread, no
+  // memory, for about `seconds`. For benchmarks.
+  double (*peak)(DType dtype, double seconds);
 };
 
 // The tables that were compiled, best first; ended by null.

@@ -143,9 +143,9 @@ FRNN_INLINE typename Simd<A>::V sum_lanes(typename Simd<A>::V* v) {
 
 // The product of panel p without a packed weight, for so few rows that packing would cost more than it saves: one dot
 // product along k for every unit and gate, `width` units at a time. Arguments as pack_gates and product.
-template <class E, int G, int U, class S>
+template <class E, int G, int U, int NA, class S>
 void product_unpacked(int64_t rows, int64_t K, const E* const* a, const S* w, int64_t H, int64_t p,
-                      typename Operand<E>::Acc* c, int64_t c_stride, const typename Operand<E>::Acc* bias) {
+                      typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend) {
   using A = typename Operand<E>::Acc;
   using V = typename Simd<A>::V;
   constexpr int width = Simd<A>::width;
@@ -165,7 +165,8 @@ void product_unpacked(int64_t rows, int64_t K, const E* const* a, const S* w, in
 #pragma GCC unroll 16
           for (int i = 0; i < width; ++i) acc[i] = acc[i] + x * Simd<A>::load_n(row[i] + k, left);
         }
-        Simd<A>::store(c + r * c_stride + column, sum_lanes<A>(acc) + Simd<A>::load(bias + column));
+        const A* begin = g * U + u >= G * U - NA ? addend.apart : addend.from + r * addend.stride;
+        Simd<A>::store(c + r * c_stride + column, sum_lanes<A>(acc) + Simd<A>::load(begin + column));
       }
     }
   }
@@ -196,16 +197,22 @@ void product_columns(int64_t rows, const E* const* a, const ColumnPanels<E>& b, 
   const int64_t vectors = (b.N + P::width - 1) / P::width;
   const int64_t wide = vectors / P::NV;  // panels that have all their vectors
   const int64_t end = last < wide ? last : wide;
-  if (end > first)
+  Addend<typename Operand<E>::Acc> addend;
+  if (accumulate) addend = {c, c_stride, nullptr};
+  if (end > first) {
+    auto addend_here = addend;
+    if (accumulate) addend_here.from += first * columns;
     product<E, P::NV>(rows, b.K, a, b.data + first * stride, end - first, stride, c + first * columns, c_stride,
-                      nullptr, accumulate);
+                      addend_here);
+  }
   if (last <= wide) return;
   const E* narrow = b.data + wide * stride;
   c += wide * columns;
+  if (addend.from) addend.from += wide * columns;
   switch (vectors % P::NV) {
-    case 1: return product<E, 1>(rows, b.K, a, narrow, 1, stride, c, c_stride, nullptr, accumulate);
-    case 2: return product<E, 2>(rows, b.K, a, narrow, 1, stride, c, c_stride, nullptr, accumulate);
-    case 3: return product<E, 3>(rows, b.K, a, narrow, 1, stride, c, c_stride, nullptr, accumulate);
+    case 1: return product<E, 1>(rows, b.K, a, narrow, 1, stride, c, c_stride, addend);
+    case 2: return product<E, 2>(rows, b.K, a, narrow, 1, stride, c, c_stride, addend);
+    case 3: return product<E, 3>(rows, b.K, a, narrow, 1, stride, c, c_stride, addend);
   }
 }
 

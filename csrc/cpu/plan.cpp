@@ -32,6 +32,14 @@ auto with_cell(CellKind kind, F f) {
   return f(Lstm{});
 }
 
+double element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// Multiply-adds that a core does in a cycle. float16, and bfloat16 without its dot product, are multiplied in float32;
+// the model counts bfloat16 as if it had it.
+double multiply_adds_per_cycle(DType dtype, int vector_bytes) {
+  return fma_per_cycle * vector_bytes / (dtype == DType::float16 ? 4 : element_bytes(dtype));
+}
+
 // Cycles of one step on one thread that has `rows` rows and `units` units of each direction it owns.
 double step_cycles(const LayerSizes& sizes, double rows, double units, double directions, int vector_bytes) {
   const double element = sizes.dtype == DType::float64 ? 8 : sizes.dtype == DType::bfloat16 ? 2 : 4;
@@ -96,6 +104,31 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
     }
   }
   return best;
+}
+
+Bound time_bound(const LayerSizes& sizes, const Steps& steps, const Plan& plan, int vector_bytes, bool backward) {
+  const double D = sizes.num_directions, T = double(steps.T), N = double(steps.total_rows());
+  const double H = double(sizes.hidden_size), P = double(sizes.state_size), G = gate_count(sizes.kind);
+  const double threads = plan.threads();
+  const double lanes = vector_bytes / (sizes.dtype == DType::float64 ? 8.0 : 4.0);
+  const double projection = sizes.state_size == sizes.hidden_size ? 0 : P * H;
+  const double products = N * D * (G * H * (double(sizes.input_size) + P) + projection) * (backward ? 2 : 1);
+  const struct {
+    double cycles;
+    const char* by;
+  } bounds[] = {
+      {products / multiply_adds_per_cycle(sizes.dtype, vector_bytes) / threads, "multiply-adds"},
+      {T * D * (G * H * P + projection) * element_bytes(sizes.dtype) / bytes_per_cycle_l2 / threads,
+       "recurrent weights"},
+      {N * D * H / lanes * (backward ? 1 : G + (has_cell_state(sizes.kind) ? 1 : 0)) * activation_cycles / threads,
+       "gate arithmetic"},
+      {plan.unit_groups > 1 ? T * barrier_cycles : 0, "barriers"},
+  };
+  Bound bound;
+  for (const auto& b : bounds) {
+    if (b.cycles / cycles_per_us > bound.us) bound = {b.cycles / cycles_per_us, b.by};
+  }
+  return bound;
 }
 
 int64_t row_boundary(const Steps& steps, int group, int groups) {

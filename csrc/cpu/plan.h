@@ -10,14 +10,21 @@ struct Plan {
   int direction_groups = 1;
   int row_groups = 1;
   int unit_groups = 1;
-  double predicted_us = 0;  // of the recurrence alone
-  double serial_us = 0;     // the same on one thread
+  double predicted_us = 0;
+  double serial_us = 0;  // the same on one thread
 
   FRNN_HOST_DEVICE int threads() const { return direction_groups * row_groups * unit_groups; }
 };
 
 // `threads`: at most so many; `vector_bytes`: of the instruction set in use; `backward`: which pass.
 Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward);
+
+// The time that a pass of a layer cannot go below on the threads of `plan`, by the constants of the cost model.
+struct Bound {
+  double us = 0;
+  const char* by = "";  // what it takes that long for
+};
+Bound time_bound(const LayerSizes& sizes, const Steps& steps, const Plan& plan, int vector_bytes, bool backward);
 
 // Gates of a cell: rows of its weights over the hidden size.
 int gate_count(CellKind kind);

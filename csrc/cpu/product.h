@@ -1,4 +1,4 @@
-// Matrix products of the kernels: C = A B (+ bias, or + C), with B packed into column panels (pack.h).
+// Matrix products of the kernels: C = A B + addend, with B packed into column panels (pack.h).
 //
 // A is a list of row pointers, so that any layout of time and batch, a packed sequence included, is read in place.
 // A panel holds NV vectors of columns for every k: [K / group][NV * width][group], group being the k's that one
@@ -11,6 +11,9 @@
 #pragma once
 
 #include "simd.h"
+#if defined(FRNN_TILES)
+#include "tiles.h"
+#endif
 
 namespace fused_rnn {
 namespace FRNN_ISA {
@@ -94,11 +97,22 @@ struct Ahead {
   int64_t step;
 };
 
+// What is added to a product: rows of `from`, `stride` apart (0: one row, a bias, for all); null: nothing. Its columns
+// are those of the result. The last NA vectors of each panel have the row `apart` instead. It is added after the
+// products are summed: the sum of two short chains has less error than one long chain, and no tile waits for it to
+// begin.
+template <class A>
+struct Addend {
+  const A* from = nullptr;
+  int64_t stride = 0;
+  const A* apart = nullptr;
+};
+
 // MR rows x NP panels. c: row r at c + r * c_stride, panel q at + q * NV * width.
-template <class E, int MR, int NV, int NP>
+template <class E, int MR, int NV, int NP, int NA>
 __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const E* b, int64_t panel_stride,
                                             typename Operand<E>::Acc* c, int64_t c_stride,
-                                            const typename Operand<E>::Acc* bias, bool accumulate, Ahead ahead) {
+                                            Addend<typename Operand<E>::Acc> addend, Ahead ahead) {
   using O = Operand<E>;
   using A = typename O::Acc;
   using V = typename O::V;
@@ -111,9 +125,7 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
     row[i] = a[i];
 #pragma GCC unroll 8
     for (int v = 0; v < NP * NV; ++v) {
-      acc[i][v] = accumulate ? Simd<A>::load(c + i * c_stride + v * width)
-                  : bias     ? Simd<A>::load(bias + v * width)
-                             : V{};
+      acc[i][v] = V{};
     }
   }
   const auto multiply = [&](int64_t k, auto&& broadcast) __attribute__((always_inline)) {
@@ -145,19 +157,27 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NP * NV; ++v) Simd<A>::store(c + i * c_stride + v * width, acc[i][v]);
+    for (int v = 0; v < NP * NV; ++v) {
+      V sum = acc[i][v];
+      if (v % NV >= NV - NA) {
+        sum = sum + Simd<A>::load(addend.apart + v * width);
+      } else if (addend.from) {
+        sum = sum + Simd<A>::load(addend.from + i * addend.stride + v * width);
+      }
+      Simd<A>::store(c + i * c_stride + v * width, sum);
+    }
   }
 }
 
-template <class E, int NV, int NP>
+template <class E, int NV, int NP, int NA>
 FRNN_INLINE void product_rows(int rows, int64_t K, const E* const* a, const E* b, int64_t panel_stride,
-                              typename Operand<E>::Acc* c, int64_t c_stride, const typename Operand<E>::Acc* bias,
-                              bool accumulate, Ahead ahead) {
+                              typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend,
+                              Ahead ahead) {
   constexpr int most = tile_rows<NV>();
-#define FRNN_ROWS(n)                                                                                  \
-  case n:                                                                                             \
-    if constexpr (n <= most && (NP == 1 || n <= 2))                                                   \
-      return product_tile<E, n, NV, NP>(K, a, b, panel_stride, c, c_stride, bias, accumulate, ahead); \
+#define FRNN_ROWS(n)                                                                            \
+  case n:                                                                                       \
+    if constexpr (n <= most && (NP == 1 || n <= 2))                                             \
+      return product_tile<E, n, NV, NP, NA>(K, a, b, panel_stride, c, c_stride, addend, ahead); \
     break;
   switch (rows) {
     FRNN_ROWS(1)
@@ -181,23 +201,37 @@ constexpr int64_t panels_at_once(int64_t rows) {
 // Bytes of a panel that stay in L2 (1 MiB and more) beside the rows they are multiplied with.
 inline constexpr int64_t panel_block_bytes = 192 * 1024;
 
-// C (rows x panels * NV * width) = A (rows x K) B, plus bias (panels * NV * width) or C itself.
-template <class E, int NV>
+// C (rows x panels * NV * width) = A (rows x K) B + addend. then: the packed weights that the caller multiplies with
+// next, fetched towards the end; null: not known.
+template <class E, int NV, int NA = 0>
 void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t panels, int64_t panel_stride,
-             typename Operand<E>::Acc* c, int64_t c_stride, const typename Operand<E>::Acc* bias, bool accumulate) {
-  constexpr int64_t columns = NV * Simd<typename Operand<E>::Acc>::width;
+             typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend,
+             const E* then = nullptr) {
+  using A = typename Operand<E>::Acc;
+  constexpr int64_t columns = NV * Simd<A>::width;
   if (rows <= 0 || panels <= 0) return;
+#if defined(FRNN_TILES)
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    return product_of_tiles<NV, NA>(rows, K, a, b, panels, panel_stride, c, c_stride, addend.from, addend.stride,
+                                    addend.apart);
+  }
+#endif
+  const auto addend_of = [&](int64_t row, int64_t p) __attribute__((always_inline)) {
+    const int64_t column = p * columns;
+    return Addend<A>{addend.from ? addend.from + row * addend.stride + column : nullptr, addend.stride,
+                     NA > 0 ? addend.apart + column : nullptr};
+  };
   int64_t p = 0;
   if (rows == 1) {
     constexpr int NP = tile_panels<1, NV>();
     for (; NP > 1 && p + NP <= panels; p += NP)
-      product_rows<E, NV, NP>(1, K, a, b + p * panel_stride, panel_stride, c + p * columns, c_stride,
-                              bias ? bias + p * columns : nullptr, accumulate, Ahead{b, 0});
+      product_rows<E, NV, NP, NA>(1, K, a, b + p * panel_stride, panel_stride, c + p * columns, c_stride,
+                                  addend_of(0, p), Ahead{b, 0});
   } else if (rows == 2) {
     constexpr int NP = tile_panels<2, NV>();
     for (; NP > 1 && p + NP <= panels; p += NP)
-      product_rows<E, NV, NP>(2, K, a, b + p * panel_stride, panel_stride, c + p * columns, c_stride,
-                              bias ? bias + p * columns : nullptr, accumulate, Ahead{b, 0});
+      product_rows<E, NV, NP, NA>(2, K, a, b + p * panel_stride, panel_stride, c + p * columns, c_stride,
+                                  addend_of(0, p), Ahead{b, 0});
   }
   // Even tiles: 32 rows are 5 + 5 + 5 + 5 + 6 + 6, not five of 6 and one of 2.
   const int64_t tiles = (rows + tile_rows<NV>() - 1) / tile_rows<NV>();
@@ -209,24 +243,31 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
       const int64_t depth = K - k < block ? K - k : block;
       const E* here = b + p * panel_stride + k * columns;
       // The next block of weights follows this one in memory, but for the padding of an odd K. Every tile fetches its
-      // share of it; past the last block there is nothing worth fetching.
+      // share of it.
       const bool last = p + 1 == panels && k + block >= K;
-      const char* next = reinterpret_cast<const char*>(last ? here : here + padded_depth<E>(depth) * columns);
-      const int64_t share = last ? 0 : depth * columns * int64_t(sizeof(E)) / tiles;
+      const E* after = last ? then : here + padded_depth<E>(depth) * columns;
+      const char* next = reinterpret_cast<const char*>(after ? after : here);
+      const int64_t share = after ? depth * columns * int64_t(sizeof(E)) / tiles : 0;
       int64_t r = 0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t n = low + (tile < more);
         const E* first[8];
         for (int64_t i = 0; i < n; ++i) first[i] = a[r + i] + k;
-        typename Operand<E>::Acc* target = c + r * c_stride + p * columns;
-        if (accumulate && tile + 1 < tiles) {
+        A* target = c + r * c_stride + p * columns;
+        if (addend.stride != 0 && k == 0) {
+          const A* wanted = addend.from + r * addend.stride + p * columns;  // at the end of the tile
           for (int64_t i = 0; i < n; ++i) {
-            for (int v = 0; v < NV; ++v) __builtin_prefetch(target + (n + i) * c_stride + v * 64 / sizeof(*c), 1, 3);
+            for (int v = 0; v < NV; ++v) __builtin_prefetch(wanted + i * addend.stride + v * 64 / sizeof(A), 1, 3);
           }
         }
-        product_rows<E, NV, 1>(int(n), depth, first, here, panel_stride, target, c_stride,
-                               bias ? bias + p * columns : nullptr, accumulate || k > 0,
-                               Ahead{next + tile * share, share * group / depth});
+        const Ahead ahead{next + tile * share, share * group / depth};
+        if (k == 0) {
+          product_rows<E, NV, 1, NA>(int(n), depth, first, here, panel_stride, target, c_stride, addend_of(r, p),
+                                     ahead);
+        } else {
+          product_rows<E, NV, 1, 0>(int(n), depth, first, here, panel_stride, target, c_stride,
+                                    Addend<A>{target, c_stride, nullptr}, ahead);
+        }
         r += n;
       }
     }

@@ -58,7 +58,8 @@ struct Simd {
   using Int = typename VectorTypes<A>::Int;
   static constexpr int width = FRNN_VECTOR_BYTES / sizeof(A);
 
-  static FRNN_INLINE V splat(A x) { return V{} + x; }
+  // x - 0 is x, also for -0, so this is one broadcast from memory; 0 + x would be an addition and a shuffle.
+  static FRNN_INLINE V splat(A x) { return x - V{}; }
 
   static FRNN_INLINE V load(const A* p) { return load_bytes<V>(p); }
   static FRNN_INLINE void store(A* p, V v) { store_bytes(p, v); }
@@ -106,6 +107,15 @@ struct Simd {
     for (int i = 0; i < n; ++i) p[i] = lanes[i];
   }
 
+  // A store past the caches, of a whole line: p is aligned to a vector, which is a cache line.
+  static FRNN_INLINE void store_past_caches(A* p, V v) {
+#if FRNN_VECTOR_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#else
+    store(p, v);
+#endif
+  }
+
   // v as it reads back after it was stored as T.
   template <class T>
   static FRNN_INLINE V rounded(V v) {
@@ -116,6 +126,9 @@ struct Simd {
 
   // Round to nearest even; NaN becomes the quiet NaN.
   static FRNN_INLINE HalfLanes to_bfloat16(V v) {
+#if defined(__AVX512BF16__)
+    return (HalfLanes)_mm512_cvtneps_pbh((__m512)v);  // subnormal numbers become 0, as in the dot product
+#endif
     const WordLanes bits = (WordLanes)v;
     const WordLanes even = bits + 0x7fffu + ((bits >> 16) & 1u);
     const WordLanes result = v == v ? even : WordLanes{} + 0x7fc00000u;
@@ -149,6 +162,13 @@ FRNN_INLINE void Simd<float>::store_n<float>(float* p, V v, int64_t n) {
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), (__m512)v);
 }
 #endif
+
+// Orders stores past the caches before whatever another thread is told afterwards.
+FRNN_INLINE void wait_for_stores_past_caches() {
+#if FRNN_VECTOR_BYTES == 64
+  _mm_sfence();
+#endif
+}
 
 // Several vectors as one value. A gate formula is a long chain of dependent operations; applied to a Pack, the chains
 // of N vectors run interleaved and hide each other's latency.

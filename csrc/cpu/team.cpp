@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -56,6 +57,54 @@ int quota_processors() {
   return int((quota + period - 1) / period);
 }
 
+double clock_us(clockid_t clock) {
+  timespec t;
+  clock_gettime(clock, &t);
+  return double(t.tv_sec) * 1e6 + double(t.tv_nsec) * 1e-3;
+}
+
+double now_us() { return clock_us(CLOCK_MONOTONIC); }
+
+// Whether teams get the processors they ask for. Where they do not, the threads that run wait for one that does not,
+// until the system lets it in; one thread alone then is faster. A team of n that took `wall`, of which its first thread
+// worked for `own` on a processor, took longer than that thread alone would have with a processor, about n * own; and
+// where it would not have had one either, it loses its share of time and not the waiting.
+//
+// After two such teams within a few calls, calls do without a team for a time that is long compared with what was lost,
+// and doubles whenever the first team after it is late again.
+class Crowding {
+ public:
+  bool alone() { return until_us_ > 0 && now_us() < until_us_; }
+
+  // Whether the next team is worth the clock of its first thread's processor time, a system call.
+  bool watches() const { return watches_; }
+
+  void judge(int threads, double wall_us, double own_us) {
+    const double lost_us = wall_us - threads * own_us;
+    watches_ = wall_us >= shortest_us;
+    if (wall_us < shortest_us || lost_us < 0.1 * wall_us) {
+      lateness_ = std::max(lateness_ - 1, 0);
+      if (lateness_ == 0) alone_us_ = 0;
+      return;
+    }
+    lateness_ = std::min(lateness_ + 4, 8);
+    if (lateness_ <= 4) return;  // one late team is an accident
+    alone_us_ = std::min(std::max(2 * alone_us_, 16 * lost_us), longest_alone_us);
+    until_us_ = now_us() + alone_us_;
+  }
+
+ private:
+  // Waking a thread that sleeps takes tens of microseconds on an idle machine.
+  static constexpr double shortest_us = 200;
+  static constexpr double longest_alone_us = 1e6;
+  bool watches_ = false;
+  int lateness_ = 0;
+  double alone_us_ = 0, until_us_ = 0;
+};
+
+thread_local Crowding crowding;
+thread_local double waited_us = 0;  // by this thread at barriers, past their spinning
+
 struct Scratch {
   void* memory = nullptr;
   size_t bytes = 0;
@@ -74,13 +123,13 @@ void Barrier::wait() {
     generation_.store(generation + 1, std::memory_order_release);
     return;
   }
-  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins < spins_before_yield) {
-      pause();
-    } else {
-      sched_yield();
-    }
+  for (int spins = 0; spins < spins_before_yield; ++spins) {
+    if (generation_.load(std::memory_order_acquire) != generation) return;
+    pause();
   }
+  const double begin = now_us();
+  while (generation_.load(std::memory_order_acquire) == generation) sched_yield();
+  waited_us += now_us() - begin;
 }
 
 int override_processors(int count) { return processors_override.exchange(count); }
@@ -103,36 +152,62 @@ int usable_threads(int requested) {
   return std::min(requested, available_processors());
 }
 
+bool team_is_late() { return processors_override.load(std::memory_order_relaxed) == 0 && crowding.alone(); }
+
+void judge_team(int threads, double wall_us, double own_us) { crowding.judge(threads, wall_us, own_us); }
+
+void expect_teams_in_time() { crowding = Crowding(); }
+
 bool run_team(int threads, void (*task)(void*, int), void* context) {
   if (threads == 1) {
     task(context, 0);
     return true;
   }
   bool complete = false;
+  // Before the runtime's own barrier at the end of the region, which spins for milliseconds without giving its
+  // processor to a thread that has none.
+  Barrier finish;
+  finish.reset(threads);
+  const bool watches = crowding.watches();
+  const double begin = now_us(), processor_begin = watches ? clock_us(CLOCK_THREAD_CPUTIME_ID) : 0;
+  waited_us = 0;
+  double finished = begin;
 #pragma omp parallel num_threads(threads)
   {
     // Every thread sees the same number, so either all run the task or none does.
     if (omp_get_num_threads() == threads) {
-      if (omp_get_thread_num() == 0) complete = true;
       task(context, omp_get_thread_num());
+      finish.wait();
+      if (omp_get_thread_num() == 0) {
+        complete = true;
+        finished = now_us();
+      }
     }
   }
+  const double end = now_us(), wall = end - begin, waited = waited_us + end - finished;
+  const double processor = watches ? clock_us(CLOCK_THREAD_CPUTIME_ID) - processor_begin : wall;
+  if (complete) judge_team(threads, wall, std::max(0.0, std::min(wall, processor) - waited));
   return complete;
+}
+
+void* large_memory(size_t bytes) {
+  // Huge pages: a step streams megabytes of packed weights, and 4 KiB pages would miss the TLB.
+  const size_t alignment = bytes >= (size_t(1) << 20) ? (size_t(2) << 20) : 64;
+  const size_t size = (bytes + alignment - 1) / alignment * alignment;
+  void* memory = std::aligned_alloc(alignment, size);
+#if defined(MADV_HUGEPAGE)
+  if (memory && alignment > 64) madvise(memory, size, MADV_HUGEPAGE);
+#endif
+  return memory;
 }
 
 void* scratch_memory(size_t bytes) {
   if (bytes > scratch.bytes) {
     std::free(scratch.memory);
     scratch.bytes = 0;
-    // Huge pages: a step streams megabytes of packed weights, and 4 KiB pages would miss the TLB.
-    const size_t alignment = bytes >= (size_t(2) << 20) ? (size_t(2) << 20) : 64;
-    const size_t size = (bytes + alignment - 1) / alignment * alignment;
-    scratch.memory = std::aligned_alloc(alignment, size);
+    scratch.memory = large_memory(bytes);
     if (!scratch.memory) return nullptr;
-#if defined(MADV_HUGEPAGE)
-    if (alignment > 64) madvise(scratch.memory, size, MADV_HUGEPAGE);
-#endif
-    scratch.bytes = size;
+    scratch.bytes = bytes;
   }
   return scratch.memory;
 }

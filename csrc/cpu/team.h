@@ -40,9 +40,24 @@ int override_processors(int count);
 // and 1 inside a parallel region or in a forked child, whose OpenMP threads did not survive the fork.
 int usable_threads(int requested);
 
+// Whether teams of this thread were late often enough of late that a call should do without one: the machine has other
+// work, and the system lets a team's threads run in turns. Never under override_processors.
+bool team_is_late();
+
+// What that follows from: a team of `threads` took wall_us, of which its first thread worked own_us on a processor, not
+// waiting for the others. run_team says so of each; tests, too.
+void judge_team(int threads, double wall_us, double own_us);
+
+// Forgets that teams were late; for tests.
+void expect_teams_in_time();
+
 // Runs task(context, thread) on `threads` threads at once and returns true; returns false, having run nothing, where
 // the runtime does not give that many.
 bool run_team(int threads, void (*task)(void* context, int thread), void* context);
+
+// Memory for packed weights and buffers, aligned to 64 bytes or to a huge page; free() gives it back. Null when there
+// is none to be had.
+void* large_memory(size_t bytes);
 
 // Memory of the calling thread that is kept from call to call, aligned to 64 bytes: it grows to what the largest call
 // needed. Null when there is none to be had.

@@ -1,5 +1,6 @@
 """What is measured, as data: shapes, and the cases (a shape with a cell, a mode and a dtype) made from them."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
@@ -17,14 +18,21 @@ DTYPES = {
 }
 NUM_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
-# The order of the groups in summaries. "large": one LSTM forward is 1 GFLOP or more, so the floating-point units are
-# the limit; "small": less, where barriers, packing and gate arithmetic show; "call": one step, the cost of calling.
+# The table that results are summed up by; shapes of workloads; one size varied, the others held.
+PARTS = ("table", "workloads", "sweeps")
+
+# The table's groups, in the order of summaries. "large": one LSTM forward is 1 GFLOP or more, so the floating-point
+# units are the limit; "small": less, where barriers, packing and gate arithmetic show; "call": one step, the cost of
+# calling.
 GROUPS = ("large", "small", "call")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one problem. A single step (`seq_length` 1) with `single_step` is a cell's call, on 2-D input."""
+    """Sizes of one problem. A single step (`seq_length` 1) with `single_step` is a cell's call, on 2-D input.
+
+    `group` is one of `GROUPS`; of a workload its name; of a sweep the size that is varied.
+    """
 
     group: str
     batch_size: int
@@ -34,6 +42,8 @@ class Shape:
     num_layers: int = 1
     bidirectional: bool = False
     single_step: bool = False
+    part: str = "table"
+    cells: tuple[str, ...] = CELLS
     dtypes: tuple[str, ...] = ("float32",)
     quick: bool = False
 
@@ -51,7 +61,7 @@ class Shape:
         return 2 if self.bidirectional else 1
 
 
-SHAPES = (
+TABLE = (
     Shape("large", 64, 40, 256, 512, dtypes=("float32", "bfloat16"), quick=True),
     Shape("small", 32, 200, 20, 64, bidirectional=True, quick=True),
     Shape("small", 16, 40, 64, 16, quick=True),
@@ -62,6 +72,37 @@ SHAPES = (
     Shape("call", 1, 1, 8, 8, single_step=True, quick=True),
     Shape("call", 64, 1, 256, 256, single_step=True),
 )
+
+# What models of these kinds ask of their recurrent layers. In the order of the fields: group, B, T, I, H.
+_WORKLOADS = (
+    # log-mel features, 3 s of speech at 10 ms a frame, two bidirectional layers of an acoustic model
+    Shape("speech", 8, 300, 80, 256, num_layers=2, bidirectional=True),
+    # characters of a book, embedded
+    Shape("characters", 50, 50, 128, 256, num_layers=2),
+    # reviews, word vectors in, a class out
+    Shape("text classes", 32, 200, 100, 128, bidirectional=True),
+    # an agent in 16 environments takes one step, and is trained on the steps between two updates
+    Shape("agent's step", 16, 1, 128, 256),
+    Shape("agent's update", 16, 64, 128, 256),
+    # a week of hourly values
+    Shape("time series", 32, 168, 8, 64),
+    # one stream of audio, 0.3 s at a time
+    Shape("stream", 1, 30, 40, 128),
+)
+WORKLOADS = tuple(dataclasses.replace(shape, part="workloads", cells=("lstm", "gru")) for shape in _WORKLOADS)
+
+# By the size that is varied: the shape for each of its values. Sizes that fill no vector, no tile and no thread's share
+# are among them on purpose.
+_SWEPT = {
+    "B": ((1, 2, 3, 5, 17, 33, 96), lambda size: Shape("B", size, 20, 128, 128)),
+    "H": ((1, 7, 31, 33, 100, 127, 200, 257, 400, 650, 1024), lambda size: Shape("H", 8, 20, size, size)),
+    "T": ((1, 2, 5, 20, 100, 1000), lambda size: Shape("T", 4, size, 64, 64)),
+}
+SWEEPS = tuple(
+    dataclasses.replace(shape_of(size), part="sweeps") for sizes, shape_of in _SWEPT.values() for size in sizes
+)
+
+SHAPES = (*TABLE, *WORKLOADS, *SWEEPS)
 
 
 @dataclass(frozen=True)
@@ -102,6 +143,7 @@ class Case:
 
 def select(
     *,
+    parts: Sequence[str] = PARTS,
     pattern: str = "",
     cells: Sequence[str] = CELLS,
     modes: Sequence[str] = MODES,
@@ -111,6 +153,7 @@ def select(
     """Return the cases to measure, in the order of the tables.
 
     Args:
+        parts: of `PARTS`.
         pattern: regular expression searched in `Case.name`, in any case of letters; empty takes every case.
         dtypes: `None` takes for each shape its own; otherwise every shape is measured in each of these.
         quick: only the shapes marked quick and, unless `dtypes` says otherwise, only float32.
@@ -118,7 +161,7 @@ def select(
     wanted = re.compile(pattern, re.IGNORECASE)
     cases = []
     for shape, cell, mode in itertools.product(SHAPES, cells, modes):
-        if quick and not shape.quick:
+        if shape.part not in parts or cell not in shape.cells or (quick and not shape.quick):
             continue
         for dtype in dtypes or (("float32",) if quick else shape.dtypes):
             case = Case(shape, cell, mode, dtype)

@@ -1,17 +1,20 @@
 """Who is measured: one small adapter for each implementation.
 
-A new peer is a class with the four members of `Peer`, listed in `PEERS`. It imports its library inside its methods, so
-that every peer stays optional.
+A new peer is a class with the members of `Peer`, listed in `PEERS`. It imports its library inside its methods, so that
+every peer stays optional.
 """
 
 import copy
 import functools
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from . import onnx_model
 from .cases import DTYPES, Case
 
 if TYPE_CHECKING:
@@ -98,12 +101,22 @@ def tensors_of(nested: Any) -> Iterator[Tensor]:
 
 
 class Peer(Protocol):
-    """An implementation to measure."""
+    """An implementation to measure.
+
+    Attributes:
+        name: in tables and results.
+        pool: whose threads it computes on. Threads spin for a while after a call, so that the next call finds them
+            awake; contestants with different pools must not run while the other's are spinning.
+    """
 
     name: str
+    pool: str
 
     def available(self) -> bool:
         """Tell whether it can be used on this machine."""
+
+    def version(self) -> str:
+        """Return the version of the library behind it, which is available."""
 
     def supports(self, case: Case) -> bool:
         """Tell whether it can do what the case asks."""
@@ -133,9 +146,13 @@ def module_run(module: nn.Module, problem: Problem) -> Run:
 
 class TorchNN:
     name = "torch.nn"
+    pool = "openmp"
 
     def available(self) -> bool:
         return True
+
+    def version(self) -> str:
+        return torch.__version__
 
     def supports(self, case: Case) -> bool:
         return True
@@ -146,9 +163,15 @@ class TorchNN:
 
 class FusedRNN:
     name = "fused"
+    pool = "openmp"
 
     def available(self) -> bool:
         return True
+
+    def version(self) -> str:
+        import fused_rnn
+
+        return fused_rnn.__version__
 
     def supports(self, case: Case) -> bool:
         return True
@@ -172,6 +195,111 @@ class FusedRNN:
         return fused_rnn.explain(self.module(problem), *problem.inputs)
 
 
+class Buffers:
+    """Where an engine that runs the ONNX model reads and writes: memory of ours, so that nothing is copied in a call.
+
+    Attributes:
+        inputs, outputs: by the model's names; tensors with the model's shapes.
+        results: the same outputs, named and shaped as `torch.nn` returns them.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        shape, cell = problem.case.shape, problem.case.cell
+        states = ("h", "c") if cell == "lstm" else ("h",)
+        features, *initial = problem.input_tensors()
+        self.inputs = {"input": features.view(shape.seq_length, shape.batch_size, shape.input_size)}
+        self.inputs |= {f"{state}_0": tensor.unsqueeze(0) for state, tensor in zip(states, initial, strict=False)}
+
+        directions = shape.num_directions
+        last = {
+            state: torch.empty(shape.num_layers * directions, shape.batch_size, shape.hidden_size) for state in states
+        }
+        self.outputs = {
+            f"{state}_n.{layer}": last[state][layer * directions : (layer + 1) * directions]
+            for state in states
+            for layer in range(shape.num_layers)
+        }
+        if shape.single_step:
+            self.results = tuple(tensor.squeeze(0) for tensor in last.values())
+        else:
+            output = torch.empty(onnx_model.output_shape(problem.case))
+            self.outputs["output"] = output
+            joined = (shape.seq_length, shape.batch_size, directions * shape.hidden_size)
+            self.results = (output.view(joined), *last.values())
+
+
+class OnnxEngine:
+    """What the engines that run the ONNX model have in common: forward in float32."""
+
+    name: str
+    pool: str
+    package: str
+
+    def available(self) -> bool:
+        return all(importlib.util.find_spec(package) for package in ("onnx", self.package))
+
+    def version(self) -> str:
+        return importlib.metadata.version(self.package)
+
+    def supports(self, case: Case) -> bool:
+        return not case.training and case.dtype == "float32"
+
+
+class OnnxRuntime(OnnxEngine):
+    name = pool = "ONNX Runtime"
+    package = "onnxruntime"
+
+    def make(self, problem: Problem) -> Run:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        model = onnx_model.build(problem.case, problem.module).SerializeToString()
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        buffers = Buffers(problem)
+        binding = session.io_binding()
+        for bind, tensors in ((binding.bind_input, buffers.inputs), (binding.bind_output, buffers.outputs)):
+            for name, tensor in tensors.items():
+                bind(name, "cpu", 0, "float32", list(tensor.shape), tensor.data_ptr())
+
+        def forward() -> tuple[Tensor, ...]:
+            session.run_with_iobinding(binding)
+            return buffers.results
+
+        return forward
+
+
+class OpenVINO(OnnxEngine):
+    name = pool = "OpenVINO"
+    package = "openvino"
+
+    def make(self, problem: Problem) -> Run:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(onnx_model.build(problem.case, problem.module).SerializeToString())
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            # Where the processor has bfloat16 products, OpenVINO would round to bfloat16.
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        request = core.compile_model(model, "CPU", options).create_infer_request()
+        buffers = Buffers(problem)
+        for name, tensor in (buffers.inputs | buffers.outputs).items():
+            request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=True))
+
+        def forward() -> tuple[Tensor, ...]:
+            request.infer(share_outputs=True)
+            return buffers.results
+
+        return forward
+
+
 FUSED = FusedRNN()
 TORCH_NN = TorchNN()
-PEERS: tuple[Peer, ...] = (FUSED, TORCH_NN)
+ONNX_RUNTIME = OnnxRuntime()
+OPENVINO = OpenVINO()
+PEERS: tuple[Peer, ...] = (FUSED, TORCH_NN, ONNX_RUNTIME, OPENVINO)

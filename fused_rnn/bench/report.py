@@ -1,19 +1,34 @@
 """Results as aligned lines for the terminal, as Markdown and as JSON."""
 
 import dataclasses
+import json
 import math
 import os
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from .bars import Verdict
 from .cases import GROUPS, Case
-from .peers import FUSED
+from .crowded import Crowding
+from .memory import Saved
+from .peers import FUSED, TORCH_NN
 from .runner import Plan, Result, Spread, geometric_means
 
-SCHEMA = 1  # raised when a field of the JSON changes its meaning
+SCHEMA = 2  # raised when a field of the JSON changes its meaning
 
 _GREEN, _YELLOW, _RED, _BOLD, _RESET = "\033[32m", "\033[33m", "\033[31m", "\033[1m", "\033[0m"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled table; its first row is the header, columns from `numbers_from` on hold figures."""
+
+    title: str
+    rows: list[list[str]]
+    numbers_from: int
 
 
 class Table:
@@ -21,21 +36,24 @@ class Table:
 
     def __init__(self, cases: Sequence[Case], rivals: Sequence[str]) -> None:
         self.rivals = list(rivals)
-        self.header = ["cell", "shape", "dtype", "mode"]
-        self._widths = [max(len(row[i]) for row in [self.header, *map(_identity, cases)]) for i in range(4)]
-        self.header += [*rivals, FUSED.name, *(f"{_ratio_name(rival, rivals)}" for rival in rivals)]
-        self.header += ["spread", "GFLOP/s", "error"]
-        self._widths += [max(10, len(name)) for name in self.header[4:]]
+        self.header = ["threads", "cell", "shape", "dtype", "mode"]
+        rows = [self.header, *(["", *_identity(case)] for case in cases)]
+        self._widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        self.header += [FUSED.name, *(f"{rival}/{FUSED.name}" for rival in rivals)]
+        self.header += ["spread", "GFLOP/s", "of peak", "error"]
+        self._widths += [max(9, len(name)) for name in self.header[5:]]
 
     def cells(self, result: Result) -> list[str]:
         """Return the texts of one line, in the order of `header`."""
-        row = _identity(result.case)
-        row += [_time(result.time(name)) if name in result.seconds else "-" for name in self.rivals]
-        row.append(_time(result.time(FUSED.name)) + ("*" if result.reference_reason else ""))
-        row += [f"{result.ratio(rival).median:.2f}x" if rival in result.seconds else "-" for rival in self.rivals]
-        first = next((rival for rival in self.rivals if rival in result.seconds), None)
-        row.append(f"±{100 * result.ratio(first).relative:.1f}%" if first else "-")
-        return [*row, f"{result.gflops:.3g}", f"{max(d.error for d in result.deviations[FUSED.name]):.1g}"]
+        ratios = {rival: result.ratio(rival) for rival in self.rivals if rival in result.seconds}
+        share = result.share_of_peak(FUSED.name)
+        row = [str(result.threads), *_identity(result.case)]
+        row.append(time_text(result.time(FUSED.name).median) + ("*" if result.reference_reason else ""))
+        row += [f"{ratios[rival].median:.2f}x" if rival in ratios else "-" for rival in self.rivals]
+        row.append(f"±{100 * min(ratios.values(), key=lambda r: r.median).relative:.1f}%" if ratios else "-")
+        row.append(f"{result.gflops:.3g}")
+        row.append(f"{100 * share.median:.0f}%" if share else "-")
+        return [*row, f"{max(d.error for d in result.deviations[FUSED.name]):.1g}"]
 
     def header_line(self) -> str:
         return _paint(self._align(self.header), _BOLD)
@@ -43,23 +61,28 @@ class Table:
     def line(self, result: Result) -> str:
         """Return one aligned line; if parity failed, which tensors were wrong instead of times."""
         if not result.passed:
-            return _paint(f"{self._align(_identity(result.case))}  PARITY FAILED\n{failure_text(result)}", _RED)
+            identity = self._align([str(result.threads), *_identity(result.case)])
+            return _paint(f"{identity}  PARITY FAILED\n{failure_text(result)}", _RED)
         line = self._align(self.cells(result))
-        ratios = [result.ratio(rival).median for rival in self.rivals if rival in result.seconds]
-        if not ratios:
+        worst = worst_ratio(result)
+        if worst is None:
             return line
-        worst = min(ratios)
         return _paint(line, _GREEN if worst >= 1 else _YELLOW if worst >= 0.95 else _RED)
 
     def markdown(self, results: Sequence[Result]) -> str:
-        return markdown_table(self.header, [self.cells(result) for result in results if result.passed], numbers_from=4)
+        return markdown_table(self.header, [self.cells(result) for result in results if result.passed], numbers_from=5)
 
     def _align(self, texts: Sequence[str]) -> str:
         aligned = (
-            text.ljust(width) if column < 4 else text.rjust(width)
+            text.ljust(width) if 1 <= column < 5 else text.rjust(width)
             for column, (text, width) in enumerate(zip(texts, self._widths, strict=False))
         )
         return "  ".join(aligned).rstrip()
+
+
+def worst_ratio(result: Result) -> float | None:
+    """Return the ratio to the fastest of the peers; `None` if none was measured."""
+    return min((result.ratio(name).median for name in result.seconds if name != FUSED.name), default=None)
 
 
 def failure_text(result: Result) -> str:
@@ -72,41 +95,120 @@ def failure_text(result: Result) -> str:
 
 
 def footnotes(results: Sequence[Result]) -> list[str]:
-    """Explain the asterisks of the table: why the reference ran and no kernel."""
+    """Explain the asterisks of the table, why the reference ran and no kernel; say how calm the machine was."""
     reasons = dict.fromkeys(result.reference_reason for result in results if result.reference_reason)
-    return [f"* ran on the reference, not on a kernel: {reason}" for reason in reasons]
+    notes = [f"* ran on the reference, not on a kernel: {reason}" for reason in reasons]
+    thrown = sum(result.disturbed_rounds for result in results)
+    kept = sum(result.disturbed_rounds_kept for result in results)
+    if thrown or kept:
+        rounds = thrown + sum(len(result.seconds[FUSED.name]) for result in results if result.passed)
+        notes.append(
+            f"Other processes were at work in {thrown + kept} of {rounds} rounds, of which {thrown} were repeated and "
+            f"{kept} count all the same."
+        )
+    return notes
 
 
-def summary(results: Sequence[Result], rivals: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
-    """Return for each rival a title and the rows (header first) of the geometric means."""
-    tables = []
+def summary(results: Sequence[Result], rivals: Sequence[str]) -> list[Section]:
+    """Return the geometric means against each rival, and of the sweeps the mean and the worst."""
+    sections = []
     for rival in rivals:
         means = geometric_means(results, rival)
         groups = [group for group in (*GROUPS, "all") if any(group in entry for entry in means)]
-        rows = [["cell", "dtype", "mode", *groups]]
+        rows = [["threads", "cell", "dtype", "mode", *groups]]
         rows += [
-            [entry["cell"], entry["dtype"], entry["mode"]]
+            [str(entry["threads"]), entry["cell"], entry["dtype"], entry["mode"]]
             + [f"{entry[group]:.2f}x" if group in entry else "-" for group in groups]
             for entry in means
         ]
         if means:
-            tables.append((f"Geometric mean of {rival} time / fused time", rows))
-    return tables
+            sections.append(
+                Section(f"{rival} time / {FUSED.name} time, geometric mean over the table's cases", rows, 4)
+            )
+    sweeps = _sweep_rows(results)
+    if sweeps:
+        header = ["threads", "cell", "varied", "mode", "cases", "mean", "worst", "at"]
+        sections.append(Section(f"{TORCH_NN.name} time / {FUSED.name} time over the sweeps", [header, *sweeps], 4))
+    return sections
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Align rows for the terminal: the first three columns to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if column < 3 else text.rjust(width + 2)
+def _sweep_rows(results: Sequence[Result]) -> list[list[str]]:
+    swept: dict[tuple[int, str, str, str], dict[str, float]] = {}
+    for result in results:
+        case = result.case
+        if case.shape.part == "sweeps" and TORCH_NN.name in result.seconds:
+            key = (result.threads, case.cell, case.shape.group, case.mode)
+            swept.setdefault(key, {})[case.shape.name] = result.ratio(TORCH_NN.name).median
+    rows = []
+    for (threads, cell, varied, mode), ratios in swept.items():
+        worst = min(ratios, key=lambda name: ratios[name])
+        mean = statistics.geometric_mean(ratios.values())
+        figures = [str(len(ratios)), f"{mean:.2f}x", f"{ratios[worst]:.2f}x", worst]
+        rows.append([str(threads), cell, varied, mode, *figures])
+    return rows
+
+
+def memory_section(saved: Sequence[Saved]) -> Section:
+    rows = [["cell", "shape", TORCH_NN.name, FUSED.name, "share"]]
+    for found in saved:
+        sizes = [f"{found.bytes_saved[name] / 2**20:.0f} MiB" for name in (TORCH_NN.name, FUSED.name)]
+        rows.append([found.case.cell, found.case.shape.name, *sizes, f"{found.share:.2f}"])
+    return Section("Saved for backward, without input and parameters", rows, 2)
+
+
+def crowded_section(found: Sequence[Crowding]) -> Section:
+    header = ["scenario", "case", "lost"]
+    for name in (FUSED.name, TORCH_NN.name):
+        header += [f"{name} alone", "crowded", "over loss"]
+    rows = [header]
+    for crowding in found:
+        row = [crowding.scenario.name, f"{crowding.case.cell} {crowding.case.shape.name}", f"{crowding.loss:.0f}x"]
+        for name in (FUSED.name, TORCH_NN.name):
+            beyond = crowding.beyond_loss(name)
+            for times in (crowding.alone.get(name), crowding.seconds.get(name)):
+                row.append(time_text(statistics.median(times)) if times else "-")
+            row.append("-" if beyond is None else f"{beyond:.2f}")
+        rows.append(row)
+    return Section("Crowded: mean time of a call; over what the processors lost explain", rows, 2)
+
+
+def bars_section(verdicts: Sequence[Verdict]) -> Section:
+    rows = [["bar", "threads", "required", "measured", "met", "cases", "furthest from it"]]
+    for verdict in verdicts:
+        bar = verdict.bar
+        required = f"{'at most' if bar.at_most else 'at least'} {bar.required:g}"
+        if bar.noise:
+            required += f" ({bar.required - bar.noise:g} is noise)"
+        rows.append(
+            [
+                bar.name,
+                "-" if verdict.threads is None else str(verdict.threads),
+                required,
+                "not measured" if verdict.measured is None else f"{verdict.measured:.2f}",
+                "yes" if verdict.met else "NO",
+                str(verdict.count),
+                verdict.worst,
+            ]
+        )
+    met = sum(verdict.met for verdict in verdicts)
+    return Section(f"Bars: {met} of {len(verdicts)} met", rows, 1)
+
+
+def aligned(section: Section) -> str:
+    """Align rows for the terminal: text to the left, figures to the right; what a bar misses in red."""
+    widths = [max(map(len, column)) for column in zip(*section.rows, strict=True)]
+    lines = []
+    for row in section.rows:
+        cells = (
+            text.ljust(width) if column < section.numbers_from else text.rjust(width)
             for column, (text, width) in enumerate(zip(row, widths, strict=True))
         )
-        for row in rows
-    )
+        line = "  ".join(cells).rstrip()
+        lines.append(_paint(line, _RED) if "NO" in row else line)
+    return "\n".join(lines)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> str:
     rule = ["---" if column < numbers_from else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
@@ -114,24 +216,28 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numb
 def heading(environment: dict[str, Any]) -> str:
     """Say in two lines where this is measured, from `environment.describe`."""
     heap = "kept in the process" if environment["freed_memory_kept"] else "handed back to the system"
-    threads = environment["threads"]
     kernels = environment["instruction_sets"]["used"] or "not built"
     if environment["backend"] != "auto":
         kernels += f", backend {environment['backend']!r}"
+    peers = [f"{name} {version}" for name, version in environment["peers"].items() if name != FUSED.name]
     return (
-        f"{environment['processor']}, threads {threads['torch']}, processors {threads['processors']}, "
-        f"freed memory {heap}\n"
-        f"fused_rnn {environment['fused_rnn']['version']} ({kernels}), PyTorch {environment['torch']} "
-        f"({environment['torch_instruction_set']}), Python {environment['python']}, {environment['date']}"
+        f"{environment['processor']}, {environment['threads']['processors']} processors, freed memory {heap}, "
+        f"{environment['date']}\n"
+        f"fused_rnn {environment['fused_rnn']['version']} ({kernels}), {', '.join(peers)}, "
+        f"Python {environment['python']}"
     )
 
 
-def to_markdown(environment: dict[str, Any], table: Table, results: Sequence[Result]) -> str:
-    """Return the whole report as Markdown."""
-    parts = [heading(environment).replace("\n", "  \n"), table.markdown(results)]
-    parts += [f"\\{note}" for note in footnotes(results)]
-    for title, rows in summary(results, table.rivals):
-        parts += [f"{title}:", markdown_table(rows[0], rows[1:], numbers_from=3)]
+def to_markdown(
+    environment: dict[str, Any], table: Table, results: Sequence[Result], sections: Sequence[Section]
+) -> str:
+    """Return the whole report as Markdown; of the sweeps, their summary."""
+    shown = [result for result in results if result.case.shape.part != "sweeps"]
+    parts = [heading(environment).replace("\n", "  \n")]
+    for section in reversed(sections):  # the bars first
+        parts += [f"{section.title}:", markdown_table(section.rows[0], section.rows[1:], section.numbers_from)]
+    parts += ["All cases but those of the sweeps:", table.markdown(shown)]
+    parts += [note.replace("*", "\\*", 1) for note in footnotes(results)]
     failed = [result for result in results if not result.passed]
     if failed:
         parts.append("Parity failed, not timed: " + ", ".join(result.case.name for result in failed))
@@ -139,28 +245,65 @@ def to_markdown(environment: dict[str, Any], table: Table, results: Sequence[Res
 
 
 def to_json(
-    environment: dict[str, Any], plan: Plan, results: Sequence[Result], rivals: Sequence[str]
+    environment: dict[str, Any],
+    plans: Mapping[str, Plan],
+    results: Sequence[Result],
+    rivals: Sequence[str],
+    saved: Sequence[Saved] = (),
+    crowdings: Sequence[Crowding] = (),
 ) -> dict[str, Any]:
     """Return everything that was measured, as JSON values; the fields are described in docs/benchmarks.md."""
     return {
         "schema": SCHEMA,
         "environment": environment,
-        "plan": dataclasses.asdict(plan),
-        "cases": [_case_record(result, rivals) for result in results],
+        "plans": {part: dataclasses.asdict(plan) for part, plan in plans.items()},
+        "cases": [_significant(_case_record(result, rivals)) for result in results],
         "geometric_means": {rival: geometric_means(results, rival) for rival in rivals},
+        "memory": [_identity_record(found.case) | {"bytes_saved": found.bytes_saved} for found in saved],
+        "crowded": [_significant(_crowded_record(found)) for found in crowdings],
+    }
+
+
+def json_text(result: Mapping[str, Any]) -> str:
+    """Return the text of a result: the records of a list on a line each, so that changes of a result can be read."""
+    parts = []
+    for key, value in result.items():
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(json.dumps(record) for record in value) + "\n]"
+        else:
+            text = json.dumps(value, indent=1)
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _significant(value: Any) -> Any:
+    """Round what is measured to six digits, in nested lists and dicts."""
+    if isinstance(value, dict):
+        return {key: _significant(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_significant(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _identity_record(case: Case) -> dict[str, Any]:
+    shape = dataclasses.asdict(case.shape)
+    for irrelevant in ("part", "group", "cells", "dtypes", "quick"):
+        del shape[irrelevant]
+    return {
+        "name": case.name,
+        "part": case.shape.part,
+        "group": case.shape.group,
+        "cell": case.cell,
+        "mode": case.mode,
+        "dtype": case.dtype,
+        "shape_name": case.shape.name,
+        "shape": shape,
     }
 
 
 def _case_record(result: Result, rivals: Sequence[str]) -> dict[str, Any]:
-    shape = dataclasses.asdict(result.case.shape)
-    for irrelevant in ("dtypes", "quick"):
-        del shape[irrelevant]
-    record: dict[str, Any] = {
-        "name": result.case.name,
-        "cell": result.case.cell,
-        "mode": result.case.mode,
-        "dtype": result.case.dtype,
-        "shape": shape,
+    record = {"threads": result.threads} | _identity_record(result.case)
+    record |= {
         "flops": result.case.flops,
         "kernel": result.kernel,
         "reference_reason": result.reference_reason,
@@ -183,19 +326,35 @@ def _case_record(result: Result, rivals: Sequence[str]) -> dict[str, Any]:
             rival: dataclasses.asdict(result.ratio(rival)) for rival in rivals if rival in result.seconds
         }
         record["fused_gflops"] = result.gflops
+        record["disturbed_rounds"] = {"repeated": result.disturbed_rounds, "kept": result.disturbed_rounds_kept}
+    if result.peak:
+        shares = {name: result.share_of_peak(name) for name in result.seconds}
+        record["peak_gflops"] = dataclasses.asdict(Spread.of([rate / 1e9 for rate in result.peak]))
+        record["share_of_peak"] = {name: dataclasses.asdict(share) for name, share in shares.items() if share}
     return record
+
+
+def _crowded_record(found: Crowding) -> dict[str, Any]:
+    scenario = found.scenario
+    return {
+        "name": f"{scenario.name}, {found.case.name}",
+        "scenario": scenario.name,
+        "processes": scenario.processes,
+        "threads": scenario.threads,
+        "processors": scenario.processors,
+        "case": _identity_record(found.case),
+        "loss": found.loss,
+        "seconds": found.seconds,
+        "alone": found.alone,
+        "beyond_loss": {name: found.beyond_loss(name) for name in found.seconds},
+    }
 
 
 def _identity(case: Case) -> list[str]:
     return [case.cell, case.shape.name, case.dtype, case.mode]
 
 
-def _ratio_name(rival: str, rivals: Sequence[str]) -> str:
-    return "ratio" if len(rivals) == 1 else f"{rival}/{FUSED.name}"
-
-
-def _time(spread: Spread) -> str:
-    seconds = spread.median
+def time_text(seconds: float) -> str:
     if seconds < 1e-3:
         return f"{seconds * 1e6:.1f} us"
     return f"{seconds * 1e3:.2f} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"

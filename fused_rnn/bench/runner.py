@@ -4,7 +4,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cases import DTYPES, Case
+from .environment import OtherProcesses
 from .peers import FUSED, TORCH_NN, Peer, Problem, Run, tensors_of
 
 
@@ -20,20 +21,50 @@ class Plan:
     """How long a case is measured.
 
     Attributes:
-        rounds: rounds of a case at most.
         min_rounds: rounds of a case at least, whatever they take.
+        max_rounds: rounds of a case at most.
         seconds: after `min_rounds`, no round is begun that would take the case past this.
+        precision: rounds end before that, but not before the fifth, when the median of every ratio is known to this
+            share of it (standard error).
         sample_seconds: a contestant repeats its call in each round until it has worked about this long.
+        doubtful_ratio, doubtful_seconds: where a ratio is below, `seconds` is this instead: the verdict on a case that
+            seems slower should not be a few rounds' noise.
     """
 
-    rounds: int
     min_rounds: int
+    max_rounds: int
     seconds: float
+    precision: float
     sample_seconds: float
+    doubtful_ratio: float = 0.0
+    doubtful_seconds: float = 0.0
 
 
-FULL = Plan(rounds=15, min_rounds=5, seconds=4.0, sample_seconds=0.020)
-QUICK = Plan(rounds=9, min_rounds=3, seconds=0.6, sample_seconds=0.005)
+# Every case of the table decides about a bar, of the workloads none does; of the many in the sweeps the worst does,
+# and that is looked at longer.
+TABLE = Plan(
+    min_rounds=3,
+    max_rounds=30,
+    seconds=1.2,
+    precision=0.01,
+    sample_seconds=0.015,
+    doubtful_ratio=1.05,
+    doubtful_seconds=2.5,
+)
+WORKLOAD = Plan(min_rounds=3, max_rounds=15, seconds=0.8, precision=0.02, sample_seconds=0.01)
+SWEEP = Plan(
+    min_rounds=3,
+    max_rounds=40,
+    seconds=0.12,
+    precision=0.02,
+    sample_seconds=0.003,
+    doubtful_ratio=1.02,
+    doubtful_seconds=1.5,
+)
+QUICK = Plan(min_rounds=3, max_rounds=9, seconds=0.5, precision=0.02, sample_seconds=0.005)
+
+# Precision is not judged by fewer rounds.
+_ROUNDS_TO_JUDGE = 5
 
 
 @dataclass(frozen=True)
@@ -88,6 +119,12 @@ class Spread:
         return (self.q3 - self.q1) / (2 * self.median)
 
 
+def standard_error(samples: Sequence[float]) -> float:
+    """Return the standard error of the median of samples, as a share of it, were their distribution normal."""
+    # The standard deviation is 1.483 half distances of the quartiles, the median's error 1.253 / sqrt(n) of that.
+    return 1.253 * 1.483 * Spread.of(samples).relative / math.sqrt(len(samples))
+
+
 @dataclass
 class Result:
     """What was found for a case. `seconds` and `calls` are empty if parity failed.
@@ -98,15 +135,22 @@ class Result:
         deviations: by peer, the deviation of every tensor from the yardstick.
         seconds: by peer, seconds of one call in each round.
         calls: by peer, calls in each round.
+        peak: operations a second that the arithmetic units reached in each round; empty where it was not measured.
+        disturbed_rounds: rounds thrown away because other processes were at work.
+        disturbed_rounds_kept: rounds that count all the same, because there were too many of these.
     """
 
     case: Case
+    threads: int = 1
     kernel: str = ""
     reference_reason: str | None = None
     yardstick: str = ""
     deviations: dict[str, list[Deviation]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    peak: list[float] = field(default_factory=list)
+    disturbed_rounds: int = 0
+    disturbed_rounds_kept: int = 0
 
     @property
     def passed(self) -> bool:
@@ -126,49 +170,99 @@ class Result:
 
     def ratio(self, peer: str) -> Spread:
         """Time of the peer over the time of the fused layer, round by round: above 1 the fused layer is faster."""
+        return Spread.of(self._ratios(peer))
+
+    def _ratios(self, peer: str) -> list[float]:
         pairs = zip(self.seconds[peer], self.seconds[FUSED.name], strict=True)
-        return Spread.of([theirs / ours for theirs, ours in pairs])
+        return [theirs / ours for theirs, ours in pairs]
 
     @property
     def gflops(self) -> float:
         """Rate of the fused run, in 1e9 floating-point operations (`Case.flops`) a second."""
         return self.case.flops / self.time(FUSED.name).median / 1e9
 
+    def share_of_peak(self, peer: str) -> Spread | None:
+        """Rate of the peer over the peak, round by round; `None` where no peak was measured."""
+        pairs = zip(self.seconds[peer], self.peak, strict=False)
+        return Spread.of([self.case.flops / seconds / peak for seconds, peak in pairs]) if self.peak else None
 
-def measure(case: Case, peers: Sequence[Peer], plan: Plan) -> Result:
-    """Check the case, and time it if every peer has the right numbers."""
+    def enough(self, plan: Plan, elapsed: float) -> bool:
+        """Tell whether the rounds so far, which took `elapsed` seconds, are all that the plan wants."""
+        rounds = len(self.seconds[FUSED.name])
+        if rounds < plan.min_rounds or rounds >= plan.max_rounds:
+            return rounds >= plan.max_rounds
+        ratios = [self._ratios(peer) for peer in self.seconds if peer != FUSED.name]
+        doubtful = any(statistics.median(samples) < plan.doubtful_ratio for samples in ratios)
+        precise = rounds >= _ROUNDS_TO_JUDGE and all(standard_error(samples) < plan.precision for samples in ratios)
+        allowed = max(plan.seconds, plan.doubtful_seconds) if doubtful else plan.seconds
+        return precise or elapsed * (rounds + 1) / rounds > allowed
+
+
+def measure(
+    case: Case,
+    peers: Sequence[Peer],
+    plan: Plan,
+    *,
+    peak: Callable[[str], float] | None = None,
+    others: OtherProcesses | None = None,
+) -> Result:
+    """Check the case, and time it if every peer has the right numbers.
+
+    Args:
+        case: what to measure, on the threads that PyTorch is set to.
+        peers: contestants; those that do not support the case are left out.
+        plan: how long.
+        peak: measures the arithmetic units for a dtype, in operations a second; called once a round.
+        others: watches for other processes, with what patience is left for all cases.
+    """
     problem = Problem(case)
     with torch.set_grad_enabled(case.training):
         explanation = FUSED.explain(problem)
         # The first line repeats the module and the sizes.
         kernel = "; ".join(line.strip() for line in str(explanation).splitlines()[1:])
-        result = Result(case, kernel, reference_reason=explanation.reason)
-        runs = {peer.name: peer.make(problem) for peer in peers if peer.supports(case)}
-        _check(problem, runs, result)
+        result = Result(case, torch.get_num_threads(), kernel, reference_reason=explanation.reason)
+        contestants = {peer.name: peer for peer in peers if peer.supports(case)}
+        runs = {name: peer.make(problem) for name, peer in contestants.items()}
+        first_seconds = _check(problem, runs, result)
         if result.passed:
-            _time(runs, plan, result)
+            pools = {name: peer.pool for name, peer in contestants.items()}
+            _time(runs, pools, first_seconds, plan, peak, others or OtherProcesses(), result)
     return result
 
 
-def _check(problem: Problem, runs: Mapping[str, Run], result: Result) -> None:
+def _check(problem: Problem, runs: Mapping[str, Run], result: Result) -> dict[str, float]:
+    """Fill in the deviations; return the seconds that the first call of each contestant took."""
     dtype = problem.case.dtype
     wide = "float32" if DTYPES[dtype].itemsize < 4 else dtype
-    yardstick = problem if wide == dtype else problem.to(DTYPES[wide])
+    yardstick = TORCH_NN.make(problem if wide == dtype else problem.to(DTYPES[wide]))
     result.yardstick = f"torch.nn in {wide}"
-    expected = list(tensors_of(TORCH_NN.make(yardstick)()))
-    tolerance = TOLERANCES[dtype]
+    seconds = {}
+    expected, yardstick_seconds = _tensors_and_seconds(yardstick)
     for name, run in runs.items():
         if name == TORCH_NN.name and wide == dtype:
-            continue  # it is the yardstick
-        found = list(tensors_of(run()))
-        result.deviations[name] = [
-            Deviation(
-                tensor_name,
-                _deviation(found_tensor, expected_tensor),
-                tolerance.gradients if tensor_name.startswith("gradient") else tolerance.results,
-            )
-            for tensor_name, found_tensor, expected_tensor in zip(problem.result_names(), found, expected, strict=True)
-        ]
+            seconds[name] = yardstick_seconds
+            continue
+        found, seconds[name] = _tensors_and_seconds(run)
+        result.deviations[name] = _deviations(problem, found, expected)
+    return seconds
+
+
+def _tensors_and_seconds(run: Run) -> tuple[list[Tensor], float]:
+    start = time.perf_counter()
+    results = run()
+    return list(tensors_of(results)), time.perf_counter() - start
+
+
+def _deviations(problem: Problem, found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[Deviation]:
+    tolerance = TOLERANCES[problem.case.dtype]
+    return [
+        Deviation(
+            name,
+            _deviation(found_tensor, expected_tensor),
+            tolerance.gradients if name.startswith("gradient") else tolerance.results,
+        )
+        for name, found_tensor, expected_tensor in zip(problem.result_names(), found, expected, strict=True)
+    ]
 
 
 def _deviation(found: Tensor, expected: Tensor) -> float:
@@ -180,23 +274,86 @@ def _deviation(found: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def _time(runs: Mapping[str, Run], plan: Plan, result: Result) -> None:
-    """Fill `seconds` and `calls`: contestants take turns, and the order turns round from one round to the next."""
-    estimate = {name: _estimate(run, plan) for name, run in runs.items()}
-    result.calls = {name: max(1, round(plan.sample_seconds / seconds)) for name, seconds in estimate.items()}
-    round_seconds = sum(result.calls[name] * seconds for name, seconds in estimate.items())
-    rounds = min(plan.rounds, max(plan.min_rounds, int(plan.seconds / round_seconds)))
+def _time(
+    runs: Mapping[str, Run],
+    pools: Mapping[str, str],
+    first_seconds: Mapping[str, float],
+    plan: Plan,
+    peak: Callable[[str], float] | None,
+    others: OtherProcesses,
+    result: Result,
+) -> None:
+    """Fill `seconds`, `calls` and `peak`.
+
+    Contestants take turns, and the order turns round from one round to the next.
+    """
+    expected = dict(first_seconds)
+    for name, run in runs.items():
+        # A first call can take several times as long as the others, but that of much work is believed.
+        if result.case.flops < 1e9 or expected[name] < 10 * plan.sample_seconds:
+            expected[name] = _estimate(run, plan)
+        result.calls[name] = max(1, round(plan.sample_seconds / expected[name]))
     result.seconds = {name: [] for name in runs}
     order = list(runs)
+    last_pool = None
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        start, wasted = time.perf_counter(), 0.0
+        while not result.enough(plan, time.perf_counter() - start - wasted):
+            others.start()
+            if peak is not None:
+                _wait_until_idle()
+                result.peak.append(peak(result.case.dtype))
+                last_pool = None
             for name in order:
-                result.seconds[name].append(_time_calls(runs[name], result.calls[name]) / result.calls[name])
+                if pools[name] != last_pool:
+                    _wait_until_idle()
+                    last_pool = pools[name]
+                result.seconds[name].append(_turn(runs[name], result.calls[name], expected[name]))
             order.reverse()
+            if not others.disturbed():
+                continue
+            if others.patience < 0 or wasted > _DISTURBED_SECONDS:
+                result.disturbed_rounds_kept += 1
+            else:
+                result.disturbed_rounds += 1
+                wasted += others.span()
+                others.patience -= others.span()
+                for samples in (*result.seconds.values(), *([result.peak] if peak else [])):
+                    samples.pop()
     finally:
         gc.enable()
+
+
+# A case spends at most about this on repeating rounds in which other processes were at work.
+_DISTURBED_SECONDS = 1.5
+
+# Pools were seen to spin for up to 50 ms (ONNX Runtime), 10 (libgomp) and 1 (TBB) after a call.
+_IDLE_LIMIT_SECONDS = 0.2
+# Linux accounts for the time of running threads at every tick, of up to 4 ms.
+_IDLE_STEP_SECONDS = 0.005
+
+
+def _wait_until_idle() -> None:
+    """Wait until no thread of this process spins any more: it would take a processor away from the next contestant."""
+    end = time.perf_counter() + _IDLE_LIMIT_SECONDS
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(_IDLE_STEP_SECONDS)
+        if time.process_time() - before < _IDLE_STEP_SECONDS / 5:
+            return
+
+
+# A call that takes longer does not notice that its threads have to wake up and its data are in no cache.
+_LONG_CALL_SECONDS = 0.05
+
+
+def _turn(run: Run, calls: int, seconds: float) -> float:
+    """Return the seconds of one call, of which about `seconds` are expected, in steady state."""
+    if seconds < _LONG_CALL_SECONDS:
+        run()
+    return _time_calls(run, calls) / calls
 
 
 def _estimate(run: Run, plan: Plan) -> float:
@@ -204,7 +361,8 @@ def _estimate(run: Run, plan: Plan) -> float:
     calls = 1
     while (seconds := _time_calls(run, calls)) < plan.sample_seconds / 4:
         calls *= 4
-    return seconds / calls
+    # A single call that something held up would make every turn a single call.
+    return min(seconds, _time_calls(run, calls)) / calls
 
 
 def _time_calls(run: Run, calls: int) -> float:
@@ -216,19 +374,19 @@ def _time_calls(run: Run, calls: int) -> float:
 
 
 def geometric_means(results: Sequence[Result], peer: str) -> list[dict[str, Any]]:
-    """Return the geometric mean of the ratios against a peer for every dtype, cell and mode, by group of shapes.
+    """Return the geometric mean of the ratios against a peer in the table's cases, by group of shapes.
 
-    Each entry has "dtype", "cell", "mode", the groups that were measured, and "all".
+    Each entry has "threads", "dtype", "cell", "mode", the groups that were measured, and "all".
     """
-    table: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    table: dict[tuple[int, str, str, str], dict[str, list[float]]] = {}
     for result in results:
-        if result.passed and peer in result.seconds:
-            case = result.case
-            groups = table.setdefault((case.dtype, case.cell, case.mode), {})
+        case = result.case
+        if result.passed and peer in result.seconds and case.shape.part == "table":
+            groups = table.setdefault((result.threads, case.dtype, case.cell, case.mode), {})
             for group in (case.shape.group, "all"):
                 groups.setdefault(group, []).append(result.ratio(peer).median)
     return [
-        {"dtype": dtype, "cell": cell, "mode": mode}
+        {"threads": threads, "dtype": dtype, "cell": cell, "mode": mode}
         | {group: statistics.geometric_mean(ratios) for group, ratios in groups.items()}
-        for (dtype, cell, mode), groups in table.items()
+        for (threads, dtype, cell, mode), groups in table.items()
     ]

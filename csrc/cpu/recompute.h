@@ -1,0 +1,194 @@
+// The gate activations of a chunk of steps, computed again in the backward pass where the forward pass kept only the
+// states: every previous h is known by then, so the products are those of all rows of the chunk together, and the
+// threads divide them without waiting for one another.
+//
+// Sums and gates are taken in the order of the forward pass, and rounded as it stores them.
+#pragma once
+
+#include "forward.h"
+
+namespace fused_rnn {
+namespace FRNN_ISA {
+
+template <class Cell, class S>
+class GateRecomputation {
+  using A = typename Accumulator<S>::type;
+  using E = typename ProductElement<S>::type;
+  using V = typename Simd<A>::V;
+  static constexpr int width = Simd<A>::width;
+  static constexpr int G = Cell::gates;
+  static constexpr int64_t panel_columns = G * width;
+  static constexpr int vectors_apart = Cell::hidden_bias_apart(G - 1) ? 1 : 0;
+  static constexpr bool converts = sizeof(S) != sizeof(E);
+
+ public:
+  GateRecomputation(const LayerBackward& layer, int threads)
+      : layer_(layer),
+        threads_count_(threads),
+        I_(layer.sizes.input_size),
+        H_(layer.sizes.hidden_size),
+        P_(layer.sizes.state_size),
+        D_(layer.sizes.num_directions),
+        panels_((H_ + width - 1) / width),
+        x_stride_(round_up(I_, width) + 16),
+        h_stride_(round_up(P_, width) + 16) {}
+
+  // Whether there is anything to compute: the forward pass saves gates, and did not.
+  bool needed() const { return Cell::saved > 0 && !layer_.direction[0].gates; }
+
+  void lay_out(Layout& layout, int64_t chunk_rows) {
+    if (!needed()) return;
+    for (int d = 0; d < D_; ++d) {
+      Direction& s = direction_[d];
+      s.w_ih = layout.take<E>(panels_ * padded_depth<E>(I_) * panel_columns);
+      s.w_hh = layout.take<E>(panels_ * padded_depth<E>(P_) * panel_columns);
+      s.input_bias = layout.take<A>(panels_ * panel_columns);
+      s.hidden_bias = layout.take<A>(panels_ * panel_columns);
+      s.gates = layout.take<S>(chunk_rows * Cell::saved * H_);
+    }
+    zeros_ = layout.take<E>(h_stride_);
+    threads_ = layout.take<Thread>(threads_count_);
+    for (int i = 0; i < threads_count_; ++i) {
+      Thread t;
+      t.x = layout.take<E>(converts ? chunk_rows * x_stride_ : 0);
+      t.h = layout.take<E>(converts ? chunk_rows * h_stride_ : 0);
+      t.x_rows = layout.take<const E*>(chunk_rows);
+      t.h_rows = layout.take<const E*>(chunk_rows);
+      t.places = layout.take<Place>(chunk_rows);
+      t.projected = layout.take<A>(chunk_rows * panel_columns);
+      t.sums = layout.take<A>(chunk_rows * panel_columns);
+      if (threads_) threads_[i] = t;
+    }
+  }
+
+  // This thread's share of packing; a barrier must follow.
+  void pack(int thread) {
+    if (!needed()) return;
+    if (thread == 0) {
+      for (int64_t i = 0; i < h_stride_; ++i) zeros_[i] = E{};
+    }
+    const Share share(panels_, thread, threads_count_);
+    for (int d = 0; d < D_; ++d) {
+      const Weights& w = layer_.direction[d].weights;
+      Direction& s = direction_[d];
+      for (int64_t p = share.begin; p < share.end; ++p) {
+        pack_gates<E, G, 1>(rows_of<S>(w.w_ih), H_, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
+        pack_gates<E, G, 1>(rows_of<S>(w.w_hh), H_, P_, p, s.w_hh + p * padded_depth<E>(P_) * panel_columns);
+        pack_bias<Cell, S, 1>(w, H_, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
+      }
+    }
+  }
+
+  // Gates of row `row` of the chunk.
+  FRNN_INLINE const S* gates(int d, int64_t row) const { return direction_[d].gates + row * Cell::saved * H_; }
+
+  // This thread's share of the gates of direction d for the rows that each_row(f) visits, calling f(row, t, b); a
+  // barrier must follow. pass: previous_time and previous_state, as in BackwardPass.
+  template <class EachRow, class Pass>
+  void run(int d, int thread, int64_t rows, const EachRow& each_row, const Pass& pass) {
+    if constexpr (Cell::saved > 0) {
+      // Panels, so that a weight is read by one thread; rows where there are too few of them.
+      const bool by_panels = panels_ >= 4 * threads_count_;
+      const Share own(rows, by_panels ? 0 : thread, by_panels ? 1 : threads_count_);
+      const Share panels(panels_, by_panels ? thread : 0, by_panels ? threads_count_ : 1);
+      const Thread& mine = threads_[thread];
+      each_row([&](int64_t row, int64_t t, int64_t b) {
+        if (row >= own.begin && row < own.end) locate(d, t, b, row - own.begin, mine, pass);
+      });
+      const int64_t count = own.end - own.begin;
+      const Direction& s = direction_[d];
+      for (int64_t p = panels.begin; p < panels.end; ++p) {
+        const int64_t ih = padded_depth<E>(I_) * panel_columns, hh = padded_depth<E>(P_) * panel_columns;
+        product<E, G>(count, I_, mine.x_rows, s.w_ih + p * ih, 1, ih, mine.projected, panel_columns,
+                      {s.input_bias + p * panel_columns});
+        product<E, G, vectors_apart>(count, P_, mine.h_rows, s.w_hh + p * hh, 1, hh, mine.sums, panel_columns,
+                                     {mine.projected, panel_columns, s.hidden_bias + p * panel_columns});
+        for (int64_t r = 0; r < count; ++r)
+          store_gates(mine, r, p * width, s.gates + (own.begin + r) * Cell::saved * H_);
+      }
+    }
+  }
+
+ private:
+  struct Direction {
+    E *w_ih = nullptr, *w_hh = nullptr;
+    A *input_bias = nullptr, *hidden_bias = nullptr;
+    S* gates = nullptr;  // (chunk_rows, saved * H)
+  };
+  // The states before a row's step; null: zeros.
+  struct Place {
+    const S* h;
+    const A* cell;  // of an earlier step
+    const S* c0;
+  };
+  struct Thread {
+    E *x, *h;  // rows that are not multiplied in their storage type
+    const E **x_rows, **h_rows;
+    Place* places;
+    A *projected, *sums;  // (chunk_rows, one panel)
+  };
+
+  template <class Pass>
+  void locate(int d, int64_t t, int64_t b, int64_t row, const Thread& mine, const Pass& pass) {
+    const DirectionBackward& dir = layer_.direction[d];
+    const Sequence& x = layer_.x;
+    const S* input = rows_of<S>(x.data) + layer_.steps.step(x, t) + b * x.batch_stride;
+    Place& place = mine.places[row];
+    place = {pass.previous_state(d, t, b), nullptr, nullptr};
+    if constexpr (Cell::has_cell) {
+      const int64_t previous = pass.previous_time(d, t, b);
+      if (previous >= 0) {
+        place.cell = rows_of<A>(dir.cells) + (layer_.steps.first_row(previous) + b) * H_;
+      } else if (dir.c0) {
+        place.c0 = rows_of<S>(dir.c0) + b * H_;
+      }
+    }
+    if constexpr (converts) {
+      copy_row<A>(input, mine.x + row * x_stride_, I_);
+      copy_row<A>(place.h, mine.h + row * h_stride_, P_);
+      mine.x_rows[row] = mine.x + row * x_stride_;
+      mine.h_rows[row] = mine.h + row * h_stride_;
+    } else {
+      mine.x_rows[row] = input;
+      mine.h_rows[row] = place.h ? place.h : zeros_;
+    }
+  }
+
+  FRNN_INLINE void store_gates(const Thread& mine, int64_t row, int64_t unit, S* gates) {
+    const int64_t n = H_ - unit;
+    const Place& place = mine.places[row];
+    V x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      // As in the forward pass: the sums hold the projection too, but where the cell wants it apart.
+      r[g] = Simd<A>::load(mine.sums + row * panel_columns + g * width);
+      x[g] = Cell::hidden_bias_apart(g) ? Simd<A>::load(mine.projected + row * panel_columns + g * width)
+                                        : Simd<A>::splat(A(-0.0));
+    }
+    if constexpr (Cell::kind == CellKind::gru) {
+      if (place.h) h_prev = Simd<A>::load_n(place.h + unit, n);
+    }
+    if constexpr (Cell::has_cell) {
+      if (place.cell) {
+        c_prev = Simd<A>::load_n(place.cell + unit, n);
+      } else if (place.c0) {
+        c_prev = Simd<A>::load_n(place.c0 + unit, n);
+      }
+    }
+    Cell::template forward<V>(x, r, h_prev, c_prev, h, c, saved);
+#pragma GCC unroll 4
+    for (int g = 0; g < Cell::saved; ++g) Simd<A>::store_n(gates + g * H_ + unit, saved[g], n);
+  }
+
+  const LayerBackward& layer_;
+  const int threads_count_;
+  const int64_t I_, H_, P_;
+  const int D_;
+  const int64_t panels_, x_stride_, h_stride_;
+  Direction direction_[2];
+  E* zeros_ = nullptr;
+  Thread* threads_ = nullptr;
+};
+
+}  // namespace FRNN_ISA
+}  // namespace fused_rnn

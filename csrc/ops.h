@@ -1,0 +1,71 @@
+// The operators' C++ signatures, and the way to them through the dispatcher, on which autograd, modes, tracing and
+// torch.compile see every call. Schemas stand in ops.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fused_rnn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// output, h_n, c_n, gates, cells, hidden
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// grad_input, grad_h0, grad_c0, grad_params
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+// h_next, c_next, gates, cells
+using CellResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+using RnnForward = ForwardResult(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+                                 at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
+                                 int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional,
+                                 bool batch_first, bool save, bool recompute);
+using RnnBackward = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                   const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
+                                   const OptionalTensor& c0, at::TensorList params, at::TensorList dropout_masks,
+                                   const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
+                                   const Tensor& cells, const Tensor& hidden, int64_t kind, bool has_biases,
+                                   int64_t num_layers, bool bidirectional, bool batch_first, c10::List<bool> needs,
+                                   bool reuse_gates);
+using CellForward = CellResult(const Tensor& input, const Tensor& h, const OptionalTensor& c, const Tensor& w_ih,
+                               const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, int64_t kind,
+                               bool save);
+using CellBackward = BackwardResult(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
+                                    const Tensor& h, const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
+                                    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h_next,
+                                    const Tensor& gates, const Tensor& cells, int64_t kind, c10::List<bool> needs);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+
+inline const c10::TypedOperatorHandle<RnnForward>& rnn_forward_operator() {
+  static const auto handle = operator_named<RnnForward>("fused_rnn::rnn_forward");
+  return handle;
+}
+inline const c10::TypedOperatorHandle<RnnBackward>& rnn_backward_operator() {
+  static const auto handle = operator_named<RnnBackward>("fused_rnn::rnn_backward");
+  return handle;
+}
+inline const c10::TypedOperatorHandle<CellForward>& cell_forward_operator() {
+  static const auto handle = operator_named<CellForward>("fused_rnn::cell_forward");
+  return handle;
+}
+inline const c10::TypedOperatorHandle<CellBackward>& cell_backward_operator() {
+  static const auto handle = operator_named<CellBackward>("fused_rnn::cell_backward");
+  return handle;
+}
+
+// Whether a transform of torch.func is at work.
+inline bool torch_func_is_active() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+}  // namespace fused_rnn
