@@ -33,6 +33,7 @@ class StateExchange {
   static constexpr int per_chunk = Product::per_chunk;
   // Lanes that hold the same chunk after gather_chunk, and share the receivers.
   static constexpr int holders = per_chunk / 2;
+  static constexpr int most_receivers = 16 / holders;
 
  public:
   FRNN_DEVICE StateExchange(const Tiling& tiling, const Place& place, char* workspace, int steps)
@@ -122,9 +123,13 @@ class StateExchange {
     const int holder = lane_index() % (2 * holders) / 2;
 #if defined(FRNN_CUDA_CLUSTERS)
     if (tiling_.exchange == Exchange::counted) {
-      for (int rank = holder; rank < tiling_.active; rank += holders)
-        store_async(remote_address(buffer(j, parity) + offset, rank), chunk,
-                    remote_address(&barriers_[2 * j + parity], rank));
+      FRNN_UNROLL
+      for (int i = 0; i < most_receivers; ++i) {
+        const int rank = holder + i * holders;
+        if (rank < tiling_.active)
+          store_async(remote_address(buffer(j, parity) + offset, rank), chunk,
+                      remote_address(&barriers_[2 * j + parity], rank));
+      }
       return;
     }
 #endif
@@ -134,8 +139,11 @@ class StateExchange {
         break;
 #if defined(FRNN_CUDA_CLUSTERS)
       case Exchange::barriers:
-        for (int rank = holder; rank < tiling_.active; rank += holders)
-          store_remote(remote_address(buffer(j, parity) + offset, rank), chunk);
+        FRNN_UNROLL
+        for (int i = 0; i < most_receivers; ++i) {
+          const int rank = holder + i * holders;
+          if (rank < tiling_.active) store_remote(remote_address(buffer(j, parity) + offset, rank), chunk);
+        }
         break;
 #endif
       case Exchange::memory:
@@ -416,7 +424,8 @@ __global__ void __launch_bounds__(block_threads, 1)
           FRNN_UNROLL
           for (int gate = 0; gate < gates; ++gate) {
             x[gate] = widen(projected[gate][column]) + bias.of[gate];
-            r[gate] = product[gate].v[column] + (Cell::hidden_bias_apart(gate) ? bias.of[3] : 0.0f);
+            const float sum = product[gate].v[column];
+            r[gate] = Cell::hidden_bias_apart(gate) ? sum + bias.of[3] : sum;
           }
           Cell::template forward<Real>(x, r, h.v[column], c.v[column], h_next, c_next[column], values[column]);
           stored_h[column] = narrow<S>(float(h_next));

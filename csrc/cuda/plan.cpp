@@ -260,7 +260,7 @@ class Planner {
     // With fewer resident teams than directions, a cluster or a block may wait for its turn; a grid may not.
     const int most_waves = exchange == Exchange::memory ? 1 : 64;
     if (resident < 1 && (exchange == Exchange::memory || resident_teams(device_, exchange, blocks) < 1)) {
-      refusal_ = text("teams of %.0f are not resident together", blocks);
+      if (refusal_.empty()) refusal_ = text("teams of %.0f are not resident together", blocks);
       return;
     }
     for (int waves = 1; waves <= most_waves; ++waves) {

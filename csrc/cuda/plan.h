@@ -51,8 +51,8 @@ struct BackwardShape {
 // sums (4 per row tile, with float32 16), the operands under way and the addresses. Row tiles and slabs in registers
 // are those of H = 512 and 768 in 16 bits and clusters of 16 (second and third of the backward pass), and smaller ones;
 // what is larger stands in shared memory, but for the slabs of the backward pass, which are the most that a block may
-// have. Host execution has few registers, so that small sizes need shared memory as well.
-#if defined(FRNN_CUDA_ON_HOST)
+// have. Host execution has few registers, so that small sizes need shared memory as well, unless it asks for all.
+#if defined(FRNN_CUDA_ON_HOST) && !defined(FRNN_ALL_REGISTERS)
 constexpr bool few_registers = true;
 #else
 constexpr bool few_registers = false;

@@ -917,7 +917,7 @@ void* map_shared(const void* p, int rank, const char* file, int line) {
   return mapped;
 }
 
-// The product of the fragments that device.h describes: k values in `per` of a register's parts, and how to read one.
+// A lane's fragments, as device.h describes them.
 struct ProductArgument {
   float* d;
   const uint32_t* a;

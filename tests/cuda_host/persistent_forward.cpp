@@ -137,18 +137,17 @@ struct Forward {
           if (Cell::has_cell) c_error.add(number(m.c_n, i), c[size_t(i)]);
         }
       }
-      // States differ where a sum in float32 falls on the other side of a rounding boundary than one in float64: once
-      // in some hundred numbers by one unit in the last place (2^-8 of bfloat16, 2^-11 of float16). What is saved is
-      // rounded itself.
-      const double exact = multiply == Multiply::tf32 ? 1e-4 : 2e-6;  // TF32 has rounding boundaries of its own
-      const double rounding = multiply == Multiply::bfloat16 ? 3e-3 : multiply == Multiply::float16 ? 4e-4 : exact;
-      const double states = multiply == Multiply::bfloat16 ? 1e-3 : multiply == Multiply::float16 ? 2e-4 : exact;
+      // A sum in float32 can fall on the other side of a rounding boundary than one in float64, and the sums of the
+      // next step, which read that number, then do so all the more: an error of one rounding (2^-9 of bfloat16, 2^-12
+      // of float16, also of TF32's factors) may be in every number. A wrong factor anywhere is a hundred times that.
+      const double exact = multiply == Multiply::tf32 ? 1e-4 : 2e-6;
+      const double bound = multiply == Multiply::bfloat16 ? 3e-3 : multiply == Multiply::float16 ? 4e-4 : exact;
       Verdict verdict;
-      verdict.expect("y", y_error, states);
-      verdict.expect("h_n", h_error, states);
-      verdict.expect("c_n", c_error, rounding);
-      verdict.expect("gates", gates_error, rounding);
-      verdict.expect("cells", cells_error, states);
+      verdict.expect("y", y_error, bound);
+      verdict.expect("h_n", h_error, bound);
+      verdict.expect("c_n", c_error, bound);
+      verdict.expect("gates", gates_error, bound);
+      verdict.expect("cells", cells_error, bound);
       return verdict.wrong() > 0 ? 1 : 0;
     });
   }

@@ -71,7 +71,7 @@ def run(program: Path, *arguments: object, skip_site: str | None = None) -> subp
         # ThreadSanitizer's memory map does not survive the address layouts of some kernels.
         setarch = shutil.which("setarch")
         command = [setarch, "-R", *command] if setarch else command
-        environment["TSAN_OPTIONS"] = f"exitcode={RACE} halt_on_error=1 report_signal_unsafe=0"
+        environment["TSAN_OPTIONS"] = f"exitcode={RACE} halt_on_error=1 atexit_sleep_ms=0"
     if program.parent.name == "address":
         environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
