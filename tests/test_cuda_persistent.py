@@ -1,8 +1,8 @@
 """The persistent CUDA kernels, executed on the CPU under the planner's own plans, against float64.
 
-Host execution keeps few tiles of the weights in registers (``few_registers`` in csrc/cuda/plan.h), so that small sizes
-go through the same code as large ones: tiles in registers and in shared memory, several slabs of k per warp, sums split
-over warps, teams with idle blocks, column tiles with dead columns.
+Most of host execution keeps few tiles of the weights in registers (``few_registers`` in csrc/cuda/plan.h), so that small
+sizes go through the same code as large ones: tiles in registers and in shared memory, several slabs of k per warp, sums
+split over warps, teams with idle blocks, column tiles with dead columns. ``FULL_SIZES`` run as they would on a GPU.
 """
 
 from __future__ import annotations
@@ -61,6 +61,24 @@ def _run(name: str, case: str, variant: str = "plain", skip_site: str | None = N
 def test_every_shape_agrees_with_float64(direction: str, name: str) -> None:
     for kind, dtype in (("lstm", "bfloat16"), ("gru", "float32")):
         _run(f"persistent_{direction}", f"{SHAPES[name]} kind={kind} dtype={dtype}")
+
+
+# The sizes that the shapes of plan.h are made for, and a tail.
+FULL_SIZES = {
+    "lstm, bfloat16, H 768": "kind=lstm dtype=bfloat16 exchange=counted blocks=16 H=768",
+    "lstm, float16, H 512": "kind=lstm dtype=float16 exchange=counted blocks=16 H=512",
+    "gru, float16, H 650": "kind=gru dtype=float16 exchange=counted blocks=16 H=650",
+    "rnn_tanh, bfloat16, H 1000": "kind=rnn_tanh dtype=bfloat16 exchange=counted blocks=16 H=1000",
+    "lstm, tf32, H 512": "kind=lstm dtype=tf32 exchange=counted blocks=16 H=512",
+    "gru, float32, H 256": "kind=gru dtype=float32 exchange=counted blocks=8 H=256",
+    "lstm, bfloat16, H 520 through memory": "kind=lstm dtype=bfloat16 exchange=memory sms=33 H=520",
+}
+
+
+@pytest.mark.parametrize("name", FULL_SIZES)
+@pytest.mark.parametrize("direction", PASSES)
+def test_shapes_as_on_a_gpu_agree_with_float64(direction: str, name: str) -> None:
+    _run(f"persistent_{direction}_full", f"{FULL_SIZES[name]} T=2 B=2")
 
 
 def _drawn(direction: str, kind: str, dtype: str, exchange: str) -> str:

@@ -2,7 +2,8 @@
 
 Builds the extension with CUDA, runs the tests marked `cuda`, then compute-sanitizer on small calls, then the benchmark.
 Each phase has a budget of seconds; a phase that runs out of it is stopped and reported, and the next one still runs.
-Results, logs and summary.md go to one folder: $OUT where that is set, else runs/gpu.
+summary.md, log.txt (what all phases printed), gpu.json and gpu.md go to one folder: $OUT where that is set, else
+runs/gpu.
 
 Uses the Python that runs it and the PyTorch in it, and installs nothing.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -56,13 +58,16 @@ def phases(folder: Path, only: list[str]) -> list[Phase]:
 
 
 def run(phase: Phase, folder: Path, seconds: float) -> None:
-    """Runs the phase for at most so many seconds; its output goes to <name>.log and, in short, to the summary."""
-    log = folder / f"{phase.name}.log"
+    """Runs the phase for at most so many seconds; its output goes to log.txt and, in short, to the summary."""
+    log = folder / "log.txt"
     environment = os.environ | {"FUSED_RNN_CUDA": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     if phase.name == "bench":
         environment["FUSED_RNN_BENCH_SECONDS"] = str(max(10.0, seconds - 10))
     start = time.monotonic()
-    with log.open("w") as file:
+    with log.open("a") as file:
+        file.write(f"\n===== {phase.name}: {shlex.join(phase.command)}\n")
+        file.flush()
+        begin = file.tell()
         process = subprocess.Popen(
             phase.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -74,7 +79,9 @@ def run(phase: Phase, folder: Path, seconds: float) -> None:
             process.wait()
             phase.verdict = f"stopped after {seconds:.0f} s"
     phase.seconds = time.monotonic() - start
-    phase.last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    with log.open(errors="replace") as file:
+        file.seek(begin)
+        phase.last_lines = "\n".join(file.read().splitlines()[-15:])
 
 
 def summary(done: list[Phase], folder: Path) -> str:
@@ -107,6 +114,7 @@ def main() -> int:
         raise SystemExit(f"error: PyTorch {torch.__version__} sees no CUDA device here")
     folder = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.txt").unlink(missing_ok=True)
     major, minor = torch.cuda.get_device_capability()
     # Machine code for the GPU that is here: the other architectures would not run.
     os.environ.setdefault("FUSED_RNN_CUDA_ARCHS", "90a" if (major, minor) == (9, 0) else f"{major}{0}")
