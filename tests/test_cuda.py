@@ -383,6 +383,17 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(cell: str, name: st
     assert_same(dict(zip(names, last, strict=True)), dict(zip(names, first, strict=True)))
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gates_that_are_computed_again_give_the_same_bits(cell: str, name: str) -> None:
+    case = Case(cell=cell, num_layers=2, bidirectional=True, hidden_size=24, packing="unsorted", hx=True)
+    module, data = case.build(fused_rnn).cuda(), case.data().to("cuda")
+    with variant(name):
+        expected = run(module, data)
+        module.recompute = True
+        assert_same(run(module, data), expected)
+
+
 def test_calls_leave_no_memory_behind() -> None:
     case = Case(num_layers=2, bidirectional=True, hidden_size=64, batch=8, packing="unsorted")
     run_on_gpu(case)
