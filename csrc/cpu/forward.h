@@ -616,8 +616,10 @@ class ForwardPass {
     if (!saves) return;
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
+      if (saves_gates_) {
 #pragma GCC unroll 4
-      for (int g = 0; g < Cell::saved && saves_gates_; ++g) keep(units.gates[i] + g * H_, saved[g].v[i], n);
+        for (int g = 0; g < Cell::saved; ++g) keep(units.gates[i] + g * H_, saved[g].v[i], n);
+      }
       if constexpr (Cell::has_cell) keep(units.cells[i], c.v[i], n);
     }
   }
