@@ -425,6 +425,28 @@ def test_explain_says_which_kernels_run_and_computes_nothing(case: Case) -> None
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "steps", "size"), [(1, 1, 8), (1, 100, 256), (64, 40, 512), (16, 40, 16)])
+def test_explain_expects_no_less_than_the_bound(batch: int, steps: int, size: int, dtype: torch.dtype) -> None:
+    for name in ("LSTM", "GRU", "RNN"):
+        layer = getattr(fused_rnn, name)(size, size, num_layers=2, bidirectional=True, dtype=dtype)
+        plan = fused_rnn.explain(layer, torch.zeros(steps, batch, size, dtype=dtype)).plan
+        assert plan is not None
+        for one in (plan, plan["backward"]):
+            assert 0 < one["bound_us"] <= one["predicted_us"] <= one["serial_us"], (name, one)
+
+
+@pytest.mark.kernels
+def test_explain_counts_the_real_rows_of_a_packed_batch() -> None:
+    layer, padded = fused_rnn.GRU(16, 16), torch.zeros(100, 8, 16)
+    lengths = torch.tensor([100, 20, 20, 20, 20, 20, 10, 10])
+    packed = nn.utils.rnn.pack_padded_sequence(padded, lengths)
+    plans = [fused_rnn.explain(layer, x).plan for x in (padded, packed)]
+    assert plans[0] is not None and plans[1] is not None
+    assert plans[1]["bound_us"] == pytest.approx(plans[0]["bound_us"] * 220 / 800)
+
+
 def test_explain_gives_the_reason_for_the_reference() -> None:
     layer = fused_rnn.LSTM(3, 4, dtype=torch.complex64)
     with fused_rnn.use_backend("auto"):

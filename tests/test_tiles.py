@@ -1,4 +1,4 @@
-"""Products on AMX's matrix tiles: right on emulated tiles everywhere, and in the layers where the processor has them."""
+"""Products on AMX's matrix tiles: right on emulated tiles everywhere, in the layers where the processor has them."""
 
 from __future__ import annotations
 

@@ -292,7 +292,7 @@ class BackwardPass {
       for (int64_t r = 0; r < rows; ++r)
         mine.a_rows[r] = s.grads + (row + r0 + r) * grad_stride_ + Cell::hidden_grads.first * H_;
       product_columns<E>(rows, mine.a_rows, w_hh, state_panels.begin, state_panels.end,
-                         s.grad_state + r0 * state_stride_, state_stride_, !projects_);
+                         s.grad_state + r0 * state_stride_, state_stride_, !projects_, step % 2 == 1);
       // With a projection every thread reads all of grad_state in the next step.
       row += all;
     }

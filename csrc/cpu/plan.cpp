@@ -17,7 +17,9 @@ constexpr double fma_per_cycle = 2;            // vector instructions
 constexpr double bytes_per_cycle_l2 = 60;      // streaming packed weights that stay in this core's L2
 constexpr double bytes_per_cycle_shared = 30;  // the same from the shared cache
 constexpr double l2_bytes = 900e3;             // of 1 MiB, the rest being states and gates
-constexpr double barrier_cycles = 900;         // arrival, wake-up and the cache misses on the exchanged state
+constexpr double barrier_cycles = 900;         // arrival and wake-up
+constexpr double exchange_cycles = 300;        // the cache misses on one row of the state that others wrote
+constexpr double stream_share = 0.7;           // of the streaming time, what multiplying does not hide, forward
 constexpr double activation_cycles = 22;       // one vector of tanh or sigmoid
 constexpr double launch_cycles = 14000;        // waking the other threads of the team
 
@@ -32,26 +34,28 @@ auto with_cell(CellKind kind, F f) {
   return f(Lstm{});
 }
 
-double element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+// Of a packed weight: float16, and bfloat16 without its dot product, are multiplied in float32; the model counts
+// bfloat16 as if it had it.
+double element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::bfloat16 ? 2 : 4; }
 
-// Multiply-adds that a core does in a cycle. float16, and bfloat16 without its dot product, are multiplied in float32;
-// the model counts bfloat16 as if it had it.
+// Multiply-adds that a core does in a cycle.
 double multiply_adds_per_cycle(DType dtype, int vector_bytes) {
-  return fma_per_cycle * vector_bytes / (dtype == DType::float16 ? 4 : element_bytes(dtype));
+  return fma_per_cycle * vector_bytes / element_bytes(dtype);
 }
 
 // Cycles of one step on one thread that has `rows` rows and `units` units of each direction it owns.
-double step_cycles(const LayerSizes& sizes, double rows, double units, double directions, int vector_bytes) {
-  const double element = sizes.dtype == DType::float64 ? 8 : sizes.dtype == DType::bfloat16 ? 2 : 4;
+double step_cycles(const LayerSizes& sizes, double rows, double units, double directions, int vector_bytes,
+                   bool backward) {
+  const double element = element_bytes(sizes.dtype);
   const double lanes = vector_bytes / (sizes.dtype == DType::float64 ? 8.0 : 4.0);
-  const double lanes_of_product = vector_bytes / element;
   const double padded = std::max(1.0, double(int64_t((units + lanes - 1) / lanes))) * lanes;
   const double weights = gate_count(sizes.kind) * padded * double(sizes.state_size);
-  const double multiply = rows * weights / (lanes_of_product * fma_per_cycle);
+  const double multiply = rows * weights / multiply_adds_per_cycle(sizes.dtype, vector_bytes);
   const double bytes = weights * element;
   const double stream = bytes / (bytes * directions <= l2_bytes ? bytes_per_cycle_l2 : bytes_per_cycle_shared);
   const double gates = rows * (padded / lanes) * (gate_count(sizes.kind) + 1) * activation_cycles;
-  return directions * (std::max(multiply, stream) + gates);
+  const double products = std::max(stream, backward ? multiply : multiply + stream_share * stream);
+  return directions * (products + gates);
 }
 
 }  // namespace
@@ -75,12 +79,18 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
   const auto cost = [&](const Plan& plan) {
     const double own_rows = std::max(1.0, double(int64_t(rows / plan.row_groups + 0.999)));
     const double own_units = double(sizes.hidden_size) / plan.unit_groups;
-    double cycles = step_cycles(sizes, own_rows, own_units, double(D) / plan.direction_groups, vector_bytes);
-    if (plan.unit_groups > 1) cycles += barrier_cycles * (sizes.state_size != sizes.hidden_size ? 3 : 1);
-    // The projections (and, backward, the weight gradients) divide evenly over any plan.
-    const double projection = rows * gate_count(sizes.kind) * double(sizes.hidden_size * sizes.input_size) * double(D) /
-                              (vector_bytes / 4.0 * fma_per_cycle) / plan.threads();
-    double total = T * (cycles + projection * (backward ? 3 : 1));
+    double cycles = step_cycles(sizes, own_rows, own_units, double(D) / plan.direction_groups, vector_bytes, backward);
+    if (plan.unit_groups > 1)
+      cycles += (barrier_cycles + exchange_cycles * own_rows) * (sizes.state_size != sizes.hidden_size ? 3 : 1);
+    // What divides evenly over any plan: the input projections, or backward the gradients of the input and of the
+    // weights; and a projection of h.
+    const double gates = gate_count(sizes.kind) * double(sizes.hidden_size);
+    const double input_size = double(sizes.input_size), state_size = double(sizes.state_size);
+    const double projection = sizes.state_size == sizes.hidden_size ? 0 : state_size * double(sizes.hidden_size);
+    const double even =
+        backward ? gates * (2 * input_size + state_size) + 2 * projection : gates * input_size + projection;
+    const double even_cycles = rows * double(D) * even / multiply_adds_per_cycle(sizes.dtype, vector_bytes);
+    double total = T * (cycles + even_cycles / plan.threads());
     if (plan.threads() > 1) total += launch_cycles;
     return total / cycles_per_us;
   };

@@ -96,7 +96,7 @@ class Crowding {
  private:
   // Waking a thread that sleeps takes tens of microseconds on an idle machine.
   static constexpr double shortest_us = 200;
-  static constexpr double longest_alone_us = 1e6;
+  static constexpr double longest_alone_us = 250e3;  // a late team costs some 10 ms
   bool watches_ = false;
   int lateness_ = 0;
   double alone_us_ = 0, until_us_ = 0;
