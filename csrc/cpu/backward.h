@@ -13,7 +13,7 @@ namespace fused_rnn {
 namespace FRNN_ISA {
 
 // Rows of all steps of a chunk: long sums for the weight gradients, while their operands stay in the shared cache.
-inline constexpr int64_t gradient_chunk_rows = 384;
+inline constexpr int64_t gradient_chunk_rows = 768;
 
 template <class Cell, class S>
 class BackwardPass {
@@ -292,7 +292,7 @@ class BackwardPass {
       for (int64_t r = 0; r < rows; ++r)
         mine.a_rows[r] = s.grads + (row + r0 + r) * grad_stride_ + Cell::hidden_grads.first * H_;
       product_columns<E>(rows, mine.a_rows, w_hh, state_panels.begin, state_panels.end,
-                         s.grad_state + r0 * state_stride_, state_stride_, !projects_);
+                         s.grad_state + r0 * state_stride_, state_stride_, !projects_, step % 2 == 1);
       // With a projection every thread reads all of grad_state in the next step.
       row += all;
     }

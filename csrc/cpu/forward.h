@@ -488,13 +488,18 @@ class ForwardPass {
     if (rows == 0) return;
     const DirectionScratch& s = direction_[d];
     const int64_t together = panels_at_once<NV>(rows), stride = own_panels_ * panel_columns;
-    for (int64_t p = panels.begin; p < panels.end; p += together) {
+    const int64_t groups = (panels.end - panels.begin + together - 1) / together;
+    const bool descending = now == 1;  // every second step (product.h)
+    const E* w_hh = s.w_hh;
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t p = panels.begin + (descending ? groups - 1 - i : i) * together;
       const int64_t count = panels.end - p < together ? panels.end - p : together;
+      const int64_t next = descending ? p - together : p + together;
+      const E* then = i + 1 < groups ? w_hh + next * padded_depth<E>(P_) * panel_columns : nullptr;
       const A* projected = mine.projected + chunk_row * stride + (p - panels.begin) * panel_columns;
-      multiply_panels<vectors_apart>(
-          rows, P_, mine.state_rows[now], s.w_hh, layer_.direction[d].weights.w_hh, p, count, mine.sums,
-          together * panel_columns, {projected, stride, s.hidden_bias + p * panel_columns},
-          s.w_hh + (p + count < panels.end ? p + count : panels.begin) * padded_depth<E>(P_) * panel_columns);
+      multiply_panels<vectors_apart>(rows, P_, mine.state_rows[now], w_hh, layer_.direction[d].weights.w_hh, p, count,
+                                     mine.sums, together * panel_columns,
+                                     {projected, stride, s.hidden_bias + p * panel_columns}, then);
       gates_of_panels(d, t, r0, rows, p, count, projected, mine.sums, together * panel_columns, now);
     }
   }

@@ -187,33 +187,39 @@ struct ColumnPanels {
   static int64_t panel_stride(int64_t K) { return padded_depth<E>(K) * NV * width; }
 };
 
-// C = A B over panels [first, last) of B; c points at column 0.
+// C = A B over panels [first, last) of B, in this order or descending (product); c points at column 0.
 template <class E>
 void product_columns(int64_t rows, const E* const* a, const ColumnPanels<E>& b, int64_t first, int64_t last,
-                     typename Operand<E>::Acc* c, int64_t c_stride, bool accumulate) {
+                     typename Operand<E>::Acc* c, int64_t c_stride, bool accumulate, bool descending = false) {
   using P = ColumnPanels<E>;
   constexpr int64_t columns = P::NV * P::width;
   const int64_t stride = P::panel_stride(b.K);
   const int64_t vectors = (b.N + P::width - 1) / P::width;
   const int64_t wide = vectors / P::NV;  // panels that have all their vectors
   const int64_t end = last < wide ? last : wide;
-  Addend<typename Operand<E>::Acc> addend;
+  using A = typename Operand<E>::Acc;
+  Addend<A> addend;
   if (accumulate) addend = {c, c_stride, nullptr};
-  if (end > first) {
+  const auto multiply_wide = [&] {
+    if (end <= first) return;
     auto addend_here = addend;
     if (accumulate) addend_here.from += first * columns;
     product<E, P::NV>(rows, b.K, a, b.data + first * stride, end - first, stride, c + first * columns, c_stride,
-                      addend_here);
+                      addend_here, nullptr, descending);
+  };
+  if (!descending) multiply_wide();
+  if (last > wide) {
+    const E* narrow = b.data + wide * stride;
+    auto addend_here = addend;
+    if (accumulate) addend_here.from += wide * columns;
+    A* target = c + wide * columns;
+    switch (vectors % P::NV) {
+      case 1: product<E, 1>(rows, b.K, a, narrow, 1, stride, target, c_stride, addend_here); break;
+      case 2: product<E, 2>(rows, b.K, a, narrow, 1, stride, target, c_stride, addend_here); break;
+      case 3: product<E, 3>(rows, b.K, a, narrow, 1, stride, target, c_stride, addend_here); break;
+    }
   }
-  if (last <= wide) return;
-  const E* narrow = b.data + wide * stride;
-  c += wide * columns;
-  if (addend.from) addend.from += wide * columns;
-  switch (vectors % P::NV) {
-    case 1: return product<E, 1>(rows, b.K, a, narrow, 1, stride, c, c_stride, addend);
-    case 2: return product<E, 2>(rows, b.K, a, narrow, 1, stride, c, c_stride, addend);
-    case 3: return product<E, 3>(rows, b.K, a, narrow, 1, stride, c, c_stride, addend);
-  }
+  if (descending) multiply_wide();
 }
 
 // Panel p of the K x N matrix whose rows begin at row[k] (null: a row of zeros).

@@ -17,7 +17,9 @@ constexpr double fma_per_cycle = 2;            // vector instructions
 constexpr double bytes_per_cycle_l2 = 60;      // streaming packed weights that stay in this core's L2
 constexpr double bytes_per_cycle_shared = 30;  // the same from the shared cache
 constexpr double l2_bytes = 900e3;             // of 1 MiB, the rest being states and gates
-constexpr double barrier_cycles = 900;         // arrival, wake-up and the cache misses on the exchanged state
+constexpr double barrier_cycles = 900;         // arrival and wake-up
+constexpr double exchange_cycles = 300;        // the cache misses on one row of the state that others wrote
+constexpr double stream_share = 0.7;           // of the streaming time, what multiplying does not hide, forward
 constexpr double activation_cycles = 22;       // one vector of tanh or sigmoid
 constexpr double launch_cycles = 14000;        // waking the other threads of the team
 
@@ -42,7 +44,8 @@ double multiply_adds_per_cycle(DType dtype, int vector_bytes) {
 }
 
 // Cycles of one step on one thread that has `rows` rows and `units` units of each direction it owns.
-double step_cycles(const LayerSizes& sizes, double rows, double units, double directions, int vector_bytes) {
+double step_cycles(const LayerSizes& sizes, double rows, double units, double directions, int vector_bytes,
+                   bool backward) {
   const double element = element_bytes(sizes.dtype);
   const double lanes = vector_bytes / (sizes.dtype == DType::float64 ? 8.0 : 4.0);
   const double padded = std::max(1.0, double(int64_t((units + lanes - 1) / lanes))) * lanes;
@@ -51,7 +54,8 @@ double step_cycles(const LayerSizes& sizes, double rows, double units, double di
   const double bytes = weights * element;
   const double stream = bytes / (bytes * directions <= l2_bytes ? bytes_per_cycle_l2 : bytes_per_cycle_shared);
   const double gates = rows * (padded / lanes) * (gate_count(sizes.kind) + 1) * activation_cycles;
-  return directions * (std::max(multiply, stream) + gates);
+  const double products = std::max(stream, backward ? multiply : multiply + stream_share * stream);
+  return directions * (products + gates);
 }
 
 }  // namespace
@@ -75,8 +79,9 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
   const auto cost = [&](const Plan& plan) {
     const double own_rows = std::max(1.0, double(int64_t(rows / plan.row_groups + 0.999)));
     const double own_units = double(sizes.hidden_size) / plan.unit_groups;
-    double cycles = step_cycles(sizes, own_rows, own_units, double(D) / plan.direction_groups, vector_bytes);
-    if (plan.unit_groups > 1) cycles += barrier_cycles * (sizes.state_size != sizes.hidden_size ? 3 : 1);
+    double cycles = step_cycles(sizes, own_rows, own_units, double(D) / plan.direction_groups, vector_bytes, backward);
+    if (plan.unit_groups > 1)
+      cycles += (barrier_cycles + exchange_cycles * own_rows) * (sizes.state_size != sizes.hidden_size ? 3 : 1);
     // What divides evenly over any plan: the input projections, or backward the gradients of the input and of the
     // weights; and a projection of h.
     const double gates = gate_count(sizes.kind) * double(sizes.hidden_size);

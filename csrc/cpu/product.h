@@ -202,11 +202,12 @@ constexpr int64_t panels_at_once(int64_t rows) {
 inline constexpr int64_t panel_block_bytes = 192 * 1024;
 
 // C (rows x panels * NV * width) = A (rows x K) B + addend. then: the packed weights that the caller multiplies with
-// next, fetched towards the end; null: not known.
+// next, fetched towards the end; null: not known, or at hand. descending: the last panel first. Weights that exceed a
+// cache somewhat are mostly found there when every second pass over them runs backwards.
 template <class E, int NV, int NA = 0>
 void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t panels, int64_t panel_stride,
              typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend,
-             const E* then = nullptr) {
+             const E* then = nullptr, bool descending = false) {
   using A = typename Operand<E>::Acc;
   constexpr int64_t columns = NV * Simd<A>::width;
   if (rows <= 0 || panels <= 0) return;
@@ -221,31 +222,36 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
     return Addend<A>{addend.from ? addend.from + row * addend.stride + column : nullptr, addend.stride,
                      NA > 0 ? addend.apart + column : nullptr};
   };
-  int64_t p = 0;
-  if (rows == 1) {
-    constexpr int NP = tile_panels<1, NV>();
-    for (; NP > 1 && p + NP <= panels; p += NP)
-      product_rows<E, NV, NP, NA>(1, K, a, b + p * panel_stride, panel_stride, c + p * columns, c_stride,
-                                  addend_of(0, p), Ahead{b, 0});
-  } else if (rows == 2) {
-    constexpr int NP = tile_panels<2, NV>();
-    for (; NP > 1 && p + NP <= panels; p += NP)
-      product_rows<E, NV, NP, NA>(2, K, a, b + p * panel_stride, panel_stride, c + p * columns, c_stride,
-                                  addend_of(0, p), Ahead{b, 0});
-  }
+  // One or two rows take several panels at once; what remains are single panels [singles, panels).
+  constexpr int one = tile_panels<1, NV>(), two = tile_panels<2, NV>();
+  const int64_t singles = rows == 1 && one > 1 ? panels / one * one : rows == 2 && two > 1 ? panels / two * two : 0;
+  const auto together = [&] {
+    const int64_t step = rows == 1 ? one : two;
+    for (int64_t q = 0; q < singles; q += step) {
+      const int64_t p = descending ? singles - step - q : q;
+      const E* panel = b + p * panel_stride;
+      if (rows == 1) {
+        product_rows<E, NV, one, NA>(1, K, a, panel, panel_stride, c + p * columns, c_stride, addend_of(0, p), {b, 0});
+      } else {
+        product_rows<E, NV, two, NA>(2, K, a, panel, panel_stride, c + p * columns, c_stride, addend_of(0, p), {b, 0});
+      }
+    }
+  };
+  if (!descending) together();
   // Even tiles: 32 rows are 5 + 5 + 5 + 5 + 6 + 6, not five of 6 and one of 2.
   const int64_t tiles = (rows + tile_rows<NV>() - 1) / tile_rows<NV>();
   const int64_t low = rows / tiles, more = rows % tiles;
   constexpr int group = Operand<E>::group;
   const int64_t block = tiles == 1 ? K : panel_block_bytes / (columns * int64_t(sizeof(E)));
-  for (; p < panels; ++p) {
+  for (int64_t q = singles; q < panels; ++q) {
+    const int64_t p = descending ? panels - 1 - (q - singles) : q;
     for (int64_t k = 0; k < K; k += block) {
       const int64_t depth = K - k < block ? K - k : block;
       const E* here = b + p * panel_stride + k * columns;
-      // The next block of weights follows this one in memory, but for the padding of an odd K. Every tile fetches its
-      // share of it.
-      const bool last = p + 1 == panels && k + block >= K;
-      const E* after = last ? then : here + padded_depth<E>(depth) * columns;
+      // What comes next: the next block, which follows this one in memory but for the padding of an odd K, or the
+      // next panel. Every tile fetches its share of it.
+      const E* after = here + padded_depth<E>(depth) * columns;
+      if (k + block >= K) after = q + 1 == panels ? then : b + (descending ? p - 1 : p + 1) * panel_stride;
       const char* next = reinterpret_cast<const char*>(after ? after : here);
       const int64_t share = after ? depth * columns * int64_t(sizeof(E)) / tiles : 0;
       int64_t r = 0;
@@ -272,6 +278,7 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
       }
     }
   }
+  if (descending) together();
 }
 
 }  // namespace FRNN_ISA
