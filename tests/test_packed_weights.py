@@ -98,7 +98,7 @@ def _data(module: nn.Module) -> None:
 
 
 def _one_bit(module: nn.Module) -> None:
-    module.weight_ih_l0.data.view(torch.int32)[-1, -1] ^= 1
+    module.weight_ih_l0.data.view(torch.int32)[-1, -1] ^= 1 << 22  # a lower one may be lost in rounding
 
 
 def _signs(module: nn.Module) -> None:
