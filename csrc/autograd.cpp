@@ -38,10 +38,10 @@ OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t
 // Whether the backward pass under way is to be differentiated, or batched by torch.func.vmap.
 bool backward_is_transformed() { return at::GradMode::is_enabled() || torch_func_is_active(); }
 
-// Whether this backward pass is the last to read a saved CUDA tensor, which nobody outside has seen.
+// Whether this backward pass is the last to read a saved CUDA tensor, which nobody has but the context and its caller.
 bool is_last_use(const Tensor& saved) {
-  return saved.is_cuda() && saved.numel() > 0 && !torch_func_is_active() && !at::isTensorSubclassLike(saved) &&
-         !torch::autograd::get_current_graph_task_keep_graph();
+  return saved.is_cuda() && saved.numel() > 0 && saved.use_count() <= 2 && !torch_func_is_active() &&
+         !at::isTensorSubclassLike(saved) && !torch::autograd::get_current_graph_task_keep_graph();
 }
 
 py::object to_python(const Tensor& t) { return t.defined() ? py::cast(t) : py::none(); }

@@ -19,7 +19,10 @@ from support.pairwise import Row, pairwise
 import fused_rnn
 from fused_rnn.check import scaled_errors
 
-pytestmark = pytest.mark.kernels
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.filterwarnings("ignore:.*verriding a previously registered kernel"),
+]
 
 NAMES = ("rnn_forward", "rnn_backward", "cell_forward", "cell_backward")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
