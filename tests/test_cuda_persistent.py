@@ -1,8 +1,8 @@
 """The persistent CUDA kernels, executed on the CPU under the planner's own plans, against float64.
 
-Most of host execution keeps few tiles of the weights in registers (``few_registers`` in csrc/cuda/plan.h), so that small
-sizes go through the same code as large ones: tiles in registers and in shared memory, several slabs of k per warp, sums
-split over warps, teams with idle blocks, column tiles with dead columns. ``FULL_SIZES`` run as they would on a GPU.
+Most of host execution keeps few tiles of the weights in registers (``few_registers`` in csrc/cuda/plan.h), so that
+small sizes go through the same code as large ones: tiles in registers and in shared memory, several slabs of k per
+warp, sums split over warps, teams with idle blocks, column tiles with dead columns. ``FULL_SIZES`` run as on a GPU.
 """
 
 from __future__ import annotations
