@@ -75,9 +75,9 @@ def optimisation_flags() -> list[str]:
         "-fexpensive-optimizations",
         *sanitizer_flags(),
         "-fno-sanitize-recover=all",
-        # vptr needs the type information of libtorch's hidden classes. The other three are the bulk of the time to
+        # vptr needs the type information of libtorch's hidden classes. The other four are the bulk of the time to
         # compile, and something else finds most of what they find: the address sanitizer, and aligned instructions.
-        "-fno-sanitize=vptr,null,object-size,alignment",
+        "-fno-sanitize=vptr,null,object-size,alignment,pointer-overflow",
         # Checks as calls: code in place takes twice as long to compile.
         "--param=asan-instrumentation-with-call-threshold=0",
     ]
