@@ -195,8 +195,12 @@ def test_every_thread_judges_its_own_teams(judged: Callable[[int, float, float],
         assert not pool.submit(_C.team_is_late).result(SECONDS)
 
 
+# Sums that are taken in several blocks, over rows that are one tile in a team of two and two tiles alone.
+LONG_SUMS = [Case(cell=cell, input_size=3, hidden_size=1100, batch=8, steps=3) for cell in ("LSTM", "GRU", "RNN_TANH")]
+
+
 @pytest.mark.kernels
-@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+@pytest.mark.parametrize("case", [*SPLIT_CASES, *LONG_SUMS], ids=str)
 def test_without_a_team_the_bits_are_the_same(
     case: Case, judged: Callable[[int, float, float], bool], threads: None
 ) -> None:

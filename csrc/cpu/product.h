@@ -2,13 +2,16 @@
 //
 // A is a list of row pointers, so that any layout of time and batch, a packed sequence included, is read in place.
 // A panel holds NV vectors of columns for every k: [K / group][NV * width][group], group being the k's that one
-// instruction multiplies (2 for the bfloat16 dot product, otherwise 1). Every element of C is summed in the order of k
-// whatever the tile, so a result depends neither on the split of the work over threads nor on the rows beside it.
+// instruction multiplies (2 for the bfloat16 dot product, otherwise 1). Every element of C is summed in the order of k,
+// in the same blocks whatever the tile, so a result depends neither on the split of the work over threads nor on the
+// rows beside it.
 //
 // Measured on one AVX-512 core (Zen 5), a tile of 6 rows x 4 vectors or 8 x 3 reaches 98 % of the FMA peak while the
 // panel streams from L2. A panel that would not stay there while the tiles of one product pass over it is taken in
 // blocks of k, the sums being kept in C between them: docs/performance.md.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 #if defined(FRNN_TILES)
@@ -210,6 +213,7 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
              const E* then = nullptr, bool descending = false) {
   using A = typename Operand<E>::Acc;
   constexpr int64_t columns = NV * Simd<A>::width;
+  constexpr int group = Operand<E>::group;
   if (rows <= 0 || panels <= 0) return;
 #if defined(FRNN_TILES)
   if constexpr (std::is_same_v<E, BFloat16>) {
@@ -222,18 +226,34 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
     return Addend<A>{addend.from ? addend.from + row * addend.stride + column : nullptr, addend.stride,
                      NA > 0 ? addend.apart + column : nullptr};
   };
+  // The same blocks for any number of rows, so that a row's sums do not depend on how many there are.
+  constexpr int64_t block = panel_block_bytes / (columns * int64_t(sizeof(E)));
   // One or two rows take several panels at once; what remains are single panels [singles, panels).
   constexpr int one = tile_panels<1, NV>(), two = tile_panels<2, NV>();
   const int64_t singles = rows == 1 && one > 1 ? panels / one * one : rows == 2 && two > 1 ? panels / two * two : 0;
   const auto together = [&] {
     const int64_t step = rows == 1 ? one : two;
+    const auto multiply = [&](auto na, int64_t depth, const E* const* first, const E* panel, A* target,
+                              Addend<A> here) __attribute__((always_inline)) {
+      constexpr int apart = decltype(na)::value;
+      if (rows == 1) {
+        product_rows<E, NV, one, apart>(1, depth, first, panel, panel_stride, target, c_stride, here, {b, 0});
+      } else {
+        product_rows<E, NV, two, apart>(2, depth, first, panel, panel_stride, target, c_stride, here, {b, 0});
+      }
+    };
     for (int64_t q = 0; q < singles; q += step) {
       const int64_t p = descending ? singles - step - q : q;
-      const E* panel = b + p * panel_stride;
-      if (rows == 1) {
-        product_rows<E, NV, one, NA>(1, K, a, panel, panel_stride, c + p * columns, c_stride, addend_of(0, p), {b, 0});
-      } else {
-        product_rows<E, NV, two, NA>(2, K, a, panel, panel_stride, c + p * columns, c_stride, addend_of(0, p), {b, 0});
+      A* target = c + p * columns;
+      for (int64_t k = 0; k < K; k += block) {
+        const int64_t depth = K - k < block ? K - k : block;
+        const E* first[2] = {a[0] + k, a[rows - 1] + k};
+        const E* panel = b + p * panel_stride + k * columns;
+        if (k == 0) {
+          multiply(std::integral_constant<int, NA>{}, depth, first, panel, target, addend_of(0, p));
+        } else {
+          multiply(std::integral_constant<int, 0>{}, depth, first, panel, target, {target, c_stride, nullptr});
+        }
       }
     }
   };
@@ -241,8 +261,6 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
   // Even tiles: 32 rows are 5 + 5 + 5 + 5 + 6 + 6, not five of 6 and one of 2.
   const int64_t tiles = (rows + tile_rows<NV>() - 1) / tile_rows<NV>();
   const int64_t low = rows / tiles, more = rows % tiles;
-  constexpr int group = Operand<E>::group;
-  const int64_t block = tiles == 1 ? K : panel_block_bytes / (columns * int64_t(sizeof(E)));
   for (int64_t q = singles; q < panels; ++q) {
     const int64_t p = descending ? panels - 1 - (q - singles) : q;
     for (int64_t k = 0; k < K; k += block) {

@@ -128,11 +128,12 @@ struct Simd {
   static FRNN_INLINE HalfLanes to_bfloat16(V v) {
 #if defined(__AVX512BF16__)
     return (HalfLanes)_mm512_cvtneps_pbh((__m512)v);  // subnormal numbers become 0, as in the dot product
-#endif
+#else
     const WordLanes bits = (WordLanes)v;
     const WordLanes even = bits + 0x7fffu + ((bits >> 16) & 1u);
     const WordLanes result = v == v ? even : WordLanes{} + 0x7fc00000u;
     return __builtin_convertvector(result >> 16, HalfLanes);
+#endif
   }
 };
 
