@@ -35,6 +35,8 @@ struct Steps {
   int64_t B = 0;
   const int64_t* batch_sizes = nullptr;
   const int64_t* offsets = nullptr;  // T + 1 entries, offsets[T] = N
+  // Dense only: (T, B) bytes, 0 where row b has no step t: its state goes on as it is. Null: there are none.
+  const uint8_t* mask = nullptr;
 
   FRNN_HOST_DEVICE int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   FRNN_HOST_DEVICE int64_t first_row(int64_t t) const { return offsets ? offsets[t] : t * B; }
