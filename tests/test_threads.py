@@ -196,7 +196,7 @@ def test_every_thread_judges_its_own_teams(judged: Callable[[int, float, float],
 
 
 # Sums that are taken in several blocks, over rows that are one tile in a team of two and two tiles alone.
-LONG_SUMS = [Case(cell=cell, input_size=3, hidden_size=1100, batch=8, steps=3) for cell in ("LSTM", "GRU", "RNN_TANH")]
+LONG_SUMS = [Case(cell=cell, input_size=3, hidden_size=1100, batch=10, steps=3) for cell in ("LSTM", "GRU", "RNN_TANH")]
 
 
 @pytest.mark.kernels
