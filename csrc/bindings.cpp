@@ -77,14 +77,17 @@ std::string set_isa(const std::string& name) {
   return before;
 }
 
-at::Tensor test_activation(const std::string& name, const at::Tensor& x) {
+at::Tensor test_activation(const std::string& name, const at::Tensor& x, bool bfloat16) {
   TORCH_CHECK_VALUE(name == "tanh" || name == "sigmoid", "name: expected tanh or sigmoid, got ", name);
   TORCH_CHECK_VALUE(x.device().is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
                     "x: expected a float32 or float64 tensor on the CPU, got ", x.scalar_type(), " on ", x.device());
+  TORCH_CHECK_VALUE(!bfloat16 || x.scalar_type() == at::kFloat, "x: expected float32, got ", x.scalar_type());
   const at::Tensor in = x.contiguous(), out = at::empty_like(in);
   kernels().activation(name == "tanh" ? Activation::tanh : Activation::sigmoid,
-                       x.scalar_type() == at::kDouble ? DType::float64 : DType::float32, in.const_data_ptr(),
-                       out.mutable_data_ptr(), in.numel());
+                       bfloat16                         ? DType::bfloat16
+                       : x.scalar_type() == at::kDouble ? DType::float64
+                                                        : DType::float32,
+                       in.const_data_ptr(), out.mutable_data_ptr(), in.numel());
   return out;
 }
 
@@ -258,8 +261,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "Instruction sets that were compiled and run here, best first.");
   m.def("isa_used", [] { return std::string(kernels().isa); }, "The instruction set that runs.");
   m.def("set_isa", &set_isa, py::arg("name"), "Switches the instruction set; returns the name of the one before.");
-  m.def("test_activation", &test_activation, py::arg("name"), py::arg("x"),
-        "tanh or sigmoid as the kernels compute it.");
+  m.def("test_activation", &test_activation, py::arg("name"), py::arg("x"), py::arg("bfloat16") = false,
+        "tanh or sigmoid as the kernels compute it, or those of a layer in bfloat16, which may be rougher.");
   m.def(
       "usable_threads", [] { return usable_threads(at::get_num_threads()); },
       "Threads that a call would use at most: torch.get_num_threads(), but no more than this process may run on.");

@@ -135,3 +135,21 @@ def test_value_does_not_depend_on_its_place_in_the_vector(name: str, dtype: torc
     whole = activate(name, values)
     alone = torch.cat([activate(name, value[None]) for value in values])
     assert torch.equal(whole, alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gates_of_bfloat16_layers_have_more_bits_than_bfloat16(name: str, isa: str) -> None:
+    from fused_rnn import _C
+
+    values = dense_samples(torch.float32)
+    values = values[values > -87.0] if name == "sigmoid" else values
+    found = _C.test_activation(name, values, bfloat16=True).numpy().astype(np.float64)
+    expected = true_value(name, values)
+    error = np.abs(found - expected) / np.abs(expected).clip(min=np.finfo(np.float32).tiny)
+    assert error.max() < 2.0**-13, f"{error.max():.2g} at {values[int(error.argmax())].item()!r}"
+    assert np.abs(found).max() <= 1
+    infinity = float("inf")
+    ends = _C.test_activation(name, torch.tensor([infinity, -infinity, 0.0, float("nan")]), bfloat16=True)
+    assert ends[:2].tolist() == [1.0, -1.0 if name == "tanh" else 0.0]
+    assert ends[2].item() == pytest.approx(0.0 if name == "tanh" else 0.5, rel=2**-13, abs=0)
+    assert ends[3].isnan()

@@ -20,6 +20,7 @@ namespace fused_rnn {
 //   times_power(x, n)    x * 2^n for whole n from -150 (float64: -1080) to 0
 //   quotient(a, a_low, b, b_low)
 //                        (a + a_low) / (b + b_low), where 1 <= b <= 2 and the low parts are roundings of a and b
+//   own_activations      true where it brings tanh(x) and sigmoid(x) of its own (cpu/activations.h)
 template <class V>
 struct Lanes;
 
@@ -39,6 +40,7 @@ FRNN_HOST_DEVICE V plain_quotient(V a, V a_low, V b, V b_low) {
 template <>
 struct Lanes<float> {
   using Scalar = float;
+  static constexpr bool own_activations = false;
   using Int = int32_t;
   static FRNN_HOST_DEVICE Int bits(float x) {
     Int i;
@@ -68,6 +70,7 @@ struct Lanes<float> {
 template <>
 struct Lanes<double> {
   using Scalar = double;
+  static constexpr bool own_activations = false;
   using Int = int64_t;
   static FRNN_HOST_DEVICE Int bits(double x) {
     Int i;
@@ -205,38 +208,46 @@ FRNN_HOST_DEVICE V absolute(V x) {
 template <class V>
 FRNN_HOST_DEVICE V sigmoid(V x) {
   using L = Lanes<V>;
-  using S = typename L::Scalar;
-  using F = FloatFormat<S>;
-  V magnitude = absolute(x);
-  // The comparison is false for NaN, which therefore goes through.
-  magnitude = L::select(magnitude > F::sigmoid_limit, V{} + F::sigmoid_limit, magnitude);
-  const V n = (magnitude * -F::log2_e + F::round_magic) - F::round_magic;
-  V unused;
-  const V p = reduced_expm1<CentredTail, V>(-magnitude, n, unused);
-  const V e = L::times_power(p + S(1), n);
-  const V sum = e + S(1);
-  return L::quotient(L::select(x < S(0), e, V{} + S(1)), V{}, sum, e - (sum - S(1)));
+  if constexpr (L::own_activations) {
+    return L::sigmoid(x);
+  } else {
+    using S = typename L::Scalar;
+    using F = FloatFormat<S>;
+    V magnitude = absolute(x);
+    // The comparison is false for NaN, which therefore goes through.
+    magnitude = L::select(magnitude > F::sigmoid_limit, V{} + F::sigmoid_limit, magnitude);
+    const V n = (magnitude * -F::log2_e + F::round_magic) - F::round_magic;
+    V unused;
+    const V p = reduced_expm1<CentredTail, V>(-magnitude, n, unused);
+    const V e = L::times_power(p + S(1), n);
+    const V sum = e + S(1);
+    return L::quotient(L::select(x < S(0), e, V{} + S(1)), V{}, sum, e - (sum - S(1)));
+  }
 }
 
 // -m / (2 + m), m = e^(-2|x|) - 1, with the sign of x.
 template <class V>
 FRNN_HOST_DEVICE V tanh(V x) {
   using L = Lanes<V>;
-  using S = typename L::Scalar;
-  using F = FloatFormat<S>;
-  const auto sign_bit = L::bits(V{} * S(-1));
-  const auto bits = L::bits(x);
-  V magnitude = L::from_bits(bits & ~sign_bit);
-  magnitude = L::select(magnitude > F::tanh_limit, V{} + F::tanh_limit, magnitude);
-  const V shifted = (magnitude * (S(-2) * F::log2_e) + F::below_half) + F::round_magic;
-  V low;
-  const V p = reduced_expm1<NegativeTail, V>(magnitude * S(-2), shifted - F::round_magic, low);
-  const V scale = power_of_two<V>(shifted);
-  const V m = scale * p + (scale - S(1));
-  low = scale * low;
-  const V sum = m + S(2);
-  const V result = L::quotient(-m, -low, sum, low + (m - (sum - S(2))));
-  return L::from_bits((L::bits(result) & ~sign_bit) | (bits & sign_bit));
+  if constexpr (L::own_activations) {
+    return L::tanh(x);
+  } else {
+    using S = typename L::Scalar;
+    using F = FloatFormat<S>;
+    const auto sign_bit = L::bits(V{} * S(-1));
+    const auto bits = L::bits(x);
+    V magnitude = L::from_bits(bits & ~sign_bit);
+    magnitude = L::select(magnitude > F::tanh_limit, V{} + F::tanh_limit, magnitude);
+    const V shifted = (magnitude * (S(-2) * F::log2_e) + F::below_half) + F::round_magic;
+    V low;
+    const V p = reduced_expm1<NegativeTail, V>(magnitude * S(-2), shifted - F::round_magic, low);
+    const V scale = power_of_two<V>(shifted);
+    const V m = scale * p + (scale - S(1));
+    low = scale * low;
+    const V sum = m + S(2);
+    const V result = L::quotient(-m, -low, sum, low + (m - (sum - S(2))));
+    return L::from_bits((L::bits(result) & ~sign_bit) | (bits & sign_bit));
+  }
 }
 
 }  // namespace fused_rnn

@@ -353,7 +353,7 @@ class BackwardPass {
 
   template <int N>
   FRNN_INLINE void gate_gradients(int d, int64_t t, const Units* units) {
-    using Values = Pack<V, N>;
+    using Values = Pack<V, N, rough_gates<S>>;
     const DirectionBackward& dir = layer_.direction[d];
     DirectionScratch& s = direction_[d];
     const int64_t first_row = layer_.steps.first_row(t);

@@ -593,7 +593,7 @@ class ForwardPass {
 
   template <int N, bool whole>
   FRNN_INLINE void gates(const Units& units, int64_t n, bool saves) {
-    using Values = Pack<V, N>;
+    using Values = Pack<V, N, rough_gates<S>>;
     if (whole) n = width;
     Values x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
 #pragma GCC unroll 4

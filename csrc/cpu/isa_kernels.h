@@ -50,6 +50,18 @@ bool backward_of(const LayerBackward& layer, const Plan& plan) {
   return run_backward<Lstm, S>(layer, plan);
 }
 
+template <class S>
+void activation_of(Activation which, const void* in, void* out, int64_t count) {
+  using A = typename Accumulator<S>::type;
+  using Values = Pack<typename Simd<A>::V, 1, rough_gates<S>>;
+  constexpr int width = Simd<A>::width;
+  for (int64_t i = 0; i < count; i += width) {
+    const Values x{{Simd<A>::load_n(rows_of<A>(in) + i, count - i)}};
+    const Values y = which == Activation::tanh ? tanh<Values>(x) : sigmoid<Values>(x);
+    Simd<A>::store_n(rows_of<A>(out) + i, y.v[0], count - i);
+  }
+}
+
 #if defined(FRNN_BFLOAT16_ONLY)
 }  // namespace FRNN_ISA
 
@@ -70,7 +82,8 @@ bool backward(const LayerBackward& layer, const Plan& plan) {
 }
 
 void activation(Activation which, DType dtype, const void* in, void* out, int64_t count) {
-  FRNN_BASE_ISA::table.activation(which, dtype, in, out, count);
+  return dtype == DType::bfloat16 ? activation_of<BFloat16>(which, in, out, count)
+                                  : FRNN_BASE_ISA::table.activation(which, dtype, in, out, count);
 }
 
 double peak(DType dtype, double seconds) {
@@ -97,21 +110,11 @@ bool backward(const LayerBackward& layer, const Plan& plan) {
   return backward_of<float>(layer, plan);
 }
 
-template <class A>
-void activation_of(Activation which, const A* in, A* out, int64_t count) {
-  using V = typename Simd<A>::V;
-  constexpr int width = Simd<A>::width;
-  for (int64_t i = 0; i < count; i += width) {
-    const V x = Simd<A>::load_n(in + i, count - i);
-    Simd<A>::store_n(out + i, which == Activation::tanh ? tanh<V>(x) : sigmoid<V>(x), count - i);
-  }
-}
-
 void activation(Activation which, DType dtype, const void* in, void* out, int64_t count) {
-  if (dtype == DType::float64) {
-    activation_of(which, rows_of<double>(in), rows_of<double>(out), count);
-  } else {
-    activation_of(which, rows_of<float>(in), rows_of<float>(out), count);
+  switch (dtype) {
+    case DType::float64: return activation_of<double>(which, in, out, count);
+    case DType::bfloat16: return activation_of<BFloat16>(which, in, out, count);
+    default: return activation_of<float>(which, in, out, count);
   }
 }
 

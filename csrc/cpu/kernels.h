@@ -14,7 +14,7 @@ struct KernelTable {
   int vector_bytes;
   bool (*forward)(const LayerForward& layer, const Plan& plan);
   bool (*backward)(const LayerBackward& layer, const Plan& plan);
-  // out[i] = activation(in[i]); float32 and float64 only. For tests.
+  // out[i] = activation(in[i]) as layers of this dtype compute it: float64 for float64, else float32. For tests.
   void (*activation)(Activation activation, DType dtype, const void* in, void* out, int64_t count);
   // Floating-point operations a second of the multiply-adds that products of this dtype are made of: one thread, no
   // memory, for about `seconds`. For benchmarks.

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -172,32 +173,37 @@ FRNN_INLINE void wait_for_stores_past_caches() {
 }
 
 // Several vectors as one value. A gate formula is a long chain of dependent operations; applied to a Pack, the chains
-// of N vectors run interleaved and hide each other's latency.
-template <class V, int N>
+// of N vectors run interleaved and hide each other's latency. rough: tanh and sigmoid may be as inexact as bfloat16
+// lets pass.
+template <class V, int N, bool rough = false>
 struct Pack {
   V v[N];
 };
 
+// Whether the gates of layers that store S are computed roughly.
+template <class S>
+inline constexpr bool rough_gates = std::is_same_v<S, BFloat16>;
+
 #define FRNN_PACK_EACH(result_type, expression)                                     \
-  Pack<result_type, N> result;                                                      \
+  Pack<result_type, N, rough> result;                                               \
   _Pragma("GCC unroll 4") for (int i = 0; i < N; ++i) { result.v[i] = expression; } \
   return result;
 
-#define FRNN_PACK_OPERATOR(op)                                                     \
-  template <class V, int N>                                                        \
-  FRNN_INLINE auto operator op(const Pack<V, N>& a, const Pack<V, N>& b) {         \
-    using R = decltype(a.v[0] op b.v[0]);                                          \
-    FRNN_PACK_EACH(R, a.v[i] op b.v[i])                                            \
-  }                                                                                \
-  template <class V, int N>                                                        \
-  FRNN_INLINE auto operator op(const Pack<V, N>& a, decltype(V{}[0] + V{}[0]) b) { \
-    using R = decltype(a.v[0] op b);                                               \
-    FRNN_PACK_EACH(R, a.v[i] op b)                                                 \
-  }                                                                                \
-  template <class V, int N>                                                        \
-  FRNN_INLINE auto operator op(decltype(V{}[0] + V{}[0]) a, const Pack<V, N>& b) { \
-    using R = decltype(a op b.v[0]);                                               \
-    FRNN_PACK_EACH(R, a op b.v[i])                                                 \
+#define FRNN_PACK_OPERATOR(op)                                                            \
+  template <class V, int N, bool rough>                                                   \
+  FRNN_INLINE auto operator op(const Pack<V, N, rough>& a, const Pack<V, N, rough>& b) {  \
+    using R = decltype(a.v[0] op b.v[0]);                                                 \
+    FRNN_PACK_EACH(R, a.v[i] op b.v[i])                                                   \
+  }                                                                                       \
+  template <class V, int N, bool rough>                                                   \
+  FRNN_INLINE auto operator op(const Pack<V, N, rough>& a, decltype(V{}[0] + V{}[0]) b) { \
+    using R = decltype(a.v[0] op b);                                                      \
+    FRNN_PACK_EACH(R, a.v[i] op b)                                                        \
+  }                                                                                       \
+  template <class V, int N, bool rough>                                                   \
+  FRNN_INLINE auto operator op(decltype(V{}[0] + V{}[0]) a, const Pack<V, N, rough>& b) { \
+    using R = decltype(a op b.v[0]);                                                      \
+    FRNN_PACK_EACH(R, a op b.v[i])                                                        \
   }
 FRNN_PACK_OPERATOR(+)
 FRNN_PACK_OPERATOR(-)
@@ -210,26 +216,31 @@ FRNN_PACK_OPERATOR(>)
 FRNN_PACK_OPERATOR(<=)
 #undef FRNN_PACK_OPERATOR
 
-template <class V, int N>
-FRNN_INLINE Pack<V, N> operator-(const Pack<V, N>& a) {
+template <class V, int N, bool rough>
+FRNN_INLINE Pack<V, N, rough> operator-(const Pack<V, N, rough>& a) {
   FRNN_PACK_EACH(V, -a.v[i])
 }
-template <class V, int N>
-FRNN_INLINE Pack<V, N> operator~(const Pack<V, N>& a) {
+template <class V, int N, bool rough>
+FRNN_INLINE Pack<V, N, rough> operator~(const Pack<V, N, rough>& a) {
   FRNN_PACK_EACH(V, ~a.v[i])
 }
-template <class V, int N>
-FRNN_INLINE Pack<V, N> operator<<(const Pack<V, N>& a, int bits) {
+template <class V, int N, bool rough>
+FRNN_INLINE Pack<V, N, rough> operator<<(const Pack<V, N, rough>& a, int bits) {
   FRNN_PACK_EACH(V, a.v[i] << bits)
 }
 
 }  // namespace FRNN_ISA
+}  // namespace fused_rnn
 
+#include "activations.h"
+
+namespace fused_rnn {
 namespace detail {
 template <class S, class Vector, class IntVector>
 struct VectorLanes {
   using Scalar = S;
   using Int = IntVector;
+  static constexpr bool own_activations = false;
   static FRNN_INLINE Int bits(Vector x) { return (Int)x; }
   static FRNN_INLINE Vector from_bits(Int i) { return (Vector)i; }
   template <class Mask>
@@ -241,37 +252,28 @@ struct VectorLanes {
     return plain_quotient(a, a_low, b, b_low);
   }
 };
-
-#if FRNN_VECTOR_BYTES >= 32
-// The quotient from an approximate reciprocal: the residual of a first result, exact thanks to fma, corrects both
-// that and the low parts. Half the time of a division, and one rounding less.
-template <class Vector>
-FRNN_INLINE Vector quotient_by_reciprocal(Vector a, Vector a_low, Vector b, Vector b_low, Vector reciprocal) {
-  const Vector q = a * reciprocal;
-  const Vector residual = (a - q * b) + (a_low - q * b_low);
-  return q + residual * reciprocal;
-}
-#endif
 }  // namespace detail
 
 template <>
 struct Lanes<FRNN_ISA::VectorTypes<float>::Vector>
     : detail::VectorLanes<float, FRNN_ISA::VectorTypes<float>::Vector, FRNN_ISA::VectorTypes<float>::Int> {
-#if FRNN_VECTOR_BYTES >= 32
   using V = FRNN_ISA::VectorTypes<float>::Vector;
+#if FRNN_VECTOR_BYTES == 32
+  // The quotient from an approximate reciprocal: the residual of a first result, exact thanks to fma, corrects both
+  // that and the low parts. Half the time of a division, and one rounding less.
   static FRNN_INLINE V quotient(V a, V a_low, V b, V b_low) {
-#if FRNN_VECTOR_BYTES == 64
-    const V guess = (V)_mm512_maskz_rcp14_ps((__mmask16)0xffff, (__m512)b);
-#else
     const V guess = (V)_mm256_rcp_ps((__m256)b);
-#endif
-    return detail::quotient_by_reciprocal(a, a_low, b, b_low, guess + guess * (1.0f - guess * b));
+    const V reciprocal = guess + guess * (1.0f - guess * b);
+    const V q = a * reciprocal;
+    const V residual = (a - q * b) + (a_low - q * b_low);
+    return q + residual * reciprocal;
   }
-#endif
-#if FRNN_VECTOR_BYTES == 64
-  static FRNN_INLINE V times_power(V x, V n) {
-    return (V)_mm512_maskz_scalef_ps((__mmask16)0xffff, (__m512)x, (__m512)n);
-  }
+#elif FRNN_VECTOR_BYTES == 64
+  static constexpr bool own_activations = true;
+  static FRNN_INLINE V tanh(V x) { return FRNN_ISA::tanh_by_table(x); }
+  static FRNN_INLINE V sigmoid(V x) { return FRNN_ISA::sigmoid_by_exponential(x); }
+  static FRNN_INLINE V rough_tanh(V x) { return FRNN_ISA::rough_tanh_by_table(x); }
+  static FRNN_INLINE V rough_sigmoid(V x) { return FRNN_ISA::rough_sigmoid(x); }
 #endif
 };
 
@@ -279,18 +281,28 @@ template <>
 struct Lanes<FRNN_ISA::VectorTypes<double>::Vector>
     : detail::VectorLanes<double, FRNN_ISA::VectorTypes<double>::Vector, FRNN_ISA::VectorTypes<double>::Int> {};
 
-template <class V, int N>
-struct Lanes<FRNN_ISA::Pack<V, N>> {
-  using P = FRNN_ISA::Pack<V, N>;
+template <class V, int N, bool rough>
+struct Lanes<FRNN_ISA::Pack<V, N, rough>> {
+  using P = FRNN_ISA::Pack<V, N, rough>;
   using One = Lanes<V>;
   using Scalar = typename One::Scalar;
-  using Int = FRNN_ISA::Pack<typename One::Int, N>;
+  using Int = FRNN_ISA::Pack<typename One::Int, N, rough>;
+  static constexpr bool own_activations = One::own_activations;
   template <class R, class F>
-  static FRNN_INLINE FRNN_ISA::Pack<R, N> each(F f) {
-    FRNN_ISA::Pack<R, N> result;
+  static FRNN_INLINE FRNN_ISA::Pack<R, N, rough> each(F f) {
+    FRNN_ISA::Pack<R, N, rough> result;
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) result.v[i] = f(i);
     return result;
+  }
+  static FRNN_INLINE P tanh(const P& x) {
+    return each<V>([&](int i)
+                       __attribute__((always_inline)) { return rough ? One::rough_tanh(x.v[i]) : One::tanh(x.v[i]); });
+  }
+  static FRNN_INLINE P sigmoid(const P& x) {
+    return each<V>([&](int i) __attribute__((always_inline)) {
+      return rough ? One::rough_sigmoid(x.v[i]) : One::sigmoid(x.v[i]);
+    });
   }
   static FRNN_INLINE Int bits(const P& x) {
     return each<typename One::Int>([&](int i) __attribute__((always_inline)) { return One::bits(x.v[i]); });
