@@ -43,8 +43,8 @@ inline constexpr int64_t most_unpacked_rows = 12;
 // they are seen to be unchanged, nor with more steps or more rows over all steps, beside which packing is no cost, and
 // brings the weights into the right caches (docs/performance.md).
 inline constexpr int64_t least_kept_bytes = 256 * 1024;
-inline constexpr int64_t most_kept_steps = 32;
-inline constexpr int64_t most_kept_rows = 512;
+inline constexpr int64_t most_kept_steps = 64;
+inline constexpr int64_t most_kept_rows = 1024;
 
 // A share [begin, end) of n items for part i of parts.
 struct Share {
@@ -355,8 +355,8 @@ class ForwardPass {
       DirectionScratch& s = direction_[d];
       for (int64_t p = share.begin; p < share.end; ++p) {
         if (packs_ && matrices) {
-          pack_gates<E, G, U>(rows_of<S>(w.w_ih), H_, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
-          pack_gates<E, G, U>(rows_of<S>(w.w_hh), H_, P_, p, s.w_hh + p * padded_depth<E>(P_) * panel_columns);
+          pack_panel(w.w_ih, I_, p, s.w_ih);
+          pack_panel(w.w_hh, P_, p, s.w_hh);
         }
         pack_bias<Cell, S, U>(w, H_, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
       }
@@ -367,6 +367,18 @@ class ForwardPass {
       }
     }
   }
+
+  void pack_panel(const void* w, int64_t K, int64_t p, E* packed) {
+    E* panel = packed + p * padded_depth<E>(K) * panel_columns;
+    if (is_narrow(p)) {
+      pack_gates<E, G, 1>(rows_of<S>(w), H_, K, p * U, panel);
+    } else {
+      pack_gates<E, G, U>(rows_of<S>(w), H_, K, p, panel);
+    }
+  }
+
+  // Where panels have two vectors of units and their number is odd, the last panel has one.
+  bool is_narrow(int64_t p) const { return U == 2 && (2 * p + 1) * width >= H_; }
 
   // w_hr (P, H) transposed: K = H, N = P.
   void pack_projection(const S* w_hr, int64_t p, E* data) {
@@ -471,8 +483,17 @@ class ForwardPass {
                                    int64_t p, int64_t count, A* c, int64_t c_stride, Addend<A> addend, const E* then) {
     if (packs_) {
       const int64_t stride = padded_depth<E>(K) * panel_columns;
-      product<E, NV, apart>(rows, K, a, packed + p * stride, count, stride, c, c_stride, addend, then);
-      return;
+      const E* panel = packed + p * stride;
+      if constexpr (U == 2) {
+        if (is_narrow(p + count - 1)) {
+          const int64_t wide = count - 1, column = wide * panel_columns;
+          const E* last = panel + wide * stride;
+          product<E, NV>(rows, K, a, panel, wide, stride, c, c_stride, addend, last);
+          addend.from += column;
+          return product<E, NV / 2>(rows, K, a, last, 1, stride, c + column, c_stride, addend, then);
+        }
+      }
+      return product<E, NV, apart>(rows, K, a, panel, count, stride, c, c_stride, addend, then);
     }
     for (int64_t q = 0; q < count; ++q) {
       const int64_t column = q * panel_columns;
