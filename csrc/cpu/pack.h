@@ -222,6 +222,20 @@ void product_columns(int64_t rows, const E* const* a, const ColumnPanels<E>& b, 
   if (descending) multiply_wide();
 }
 
+#if FRNN_VECTOR_BYTES == 64
+// Columns [0, 16) or, upper, [16, 32) of two rows of 16-bit numbers, each two above each other as a word.
+template <bool upper>
+FRNN_INLINE __m512i paired(__m512i row, __m512i below) {
+  HalfWords index;
+#pragma GCC unroll 16
+  for (int l = 0; l < 16; ++l) {
+    index[2 * l] = uint16_t(l + (upper ? 16 : 0));
+    index[2 * l + 1] = uint16_t(l + (upper ? 48 : 32));
+  }
+  return _mm512_permutex2var_epi16(row, (__m512i)index, below);
+}
+#endif
+
 // Panel p of the K x N matrix whose rows begin at row[k] (null: a row of zeros).
 template <class E, class S>
 void pack_columns(const S* const* row, int64_t K, int64_t N, int64_t p, E* data) {
@@ -232,7 +246,23 @@ void pack_columns(const S* const* row, int64_t K, int64_t N, int64_t p, E* data)
   E* panel = data + p * P::panel_stride(K);
   const int64_t first = p * P::NV * width;
   const int64_t vectors = (N - first + width - 1) / width < P::NV ? (N - first + width - 1) / width : P::NV;
-  for (int64_t v = 0; v < vectors; ++v) {
+  int64_t v = 0;
+#if FRNN_VECTOR_BYTES == 64
+  if constexpr (group == 2) {
+    for (; N - first - v * width >= 2 * width && v + 2 <= vectors; v += 2) {
+      E* dst = panel + v * width * group;
+      const auto load_row = [&](int64_t k) __attribute__((always_inline)) {
+        return k < K && row[k] ? load_bytes<__m512i>(row[k] + first + v * width) : __m512i{};
+      };
+      for (int64_t k = 0; k < K; k += group) {
+        const __m512i above = load_row(k), below = load_row(k + 1);
+        store_bytes(dst + k * vectors * width, paired<false>(above, below));
+        store_bytes(dst + k * vectors * width + width * group, paired<true>(above, below));
+      }
+    }
+  }
+#endif
+  for (; v < vectors; ++v) {
     const int64_t column = first + v * width;
     const int64_t left = N - column;
     E* dst = panel + v * width * group;
@@ -268,7 +298,27 @@ void transpose(const E* src, int64_t src_stride, int64_t K, int64_t M, E* dst, i
   constexpr int group = Operand<E>::group;
   V block[width];
   for (int64_t k = 0; k < K; k += width * group) {
-    for (int64_t m = 0; m < M; m += width) {
+    int64_t m = 0;
+#if FRNN_VECTOR_BYTES == 64
+    if constexpr (group == 2) {
+      const auto transpose_half = [&](auto upper) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) {
+          const E* row = src + (k + i * group) * src_stride + m;
+          block[i] = (V)paired<decltype(upper)::value>(load_bytes<__m512i>(row), load_bytes<__m512i>(row + src_stride));
+        }
+        transpose_square<A>(block);
+        E* to = dst + (m + (upper ? width : 0)) * dst_stride + k;
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) store_bytes(to + i * dst_stride, block[i]);
+      };
+      for (; k + width * group <= K && m + 2 * width <= M; m += 2 * width) {
+        transpose_half(std::false_type{});
+        transpose_half(std::true_type{});
+      }
+    }
+#endif
+    for (; m < M; m += width) {
 #pragma GCC unroll 16
       for (int i = 0; i < width; ++i) {
         block[i] = V{};

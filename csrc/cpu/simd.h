@@ -38,6 +38,7 @@ struct VectorTypes<double> {
 };
 
 typedef uint16_t HalfLanes __attribute__((vector_size(FRNN_VECTOR_BYTES / 2)));
+typedef uint16_t HalfWords __attribute__((vector_size(FRNN_VECTOR_BYTES)));
 typedef uint32_t WordLanes __attribute__((vector_size(FRNN_VECTOR_BYTES)));
 
 template <class V>
