@@ -257,6 +257,22 @@ def test_a_bar_for_the_mean_takes_the_geometric_one() -> None:
     assert not judged([0.5, 1.9], mean=True).met
 
 
+def test_what_a_bar_would_be_at_the_peak_is_bounded_by_the_worst_case_or_the_mean() -> None:
+    def at_peak(cases: list[tuple[float, float | None]], **options: Any) -> float | None:
+        bar = bars.Bar("made up", 1.0, bars.ratio_to_torch, {}, **options)
+        records = [
+            {"name": f"case {i}", "threads": 2, "ratio": {"torch.nn": {"median": ratio}}}
+            | ({} if share is None else {"share_of_peak": {"fused": {"median": share}}})
+            for i, (ratio, share) in enumerate(cases)
+        ]
+        (verdict,) = bars.evaluate({"cases": records}, [bar])
+        return verdict.at_peak
+
+    assert at_peak([(1.5, 0.5), (1.8, 0.9)]) == pytest.approx(2.0)
+    assert at_peak([(2.0, 0.5), (0.5, 0.5)], mean=True) == pytest.approx(2.0)
+    assert at_peak([(1.5, 0.5), (1.8, None)]) is None
+
+
 def test_an_upper_limit_is_missed_by_the_largest() -> None:
     verdict = judged([0.5, 1.1], at_most=True)
     assert (verdict.met, verdict.worst) == (False, "case 1")
@@ -341,11 +357,12 @@ def test_unmet_bars_are_said_plainly() -> None:
     section = report.bars_section(bars.evaluate(whole_result(1.0)))
     rows = {tuple(row[:2]): row for row in section.rows[1:]}
     row = rows["inference, best peer / fused, mean", "2"]
-    assert row[2:5] == ["at least 1.2", "1.00", "NO"]
-    assert rows["inference, best peer / fused, each", "1"][2:5] == ["at least 1 (0.97 is noise)", "1.00", "yes"]
+    assert (row[2:4], row[5]) == (["at least 1.2", "1.00"], "NO")
+    row = rows["inference, best peer / fused, each", "1"]
+    assert (row[2:4], row[5]) == (["at least 1 (0.97 is noise)", "1.00"], "yes")
     assert section.title.startswith("Bars: ")
     empty = report.bars_section(bars.evaluate({"cases": []}))
-    assert all(row[3:5] == ["not measured", "NO"] for row in empty.rows[1:])
+    assert all(row[3:6] == ["not measured", "-", "NO"] for row in empty.rows[1:])
 
 
 # Memory and crowds
@@ -489,7 +506,7 @@ def test_figures_of_the_readme_come_from_a_result(tmp_path: Path) -> None:
     assert "LSTM B16 T40 I64 H16 training (torch.nn 0.50)" in readme
     assert "## Code layout" in readme  # what follows the figures is still there
     assert (
-        "| inference, best peer / fused, mean | 2 | at least 1.2 | 0.50 | NO |"
+        "| inference, best peer / fused, mean | 2 | at least 1.2 | 0.50 | 10.00 | NO |"
         in (tmp_path / "docs/benchmarks.md").read_text()
     )
     before = readme

@@ -250,6 +250,23 @@ def test_rows_of_a_batch_do_not_see_each_other(cell: str, dtype: torch.dtype, is
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_outputs_that_go_past_the_caches_are_those_that_do_not(cell: str, isa: str) -> None:
+    """More than 16 MiB of output, in one call and in two."""
+    case = Case(cell=cell, input_size=5, hidden_size=64, batch=1100, steps=64)
+    module, sequence = case.build(fused_rnn), case.data().sequence.detach()
+    halves = [half.clone().requires_grad_() for half in sequence.split(550, dim=1)]
+    whole = sequence.clone().requires_grad_()
+    outputs = [module(values)[0] for values in (whole, *halves)]
+    weights = torch.randn(64)
+    for output in outputs:
+        (output @ weights).sum().backward()
+    assert torch.equal(outputs[0], torch.cat(outputs[1:], dim=1))
+    assert torch.equal(whole.grad, torch.cat([half.grad for half in halves], dim=1))
+    with torch.no_grad():
+        assert torch.equal(module(sequence)[0], outputs[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_a_sequence_cut_in_two_calls_gives_the_whole(cell: str, isa: str) -> None:
     case = Case(cell=cell, num_layers=2, steps=9)
     module, sequence = case.build(fused_rnn), case.data().sequence.detach()

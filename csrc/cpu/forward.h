@@ -24,7 +24,8 @@ inline constexpr int64_t projection_chunk_bytes = 512 * 1024;
 inline constexpr int64_t large_projection_chunk_bytes = 4 * 1024 * 1024;
 inline constexpr int64_t large_weight_bytes = 16 * 1024 * 1024;
 
-// What a layer saves for the backward pass goes past the caches when it is more than they would keep until then.
+// What a layer saves for the backward pass, and its output, go past the caches when they are more than those would keep
+// until they are read.
 inline constexpr int64_t past_caches_bytes = 16 * 1024 * 1024;
 
 template <class S>
@@ -149,6 +150,10 @@ class ForwardPass {
     past_caches_ =
         all * H_ * (Cell::saved * int64_t(sizeof(S)) + Cell::has_cell * int64_t(sizeof(A))) > past_caches_bytes &&
         H_ % width == 0 && aligned_to_lines(layer_.direction[0]) && aligned_to_lines(layer_.direction[1]);
+    const Sequence& y = layer_.y;
+    output_past_caches_ = all * D_ * P_ * int64_t(sizeof(S)) > past_caches_bytes &&
+                          (y.time_stride | y.batch_stride | P_) % width == 0 &&
+                          reinterpret_cast<uintptr_t>(y.data) % FRNN_VECTOR_BYTES == 0;
     chunk_rows_ = wanted < own_rows_ ? own_rows_ : wanted < all ? wanted : all;
 
     const bool brief = T_ <= most_kept_steps && all <= most_kept_rows;
@@ -435,7 +440,7 @@ class ForwardPass {
         }
       }
     }
-    if (past_caches_) wait_for_stores_past_caches();
+    if (past_caches_ || output_past_caches_) wait_for_stores_past_caches();
     if (first && Cell::has_cell) {
       for (int64_t r = r0; r < r1; ++r) copy_row<A>(s.cell + r * unit_stride_, rows_of<S>(dir.c_n) + r * H_, H_);
     }
@@ -644,9 +649,9 @@ class ForwardPass {
     for (int i = 0; i < N; ++i) {
       if (saves_gates_) {
 #pragma GCC unroll 4
-        for (int g = 0; g < Cell::saved; ++g) keep(units.gates[i] + g * H_, saved[g].v[i], n);
+        for (int g = 0; g < Cell::saved; ++g) keep(units.gates[i] + g * H_, saved[g].v[i], n, past_caches_);
       }
-      if constexpr (Cell::has_cell) keep(units.cells[i], c.v[i], n);
+      if constexpr (Cell::has_cell) keep(units.cells[i], c.v[i], n, past_caches_);
     }
   }
 
@@ -654,18 +659,18 @@ class ForwardPass {
     return (reinterpret_cast<uintptr_t>(dir.gates) | reinterpret_cast<uintptr_t>(dir.cells)) % FRNN_VECTOR_BYTES == 0;
   }
 
-  // Stores what only the backward pass will read.
+  // Stores what this pass does not read again.
   template <class T>
-  FRNN_INLINE void keep(T* dst, V v, int64_t n) {
+  FRNN_INLINE void keep(T* dst, V v, int64_t n, bool past_caches) {
     if constexpr (sizeof(T) == sizeof(A)) {
-      if (past_caches_) return Simd<A>::store_past_caches(dst, v);
+      if (past_caches) return Simd<A>::store_past_caches(dst, v);
     }
     Simd<A>::store_n(dst, v, n);
   }
 
   // h of one vector of units, to the next state and to the output, both as the layer's dtype rounds it.
   FRNN_INLINE void write_state(S* y, E* state, V h, int64_t n) {
-    Simd<A>::store_n(y, h, n);
+    keep(y, h, n, output_past_caches_);
     if constexpr (std::is_same_v<S, E>) {
       Simd<A>::store(state, h);
     } else {
@@ -695,7 +700,7 @@ class ForwardPass {
   const int64_t T_, B_, panels_;
   const bool projects_;
   bool packs_ = true;
-  bool past_caches_ = false;
+  bool past_caches_ = false, output_past_caches_ = false;
   const bool saves_gates_;      // or, for the backward pass, the cells alone
   PackedCopy* copy_ = nullptr;  // null: none is kept of weights such as these
   std::atomic<bool> changed_{false};

@@ -83,6 +83,8 @@ class Verdict:
         measured: `None` if no case of the bar, or not every one, was measured.
         worst: name of the case that is furthest from the bar.
         count: number of cases.
+        at_peak: what `measured` would be if our multiply-adds ran at their measured peak and all else took no time: a
+            ratio of times beyond it is out of reach of this arithmetic. `None` where no such bound is known.
     """
 
     bar: Bar
@@ -90,6 +92,7 @@ class Verdict:
     measured: float | None
     worst: str
     count: int
+    at_peak: float | None = None
 
     @property
     def met(self) -> bool:
@@ -215,7 +218,19 @@ def _judge(bar: Bar, threads: int | None, records: Sequence[Record]) -> Verdict:
     found = {name: value for name, value in values.items() if value is not None}
     worst = (max if bar.at_most else min)(found, key=lambda name: found[name])
     measured = statistics.geometric_mean(found.values()) if bar.mean else found[worst]
-    return Verdict(bar, threads, measured, worst, len(found))
+    return Verdict(bar, threads, measured, worst, len(found), _at_peak(bar, records))
+
+
+def _at_peak(bar: Bar, records: Sequence[Record]) -> float | None:
+    if bar.quantity not in (ratio_to_torch, ratio_to_best):
+        return None
+    bounds = []
+    for record in records:
+        ratio, share = bar.quantity(record), share_of_peak(record)
+        if ratio is None or not share:
+            return None
+        bounds.append(ratio / share)
+    return statistics.geometric_mean(bounds) if bar.mean else min(bounds)
 
 
 def _ratio(record: Record, peer: str) -> float | None:

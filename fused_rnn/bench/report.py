@@ -173,7 +173,7 @@ def crowded_section(found: Sequence[Crowding]) -> Section:
 
 
 def bars_section(verdicts: Sequence[Verdict]) -> Section:
-    rows = [["bar", "threads", "required", "measured", "met", "cases", "furthest from it"]]
+    rows = [["bar", "threads", "required", "measured", "at the peak", "met", "cases", "furthest from it"]]
     for verdict in verdicts:
         bar = verdict.bar
         required = f"{'at most' if bar.at_most else 'at least'} {bar.required:g}"
@@ -185,6 +185,7 @@ def bars_section(verdicts: Sequence[Verdict]) -> Section:
                 "-" if verdict.threads is None else str(verdict.threads),
                 required,
                 "not measured" if verdict.measured is None else f"{verdict.measured:.2f}",
+                "-" if verdict.at_peak is None else f"{verdict.at_peak:.2f}",
                 "yes" if verdict.met else "NO",
                 str(verdict.count),
                 verdict.worst,
