@@ -142,6 +142,7 @@ class Cuda {
  public:
   static constexpr bool one_matrix = true;
   static constexpr bool adds_into_grad_x = false;
+  static constexpr bool masks_in_kernels = true;
 
   explicit Cuda(const Tensor& input) : stream_(input), options_(input.options()) {
     sum_dtype_ = accumulation_dtype(input);
