@@ -18,11 +18,11 @@ namespace fused_rnn {
 class LiveSteps {
  public:
   // mask (T, B), contiguous, on the CPU.
-  explicit LiveSteps(const Tensor& mask)
-      : T_(mask.size(0)), B_(mask.size(1)), mask_(static_cast<const uint8_t*>(mask.const_data_ptr())), owner_(mask) {
+  explicit LiveSteps(const Tensor& mask) : T_(mask.size(0)), B_(mask.size(1)) {
+    const uint8_t* bytes = static_cast<const uint8_t*>(mask.const_data_ptr());  // True may be any but 0
     std::vector<int64_t> counts(B_);
     for (int64_t t = 0; t < T_; ++t)
-      for (int64_t b = 0; b < B_; ++b) counts[b] += mask_[t * B_ + b] != 0;
+      for (int64_t b = 0; b < B_; ++b) counts[b] += bytes[t * B_ + b] != 0;
     count_ = std::accumulate(counts.begin(), counts.end(), int64_t(0));
     if (all()) return;
 
@@ -40,11 +40,18 @@ class LiveSteps {
     offsets_.resize(sizes_.size() + 1);
     std::partial_sum(sizes_.begin(), sizes_.end(), offsets_.begin() + 1);
 
-    place_.resize(T_ * B_);
+    live_.resize(count_);
+    masked_.reserve(T_ * B_ - count_);
     std::vector<int64_t> seen(B_);
     for (int64_t t = 0; t < T_; ++t) {
-      for (int64_t b = 0; b < B_; ++b)
-        if (mask_[t * B_ + b]) place_[t * B_ + b] = offsets_[seen[b]++] + rank[b];
+      for (int64_t b = 0; b < B_; ++b) {
+        const int64_t n = t * B_ + b;
+        if (bytes[n]) {
+          live_[offsets_[seen[b]++] + rank[b]] = n;
+        } else {
+          masked_.push_back(n);
+        }
+      }
     }
   }
 
@@ -63,9 +70,9 @@ class LiveSteps {
     const int64_t time_bytes = t.stride(0) * size, batch_bytes = t.stride(1) * size;
     const char* from = static_cast<const char*>(t.const_data_ptr());
     char* to = static_cast<char*>(packed.mutable_data_ptr());
-    each_row(row_bytes, [&](int64_t n) {
-      if (mask_[n])
-        std::memcpy(to + place_[n] * row_bytes, from + n / B_ * time_bytes + n % B_ * batch_bytes, row_bytes);
+    each(count_, row_bytes, [&](int64_t p) {
+      const int64_t n = live_[p];
+      std::memcpy(to + p * row_bytes, from + n / B_ * time_bytes + n % B_ * batch_bytes, row_bytes);
     });
     return packed;
   }
@@ -76,13 +83,9 @@ class LiveSteps {
     const int64_t row_bytes = packed.size(1) * packed.element_size();
     const char* from = static_cast<const char*>(packed.const_data_ptr());
     char* to = static_cast<char*>(t.mutable_data_ptr());
-    each_row(row_bytes, [&](int64_t n) {
-      if (mask_[n]) {
-        std::memcpy(to + n * row_bytes, from + place_[n] * row_bytes, row_bytes);
-      } else {
-        std::memset(to + n * row_bytes, 0, row_bytes);
-      }
-    });
+    each(count_, row_bytes,
+         [&](int64_t p) { std::memcpy(to + live_[p] * row_bytes, from + p * row_bytes, row_bytes); });
+    each(T_ * B_ - count_, row_bytes, [&](int64_t k) { std::memset(to + masked_[k] * row_bytes, 0, row_bytes); });
     return t;
   }
 
@@ -97,27 +100,26 @@ class LiveSteps {
   }
 
  private:
-  // copy(n) for each n = t * B + b, on the threads of a call where it is worth waking them.
-  template <class Copy>
-  void each_row(int64_t row_bytes, Copy copy) const {
+  // row(i) for each i of count, on the threads of a call where it is worth waking them.
+  template <class Row>
+  static void each(int64_t count, int64_t row_bytes, Row row) {
     constexpr int64_t bytes_of_a_thread = 1 << 17;
-    const int64_t N = T_ * B_, grain = std::max<int64_t>(1, bytes_of_a_thread / std::max<int64_t>(1, row_bytes));
+    const int64_t grain = std::max<int64_t>(1, bytes_of_a_thread / std::max<int64_t>(1, row_bytes));
     const auto run = [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) copy(n);
+      for (int64_t i = begin; i < end; ++i) row(i);
     };
-    if (N <= grain || team_is_late() || usable_threads(at::get_num_threads()) == 1) {
-      run(0, N);
+    if (count <= grain || team_is_late() || usable_threads(at::get_num_threads()) == 1) {
+      run(0, count);
     } else {
-      at::parallel_for(0, N, grain, run);
+      at::parallel_for(0, count, grain, run);
     }
   }
 
   int64_t T_, B_, count_ = 0;
-  const uint8_t* mask_;
-  Tensor owner_;  // of the mask
-  Tensor rows_;   // of the batch, those of the packed one in order
+  Tensor rows_;  // of the batch, those of the packed one in order
   std::vector<int64_t> sizes_, offsets_;
-  std::vector<int64_t> place_;  // of row t * B + b, where it is live, in the packed batch
+  std::vector<int64_t> live_;    // of each row of the packed batch, t * B + b
+  std::vector<int64_t> masked_;  // t * B + b of the others
 };
 
 }  // namespace fused_rnn
