@@ -118,7 +118,7 @@ def step_by_step(twin: nn.Module, data: Data, mask: Tensor) -> dict[str, Tensor]
 
 
 @functools.cache
-def _float64_reference(case: Case) -> dict[str, Tensor]:
+def float64_reference(case: Case) -> dict[str, Tensor]:
     twin, data = copy.deepcopy(case.build(nn)).double(), case.data().to(F64)
     return with_gradients(twin, data, step_by_step(twin, data, random_mask(case)))
 
@@ -127,14 +127,14 @@ def _float64_reference(case: Case) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layer_matches_the_float64_definition(case: Case, isa: str) -> None:
     found = run(case.build(fused_rnn), case.data(), mask=as_argument(case, random_mask(case)))
-    assert_within(found, _float64_reference(case))
+    assert_within(found, float64_reference(case))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_matches_the_float64_definition(case: Case) -> None:
     with fused_rnn.use_backend("reference"):
         found = run(case.build(fused_rnn), case.data(), mask=as_argument(case, random_mask(case)))
-    assert_within(found, _float64_reference(case))
+    assert_within(found, float64_reference(case))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
