@@ -2,6 +2,7 @@
 //
 // Everything else a derivative can be asked for has its formulas in fused_rnn/ops.py: torch.func, forward mode,
 // torch.compile; and so has the derivative of a backward pass, which is asked for there when it is recorded itself.
+#include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -60,6 +61,48 @@ variable_list differentiable_backward(const char* function, const py::tuple& set
   variable_list result;
   for (const py::handle& grad : grads) result.push_back(grad.is_none() ? Tensor() : grad.cast<Tensor>());
   return result;
+}
+
+// t where torch.autograd.grad was given several gradients at once (is_grads_batched): those are tensors of PyTorch's
+// older vmap, which batches operators and knows no Function, with a level for each vmap.
+const at::BatchedTensorImpl* batched(const Tensor& t) { return t.defined() ? at::maybeGetBatchedImpl(t) : nullptr; }
+
+Tensor example_of(const Tensor& t, int64_t level, int64_t index) {
+  const at::BatchedTensorImpl* impl = batched(t);
+  if (!impl || impl->bdims().back().level() != level) return t;
+  const int64_t dim = impl->bdims().back().dim();
+  at::BatchDims others;
+  for (const at::BatchDim& other : impl->bdims().slice(0, impl->bdims().size() - 1))
+    others.emplace_back(other.level(), other.dim() - (other.dim() > dim ? 1 : 0));
+  const Tensor value = impl->value().select(dim, index);
+  return others.empty() ? value : at::makeBatched(value, others);
+}
+
+// compute(grads, true), a backward pass; of a batch of gradients for one after the other, with false. Autograd sees
+// each by itself, as that vmap has it, so that what is recorded holds no batch.
+template <class Compute>
+variable_list for_each_example(const variable_list& grads, const Compute& compute, bool alone = true) {
+  int64_t level = -1, examples = 0;
+  for (const Tensor& grad : grads) {
+    const at::BatchedTensorImpl* impl = batched(grad);
+    if (!impl || impl->bdims().back().level() <= level) continue;
+    level = impl->bdims().back().level();
+    examples = impl->value().size(impl->bdims().back().dim());
+  }
+  if (level < 0) return compute(grads, alone);
+  std::vector<variable_list> results;
+  for (int64_t i = 0; i < examples; ++i) {
+    variable_list one;
+    for (const Tensor& grad : grads) one.push_back(example_of(grad, level, i));
+    results.push_back(for_each_example(one, compute, false));
+  }
+  variable_list stacked;
+  for (size_t r = 0; !results.empty() && r < results[0].size(); ++r) {
+    variable_list all;
+    for (const variable_list& result : results) all.push_back(result[r]);
+    stacked.push_back(all[0].defined() ? at::addBatchDim(at::stack(all), level, 0) : Tensor());
+  }
+  return stacked;
 }
 
 // Which arguments need a gradient: the context counts only those that are tensors.
@@ -130,13 +173,19 @@ class RnnGradient : public torch::autograd::Function<RnnGradient> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    grads.resize(3);
+    return for_each_example(grads,
+                            [&](const variable_list& one, bool alone) { return backward_of_one(ctx, one, alone); });
+  }
+
+ private:
+  static variable_list backward_of_one(AutogradContext* ctx, const variable_list& grads, bool alone) {
     const variable_list saved = ctx->get_saved_variables();
     const std::vector<int64_t> settings = ctx->saved_data["settings"].toIntVector();
     const auto batch_sizes = ctx->saved_data.find("batch_sizes");
     const Tensor sizes = batch_sizes == ctx->saved_data.end() ? Tensor() : batch_sizes->second.toTensor();
     const size_t dropout = settings[5];
     const at::ArrayRef<Tensor> all(saved), inputs = all.slice(5, 3), params = all.slice(8 + dropout);
-    grads.resize(3);
     Needs needs(ctx);
     for (const Tensor& t : inputs) needs.add(t.defined());
     for (const Tensor& t : params) needs.add(t.defined());
@@ -156,7 +205,7 @@ class RnnGradient : public torch::autograd::Function<RnnGradient> {
           optional(grads[0]), optional(grads[1]), optional(grads[2]), inputs[0], optional(inputs[1]),
           optional(inputs[2]), params, all.slice(8, dropout), optional(sizes), all[0], all[1], all[2], all[3],
           settings[0], settings[1], settings[2], settings[3], settings[4], needs.list(needs.values.size()),
-          is_last_use(all[1]), optional(all[4]));
+          alone && is_last_use(all[1]), optional(all[4]));
       result = {std::move(grad_input), std::move(grad_h0), std::move(grad_c0)};
       for (Tensor& grad : grad_params) result.push_back(std::move(grad));
       for (size_t i = 0; i < result.size(); ++i)
@@ -194,10 +243,15 @@ class CellGradient : public torch::autograd::Function<CellGradient> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    grads.resize(2);
+    return for_each_example(grads, [&](const variable_list& one, bool) { return backward_of_one(ctx, one); });
+  }
+
+ private:
+  static variable_list backward_of_one(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const int64_t kind = ctx->saved_data["kind"].toInt();
     const at::ArrayRef<Tensor> all(saved), inputs = all.slice(3);
-    grads.resize(2);
     Needs needs(ctx);
     for (const Tensor& t : inputs) needs.add(t.defined());
     variable_list result;
