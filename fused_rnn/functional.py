@@ -300,7 +300,8 @@ def _live_steps(
             mask = mask.transpose(0, 1)
     if lengths is not None:
         steps = torch.arange(num_steps, device=input.device).unsqueeze(1)
-        before_end = steps < lengths.to(input.device).reshape(-1)
+        # from the CPU to a GPU without waiting for it; the other way the values must have come before they are read
+        before_end = steps < lengths.to(input.device, non_blocking=input.is_cuda).reshape(-1)
         mask = before_end if mask is None else mask & before_end
     assert mask is not None
     return mask.contiguous()
