@@ -2,6 +2,7 @@
 //
 // Everything else a derivative can be asked for has its formulas in fused_rnn/ops.py: torch.func, forward mode,
 // torch.compile; and so has the derivative of a backward pass, which is asked for there when it is recorded itself.
+#include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -62,6 +63,48 @@ variable_list differentiable_backward(const char* function, const py::tuple& set
   return result;
 }
 
+// t where torch.autograd.grad was given several gradients at once (is_grads_batched): those are tensors of PyTorch's
+// older vmap, which batches operators and knows no Function, with a level for each vmap.
+const at::BatchedTensorImpl* batched(const Tensor& t) { return t.defined() ? at::maybeGetBatchedImpl(t) : nullptr; }
+
+Tensor example_of(const Tensor& t, int64_t level, int64_t index) {
+  const at::BatchedTensorImpl* impl = batched(t);
+  if (!impl || impl->bdims().back().level() != level) return t;
+  const int64_t dim = impl->bdims().back().dim();
+  at::BatchDims others;
+  for (const at::BatchDim& other : impl->bdims().slice(0, impl->bdims().size() - 1))
+    others.emplace_back(other.level(), other.dim() - (other.dim() > dim ? 1 : 0));
+  const Tensor value = impl->value().select(dim, index);
+  return others.empty() ? value : at::makeBatched(value, others);
+}
+
+// compute(grads, true), a backward pass; of a batch of gradients for one after the other, with false. Autograd sees
+// each by itself, as that vmap has it, so that what is recorded holds no batch.
+template <class Compute>
+variable_list for_each_example(const variable_list& grads, const Compute& compute, bool alone = true) {
+  int64_t level = -1, examples = 0;
+  for (const Tensor& grad : grads) {
+    const at::BatchedTensorImpl* impl = batched(grad);
+    if (!impl || impl->bdims().back().level() <= level) continue;
+    level = impl->bdims().back().level();
+    examples = impl->value().size(impl->bdims().back().dim());
+  }
+  if (level < 0) return compute(grads, alone);
+  std::vector<variable_list> results;
+  for (int64_t i = 0; i < examples; ++i) {
+    variable_list one;
+    for (const Tensor& grad : grads) one.push_back(example_of(grad, level, i));
+    results.push_back(for_each_example(one, compute, false));
+  }
+  variable_list stacked;
+  for (size_t r = 0; !results.empty() && r < results[0].size(); ++r) {
+    variable_list all;
+    for (const variable_list& result : results) all.push_back(result[r]);
+    stacked.push_back(all[0].defined() ? at::addBatchDim(at::stack(all), level, 0) : Tensor());
+  }
+  return stacked;
+}
+
 // Which arguments need a gradient: the context counts only those that are tensors.
 class Needs {
  public:
@@ -85,8 +128,9 @@ class Needs {
 
 // What of a call is no differentiable tensor.
 struct RnnCall {
-  at::TensorList masks;
+  at::TensorList dropout;
   const OptionalTensor& batch_sizes;
+  const OptionalTensor& mask;
   int64_t kind;
   bool has_biases;
   int64_t num_layers;
@@ -104,17 +148,24 @@ class RnnGradient : public torch::autograd::Function<RnnGradient> {
     Tensor output, h_n;
     {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      std::tie(output, h_n, call.c_n, call.gates, call.cells, call.hidden) =
-          rnn_forward_operator().call(input, h0, c0, params, call.masks, call.batch_sizes, call.kind, call.has_biases,
-                                      call.num_layers, call.bidirectional, call.batch_first, true, call.recompute);
+      std::tie(output, h_n, call.c_n, call.gates, call.cells, call.hidden) = rnn_forward_operator().call(
+          input, h0, c0, params, call.dropout, call.batch_sizes, call.kind, call.has_biases, call.num_layers,
+          call.bidirectional, call.batch_first, true, call.recompute, call.mask);
     }
-    variable_list saved{
-        output, call.gates, call.cells, call.hidden, input, h0.value_or(Tensor()), c0.value_or(Tensor())};
-    saved.insert(saved.end(), call.masks.begin(), call.masks.end());
+    variable_list saved{output,
+                        call.gates,
+                        call.cells,
+                        call.hidden,
+                        call.mask.value_or(Tensor()),
+                        input,
+                        h0.value_or(Tensor()),
+                        c0.value_or(Tensor())};
+    saved.insert(saved.end(), call.dropout.begin(), call.dropout.end());
     saved.insert(saved.end(), params.begin(), params.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["settings"] = std::vector<int64_t>{
-        call.kind, call.has_biases, call.num_layers, call.bidirectional, call.batch_first, int64_t(call.masks.size())};
+    ctx->saved_data["settings"] =
+        std::vector<int64_t>{call.kind,          call.has_biases,  call.num_layers,
+                             call.bidirectional, call.batch_first, int64_t(call.dropout.size())};
     if (call.batch_sizes) ctx->saved_data["batch_sizes"] = *call.batch_sizes;
     ctx->set_materialize_grads(false);
     if (has_cell_state(CellKind(call.kind))) return {output, h_n, call.c_n};
@@ -122,33 +173,39 @@ class RnnGradient : public torch::autograd::Function<RnnGradient> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    grads.resize(3);
+    return for_each_example(grads,
+                            [&](const variable_list& one, bool alone) { return backward_of_one(ctx, one, alone); });
+  }
+
+ private:
+  static variable_list backward_of_one(AutogradContext* ctx, const variable_list& grads, bool alone) {
     const variable_list saved = ctx->get_saved_variables();
     const std::vector<int64_t> settings = ctx->saved_data["settings"].toIntVector();
     const auto batch_sizes = ctx->saved_data.find("batch_sizes");
     const Tensor sizes = batch_sizes == ctx->saved_data.end() ? Tensor() : batch_sizes->second.toTensor();
-    const size_t masks = settings[5];
-    const at::ArrayRef<Tensor> all(saved), inputs = all.slice(4, 3), params = all.slice(7 + masks);
-    grads.resize(3);
+    const size_t dropout = settings[5];
+    const at::ArrayRef<Tensor> all(saved), inputs = all.slice(5, 3), params = all.slice(8 + dropout);
     Needs needs(ctx);
     for (const Tensor& t : inputs) needs.add(t.defined());
     for (const Tensor& t : params) needs.add(t.defined());
     variable_list result;
     if (backward_is_transformed()) {
       py::gil_scoped_acquire gil;
-      std::vector<bool> with_masks = needs.values;
-      with_masks.insert(with_masks.begin() + 3, masks, false);
+      std::vector<bool> with_dropout = needs.values;
+      with_dropout.insert(with_dropout.begin() + 3, dropout, false);
       const py::tuple described = py::make_tuple(settings[0], bool(settings[1]), settings[2], bool(settings[3]),
-                                                 bool(settings[4]), masks, to_python(sizes));
-      result = differentiable_backward("differentiable_rnn_backward", described, with_masks,
+                                                 bool(settings[4]), dropout, to_python(sizes));
+      result = differentiable_backward("differentiable_rnn_backward", described, with_dropout,
                                        py::tuple(to_python(grads) + to_python(all)));
-      result.erase(result.begin() + 3, result.begin() + 3 + masks);
+      result.erase(result.begin() + 3, result.begin() + 3 + dropout);
     } else {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       auto [grad_input, grad_h0, grad_c0, grad_params] = rnn_backward_operator().call(
           optional(grads[0]), optional(grads[1]), optional(grads[2]), inputs[0], optional(inputs[1]),
-          optional(inputs[2]), params, all.slice(7, masks), optional(sizes), all[0], all[1], all[2], all[3],
+          optional(inputs[2]), params, all.slice(8, dropout), optional(sizes), all[0], all[1], all[2], all[3],
           settings[0], settings[1], settings[2], settings[3], settings[4], needs.list(needs.values.size()),
-          is_last_use(all[1]));
+          alone && is_last_use(all[1]), optional(all[4]));
       result = {std::move(grad_input), std::move(grad_h0), std::move(grad_c0)};
       for (Tensor& grad : grad_params) result.push_back(std::move(grad));
       for (size_t i = 0; i < result.size(); ++i)
@@ -186,10 +243,15 @@ class CellGradient : public torch::autograd::Function<CellGradient> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    grads.resize(2);
+    return for_each_example(grads, [&](const variable_list& one, bool) { return backward_of_one(ctx, one); });
+  }
+
+ private:
+  static variable_list backward_of_one(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const int64_t kind = ctx->saved_data["kind"].toInt();
     const at::ArrayRef<Tensor> all(saved), inputs = all.slice(3);
-    grads.resize(2);
     Needs needs(ctx);
     for (const Tensor& t : inputs) needs.add(t.defined());
     variable_list result;
@@ -221,14 +283,14 @@ Tensor nothing_like(const Tensor& t) { return at::empty({0}, t.options()); }
 ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                           at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
                           int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
-                          bool save, bool recompute) {
+                          bool save, bool recompute, const OptionalTensor& mask) {
   if (!is_recorded(input, h0, c0, params)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return rnn_forward_operator().call(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers,
-                                       bidirectional, batch_first, save, recompute);
+                                       bidirectional, batch_first, save, recompute, mask);
   }
-  RnnCall call{dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
-               batch_first,   recompute,   {},   {},         {},         {}};
+  RnnCall call{dropout_masks, batch_sizes, mask, kind, has_biases, num_layers, bidirectional,
+               batch_first,   recompute,   {},   {},   {},         {}};
   const variable_list results = RnnGradient::apply(input, h0, c0, params, call);
   const Tensor& c_n = results.size() == 3 ? results[2] : call.c_n;
   if (!save) {

@@ -122,7 +122,7 @@ PyObject* run_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     {
       py::gil_scoped_release no_gil;
       result = rnn_forward_operator().call(input, h, c, params, {}, std::nullopt, kind, has_biases, num_layers,
-                                           bidirectional, batch_first, false, recompute);
+                                           bidirectional, batch_first, false, recompute, std::nullopt);
     }
     return tuple_of({&std::get<0>(result), &std::get<1>(result), &std::get<2>(result)});
   } catch (const c10::Error&) {

@@ -9,12 +9,14 @@
 //   forward(layer), backward(layer)
 //   one_matrix                         whether x, y and their gradients must be matrices of N rows at one distance
 //   adds_into_grad_x                   whether the directions of a layer add into grad_x, which then holds zeros
+//   masks_in_kernels                   whether steps may have a mask; the others get the packed batch of its live steps
 #pragma once
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "cpu/plan.h"
+#include "live_steps.h"
 #include "ops.h"
 
 namespace fused_rnn {
@@ -83,15 +85,16 @@ struct Stack {
   Tensor input;                // (T, B, I) view, or (N, I)
   std::vector<Tensor> params;  // contiguous
   std::vector<int64_t> sizes, offsets;
-  std::vector<Tensor> masks;
+  std::vector<Tensor> dropout;  // factors, (N, D * P)
+  Tensor mask;                  // (T, B), or undefined
   Tensor h0, c0;
 
   int64_t params_per_direction() const { return 2 + (has_biases ? 2 : 0) + (projects() ? 1 : 0); }
   bool projects() const { return P != H; }
 
   Stack(const Tensor& input_, const OptionalTensor& h0_, const OptionalTensor& c0_, at::TensorList params_,
-        at::TensorList masks_, const OptionalTensor& batch_sizes, int64_t kind_, bool has_biases_, int64_t layers,
-        bool bidirectional, bool batch_first_)
+        at::TensorList dropout_, const OptionalTensor& batch_sizes, int64_t kind_, bool has_biases_, int64_t layers,
+        bool bidirectional, bool batch_first_, const OptionalTensor& mask_)
       : kind(CellKind(kind_)),
         has_biases(has_biases_),
         num_layers(layers),
@@ -106,6 +109,7 @@ struct Stack {
     input = with_contiguous_rows(batch_first ? input_.transpose(0, 1) : input_);
     I = input.size(-1);
     read_steps(batch_sizes);
+    if (mask_) read_mask(*mask_);
 
     const int64_t fewest = has_biases ? 4 : 2;
     TORCH_CHECK(int64_t(params_.size()) >= fewest, "params: expected at least ", fewest, " tensors, got ",
@@ -123,11 +127,12 @@ struct Stack {
     }
     h0 = initial(h0_, P, "h0");
     c0 = initial(c0_, H, "c0");
-    TORCH_CHECK(masks_.empty() || int64_t(masks_.size()) == layers - 1, "dropout_masks: expected 0 or ", layers - 1,
-                " tensors, got ", masks_.size());
-    for (const Tensor& mask : masks_) {
-      TORCH_CHECK(mask.numel() == N * D * P, "dropout_masks: expected ", N * D * P, " elements, got ", mask.numel());
-      masks.push_back(mask.reshape({N, D * P}));
+    TORCH_CHECK(dropout_.empty() || int64_t(dropout_.size()) == layers - 1, "dropout_masks: expected 0 or ", layers - 1,
+                " tensors, got ", dropout_.size());
+    for (const Tensor& factors : dropout_) {
+      TORCH_CHECK(factors.numel() == N * D * P, "dropout_masks: expected ", N * D * P, " elements, got ",
+                  factors.numel());
+      dropout.push_back(factors.reshape({N, D * P}));
     }
   }
 
@@ -156,6 +161,15 @@ struct Stack {
     B = sizes[0];
     N = offsets.back();
     TORCH_CHECK(N == input.size(0), "batch_sizes: expected a sum of ", input.size(0), ", got ", N);
+  }
+
+  void read_mask(const Tensor& given) {
+    TORCH_CHECK(!packed, "mask: expected none with batch_sizes");
+    TORCH_CHECK(given.device() == input.device() && given.scalar_type() == at::kBool &&
+                    given.sizes() == at::IntArrayRef({T, B}),
+                "mask: expected bool [", T, ", ", B, "] on ", input.device(), ", got ", given.scalar_type(), " ",
+                given.sizes(), " on ", given.device());
+    mask = given.contiguous();
   }
 
   void read_params(at::TensorList given, int64_t layer) {
@@ -202,6 +216,7 @@ struct Stack {
       s.batch_sizes = sizes.data();
       s.offsets = offsets.data();
     }
+    if (mask.defined()) s.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
     return s;
   }
 
@@ -237,39 +252,80 @@ struct Stack {
 
   // The input of a layer: that of the stack, or the output of the layer below after its dropout.
   Tensor layer_input(int64_t layer, const Tensor& hidden) const {
-    if (layer == 0) return input;
+    if (layer == 0) return without_masked(input);
     const Tensor below = hidden.select(0, layer - 1);
-    return masks.empty() ? below : below * masks[layer - 1];
+    return dropout.empty() ? below : below * dropout[layer - 1];
   }
+
+  // Rows of steps, with zeros in those that are masked: what stands there, NaN included, must not meet a product.
+  Tensor without_masked(const Tensor& t) const {
+    return mask.defined() && t.defined() ? at::where(mask.unsqueeze(2), t, 0) : t;
+  }
+
+  // Where some steps are masked, the others; the stack itself has no mask afterwards.
+  std::optional<LiveSteps> take_mask() {
+    if (!mask.defined()) return std::nullopt;
+    const Tensor taken = std::exchange(mask, Tensor());
+    std::optional<LiveSteps> live(taken);
+    if (live->all()) live.reset();
+    return live;
+  }
+
+  // The stack over the live steps alone.
+  Stack packed_as(const LiveSteps& live) const {
+    Stack result = *this;
+    result.packed = true;
+    result.batch_first = false;
+    result.mask.reset();
+    result.input = live.pack(input);
+    result.sizes = live.sizes();
+    result.offsets = live.offsets();
+    result.T = int64_t(result.sizes.size());
+    result.B = result.T > 0 ? result.sizes[0] : 0;
+    result.N = live.count();
+    for (Tensor& factors : result.dropout) factors = live.pack(factors.view({T, B, D * P}));
+    if (h0.defined()) result.h0 = live.pack_states(h0);
+    if (c0.defined()) result.c0 = live.pack_states(c0);
+    return result;
+  }
+
+  // Layers whose states are a tensor of their own: those below the output, which has none in masked steps.
+  int64_t hidden_layers() const { return mask.defined() ? num_layers : num_layers - 1; }
 
   std::vector<int64_t> output_shape() const {
     return packed ? std::vector<int64_t>{N, D * P} : std::vector<int64_t>{T, B, D * P};
   }
 };
 
+// t (entries, room, ...), contiguous, as one of `rows` rows an entry, at the front of its memory.
+inline Tensor front(const Tensor& t, int64_t rows) {
+  if (t.dim() < 2 || t.size(1) == rows) return t;
+  std::vector<int64_t> sizes = t.sizes().vec();
+  sizes[1] = rows;
+  return t.flatten().narrow(0, 0, c10::multiply_integers(sizes)).view(sizes);
+}
+
+// The forward pass of a stack in order of time, packed or dense; what is saved has room for `room` rows.
 template <class Backend>
-ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                          at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
-                          int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
-                          bool save, bool recompute) {
-  Backend backend(input);
-  const Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
-                    batch_first);
+ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, bool recompute, int64_t room) {
   const auto options = stack.input.options();
-  const int64_t L = num_layers, D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
+  const int64_t L = stack.num_layers, D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
   const int64_t saved = saved_gate_count(stack.kind);
-  const bool has_cell = has_cell_state(stack.kind);
-  const Tensor output = at::empty(stack.output_shape(), options);
+  const bool has_cell = has_cell_state(stack.kind), carries = stack.mask.defined();
   const Tensor h_n = at::empty({L * D, B, P}, options);
   const Tensor c_n = at::empty(has_cell ? std::vector<int64_t>{L * D, B, H} : std::vector<int64_t>{0}, options);
-  Tensor gates = at::empty({0}, options), cells = at::empty({0}, options.dtype(accumulation_dtype(input)));
-  Tensor hidden = at::empty({0}, options);
-  if (save && !recompute && saved > 0) gates = at::empty({L * D, N, saved, H}, options);
-  if (save && has_cell) cells = at::empty({L * D, N, H}, cells.options());
-  if (L > 1) hidden = at::empty({save ? L - 1 : std::min<int64_t>(L - 1, 2), N, D * P}, options);
+  Tensor all_gates = at::empty({0}, options),
+         all_cells = at::empty({0}, options.dtype(accumulation_dtype(stack.input)));
+  Tensor all_hidden = at::empty({0}, options);
+  if (save && !recompute && saved > 0) all_gates = at::empty({L * D, room, saved, H}, options);
+  if (save && has_cell) all_cells = at::empty({L * D, room, H}, all_cells.options());
+  const int64_t below = stack.hidden_layers();
+  if (below > 0) all_hidden = at::empty({save ? below : std::min<int64_t>(below, 2), room, D * P}, options);
+  const Tensor gates = front(all_gates, N), cells = front(all_cells, N), hidden = front(all_hidden, N);
+  // Where kernels carry states over masked steps, those are not the output.
+  Tensor output = carries && N > 0 ? Tensor() : at::empty(stack.output_shape(), options);
   const auto result = [&] {
-    return ForwardResult(stack.batch_first ? output.transpose(0, 1) : output, h_n, c_n, gates, cells,
-                         save ? hidden : at::empty({0}, options));
+    return ForwardResult(output, h_n, c_n, all_gates, all_cells, save ? all_hidden : at::empty({0}, options));
   };
   if (N == 0) return result();
 
@@ -279,12 +335,14 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
     layer.sizes = stack.layer_sizes(l);
     layer.steps = steps;
     layer.inference = !save;
-    Tensor x = stack.input;
-    if (l > 0) {
+    Tensor x;
+    if (l == 0) {
+      x = stack.without_masked(stack.input);
+    } else {
       x = hidden.select(0, save ? l - 1 : (l - 1) % 2);
-      if (!stack.masks.empty()) x = save ? x * stack.masks[l - 1] : x.mul_(stack.masks[l - 1]);
+      if (!stack.dropout.empty()) x = save ? x * stack.dropout[l - 1] : x.mul_(stack.dropout[l - 1]);
     }
-    const Tensor y = l == L - 1 ? output : hidden.select(0, save ? l : l % 2);
+    const Tensor y = l < below ? hidden.select(0, save ? l : l % 2) : output;
     x = rows_for<Backend>(x);
     layer.x = stack.sequence(x);
     layer.y = stack.sequence(y);
@@ -300,48 +358,47 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
       dir.cells = mutable_slice(cells, i);
     }
     backend.forward(layer);
+    if (carries && l == L - 1) output = stack.without_masked(y.view(stack.output_shape()));
   }
   return result();
 }
 
 template <class Backend>
-BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                            const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
-                            const OptionalTensor& c0, at::TensorList params, at::TensorList dropout_masks,
-                            const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
-                            const Tensor& cells, const Tensor& hidden, int64_t kind, bool has_biases,
-                            int64_t num_layers, bool bidirectional, bool batch_first, c10::List<bool> needs,
-                            bool reuse_gates) {
+ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+                          at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
+                          int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
+                          bool save, bool recompute, const OptionalTensor& mask) {
   Backend backend(input);
-  const Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
-                    batch_first);
-  const int64_t L = num_layers, D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
-  const int64_t saved = saved_gate_count(stack.kind);
-  const bool has_cell = has_cell_state(stack.kind);
-  const auto options = stack.input.options();
-  TORCH_CHECK(int64_t(needs.size()) == 3 + int64_t(params.size()), "needs: expected ", 3 + params.size(),
-              " values, got ", needs.size());
-  const auto rows_first = [&](const Tensor& t, const char* name) {
-    const Tensor time_major = stack.batch_first ? t.transpose(0, 1) : t;
-    check_like(time_major, stack.input, stack.output_shape(), name);
-    return rows_for<Backend>(with_contiguous_rows(time_major));
-  };
-  const auto final_gradient = [&](const OptionalTensor& t, int64_t size, const char* name) {
-    if (!t) return Tensor();
-    check_like(*t, stack.input, {L * D, B, size}, name);
-    return t->contiguous();
-  };
-  const Tensor y = rows_first(output, "output");
-  Tensor grad_y = grad_output ? rows_first(*grad_output, "grad_output") : Tensor();
-  const Tensor final_h = final_gradient(grad_h_n, P, "grad_h_n");
-  const Tensor final_c = final_gradient(grad_c_n, H, "grad_c_n");
-  // Without gates the forward pass was told that they will be computed again.
-  TORCH_CHECK((gates.numel() == L * D * N * saved * H || gates.numel() == 0) && gates.is_contiguous(),
-              "gates: not those of this call");
-  TORCH_CHECK(cells.numel() == (has_cell ? L * D * N * H : 0) && cells.is_contiguous(),
-              "cells: not those of this call");
-  TORCH_CHECK(hidden.numel() == (L - 1) * N * D * P && hidden.is_contiguous(), "hidden: not that of this call");
+  Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
+              batch_first, mask);
+  std::optional<LiveSteps> live;
+  if constexpr (!Backend::masks_in_kernels) live = stack.take_mask();
+  ForwardResult result;
+  if (!live) {
+    result = run_forward(backend, stack, save, recompute, stack.N);
+  } else if constexpr (!Backend::masks_in_kernels) {
+    result = run_forward(backend, stack.packed_as(*live), save, recompute, stack.N);
+    auto& [output, h_n, c_n, gates, cells, hidden] = result;
+    output = live->unpack(output);
+    h_n = live->unpack_states(h_n, stack.h0);
+    if (has_cell_state(stack.kind)) c_n = live->unpack_states(c_n, stack.c0);
+  }
+  if (stack.batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
+  return result;
+}
 
+// What comes into a backward pass, in order of time: gradients, undefined for zeros, and what the forward pass gave.
+struct BackwardInput {
+  Tensor grad_output, grad_h_n, grad_c_n, output, gates, cells, hidden;
+};
+
+// The backward pass of a stack in order of time, packed or dense.
+template <class Backend>
+BackwardResult run_backward(Backend& backend, const Stack& stack, const BackwardInput& given,
+                            const c10::List<bool>& needs, bool reuse_gates) {
+  const int64_t L = stack.num_layers, D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
+  const bool carries = stack.mask.defined();
+  const auto options = stack.input.options();
   const auto make = [&](bool needed, at::IntArrayRef shape) {
     return needed ? (N == 0 ? at::zeros(shape, options) : at::empty(shape, options)) : at::empty({0}, options);
   };
@@ -350,15 +407,12 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   };
   const Tensor grad_input = needs[0] ? make_rows(stack.input.sizes()) : at::empty({0}, options);
   const Tensor grad_h0 = make(needs[1] && stack.h0.defined(), {L * D, B, P});
-  const Tensor grad_c0 = make(needs[2] && stack.c0.defined() && has_cell, {L * D, B, H});
+  const Tensor grad_c0 = make(needs[2] && stack.c0.defined() && has_cell_state(stack.kind), {L * D, B, H});
   std::vector<Tensor> grad_params;
-  grad_params.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) grad_params.push_back(make(needs[3 + i], params[i].sizes()));
-  const auto result = [&] {
-    return BackwardResult(needs[0] && stack.batch_first ? grad_input.transpose(0, 1) : grad_input, grad_h0, grad_c0,
-                          grad_params);
-  };
-  if (N == 0) return result();
+  grad_params.reserve(stack.params.size());
+  for (size_t i = 0; i < stack.params.size(); ++i) grad_params.push_back(make(needs[3 + i], stack.params[i].sizes()));
+  BackwardResult result(grad_input, grad_h0, grad_c0, grad_params);
+  if (N == 0) return result;
 
   // The lowest layer of which something is needed; nothing runs below it.
   int64_t lowest = 0;
@@ -370,12 +424,14 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   };
   while (lowest < L && !layer_needed(lowest)) ++lowest;
 
+  const Tensor y = carries ? given.hidden.select(0, L - 1) : rows_for<Backend>(given.output);
+  Tensor grad_y = rows_for<Backend>(stack.without_masked(given.grad_output));
   const Steps steps = stack.steps();
   for (int64_t l = L - 1; l >= lowest; --l) {
     LayerBackward layer;
     layer.sizes = stack.layer_sizes(l);
     layer.steps = steps;
-    const Tensor x = rows_for<Backend>(stack.layer_input(l, hidden));
+    const Tensor x = rows_for<Backend>(stack.layer_input(l, given.hidden));
     Tensor grad_x;
     if (l > lowest) {
       grad_x = make_rows({N, D * P});
@@ -383,7 +439,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
       grad_x = grad_input;
     }
     layer.x = stack.sequence(x);
-    layer.y = stack.sequence(l == L - 1 ? y : hidden.select(0, l));
+    layer.y = stack.sequence(l == L - 1 ? y : given.hidden.select(0, l));
     layer.grad_y = stack.sequence(grad_y);
     layer.grad_x = stack.sequence(grad_x);
     layer.reuse_gates = reuse_gates;
@@ -393,10 +449,10 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
       dir.weights = stack.weights(l, d);
       dir.h0 = const_slice(stack.h0, i);
       dir.c0 = const_slice(stack.c0, i);
-      dir.gates = const_slice(gates, i);
-      dir.cells = const_slice(cells, i);
-      dir.grad_h_n = const_slice(final_h, i);
-      dir.grad_c_n = const_slice(final_c, i);
+      dir.gates = const_slice(given.gates, i);
+      dir.cells = const_slice(given.cells, i);
+      dir.grad_h_n = const_slice(given.grad_h_n, i);
+      dir.grad_c_n = const_slice(given.grad_c_n, i);
       dir.grad_h0 = mutable_slice(grad_h0, i);
       dir.grad_c0 = mutable_slice(grad_c0, i);
       const int64_t p = stack.first_param(l, d);
@@ -405,16 +461,82 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
       };
       dir.grad_w_ih = grad(0);
       dir.grad_w_hh = grad(1);
-      if (has_biases) {
+      if (stack.has_biases) {
         dir.grad_b_ih = grad(2);
         dir.grad_b_hh = grad(3);
       }
       if (stack.projects()) dir.grad_w_hr = grad(stack.params_per_direction() - 1);
     }
     backend.backward(layer);
-    if (l > lowest) grad_y = stack.masks.empty() ? grad_x : grad_x.mul_(stack.masks[l - 1]);
+    if (l > lowest) grad_y = stack.dropout.empty() ? grad_x : grad_x.mul_(stack.dropout[l - 1]);
   }
-  return result();
+  return result;
+}
+
+template <class Backend>
+BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                            const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
+                            const OptionalTensor& c0, at::TensorList params, at::TensorList dropout_masks,
+                            const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
+                            const Tensor& cells, const Tensor& hidden, int64_t kind, bool has_biases,
+                            int64_t num_layers, bool bidirectional, bool batch_first, c10::List<bool> needs,
+                            bool reuse_gates, const OptionalTensor& mask) {
+  Backend backend(input);
+  Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
+              batch_first, mask);
+  const int64_t L = num_layers, D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
+  const bool has_cell = has_cell_state(stack.kind);
+  std::optional<LiveSteps> live;
+  if constexpr (!Backend::masks_in_kernels) live = stack.take_mask();
+  TORCH_CHECK(int64_t(needs.size()) == 3 + int64_t(params.size()), "needs: expected ", 3 + params.size(),
+              " values, got ", needs.size());
+  const auto rows_first = [&](const Tensor& t, const char* name) {
+    const Tensor time_major = stack.batch_first ? t.transpose(0, 1) : t;
+    check_like(time_major, stack.input, stack.output_shape(), name);
+    return with_contiguous_rows(time_major);
+  };
+  const auto final_gradient = [&](const OptionalTensor& t, int64_t size, const char* name) {
+    if (!t) return Tensor();
+    check_like(*t, stack.input, {L * D, B, size}, name);
+    return t->contiguous();
+  };
+  BackwardInput given{grad_output ? rows_first(*grad_output, "grad_output") : Tensor(),
+                      final_gradient(grad_h_n, P, "grad_h_n"),
+                      final_gradient(grad_c_n, H, "grad_c_n"),
+                      rows_first(output, "output"),
+                      gates,
+                      cells,
+                      hidden};
+  // Without gates the forward pass was told that they will be computed again.
+  TORCH_CHECK(
+      (gates.numel() == L * D * N * saved_gate_count(stack.kind) * H || gates.numel() == 0) && gates.is_contiguous(),
+      "gates: not those of this call");
+  TORCH_CHECK(cells.numel() == (has_cell ? L * D * N * H : 0) && cells.is_contiguous(),
+              "cells: not those of this call");
+  TORCH_CHECK(hidden.numel() == stack.hidden_layers() * N * D * P && hidden.is_contiguous(),
+              "hidden: not that of this call");
+
+  BackwardResult result;
+  if (!live) {
+    result = run_backward(backend, stack, given, needs, reuse_gates);
+  } else if constexpr (!Backend::masks_in_kernels) {
+    const Tensor final_h = given.grad_h_n, final_c = given.grad_c_n;
+    const auto packed_state = [&](const Tensor& t) { return t.defined() ? live->pack_states(t) : t; };
+    given = {given.grad_output.defined() ? live->pack(given.grad_output) : Tensor(),
+             packed_state(final_h),
+             packed_state(final_c),
+             live->pack(given.output),
+             front(gates, live->count()),
+             front(cells, live->count()),
+             front(hidden, live->count())};
+    result = run_backward(backend, stack.packed_as(*live), given, needs, reuse_gates);
+    auto& [grad_input, grad_h0, grad_c0, grad_params] = result;
+    if (needs[0]) grad_input = live->unpack(grad_input);
+    if (needs[1] && stack.h0.defined()) grad_h0 = live->unpack_states(grad_h0, final_h);
+    if (needs[2] && stack.c0.defined() && has_cell) grad_c0 = live->unpack_states(grad_c0, final_c);
+  }
+  if (needs[0] && stack.batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
+  return result;
 }
 
 // One step is a layer over a sequence of one step. The tensors of a step, checked; what a cell needs of Stack, without

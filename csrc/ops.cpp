@@ -23,6 +23,7 @@ void run_layer(const Layer& layer, Run run, bool backward) {
 struct Cpu {
   static constexpr bool one_matrix = false;
   static constexpr bool adds_into_grad_x = true;
+  static constexpr bool masks_in_kernels = false;
   explicit Cpu(const Tensor&) {}
   void forward(const LayerForward& layer) { run_layer(layer, kernels().forward, false); }
   void backward(const LayerBackward& layer) { run_layer(layer, kernels().backward, true); }
@@ -34,14 +35,15 @@ TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "rnn_forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor[] dropout_masks, "
       "Tensor? batch_sizes, int kind, bool has_biases, int num_layers, bool bidirectional, bool batch_first, "
-      "bool save, bool recompute) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor "
-      "hidden)",
+      "bool save, bool recompute, Tensor? mask=None) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, "
+      "Tensor cells, Tensor hidden)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, Tensor? c0, "
       "Tensor[] params, Tensor[] dropout_masks, Tensor? batch_sizes, Tensor output, Tensor gates, Tensor cells, "
       "Tensor hidden, int kind, bool has_biases, int num_layers, bool bidirectional, bool batch_first, bool[] needs, "
-      "bool reuse_gates) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
+      "bool reuse_gates, Tensor? mask=None) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] "
+      "grad_params)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "cell_forward(Tensor input, Tensor h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, int kind, "

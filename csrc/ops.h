@@ -25,14 +25,14 @@ using CellResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using RnnForward = ForwardResult(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                                  at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
                                  int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional,
-                                 bool batch_first, bool save, bool recompute);
+                                 bool batch_first, bool save, bool recompute, const OptionalTensor& mask);
 using RnnBackward = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                    const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
                                    const OptionalTensor& c0, at::TensorList params, at::TensorList dropout_masks,
                                    const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
                                    const Tensor& cells, const Tensor& hidden, int64_t kind, bool has_biases,
                                    int64_t num_layers, bool bidirectional, bool batch_first, c10::List<bool> needs,
-                                   bool reuse_gates);
+                                   bool reuse_gates, const OptionalTensor& mask);
 using CellForward = CellResult(const Tensor& input, const Tensor& h, const OptionalTensor& c, const Tensor& w_ih,
                                const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, int64_t kind,
                                bool save);

@@ -142,6 +142,7 @@ class Cuda {
  public:
   static constexpr bool one_matrix = true;
   static constexpr bool adds_into_grad_x = false;
+  static constexpr bool masks_in_kernels = true;
 
   explicit Cuda(const Tensor& input) : stream_(input), options_(input.options()) {
     sum_dtype_ = accumulation_dtype(input);
@@ -172,6 +173,11 @@ class Cuda {
     } else {
       stream_.clear(to.mutable_data_ptr(), to.numel() * sum_size_);
     }
+  }
+
+  // Which rows live in step t, (B, 1).
+  Tensor mask_of(const Steps& steps, int64_t t) const {
+    return view(steps.mask + t * steps.B, {steps.B, 1}, {1, 1}, at::kBool);
   }
 
   // The steps with their arrays in device memory.
@@ -282,8 +288,8 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
       if (!c[d]) c[d] = (running_c[d] = sum_buffer({B, H})).mutable_data_ptr();
     }
     if (projects) unprojected[d] = buffer({B, H});
-    if (d == 1 && steps.batch_sizes && T > 1) {
-      // Rows that begin later in this direction are part of earlier rows' matrix.
+    if ((d == 1 && steps.batch_sizes && T > 1) || (projects && steps.mask)) {
+      // Rows that begin later in this direction are part of earlier rows' matrix; masked ones keep what is there.
       if (dir.h0) {
         stream_.copy(h[d], dir.h0, B * P * size_);
       } else {
@@ -305,11 +311,12 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
                 true);
         to.product = products[d].const_data_ptr();
       }
+      to.mask = steps.mask ? steps.mask + row : nullptr;
       to.projection = advance(projections[d], row * projection_stride, size_);
       to.projection_stride = projection_stride;
       to.b_ih = dir.weights.b_ih;
       to.b_hh = dir.weights.b_hh;
-      to.h0 = dir.h0;
+      to.h0 = projects ? nullptr : dir.h0;
       to.c0 = dir.c0;
       to.c = c[d];
       to.c_n = c[d] == dir.c_n ? nullptr : dir.c_n;
@@ -326,6 +333,11 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
       void* y = advance(layer.y.data, steps.first_row(t) * layer.y.batch_stride + d * P, size_);
       product(step[d].rows, P, H, {unprojected[d].const_data_ptr(), H}, {layer.direction[d].weights.w_hr, H, true}, y,
               layer.y.batch_stride, 0);
+      if (steps.mask) {
+        Tensor projected = view(y, {B, P}, {layer.y.batch_stride, 1}, options_.dtype().toScalarType());
+        const Tensor before = view(h[d], {B, P}, {P, 1}, options_.dtype().toScalarType());
+        at::where_out(projected, mask_of(steps, t), projected, before);
+      }
       stream_.copy_rows(h[d], P * size_, y, layer.y.batch_stride * size_, P * size_, step[d].rows);
     }
   }
@@ -433,7 +445,8 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
   const bool projects = P != H;
   const at::ScalarType dtype = options_.dtype().toScalarType();
   const auto runs = runs_of(cell.hidden_grads, cell.gates);
-  const bool has_direct_part = s.kind == CellKind::gru;
+  // What of a gradient of h goes past W_hh: that of a GRU's kept part, and of rows whose state goes on as it is.
+  const bool has_direct_part = s.kind == CellKind::gru || steps.mask;
 
   Tensor dh[2], dc[2], unprojected[2];
   // The running gradient ends as that of the initial state; where both have one type, they share the memory.
@@ -459,6 +472,7 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
       const void* grad_y = advance(layer.grad_y.data, row * grad_y_stride + d * P, size_);
       cuda::StepBackward& to = step[d];
       to.rows = rows;
+      to.mask = steps.mask ? steps.mask + row : nullptr;
       to.gates = advance(dir.gates, row * cell.saved * H, size_);
       to.cells = advance(dir.cells, row * H, sum_size_);
       to.y = advance(layer.y.data, row * y_stride + d * P, size_);
@@ -485,6 +499,11 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
         at::add_out(sum, later, view(grad_y, {rows, P}, {grad_y_stride, 1}, dtype));
       } else {
         sum.copy_(later);
+      }
+      if (steps.mask) {
+        // What is not through W_hr goes on past this step; the rest of dh is the product's.
+        if (grad_y) dh[d].add_(view(grad_y, {rows, P}, {grad_y_stride, 1}, dtype));
+        dh[d].masked_fill_(mask_of(steps, t), 0);
       }
       to.dh = unprojected[d].mutable_data_ptr();
       product(rows, H, P, {sum.const_data_ptr(), P}, {dir.weights.w_hr, H}, to.dh, H, 0, true);

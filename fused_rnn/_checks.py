@@ -300,6 +300,57 @@ def check_batch_sizes(batch_sizes: Any, rows: int) -> tuple[int, int]:
     return len(sizes), sizes[0]
 
 
+def check_lengths_and_mask(
+    lengths: Any,
+    mask: Any,
+    input: Tensor,
+    num_steps: int,
+    batch: int | None,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> None:
+    """``lengths`` and ``mask``, one of which is given; T and ``batch`` as :func:`check_layer_input` returned them."""
+    for name, value in (("lengths", lengths), ("mask", mask)):
+        if value is None:
+            continue
+        if batch_sizes is not None:
+            raise RuntimeError(f"{name}: expected None with packed data, which says itself how long each row is")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a Tensor or None, got {_describe(value)}")
+    if lengths is not None:
+        expected: tuple[int, ...] = () if batch is None else (batch,)
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
+            raise RuntimeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+        if lengths.shape != expected:
+            raise RuntimeError(f"lengths: expected {expected}, one for each row, got {_shape(lengths)}")
+        if _values_can_be_read(lengths):
+            for value in lengths.reshape(-1).tolist():
+                if not 0 <= value <= num_steps:
+                    raise RuntimeError(f"lengths: expected 0 to {num_steps}, the steps of the input, got {value}")
+    if mask is not None:
+        if batch is None:
+            layout, expected = "T", (num_steps,)
+        else:
+            layout, expected = ("B, T", (batch, num_steps)) if batch_first else ("T, B", (num_steps, batch))
+        if mask.dtype is not torch.bool:
+            raise RuntimeError(f"mask: expected torch.bool, got {mask.dtype}")
+        if mask.shape != expected:
+            raise RuntimeError(f"mask: expected {expected}, ({layout}), got {_shape(mask)}")
+        if mask.device != input.device:
+            raise RuntimeError(f"mask: expected on {input.device} as the input is, got {mask.device}")
+
+
+def _values_can_be_read(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has values here and now, without waiting for a device: not for a tracer or ``vmap``."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
 def check_layer_states(spec: Spec, h: Tensor, c: Tensor | None, batch: int | None) -> None:
     """Shapes of a layer's initial states; ``batch`` as :func:`check_layer_input` returned it."""
     sizes = (spec.num_states,) if batch is None else (spec.num_states, batch)

@@ -126,6 +126,7 @@ class Call:
     dtype: torch.dtype
     bidirectional: bool = False
     packed: bool = False
+    masked: bool = False
     steps: int = 13
     batch: int = 9
     input_size: int = 19
@@ -159,7 +160,12 @@ class Call:
         if self.packed:
             lengths = torch.arange(self.batch) % self.steps + 1
             sequence = pack_padded_sequence(values, lengths, enforce_sorted=False)
-        outputs = _tensors(module(sequence))
+        options = {}
+        if self.masked:
+            # drawn from a generator of its own: values are the same in every call of these sizes
+            draws = torch.rand(shape[:2], generator=torch.Generator().manual_seed(2))
+            options["mask"] = (draws < torch.linspace(0, 1, self.batch)).to(like.device)
+        outputs = _tensors(module(sequence, **options))
         incoming = [random_values(x.shape, integers=self.integers, generator=generator).to(like) for x in outputs]
         leaves = {"input": values} | dict(module.named_parameters())
         gradients = torch.autograd.grad(outputs, list(leaves.values()), incoming)
@@ -181,7 +187,7 @@ class Call:
 
     def __str__(self) -> str:
         kind = "layer" if self.steps else "cell"
-        options = [name for name in ("bidirectional", "packed") if getattr(self, name)]
+        options = [name for name in ("bidirectional", "packed", "masked") if getattr(self, name)]
         return " ".join([self.cell, kind, str(self.dtype).removeprefix("torch."), *options])
 
 
@@ -201,6 +207,7 @@ def calls() -> Iterator[Call]:
     for cell, dtype in itertools.product(CELLS, DTYPES):
         for bidirectional, packed in itertools.product((False, True), repeat=2):
             yield Call(cell, dtype, bidirectional, packed)
+        yield Call(cell, dtype, bidirectional=True, masked=True)
         yield Call(cell, dtype, steps=0)
 
 

@@ -41,6 +41,8 @@ class Explanation:
     """Whether the call keeps what a backward pass needs."""
     plan: dict[str, Any] | None
     """What the planner chose for these sizes, see :func:`fused_rnn.ops.plan`; ``None`` for the reference."""
+    live_steps: int | None = None
+    """Of T * B steps those that count; ``None`` without ``lengths`` and ``mask``."""
 
     def __str__(self) -> str:
         purpose = "with gradients" if self.training else "without gradients"
@@ -49,6 +51,10 @@ class Explanation:
             f"{self.module} on T={self.num_steps}, B={self.batch_size}, {dtype}, {self.device}, {purpose}",
             "  runs on: the fused kernels" if self.plan is not None else "  runs on: the reference, in plain PyTorch",
         ]
+        if self.live_steps is not None:
+            lines.append(
+                f"  {self.live_steps} of {self.num_steps * self.batch_size} steps count: {self._of_the_others()}"
+            )
         if self.reason is not None:
             lines.append(f"  because: {self.reason}")
         if self.plan is not None:
@@ -56,6 +62,13 @@ class Explanation:
             if "backward" in self.plan:
                 lines.append(f"  backward: {_describe_pass(self.plan['backward'])}")
         return "\n".join(lines)
+
+    def _of_the_others(self) -> str:
+        if self.live_steps == self.num_steps * self.batch_size:
+            return "as without a mask"
+        if self.plan is not None and self.device.type == "cpu":
+            return "they run as a packed batch, the others take no time"
+        return "the others take their time and carry the state on"
 
 
 def _describe_pass(plan: dict[str, Any]) -> str:
@@ -98,18 +111,25 @@ def _time(us: float) -> str:
     return f"{us:.3g} us"
 
 
-def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
+def explain(
+    module: nn.Module,
+    input: Tensor | PackedSequence,
+    hx: Any = None,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Explanation:
     """Which kernel ``module(input, hx)`` would run on, and why. Nothing is computed, and hooks do not run.
 
     Args:
         module: a layer or cell of this package.
-        input, hx: what it would be called with.
+        input, hx: what it would be called with. lengths, mask: the same, for layers.
 
     Returns:
         An :class:`Explanation`; print it.
 
     Raises:
-        TypeError: ``module`` is no layer or cell of this package.
+        TypeError: ``module`` is no layer or cell of this package, or a cell with ``lengths`` or ``mask``.
         Whatever the call itself would raise for these arguments.
     """
     data: Any = input
@@ -120,6 +140,10 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
         if isinstance(input, PackedSequence):
             data, batch_sizes = input.data, input.batch_sizes
     elif isinstance(module, _CELLS):
+        if lengths is not None or mask is not None:
+            raise TypeError(
+                f"{'mask' if lengths is None else 'lengths'}: expected None for a cell, which takes one step"
+            )
         params = module._params()
         spec = module._spec(len(params))
     else:
@@ -130,21 +154,25 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
     if region is not None:
         data, hx, params = functional.autocast(spec, region, data, hx, params)
     if isinstance(module, _LAYERS):
-        call = functional.prepare_layers(spec, data, hx, params, module.batch_first, batch_sizes)
+        call = functional.prepare_layers(spec, data, hx, params, module.batch_first, batch_sizes, lengths, mask)
     else:
         call = functional.prepare_cell(spec, data, hx, params)
 
     tensors = (call.input, call.h, call.c, *params)
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None)
     batch_size = 1 if call.batch is None else call.batch
+    sizes = None if batch_sizes is None else batch_sizes.tolist()
+    live_steps = None if call.mask is None else int(call.mask.sum())
+    if call.mask is not None and live_steps != call.mask.numel() and call.input.device.type == "cpu":
+        sizes = _packed_sizes(call.mask)
     plan = None
     if call.why_reference is None:
         assert backend.ops is not None
         plan = backend.ops.plan(
             spec.kind,
-            T=call.num_steps,
-            B=batch_size,
-            batch_sizes=None if batch_sizes is None else batch_sizes.tolist(),
+            T=call.num_steps if sizes is None else len(sizes),
+            B=batch_size if sizes is None else sizes[0],
+            batch_sizes=sizes,
             input_size=spec.input_size,
             hidden_size=spec.hidden_size,
             proj_size=spec.state_size if spec.state_size != spec.hidden_size else 0,
@@ -165,4 +193,12 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
         batch_size=batch_size,
         training=training,
         plan=plan,
+        live_steps=live_steps,
     )
+
+
+def _packed_sizes(mask: Tensor) -> list[int]:
+    """``batch_sizes`` of the packed batch of the steps that count, of which there is one at least."""
+    counts = mask.sum(0)
+    sizes: list[int] = [int((counts > step).sum()) for step in range(int(counts.max()))]
+    return sizes or [0]

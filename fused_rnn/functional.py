@@ -7,6 +7,8 @@ L layers, D directions and G gates per unit (LSTM 4, GRU 3, RNN 1)::
     h_0, h_n     (L*D, B, P), or (L*D, P) without a batch
     c_0, c_n     (L*D, B, H), or (L*D, H) without a batch
     output       as the input, with D*P in place of I
+    lengths      (B), or () without a batch
+    mask         (T, B); (B, T) with batch_first; (T) without a batch
 
 ``params`` is the flat list of :mod:`torch.nn`, for each layer, and in it each direction: ``weight_ih`` (G*H, I; D*P in
 place of I above the first layer), ``weight_hh`` (G*H, P), with ``bias`` ``bias_ih`` (G*H) and ``bias_hh`` (G*H), with a
@@ -53,6 +55,8 @@ def lstm(
     proj_size: int = 0,
     batch_sizes: Tensor | None = None,
     recompute: bool = False,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A stack of LSTM layers over a sequence (Hochreiter and Schmidhuber 1997; Gers 2000; projection: Sak 2014).
 
@@ -70,12 +74,21 @@ def lstm(
             is then packed data as in :class:`torch.nn.utils.rnn.PackedSequence`.
         recompute: keep only the states for the backward pass, and compute the gates there again: less memory, more
             time, the same numbers.
+        lengths: steps of each row from the first, any integer dtype on any device, 0 to T. On the CPU an error says if
+            one is not in that range; on other devices, and under :func:`torch.compile`, a negative one counts as 0 and
+            a larger one as T.
+        mask: bool on the input's device, True for each step that counts. With ``lengths`` both must say so. In any
+            other step a row keeps its state exactly, in either direction, and its output is 0; what stands in the input
+            there, NaN included, changes nothing, and its gradient is 0. A row of no step ends in its initial state.
+            Neither goes with ``batch_sizes``.
 
     Returns:
         ``(output, (h_n, c_n))``. With ``batch_first`` the output is a transposed view of (T, B, D*P) storage.
     """
     spec = _spec_of_params(CellKind.LSTM, params, proj_size, num_layers, bidirectional, bias)
-    output, h_n, c_n = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
+    output, h_n, c_n = run_layers(
+        spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute, lengths, mask
+    )
     return output, (h_n, c_n)
 
 
@@ -92,6 +105,8 @@ def gru(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     recompute: bool = False,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers over a sequence (Cho 2014; reset gate after the product with W_hh).
 
@@ -102,7 +117,9 @@ def gru(
         ``(output, h_n)``.
     """
     spec = _spec_of_params(CellKind.GRU, params, 0, num_layers, bidirectional, bias)
-    output, h_n, _ = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
+    output, h_n, _ = run_layers(
+        spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute, lengths, mask
+    )
     return output, h_n
 
 
@@ -120,6 +137,8 @@ def rnn(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     recompute: bool = False,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of Elman layers over a sequence (Elman 1990).
 
@@ -131,7 +150,9 @@ def rnn(
         ``(output, h_n)``.
     """
     spec = _spec_of_params(rnn_kind(nonlinearity), params, 0, num_layers, bidirectional, bias)
-    output, h_n, _ = run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
+    output, h_n, _ = run_layers(
+        spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute, lengths, mask
+    )
     return output, h_n
 
 
@@ -242,6 +263,7 @@ class Call(NamedTuple):
     num_steps: int
     batch: int | None  # None: no batch dimension
     why_reference: str | None  # None: the kernels compute it
+    mask: Tensor | None  # (T, B), True where a row has a step; None: everywhere
 
 
 def prepare_layers(
@@ -251,6 +273,8 @@ def prepare_layers(
     params: Sequence[Any],
     batch_first: bool,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Call:
     """Check a call of a whole stack."""
     h, c = (None, None) if hx is None else _checks.split_state(spec.kind, hx)
@@ -259,7 +283,28 @@ def prepare_layers(
     if h is not None:
         _checks.check_layer_states(spec, h, c, batch)
         _checks.check_states_like_input(input, h, c)
-    return Call(input, h, c, num_steps, batch, backend.why_reference(input))
+    if lengths is not None or mask is not None:
+        _checks.check_lengths_and_mask(lengths, mask, input, num_steps, batch, batch_first, batch_sizes)
+        mask = _live_steps(lengths, mask, input, num_steps, batch, batch_first)
+    return Call(input, h, c, num_steps, batch, backend.why_reference(input), mask)
+
+
+def _live_steps(
+    lengths: Tensor | None, mask: Tensor | None, input: Tensor, num_steps: int, batch: int | None, batch_first: bool
+) -> Tensor:
+    """``lengths`` and ``mask``, one of which is given, as one mask (T, B) in the order of memory."""
+    if mask is not None:
+        if batch is None:
+            mask = mask.unsqueeze(1)
+        elif batch_first:
+            mask = mask.transpose(0, 1)
+    if lengths is not None:
+        steps = torch.arange(num_steps, device=input.device).unsqueeze(1)
+        # from the CPU to a GPU without waiting for it; the other way the values must have come before they are read
+        before_end = steps < lengths.to(input.device, non_blocking=input.is_cuda).reshape(-1)
+        mask = before_end if mask is None else mask & before_end
+    assert mask is not None
+    return mask.contiguous()
 
 
 def run_layers(
@@ -272,15 +317,18 @@ def run_layers(
     training: bool,
     batch_sizes: Tensor | None,
     recompute: bool,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A whole stack: ``(output, h_n, c_n)``, c_n empty unless it is an LSTM's."""
-    draws_masks = False
+    drops = False
     if dropout:
         _checks.check_dropout(dropout)
-        draws_masks = training and spec.num_layers > 1
+        drops = training and spec.num_layers > 1
+    usual = batch_sizes is None and lengths is None and mask is None and not drops
     # The operator checks what it is given, so the usual call need not be checked twice, which would take as long as a
     # small one computes. What is wrong with a call that is not valid, prepare_layers says in the user's terms.
-    kernels = None if batch_sizes is not None or draws_masks else backend.eager_kernels()
+    kernels = backend.eager_kernels() if usual else None
     if kernels is not None:
         done: tuple[Tensor, Tensor, Tensor] | None = kernels.try_rnn(
             spec.kind,
@@ -302,29 +350,34 @@ def run_layers(
     if region is not None:
         input, hx, params = autocast(spec, region, input, hx, params, packed=batch_sizes is not None)
         with torch.autocast(region, enabled=False):
-            return run_layers(spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute)
+            return run_layers(
+                spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute, lengths, mask
+            )
 
-    input, h, c, _, batch, why_reference = prepare_layers(spec, input, hx, params, batch_first, batch_sizes)
+    input, h, c, _, batch, why_reference, mask = prepare_layers(
+        spec, input, hx, params, batch_first, batch_sizes, lengths, mask
+    )
     if batch is None:
         input = input.unsqueeze(1)
         h = None if h is None else h.unsqueeze(1)
         c = None if c is None else c.unsqueeze(1)
     if batch is None or batch_sizes is not None:
         batch_first = False
-    masks = _dropout_masks(spec, input, dropout, batch_first) if draws_masks else []
+    dropout_masks = _dropout_masks(spec, input, dropout, batch_first) if drops else []
     output, h_n, c_n = backend.implementation(why_reference).rnn(
         spec.kind,
         input,
         h,
         c,
         params,
-        masks,
+        dropout_masks,
         batch_sizes,
         has_biases=spec.bias,
         num_layers=spec.num_layers,
         bidirectional=spec.bidirectional,
         batch_first=batch_first,
         recompute=recompute,
+        mask=mask,
     )
     if batch is None:
         return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if spec.kind == CellKind.LSTM else c_n
@@ -343,7 +396,7 @@ def prepare_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[An
         _checks.check_states_like_input(input, h, c)
     is_empty = spec.hidden_size == 0 or spec.input_size == 0
     why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input)
-    return Call(input, h, c, 1, sizes[0] if sizes else None, why_reference)
+    return Call(input, h, c, 1, sizes[0] if sizes else None, why_reference, None)
 
 
 def run_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
@@ -361,7 +414,7 @@ def run_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]) 
         with torch.autocast(region, enabled=False):
             return run_cell(spec, input, hx, params)
 
-    input, h, c, _, batch, why_reference = prepare_cell(spec, input, hx, params)
+    input, h, c, _, batch, why_reference, _ = prepare_cell(spec, input, hx, params)
     assert h is not None
     if batch is None:
         input, h, c = input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)

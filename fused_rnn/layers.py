@@ -101,7 +101,9 @@ class _Recurrent(nn.RNNBase):
         except KeyError:  # parametrized, or replaced by a plain tensor
             return [getattr(self, name) for name in names]
 
-    def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(
+        self, input: Tensor, hx: Any, batch_sizes: Tensor | None, lengths: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return functional.run_layers(
             self._spec(),
             input,
@@ -112,9 +114,13 @@ class _Recurrent(nn.RNNBase):
             self.training,
             batch_sizes,
             self.recompute,
+            lengths,
+            mask,
         )
 
-    def _run_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Tensor, Tensor]:
+    def _run_packed(
+        self, input: PackedSequence, hx: Any, lengths: Tensor | None, mask: Tensor | None
+    ) -> tuple[PackedSequence, Tensor, Tensor]:
         """A packed batch. ``hx`` and the results' states are in the order the sequences had before they were sorted."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None and sorted_indices is not None:
@@ -124,7 +130,7 @@ class _Recurrent(nn.RNNBase):
             _checks.check_layer_states(spec, h, c, sorted_indices.numel())
             h = h.index_select(1, sorted_indices)
             hx = h if c is None else (h, c.index_select(1, sorted_indices))
-        output, h_n, c_n = self._run(data, hx, batch_sizes)
+        output, h_n, c_n = self._run(data, hx, batch_sizes, lengths, mask)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
             c_n = c_n.index_select(1, unsorted_indices) if self.mode == "LSTM" else c_n
@@ -207,7 +213,12 @@ class LSTM(_Recurrent):
 
     @overload
     def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
 
     @overload
@@ -215,12 +226,19 @@ class LSTM(_Recurrent):
         self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, mask: Any = None) -> Any:
         """Run the layers.
 
         Args:
             input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) without a batch, or a PackedSequence.
             hx: ``(h_0, c_0)``, (L*D, B, P) and (L*D, B, H), without B for unbatched input; ``None`` for zeros.
+            lengths: steps of each row, counted from the first; integers (B), or () for unbatched input, 0 to T, on any
+                device. Not with a PackedSequence.
+            mask: bool, (T, B), (B, T) with ``batch_first``, (T) for unbatched input, on the input's device: True for
+                each step that counts. With ``lengths`` both must say so. In any other step the row keeps its state
+                exactly, in either direction, and its output is 0; what stands in the input there, NaN included,
+                changes nothing, and its gradient is 0. A row of no step ends in its initial state. Not with a
+                PackedSequence.
 
         Returns:
             ``(output, (h_n, c_n))``: the last layer's h at all steps, as ``input`` with D*P in place of I, and the
@@ -230,12 +248,13 @@ class LSTM(_Recurrent):
         Raises:
             TypeError: ``input`` or ``hx`` is another kind of object.
             ValueError: ``input`` has not 2 or 3 dimensions, or another dtype than the parameters.
-            RuntimeError: another size, dtype or device that does not fit, or a sequence of no step.
+            RuntimeError: another size, dtype or device that does not fit, a length that is out of range (not seen on
+                other devices than the CPU, and by :func:`torch.compile`), or an input of no step.
         """
         if isinstance(input, PackedSequence):
-            packed, h_n, c_n = self._run_packed(input, hx)
+            packed, h_n, c_n = self._run_packed(input, hx, lengths, mask)
             return packed, (h_n, c_n)
-        output, h_n, c_n = self._run(input, hx, None)
+        output, h_n, c_n = self._run(input, hx, None, lengths, mask)
         return output, (h_n, c_n)
 
     # The public helper methods that torch.nn.LSTM has over RNNBase: code that subclasses it calls them.
@@ -270,17 +289,31 @@ class _SingleState(_Recurrent):
     """Layers whose state is h alone."""
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
 
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, mask: Any = None) -> Any:
         """Run the layers.
 
         Args:
             input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) without a batch, or a PackedSequence.
             hx: h_0 (L*D, B, H), without B for unbatched input; ``None`` for zeros.
+            lengths: steps of each row, counted from the first; integers (B), or () for unbatched input, 0 to T, on any
+                device. Not with a PackedSequence.
+            mask: bool, (T, B), (B, T) with ``batch_first``, (T) for unbatched input, on the input's device: True for
+                each step that counts. With ``lengths`` both must say so. In any other step the row keeps its state
+                exactly, in either direction, and its output is 0; what stands in the input there, NaN included,
+                changes nothing, and its gradient is 0. A row of no step ends in its initial state. Not with a
+                PackedSequence.
 
         Returns:
             ``(output, h_n)``: the last layer's h at all steps, as ``input`` with D*H in place of I, and h after the
@@ -290,11 +323,12 @@ class _SingleState(_Recurrent):
         Raises:
             TypeError: ``input`` or ``hx`` is another kind of object.
             ValueError: ``input`` has not 2 or 3 dimensions, or another dtype than the parameters.
-            RuntimeError: another size, dtype or device that does not fit, or a sequence of no step.
+            RuntimeError: another size, dtype or device that does not fit, a length that is out of range (not seen on
+                other devices than the CPU, and by :func:`torch.compile`), or an input of no step.
         """
         if isinstance(input, PackedSequence):
-            return self._run_packed(input, hx)[:2]
-        return self._run(input, hx, None)[:2]
+            return self._run_packed(input, hx, lengths, mask)[:2]
+        return self._run(input, hx, None, lengths, mask)[:2]
 
 
 class GRU(_SingleState):

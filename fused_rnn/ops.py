@@ -9,7 +9,9 @@ per unit and step.
 ``rnn_forward``           output (T, B, D * P), (B, T, D * P) or (N, D * P); h_n (L * D, B, P); c_n (L * D, B, H), or
                           (0,) without a cell state; and, with ``save``, what the backward pass needs: gates
                           (L * D, N, S, H) in the input's dtype, or (0,) with ``recompute``, cells (L * D, N, H) in
-                          float32 (float64 for float64), hidden (L - 1, N, D * P), the outputs of the lower layers
+                          float32 (float64 for float64), hidden (L - 1, N, D * P), the outputs of the lower layers.
+                          With a ``mask`` (T, B), on the CPU: what is saved is of the live steps alone, at the front of
+                          memory for all; on CUDA hidden is (L, N, D * P), the states of all layers at every step
 ``rnn_backward``          gradients of input, h0, c0 and params; (0,) for those that ``needs`` does not ask for. With
                           ``reuse_gates`` it may write over ``gates``, which its schema does not say (as PyTorch's own
                           for cuDNN with its reserve): only for a tensor that nobody reads afterwards
@@ -220,6 +222,7 @@ def rnn(
     bidirectional: bool,
     batch_first: bool,
     recompute: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A stack of recurrent layers over a whole sequence, in one operator.
 
@@ -233,6 +236,8 @@ def rnn(
         batch_sizes: int64 on the CPU, rows of each step of a packed batch, never increasing.
         has_biases, num_layers, bidirectional, batch_first: as in :class:`torch.nn.LSTM`.
         recompute: a backward pass computes the gates again instead of finding them in memory.
+        mask: bool (T, B), False where a row has no step: it keeps its state there, its output and the gradient of its
+            input are 0, and what stands in its input has no effect. Not with batch_sizes.
 
     Returns:
         output (shaped like the input, D * P features), h_n (L * D, B, P), c_n (L * D, B, H) or, without a cell state,
@@ -253,6 +258,7 @@ def rnn(
             len(dropout_masks),
             batch_sizes,
             recompute,
+            mask,
             input,
             h0,
             c0,
@@ -274,6 +280,7 @@ def rnn(
         batch_first,
         False,
         recompute,
+        mask,
     )[:3]
 
 
@@ -326,11 +333,12 @@ def differentiable_rnn_backward(
 
     Args:
         settings: the first seven arguments of :class:`_Rnn`.
-        needs: whether input, h0, c0, each mask and each parameter need a gradient.
-        tensors: the gradients of output, h_n, c_n; output, gates, cells, hidden; input, h0, c0, masks, params.
+        needs: whether input, h0, c0, each dropout mask and each parameter need a gradient.
+        tensors: the gradients of output, h_n, c_n; output, gates, cells, hidden; mask; input, h0, c0, dropout masks,
+            params.
 
     Returns:
-        the gradients of input, h0, c0, masks, params.
+        the gradients of input, h0, c0, dropout masks, params.
     """
     grads = _RnnBackward.apply(CellKind(settings[0]), *settings[1:], needs, *tensors)
     return _none_for_unneeded(grads, needs)
@@ -396,8 +404,8 @@ def _second_derivative(
     return cotangent_grads, primal_grads
 
 
-def _reference_stack(settings: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    """The stack in differentiable operators, a function of input, h0, c0, masks, params."""
+def _reference_stack(settings: tuple[Any, ...], mask: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The stack in differentiable operators, a function of input, h0, c0, dropout masks, params."""
     from . import reference
 
     kind, has_biases, num_layers, bidirectional, batch_first, num_masks, batch_sizes = settings
@@ -415,6 +423,7 @@ def _reference_stack(settings: tuple[Any, ...]) -> Callable[..., tuple[Tensor, .
             num_layers=num_layers,
             bidirectional=bidirectional,
             batch_first=batch_first,
+            mask=mask,
         )
 
     return stack
@@ -459,15 +468,15 @@ def _forward_derivative(
 class _Rnn(torch.autograd.Function):
     """``rnn_forward`` with its gradient.
 
-    The arguments: kind, has_biases, num_layers, bidirectional, batch_first; the number of masks; batch_sizes;
-    recompute; and the tensors input, h0, c0, masks, params.
+    The arguments: kind, has_biases, num_layers, bidirectional, batch_first; the number of dropout masks; batch_sizes;
+    recompute; mask; and the tensors input, h0, c0, dropout masks, params.
     """
 
     @staticmethod
     def forward(*args):  # type: ignore[no-untyped-def]
-        stack, (num_masks, batch_sizes, recompute, input, h0, c0), tensors = args[:5], args[5:11], args[11:]
+        stack, (num_masks, batch_sizes, recompute, mask), (input, h0, c0, *rest) = args[:5], args[5:9], args[9:]
         return _rnn_forward(
-            input, h0, c0, tensors[num_masks:], tensors[:num_masks], batch_sizes, *stack, True, recompute
+            input, h0, c0, rest[num_masks:], rest[:num_masks], batch_sizes, *stack, True, recompute, mask
         )
 
     @staticmethod
@@ -482,10 +491,10 @@ class _Rnn(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, *_):  # type: ignore[no-untyped-def]
         grad_c_n = grad_c_n if ctx.settings[0] == CellKind.LSTM else None
-        needs = ctx.needs_input_grad[8:]
+        needs = ctx.needs_input_grad[9:]
         run = _RnnBackward.apply if torch.is_grad_enabled() else _RnnBackward.forward
         grads = run(*ctx.settings, needs, grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors)
-        return *(None,) * 8, *_none_for_unneeded(grads, needs)
+        return *(None,) * 9, *_none_for_unneeded(grads, needs)
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
@@ -497,7 +506,8 @@ class _ForwardModeRnn(_Rnn):
 
     @staticmethod
     def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
-        y, h_n, c_n = _forward_derivative(_reference_stack(ctx.settings), ctx.saved_tensors, tangents[8:])
+        mask, *primals = ctx.saved_tensors
+        y, h_n, c_n = _forward_derivative(_reference_stack(ctx.settings, mask), primals, tangents[9:])
         return y, h_n, c_n if ctx.settings[0] == CellKind.LSTM else None, None, None, None
 
 
@@ -505,19 +515,19 @@ class _RnnBackward(torch.autograd.Function):
     """``rnn_backward`` with its gradient; returns a gradient for each tensor.
 
     The arguments: the first seven of :class:`_Rnn`; needs; the gradients of output, h_n, c_n; output, gates, cells,
-    hidden; and the tensors input, h0, c0, masks, params.
+    hidden; mask; and the tensors input, h0, c0, dropout masks, params.
     """
 
     @staticmethod
     def forward(*args):  # type: ignore[no-untyped-def]
         stack, (num_masks, batch_sizes, needs), seeds, saved = args[:5], args[5:8], args[8:11], args[11:15]
-        input, h0, c0, *rest = args[15:]
+        mask, input, h0, c0, *rest = args[15:]
         masks, params = rest[:num_masks], rest[num_masks:]
         asked = (*needs[:3], *needs[3 + num_masks :])
         grad_input, grad_h0, grad_c0, grad_params = _rnn_backward(
-            *seeds, input, h0, c0, params, masks, batch_sizes, *saved, *stack, asked, False
+            *seeds, input, h0, c0, params, masks, batch_sizes, *saved, *stack, asked, False, mask
         )
-        # Masks are drawn, not learned: their gradient is never asked for.
+        # Dropout masks are drawn, not learned: their gradient is never asked for.
         return grad_input, grad_h0, grad_c0, *(input.new_empty(0) for _ in masks), *grad_params
 
     @staticmethod
@@ -529,9 +539,10 @@ class _RnnBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_grads):  # type: ignore[no-untyped-def]
-        seeds, primals = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        cotangents, grads = _second_derivative(_reference_stack(ctx.settings), primals, seeds, ctx.needs, grad_grads)
-        return *(None,) * 8, *cotangents, *(None,) * 4, *grads
+        *seeds, mask = ctx.saved_tensors[:4]
+        stack, primals = _reference_stack(ctx.settings, mask), ctx.saved_tensors[4:]
+        cotangents, grads = _second_derivative(stack, primals, seeds, ctx.needs, grad_grads)
+        return *(None,) * 8, *cotangents, *(None,) * 5, *grads
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
@@ -629,7 +640,7 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 @torch.library.register_fake("fused_rnn::rnn_forward")
 def _(  # type: ignore[no-untyped-def]
     input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional, batch_first, save,
-    recompute,
+    recompute, mask=None,
 ):  # fmt: skip
     kind = CellKind(kind)
     D = 2 if bidirectional else 1
@@ -648,13 +659,14 @@ def _(  # type: ignore[no-untyped-def]
     has_cell = kind == CellKind.LSTM
     accumulation = _accumulation_dtype(input.dtype)
     rows = (num_layers * D, N)
+    num_hidden = num_layers if mask is not None and input.device.type == "cuda" else num_layers - 1
     return (
         output,
         input.new_empty(num_layers * D, B, P),
         input.new_empty((num_layers * D, B, H) if has_cell else 0),
         input.new_empty((*rows, _NUM_SAVED[kind], H) if save and not recompute and _NUM_SAVED[kind] else 0),
         input.new_empty((*rows, H) if save and has_cell else 0, dtype=accumulation),
-        input.new_empty((num_layers - 1, N, D * P) if save and num_layers > 1 else 0),
+        input.new_empty((num_hidden, N, D * P) if save and num_hidden else 0),
     )
 
 
@@ -662,6 +674,7 @@ def _(  # type: ignore[no-untyped-def]
 def _(  # type: ignore[no-untyped-def]
     grad_output, grad_h_n, grad_c_n, input, h0, c0, params, dropout_masks, batch_sizes, output, gates, cells, hidden,
     kind, has_biases, num_layers, bidirectional, batch_first, needs, reuse_gates,
+    mask=None,
 ):  # fmt: skip
     def like(t, needed):  # type: ignore[no-untyped-def]
         return input.new_empty(t.shape if needed and t is not None else 0)

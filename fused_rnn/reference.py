@@ -99,11 +99,13 @@ def _layer(
     c: Tensor | None,
     weights: Sequence[Tensor | None],
     reverse: bool,
+    live: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """One layer in one direction.
 
     ``inputs`` holds T tensors (b_t, I). Sequences are sorted by falling length, so step t concerns the first b_t rows
-    of the state; of the others the forward direction has passed the end, the backward one not yet reached it.
+    of the state; of the others the forward direction has passed the end, the backward one not yet reached it. With
+    ``live``, T tensors (B, 1), the rows that are False there keep their state at that step, and their output is 0.
     Returns the T outputs (b_t, P) in order of time, h_n (B, P) and c_n (B, H).
     """
     dtype = h.dtype
@@ -113,7 +115,9 @@ def _layer(
     if c is not None:
         c = c.to(accumulate)
     outputs = []
-    for x in reversed(inputs) if reverse else inputs:
+    order = reversed(range(len(inputs))) if reverse else range(len(inputs))
+    for t in order:
+        x = inputs[t]
         b = x.shape[0]
         h_previous = h[:b].to(accumulate)
         x_gates = linear(x.to(accumulate), w_ih, b_ih)
@@ -122,7 +126,12 @@ def _layer(
         if w_hr is not None:  # Sak, Senior and Beaufays 2014: h is projected from H to P before it is used again
             h_t = linear(h_t, w_hr)
         h_t = h_t.to(dtype)
-        outputs.append(h_t)
+        if live is None:
+            outputs.append(h_t)
+        else:
+            outputs.append(torch.where(live[t], h_t, 0))
+            h_t = torch.where(live[t], h_t, h)
+            c_t = None if c is None or c_t is None else torch.where(live[t], c_t, c)
         h = _carry(h_t, h)
         c = None if c is None or c_t is None else _carry(c_t, c)
     if reverse:
@@ -144,6 +153,7 @@ def _stack(
     bidirectional: bool,
     batch_first: bool,
     recompute: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions; arguments and results as :func:`rnn` with a kind has them."""
     num_directions = 2 if bidirectional else 1
@@ -157,6 +167,11 @@ def _stack(
         inputs = (input.transpose(0, 1) if batch_first else input).unbind(0)
         join = torch.stack
     batch = inputs[0].shape[0]
+    live = None
+    if mask is not None:
+        live = mask.unsqueeze(-1).unbind(0)
+        # What stands in a masked step, NaN included, must not meet a product, nor its gradient.
+        inputs = [torch.where(counts, x, 0) for counts, x in zip(live, inputs, strict=True)]
 
     h_n, c_n = [], []
     for layer in range(num_layers):
@@ -171,16 +186,16 @@ def _stack(
             c = None
             if kind == CellKind.LSTM:
                 c = c0[index] if c0 is not None else input.new_zeros(batch, w_hh.shape[0] // 4)
-            outputs, h, c = _layer(kind, inputs, h, c, (w_ih, w_hh, b_ih, b_hh, w_hr), reverse=direction == 1)
+            outputs, h, c = _layer(kind, inputs, h, c, (w_ih, w_hh, b_ih, b_hh, w_hr), direction == 1, live)
             directions.append(outputs)
             h_n.append(h)
             if c is not None:
                 c_n.append(c)
         inputs = [torch.cat(both, dim=-1) for both in zip(*directions, strict=True)]
         if dropout_masks and layer < num_layers - 1:
-            mask = dropout_masks[layer]
-            masks = mask.unbind(0) if batch_sizes is None else mask.split(batch_sizes.tolist())
-            inputs = [x * m for x, m in zip(inputs, masks, strict=True)]
+            factors = dropout_masks[layer]
+            steps = factors.unbind(0) if batch_sizes is None else factors.split(batch_sizes.tolist())
+            inputs = [x * f for x, f in zip(inputs, steps, strict=True)]
 
     output = join(inputs)
     if batch_first and batch_sizes is None:
@@ -241,7 +256,7 @@ def rnn(*args: Any, **options: Any) -> Any:
     :func:`fused_rnn.functional.rnn` through this module's loops, whatever backend is in use.
 
     ``rnn(kind, input, h0, c0, params, dropout_masks, batch_sizes, *, has_biases, num_layers, bidirectional,
-    batch_first, recompute=False)`` with a :class:`CellKind` first is the twin of :func:`fused_rnn.ops.rnn`:
+    batch_first, recompute=False, mask=None)`` with a :class:`CellKind` first is the twin of :func:`fused_rnn.ops.rnn`:
 
     Args:
         kind: which cell.
@@ -252,6 +267,7 @@ def rnn(*args: Any, **options: Any) -> Any:
         dropout_masks: empty, or for every layer but the last a factor of its output, (T, B, D*P) or (N, D*P).
         batch_sizes: int64 (T) of falling numbers of sequences still running, or ``None``.
         recompute: without effect here, where autograd keeps every step.
+        mask: bool (T, B), False where a row has no step: it keeps its state, and its output is 0. Not with batch_sizes.
 
     Returns:
         ``(output, h_n, c_n)``: (T, B, D*P) — a transposed view of that with ``batch_first``, (N, D*P) if packed —,

@@ -42,6 +42,11 @@ SHAPES = {
     "falling lengths, several column tiles": "exchange=counted blocks=2 sms=4 directions=2 ragged=1 T=6 B=20 H=16",
     "falling lengths, barriers": "exchange=barriers blocks=2 sms=4 directions=2 ragged=1 T=6 B=20 H=16",
     "falling lengths through memory": "exchange=memory sms=4 directions=2 ragged=1 T=6 B=20 H=16",
+    "a mask": "exchange=counted blocks=2 masked=1 directions=2 T=6 B=9 H=24",
+    "a mask in one block": "exchange=none masked=1 T=6 B=3 H=24",
+    "a mask, several column tiles, barriers": "exchange=barriers blocks=2 sms=4 directions=2 masked=1 T=6 B=20 H=16",
+    "a mask through memory, idle warps": "exchange=memory sms=4 directions=2 masked=1 initial=0 T=6 B=20 H=13",
+    "a mask, nothing saved": "exchange=counted blocks=2 masked=1 save=0 in_place=0 T=6 B=9 H=16",
     "no initial state": "exchange=counted blocks=2 initial=0 T=3 B=3 H=16",
     "nothing saved, no biases": "exchange=counted blocks=2 save=0 bias=0 in_place=0 T=3 B=3 H=16",
     "no gradient of the output": "exchange=counted blocks=2 output=0 T=3 B=3 H=16",
@@ -102,6 +107,7 @@ def _drawn(direction: str, kind: str, dtype: str, exchange: str) -> str:
     }
     for flag in ("ragged", "in_place", "save", "initial", "bias", "final", "output"):
         case[flag] = draw.choice([0, 1])
+    case["masked"] = 1 - case["ragged"]
     return " ".join(f"{name}={value}" for name, value in case.items())
 
 
@@ -130,6 +136,7 @@ def test_no_thread_races_with_another(direction: str, exchange: str) -> None:
     for kind, dtype, seed in (("lstm", "bfloat16", 1), ("gru", "float32", 2), ("rnn_tanh", "tf32", 3)):
         _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} kind={kind} dtype={dtype} seed={seed}", "thread")
     _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} ragged=1 seed=4", "thread")
+    _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} masked=1 kind=gru seed=5", "thread")
 
 
 @needs_setarch

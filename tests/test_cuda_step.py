@@ -41,6 +41,7 @@ class Problem:
     vectors: bool = False
     in_place: bool = False
     few_blocks: bool = False
+    masked: bool = False
     seed: int = 0
 
     @property
@@ -48,6 +49,13 @@ class Problem:
         lengths = self.lengths * self.B if len(self.lengths) == 1 else self.lengths
         assert len(lengths) == self.B
         return [sum(length > t for length in lengths) for t in range(max(lengths))]
+
+    @property
+    def mask(self) -> Tensor:
+        """(T, B), True where a step counts: of every three rows one has no step and one has all."""
+        mask = torch.rand(len(self.batch_sizes), self.B, generator=torch.Generator().manual_seed(self.seed)) < 0.5
+        mask[:, 1::3], mask[:, 2::3] = False, True
+        return mask if self.masked else torch.ones_like(mask)
 
     def tensors(self) -> list[dict[str, Tensor]]:
         """For each direction the arguments in float64, exact in the dtype."""
@@ -77,11 +85,15 @@ class Problem:
     def write(self, path: Path, schedule: int | None = None) -> None:
         sizes = self.batch_sizes
         numbers = [self.kind, DTYPES[self.dtype], len(sizes), self.B, self.H, self.directions, self.packed, self.biases]
-        numbers += [self.initial, self.vectors, self.in_place, self.few_blocks]
+        numbers += [self.initial, self.vectors, self.in_place, self.few_blocks, self.masked]
         numbers += [self.seed if schedule is None else schedule, *sizes]
         with path.open("wb") as file:
             file.write(struct.pack(f"{len(numbers)}q", *map(int, numbers)))
+            if self.masked:
+                file.write(bytes(self.mask.numpy()))
             for direction in self.tensors():
+                if self.masked:
+                    direction["x"][~self.mask.flatten()] = torch.nan
                 for tensor in direction.values():
                     file.write(bytes(tensor.to(self.dtype).contiguous().view(torch.uint8).numpy()))
 
@@ -127,12 +139,11 @@ class Problem:
         """
         results = []
         for d, t in enumerate(self.tensors()):
-            sizes = self.batch_sizes
             for name in ("x", "w_hh", "b_ih", "b_hh", "h0", "c0"):
                 if name in t:
                     t[name].requires_grad_()
-            x = torch.cat(t["x"].split(sizes)[::-1]) if d == 1 else t["x"]
-            result = self._run(t, x, reverse=d == 1)
+            run = self._run_masked if self.masked else self._run
+            result = run(t, reverse=d == 1)
             scalar = (result["y"] * t["grad_y"]).sum() + (result["h_n"] * t["grad_h_n"]).sum()
             if "c_n" in result:
                 scalar = scalar + (result["c_n"] * t["grad_c_n"]).sum()
@@ -143,14 +154,36 @@ class Problem:
             results.append({name: value.detach() for name, value in result.items()})
         return results
 
-    def _run(self, t: dict[str, Tensor], x: Tensor, *, reverse: bool) -> dict[str, Tensor]:
-        G, has_cell = self.kind.num_gates, self.kind == CellKind.LSTM
-        weights = [torch.eye(G * self.H, dtype=torch.float64), t["w_hh"], t.get("b_ih"), t.get("b_hh"), None]
-        zeros = torch.zeros(self.B, self.H, dtype=torch.float64)
-        c0 = t.get("c0", zeros) if has_cell else None
-        steps = list(t["x"].split(self.batch_sizes))
-        outputs, h_n, c_n = reference._layer(self.kind, steps, t.get("h0", zeros), c0, weights, reverse)
+    def _layer(self, t: dict[str, Tensor], steps: list[Tensor], h0: Tensor, c0: Tensor | None, reverse: bool) -> Any:
+        identity = torch.eye(self.kind.num_gates * self.H, dtype=torch.float64)
+        weights = [identity, t["w_hh"], t.get("b_ih"), t.get("b_hh"), None]
+        return reference._layer(self.kind, steps, h0, c0, weights, reverse)
+
+    def _run(self, t: dict[str, Tensor], *, reverse: bool) -> dict[str, Tensor]:
+        h0, c0 = self._initial(t)
+        outputs, h_n, c_n = self._layer(t, list(t["x"].split(self.batch_sizes)), h0, c0, reverse)
         return {"y": torch.cat(outputs), "h_n": h_n} | ({"c_n": c_n} if c_n is not None else {})
+
+    def _initial(self, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        zeros = torch.zeros(self.B, self.H, dtype=torch.float64)
+        return t.get("h0", zeros), t.get("c0", zeros) if self.kind == CellKind.LSTM else None
+
+    def _run_masked(self, t: dict[str, Tensor], *, reverse: bool) -> dict[str, Tensor]:
+        """Row by row: the steps that count alone, and between them the state that they left."""
+        h0, c0 = self._initial(t)
+        x, mask = t["x"].unflatten(0, self.mask.shape), self.mask
+        y, h_n, c_n = [], [], []
+        for b in range(self.B):
+            live = mask[:, b]
+            c = None if c0 is None else c0[b : b + 1]
+            outputs, h, c = self._layer(t, list(x[live, b].split(1)), h0[b : b + 1], c, reverse)
+            # The states in this direction's order, and how many steps have counted after each.
+            states = torch.cat([h0[b : b + 1], *(outputs[::-1] if reverse else outputs)])
+            y.append(states[live.flip(0).cumsum(0).flip(0) if reverse else live.cumsum(0)])
+            h_n.append(h)
+            c_n.append(c)
+        result = {"y": torch.stack(y, 1).flatten(0, 1), "h_n": torch.cat(h_n)}
+        return result if c0 is None else result | {"c_n": torch.cat(c_n)}
 
 
 def run(problem: Problem, folder: Path, variant: str = "address", **options: Any) -> Any:
@@ -162,8 +195,20 @@ def run(problem: Problem, folder: Path, variant: str = "address", **options: Any
 def check(problem: Problem, folder: Path, variant: str = "address") -> None:
     result = run(problem, folder, variant)
     assert result.returncode == 0, result.stderr
-    for actual, expected in zip(problem.read(folder / "out"), problem.expected()):
+    for d, (actual, expected) in enumerate(zip(problem.read(folder / "out"), problem.expected())):
         assert_within(actual, {name: expected[name] for name in actual})
+        if problem.masked:
+            check_what_is_masked(problem, d, actual)
+
+
+def check_what_is_masked(problem: Problem, d: int, actual: dict[str, Tensor]) -> None:
+    """A masked step leaves the bits of its state alone and has no gradient."""
+    masked = ~problem.mask
+    y = actual["y"].unflatten(0, masked.shape)
+    initial = problem.tensors()[d].get("h0", torch.zeros(problem.B, problem.H)).to(y)[None]
+    before = torch.cat([initial, y[:-1]] if d == 0 else [y[1:], initial])
+    assert torch.equal(y[masked], before[masked])
+    assert not actual["grad(x)"][masked.flatten()].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -180,6 +225,8 @@ def check(problem: Problem, folder: Path, variant: str = "address") -> None:
         {"H": 150, "B": 20, "lengths": (2,), "directions": 2, "seed": 6},
         {"H": 1, "B": 1, "seed": 7},
         {"H": 9, "B": 30, "lengths": (12,), "seed": 8},  # sums over rows in several chunks
+        {"masked": True, "B": 7, "lengths": (6,), "directions": 2, "in_place": True, "seed": 9},
+        {"masked": True, "H": 16, "vectors": True, "initial": False, "directions": 2, "seed": 10},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
@@ -195,6 +242,7 @@ def test_step_kernels_match_the_reference(
         {"dtype": torch.float32, "B": 9, "packed": True, "lengths": (2, 2, 2, 1, 1, 1, 1, 1, 1), "directions": 2},
         {"dtype": torch.bfloat16, "B": 9, "H": 8, "lengths": (2,), "vectors": True, "in_place": True},
         {"dtype": torch.float64, "B": 9, "lengths": (2,), "few_blocks": True},
+        {"dtype": torch.float16, "B": 9, "H": 8, "lengths": (3,), "vectors": True, "directions": 2, "masked": True},
     ],
     ids=lambda options: str(options["dtype"]),
 )

@@ -73,6 +73,51 @@ def test_forward_mode_derivative_equals_finite_differences(case: Case | CellCase
     torch.testing.assert_close(tangent, expected, rtol=0, atol=1e-8)
 
 
+# ---- the older vmap, of torch.autograd ----------------------------------------------------------------------------
+
+BATCHED_CASES = [
+    *CASES,
+    Case(num_layers=2, bidirectional=True, packing="unsorted", hx=True, dtype=torch.float64),
+    Case(cell="GRU", num_layers=2, dropout=0.4, bias=False, dtype=torch.float64),
+    CellCase(cell="GRU", bias=False, dtype=torch.float64),
+]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("case", BATCHED_CASES, ids=str)
+def test_a_batch_of_gradients_at_once_equals_one_after_the_other(case: Case | CellCase, create_graph: bool) -> None:
+    module, data = case.build(fused_rnn), case.data()
+    outputs = list(case.outputs(module(data.input, data.hx)).values())
+    leaves = [*data.leaves.values(), *module.parameters()]
+    seeds = [torch.randn(3, *output.shape, dtype=output.dtype) for output in outputs]
+    expected = [torch.autograd.grad(outputs, leaves, seed, retain_graph=True) for seed in zip(*seeds, strict=True)]
+    found = torch.autograd.grad(
+        outputs, leaves, seeds, is_grads_batched=True, retain_graph=True, create_graph=create_graph
+    )
+    for gradient, rows in zip(found, zip(*expected, strict=True), strict=True):
+        assert torch.equal(gradient, torch.stack(rows))
+    # of the first output alone: the others' gradients are missing, not batched
+    alone = torch.autograd.grad(outputs[0], leaves, seeds[0], is_grads_batched=True, retain_graph=True)
+    rows = [torch.autograd.grad(outputs[0], leaves, seed, retain_graph=True) for seed in seeds[0]]
+    for gradient, one in zip(alone, zip(*rows, strict=True), strict=True):
+        assert torch.equal(gradient, torch.stack(one))
+
+
+@pytest.mark.parametrize("case", [Case(steps=2, batch=2, dtype=torch.float64), CellCase("GRU", dtype=torch.float64)])
+def test_vectorized_jacobian_of_a_vectorized_jacobian(case: Case | CellCase) -> None:
+    """What the inner one records must not be mixed up with the outer one's batch."""
+    module = case.build(fused_rnn).requires_grad_(False)
+    jacobian = torch.autograd.functional.jacobian
+
+    def second(vectorize: bool) -> Tensor:
+        def first(x: Tensor) -> Tensor:
+            return jacobian(lambda x: case.outputs(module(x)).popitem()[1], x, create_graph=True, vectorize=vectorize)
+
+        return jacobian(first, case.data().sequence.detach(), vectorize=vectorize)
+
+    assert_close_to_twin({"second": second(True)}, {"second": second(False)})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiled_without_a_graph_break_gives_the_same(case: Case | CellCase) -> None:

@@ -43,17 +43,20 @@ struct Plan;
 // initial one.
 struct StepForward {
   int64_t rows = 0;
-  int64_t previous_rows = 0;         // not above rows
+  int64_t previous_rows = 0;  // not above rows
+  // (rows) bytes, or null. Where 0, the state of the row goes on as it is: it is the new h and c, the saved gates are
+  // zeros, and nothing of the projection is read.
+  const uint8_t* mask = nullptr;
   const void* projection = nullptr;  // (rows, gates * H), row r at + r * projection_stride; may be where gates or y is
   int64_t projection_stride = 0;
   const void* product = nullptr;  // (rows, gates * H) of h W_hh^T, sum type; null: zeros
   const void* b_ih = nullptr;     // (gates * H), null: zeros; added here
   const void* b_hh = nullptr;
-  const void* h0 = nullptr;  // (B, H), the layer's dtype, null: zeros; only GRU reads it
+  const void* h0 = nullptr;  // (B, H), the layer's dtype, null: zeros; only GRU reads it, or a mask is why
   const void* c0 = nullptr;  // (B, H), the layer's dtype, null: zeros
   void* c = nullptr;         // (B, H), sum type, the running cell state; null: no cell state, or never needed again
   void* c_n = nullptr;       // (B, H), the layer's dtype: the new cell state again; null: not wanted
-  void* h = nullptr;         // (B, H), the running h, which GRU reads; null: not wanted
+  void* h = nullptr;         // (B, H), the running h, which is read where h0 is; null: not wanted (read as zeros)
   void* y = nullptr;         // (rows, H), row r at + r * y_stride: the new h again
   int64_t y_stride = 0;
   void* gates = nullptr;  // (rows, saved * H), or null
@@ -66,6 +69,9 @@ const char* step_forward(CellKind kind, DType dtype, int64_t hidden_size, const 
 
 struct StepBackward {
   int64_t rows = 0;
+  // As forward. Where 0, the gradients of the gates are zeros, and those of h (grad_y included) and c go on as they
+  // are.
+  const uint8_t* mask = nullptr;
   const void* gates = nullptr;  // (rows, saved * H)
   const void* cells = nullptr;  // (rows, H), sum type
   const void* y = nullptr;      // (rows, H) at this step, row r at + r * y_stride; only the plain recurrence reads it
@@ -79,8 +85,8 @@ struct StepBackward {
   const void* c0 = nullptr;
   const void* grad_y = nullptr;  // (rows, H), row r at + r * grad_y_stride; null: zeros
   int64_t grad_y_stride = 0;
-  // (rows, H), sum type: gradient of this step's h from the steps after it. Replaced, in a GRU alone, by the part of
-  // the gradient of the previous h that does not go through W_hh.
+  // (rows, H), sum type: gradient of this step's h from the steps after it. Replaced, in a GRU or with a mask alone, by
+  // the part of the gradient of the previous h that does not go through W_hh.
   void* dh = nullptr;
   void* dc = nullptr;          // (rows, H), sum type: gradient of this step's c; replaced by that of the previous c
   void* grad_gates = nullptr;  // (rows, grad_gates * H); may be where gates is
@@ -146,7 +152,8 @@ struct PersistentBackward {
 bool persistent_fits(const LayerSizes& sizes, const Plan& plan, const DeviceInfo& device);
 
 // direction[1], where sizes.num_directions is 2, runs from the last step to the first. steps: device arrays when
-// packed. workspace: plan.workspace_bytes, not initialised. sizes.state_size == sizes.hidden_size.
+// packed, and a mask in device memory: what it does to a row is said at StepForward and StepBackward. workspace:
+// plan.workspace_bytes, not initialised. sizes.state_size == sizes.hidden_size.
 const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* direction,
                                const Plan& plan, const DeviceInfo& device, void* workspace, void* stream);
 const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* direction,

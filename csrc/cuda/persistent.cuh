@@ -107,6 +107,9 @@ FRNN_DEVICE StepRows step_rows(const Steps& steps, int t) {
   return {int(steps.first_row(t)), int(steps.rows(t))};
 }
 
+// Whether row `row` of all rows keeps its state as it is.
+FRNN_DEVICE bool is_masked(const Steps& steps, int64_t row) { return steps.mask && !steps.mask[row]; }
+
 // A thread turns the sums of one unit and two neighbouring columns into gates: threads of a warp have neighbouring
 // units, so their global accesses are contiguous.
 struct Item {

@@ -271,6 +271,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   // What was saved is fetched one column tile ahead, as soon as the registers of the one before are free.
   S values[saved > 0 ? saved : 1][2] = {}, hidden[2] = {}, grad_y[2] = {};
   float cells[2] = {}, previous_cells[2] = {};
+  bool keeps[2] = {};  // the step kept their states as they were
   const auto fetch = [&](const StepRows& rows, const StepRows& previous, int j) {
     FRNN_UNROLL
     for (int column = 0; column < 2; ++column) {
@@ -278,6 +279,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       if (!owns(j, column) || b >= rows.live) continue;
       const int64_t row = rows.first + b, previous_row = previous.first + b, unit = item.global_unit;
       const bool begins = b >= previous.live;
+      keeps[column] = is_masked(steps, row);
       FRNN_UNROLL
       for (int i = 0; i < saved; ++i)
         values[i][column] = load_streaming(typed<S>(layer.gates) + (row * saved + i) * H + unit);
@@ -321,6 +323,12 @@ __global__ void __launch_bounds__(block_threads, 1)
           Cell::template backward<Real>(activated, h, h, cells[column], previous_cells[column],
                                         dh.v[column] + widen(grad_y[column]), dc.v[column], grads[column],
                                         dh_previous[column], dc_previous[column]);
+          if (keeps[column]) {
+            FRNN_UNROLL
+            for (int i = 0; i < grad_gates; ++i) grads[column][i] = 0.0f;
+            dh_previous[column] = dh.v[column] + widen(grad_y[column]);
+            dc_previous[column] = dc.v[column];
+          }
         }
         FRNN_UNROLL
         for (int column = 0; column < 2; ++column) {

@@ -330,10 +330,12 @@ __global__ void __launch_bounds__(block_threads, 1)
 
   // The projected inputs of the next column tile in turn are fetched as soon as the registers of this one's are free.
   S projected[gates][2] = {};
+  bool keeps[2] = {};  // their states, as they are
   const auto fetch_projection = [&](int first, int live, int j) {
     FRNN_UNROLL
     for (int column = 0; column < 2; ++column) {
       if (!lives(j, column, live)) continue;
+      keeps[column] = is_masked(steps, first + row_of(j, column));
       const S* const row =
           typed<S>(layer.projection) + (first + row_of(j, column)) * layer.projection_stride + item.global_unit;
       FRNN_UNROLL
@@ -429,7 +431,12 @@ __global__ void __launch_bounds__(block_threads, 1)
           }
           Cell::template forward<Real>(x, r, h.v[column], c.v[column], h_next, c_next[column], values[column]);
           stored_h[column] = narrow<S>(float(h_next));
-          if (lives(j, column, rows.live)) {
+          if (keeps[column]) {
+            stored_h[column] = narrow<S>(h.v[column]);
+            c_next[column] = c.v[column];
+            FRNN_UNROLL
+            for (int i = 0; i < saved; ++i) values[column][i] = 0.0f;
+          } else if (lives(j, column, rows.live)) {
             h.v[column] = widen(stored_h[column]);
             if (Cell::has_cell) c.v[column] = float(c_next[column]);
           }

@@ -81,23 +81,10 @@ __global__ void __launch_bounds__(step_threads)
   const StepForward& s = arguments.direction[block_z()];
   const int64_t H = arguments.hidden_size;
   for_each_vector<width>(s.rows, H, arguments.log2_lanes, [&](int64_t row, int64_t unit) {
-    A x[Cell::gates][width], r[Cell::gates][width];
     A h_prev[width] = {}, c_prev[width] = {};
-    FRNN_UNROLL
-    for (int g = 0; g < Cell::gates; ++g) {
-      A b_ih[width], b_hh[width];
-      load_vector<S, width>(s.projection, row * s.projection_stride + g * H + unit, x[g]);
-      load_vector<A, width>(s.product, (row * Cell::gates + g) * H + unit, r[g]);
-      load_vector<S, width>(s.b_ih, g * H + unit, b_ih);
-      load_vector<S, width>(s.b_hh, g * H + unit, b_hh);
-      FRNN_UNROLL
-      for (int i = 0; i < width; ++i) {
-        x[g][i] += b_ih[i];
-        (Cell::hidden_bias_apart(g) ? r : x)[g][i] += b_hh[i];
-      }
-    }
     const bool goes_on = row < s.previous_rows;
-    if constexpr (Cell::kind == CellKind::gru) load_vector<S, width>(goes_on ? s.h : s.h0, row * H + unit, h_prev);
+    const bool keeps = s.mask && !s.mask[row];  // the state as it is
+    if (Cell::kind == CellKind::gru || keeps) load_vector<S, width>(goes_on ? s.h : s.h0, row * H + unit, h_prev);
     if constexpr (Cell::has_cell) {
       if (goes_on)
         load_vector<A, width>(s.c, row * H + unit, c_prev);
@@ -106,17 +93,41 @@ __global__ void __launch_bounds__(step_threads)
     }
 
     A h[width], c[width], saved[Cell::saved + 1][width];
-    FRNN_UNROLL
-    for (int i = 0; i < width; ++i) {
-      A x_of_unit[Cell::gates], r_of_unit[Cell::gates], saved_of_unit[Cell::saved + 1];
+    if (keeps) {
+      FRNN_UNROLL
+      for (int i = 0; i < width; ++i) {
+        h[i] = h_prev[i];
+        c[i] = c_prev[i];
+        FRNN_UNROLL
+        for (int k = 0; k < Cell::saved; ++k) saved[k][i] = 0;
+      }
+    } else {
+      A x[Cell::gates][width], r[Cell::gates][width];
       FRNN_UNROLL
       for (int g = 0; g < Cell::gates; ++g) {
-        x_of_unit[g] = x[g][i];
-        r_of_unit[g] = r[g][i];
+        A b_ih[width], b_hh[width];
+        load_vector<S, width>(s.projection, row * s.projection_stride + g * H + unit, x[g]);
+        load_vector<A, width>(s.product, (row * Cell::gates + g) * H + unit, r[g]);
+        load_vector<S, width>(s.b_ih, g * H + unit, b_ih);
+        load_vector<S, width>(s.b_hh, g * H + unit, b_hh);
+        FRNN_UNROLL
+        for (int i = 0; i < width; ++i) {
+          x[g][i] += b_ih[i];
+          (Cell::hidden_bias_apart(g) ? r : x)[g][i] += b_hh[i];
+        }
       }
-      Cell::template forward<A>(x_of_unit, r_of_unit, h_prev[i], c_prev[i], h[i], c[i], saved_of_unit);
       FRNN_UNROLL
-      for (int k = 0; k < Cell::saved; ++k) saved[k][i] = saved_of_unit[k];
+      for (int i = 0; i < width; ++i) {
+        A x_of_unit[Cell::gates], r_of_unit[Cell::gates], saved_of_unit[Cell::saved + 1];
+        FRNN_UNROLL
+        for (int g = 0; g < Cell::gates; ++g) {
+          x_of_unit[g] = x[g][i];
+          r_of_unit[g] = r[g][i];
+        }
+        Cell::template forward<A>(x_of_unit, r_of_unit, h_prev[i], c_prev[i], h[i], c[i], saved_of_unit);
+        FRNN_UNROLL
+        for (int k = 0; k < Cell::saved; ++k) saved[k][i] = saved_of_unit[k];
+      }
     }
 
     if (s.gates) {
@@ -166,6 +177,7 @@ __global__ void __launch_bounds__(step_threads)
     load_vector<A, width>(s.dh, index, dh);
     load_vector<S, width>(s.grad_y, row * s.grad_y_stride + unit, grad_y);
 
+    const bool keeps = s.mask && !s.mask[row];
     A grads[Cell::grad_gates][width], dh_prev[width], dc_prev[width];
     FRNN_UNROLL
     for (int i = 0; i < width; ++i) {
@@ -175,13 +187,17 @@ __global__ void __launch_bounds__(step_threads)
       Cell::template backward<A>(saved_of_unit, h[i], h_prev[i], c[i], c_prev[i], dh[i] + grad_y[i], dc[i],
                                  grads_of_unit, dh_prev[i], dc_prev[i]);
       FRNN_UNROLL
-      for (int k = 0; k < Cell::grad_gates; ++k) grads[k][i] = grads_of_unit[k];
+      for (int k = 0; k < Cell::grad_gates; ++k) grads[k][i] = keeps ? A(0) : grads_of_unit[k];
+      if (keeps) {
+        dh_prev[i] = dh[i] + grad_y[i];
+        dc_prev[i] = dc[i];
+      }
     }
 
     FRNN_UNROLL
     for (int k = 0; k < Cell::grad_gates; ++k)
       store_vector<S, width>(s.grad_gates, (row * Cell::grad_gates + k) * H + unit, grads[k]);
-    if constexpr (is_gru) store_vector<A, width>(s.dh, index, dh_prev);
+    if (is_gru || s.mask) store_vector<A, width>(s.dh, index, dh_prev);
     if constexpr (Cell::has_cell) store_vector<A, width>(s.dc, index, dc_prev);
   });
 }

@@ -113,16 +113,24 @@ inline DType dtype_named(const std::string& name) {
   return name == "float32" || name == "tf32" ? DType::float32 : name == "float16" ? DType::float16 : DType::bfloat16;
 }
 
-// Rows live at each step: all, or a batch of falling lengths.
+// Rows live at each step: all, a batch of falling lengths, or those of a mask, with which of three rows in turn one has
+// any steps, one none and one all.
 struct Batch {
   std::vector<int64_t> sizes, offsets;
+  std::vector<uint8_t> mask;
   Steps steps;
 
-  Batch(int T, int B, bool ragged, unsigned seed) {
-    std::mt19937 engine(seed);
+  explicit Batch(const Case& arguments) {
+    const int T = arguments.number("T", 4), B = arguments.number("B", 3);
+    std::mt19937 engine(unsigned(arguments.number("seed", 0)));
     steps.T = T;
     steps.B = B;
-    if (!ragged) return;
+    if (arguments.number("masked", 0)) {
+      for (int n = 0; n < T * B; ++n) mask.push_back(n % B % 3 == 0 ? engine() % 2 : n % B % 3 == 2);
+      steps.mask = mask.data();
+      return;
+    }
+    if (!arguments.number("ragged", 0)) return;
     sizes.resize(size_t(T));
     offsets.assign(1, 0);
     int64_t rows = B;
@@ -134,6 +142,8 @@ struct Batch {
     steps.batch_sizes = sizes.data();
     steps.offsets = offsets.data();
   }
+
+  bool keeps(int64_t n) const { return !mask.empty() && !mask[size_t(n)]; }
 };
 
 // A GPU that holds a few blocks: argument `sms`; clusters of up to 16.

@@ -1,6 +1,6 @@
 // persistent_backward name=value ...: one case of the persistent backward kernels against float64. Exit status 1:
 // wrong.
-//   kind dtype (tf32: float32 with its product in TF32) T B H directions ragged
+//   kind dtype (tf32: float32 with its product in TF32) T B H directions ragged masked
 //   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
 //   in_place (gradients of the gates go where the gates are) initial (h0, c0 and their gradients) final (gradients of
 //   h_n, c_n) output (gradients of y)
@@ -27,7 +27,7 @@ struct Backward {
     sizes.dtype = dtype_named(arguments.text("dtype", "bfloat16"));
     sizes.hidden_size = sizes.state_size = H;
     sizes.num_directions = D;
-    const Batch batch(T, B, arguments.number("ragged", 0), unsigned(seed));
+    const Batch batch(arguments);
     const DeviceInfo device = made_up_device(arguments);
     const Plan plan = make_plan(sizes, batch.steps, device, true, multiply == Multiply::tf32, allowed(arguments));
     print(plan);
@@ -57,6 +57,8 @@ struct Backward {
         m.c0 = random(states, 1);
         m.gates = random(N * saved * H, 1);
         gates.push_back(m.gates);
+        for (int64_t n = 0; n < N; ++n)
+          for (int i = 0; i < saved * H && batch.keeps(n); ++i) m.gates[size_t(n * saved * H + i)] = narrow<S>(NAN);
         m.grad_h_n = random(states, 1);
         m.grad_c_n = random(states, 1);
         if (Cell::has_cell) m.cells = random_float(N * H, 2);
@@ -86,6 +88,7 @@ struct Backward {
       launch(launch_of(plan, seed), [&] { kernel(a); });
 
       Error gates_error, h_error, c_error;
+      bool zeros = true;
       for (int d = 0; d < D; ++d) {
         const Direction& m = direction[d];
         const S* const results = typed<S>(a.direction[d].grad_gates);
@@ -100,6 +103,11 @@ struct Backward {
           const int64_t previous_rows = previous < 0 || previous >= T ? 0 : batch.steps.rows(previous);
           for (int64_t b = 0; b < batch.steps.rows(t); ++b) {
             const int64_t n = batch.steps.first_row(t) + b;
+            for (int u = 0; u < H && batch.keeps(n); ++u) {
+              dh[size_t(b * H + u)] += output ? number(grad_y, (n * D + d) * H + u) : 0;
+              for (int i = 0; i < grad_gates; ++i) zeros = zeros && widen(results[(n * grad_gates + i) * H + u]) == 0;
+            }
+            if (batch.keeps(n)) continue;
             std::vector<double> product(size_t(G) * H);
             for (int u = 0; u < H; ++u) {
               const bool begins = b >= previous_rows;
@@ -145,7 +153,8 @@ struct Backward {
       verdict.expect("grad_gates", gates_error, bound);
       verdict.expect("grad_h0", h_error, bound);
       verdict.expect("grad_c0", c_error, bound);
-      return verdict.wrong() > 0 ? 1 : 0;
+      if (!zeros) printf("grad_gates of masked rows are not zeros  WRONG\n");
+      return verdict.wrong() > 0 || !zeros ? 1 : 0;
     });
   }
 };

@@ -1,9 +1,9 @@
 // step IN OUT: one layer through the kernels of csrc/cuda/step.cuh, forward and backward, one launch a step as
 // csrc/ops_cuda.cpp does it, with products in plain loops. tests/test_cuda_step.py writes IN and knows the results.
 //
-// IN: the int64 numbers of Problem, batch_sizes (T), then for each direction, in the layer's dtype: projections
-// (N, G * H), w_hh (G * H, H), with biases b_ih and b_hh (G * H), with initial states h0 and c0 (B, H), then grad_y
-// (N, H), grad_h_n, grad_c_n (B, H).
+// IN: the int64 numbers of Problem, batch_sizes (T), with a mask its T * B bytes, then for each direction, in the
+// layer's dtype: projections (N, G * H), w_hh (G * H, H), with biases b_ih and b_hh (G * H), with initial states h0 and
+// c0 (B, H), then grad_y (N, H), grad_h_n, grad_c_n (B, H).
 // OUT: for each direction, in the sum type: y (N, H), h_n, c_n (B, H), grad_gates (N, grad_gates * H), grad_h0, grad_c0
 // (B, H), the sums of grad_gates over rows (grad_gates * H).
 #include "cuda/step.cuh"
@@ -26,6 +26,7 @@ struct Problem {
   int64_t vectors;     // 16 bytes a thread where the memory allows
   int64_t in_place;    // projections stand where the gates go, or y; gradients of gates where the gates are
   int64_t few_blocks;  // a grid so small that threads take several rows
+  int64_t masked;
   int64_t seed;
 };
 
@@ -72,10 +73,12 @@ struct Layer {
   Array<S> y;
   Direction direction[2];
 
-  Layer(const Problem& problem, const std::vector<int64_t>& sizes, const std::vector<int64_t>& offsets)
+  Layer(const Problem& problem, const std::vector<int64_t>& sizes, const std::vector<int64_t>& offsets,
+        const std::vector<uint8_t>& mask)
       : p(problem), N(offsets.back()) {
     steps.T = p.T;
     steps.B = p.B;
+    if (p.masked) steps.mask = mask.data();
     if (p.packed) {
       steps.batch_sizes = sizes.data();
       steps.offsets = offsets.data();
@@ -135,6 +138,7 @@ struct Layer {
         const int64_t t = step_at(d, k), row = steps.first_row(t);
         s[d].rows = steps.rows(t);
         s[d].previous_rows = k == 0 ? 0 : std::min(s[d].rows, steps.rows(step_at(d, k - 1)));
+        if (p.masked) s[d].mask = steps.mask + row;
         if (k > 0 || p.initial) {
           products[d] = Array<A>(s[d].rows * G * p.H);
           multiply(m, s[d].rows, s[d].previous_rows, products[d]);
@@ -190,6 +194,7 @@ struct Layer {
         Direction& m = direction[d];
         const int64_t t = step_at(d, k), row = steps.first_row(t);
         s[d].rows = steps.rows(t);
+        if (p.masked) s[d].mask = steps.mask + row;
         if (saved > 0) s[d].gates = m.gates.data() + row * saved * p.H;
         s[d].y = y.data() + row * y_stride() + d * p.H;
         s[d].y_stride = y_stride();
@@ -225,12 +230,12 @@ struct Layer {
 
   static S* gradients(Direction& m) { return m.grads.empty() ? m.gates.data() : m.grads.data(); }
 
-  // dh = the part that does not go through W_hh (GRU) + gradients of the gates W_hh.
+  // dh = the part that does not go through W_hh (GRU, masked rows) + gradients of the gates W_hh.
   void multiply_back(Direction& m, int64_t rows, const void* gradients) const {
     const S* grads = static_cast<const S*>(gradients);
     for (int64_t b = 0; b < rows; ++b) {
       for (int64_t j = 0; j < p.H; ++j) {
-        A sum = Cell::kind == CellKind::gru ? m.dh[b * p.H + j] : A(0);
+        A sum = Cell::kind == CellKind::gru || p.masked ? m.dh[b * p.H + j] : A(0);
         for (int g = 0; g < G; ++g) {
           const int64_t from = (b * grad_gates + Cell::hidden_grads.first + g) * p.H;
           const int64_t gate = Cell::hidden_grads.gate[g];
@@ -267,9 +272,11 @@ int run(const char* in_name, const char* out_name) {
   std::vector<int64_t> sizes(size_t(problem.T)), offsets { 0 };
   in.read(reinterpret_cast<char*>(sizes.data()), std::streamsize(sizes.size() * sizeof(int64_t)));
   for (int64_t size : sizes) offsets.push_back(offsets.back() + size);
+  std::vector<uint8_t> mask(size_t(problem.masked ? problem.T * problem.B : 0));
+  in.read(reinterpret_cast<char*>(mask.data()), std::streamsize(mask.size()));
   std::ofstream out(out_name, std::ios::binary);
   const auto with = [&](auto cell, auto element) {
-    Layer<decltype(cell), decltype(element)> layer(problem, sizes, offsets);
+    Layer<decltype(cell), decltype(element)> layer(problem, sizes, offsets, mask);
     layer.read(in);
     layer.forward();
     layer.backward();

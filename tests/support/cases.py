@@ -245,13 +245,19 @@ def incoming_gradients(outputs: Sequence[Tensor], *, integers: bool = False, see
     return [random_values(x.shape, integers=integers, generator=generator).to(x) for x in outputs]
 
 
-def run(module: nn.Module, data: Data, *, gradients: bool = True) -> dict[str, Tensor]:
-    """Outputs, and the gradient of every leaf and parameter under `grad(name)`."""
-    outputs = data.case.outputs(module(data.input, data.hx))
-    results = {name: output.detach() for name, output in outputs.items()}
-    if not gradients:
-        return results
+def run(module: nn.Module, data: Data, *, gradients: bool = True, **options: Any) -> dict[str, Tensor]:
+    """Outputs, and the gradient of every leaf and parameter under `grad(name)`; `options` are the call's."""
+    outputs = data.case.outputs(module(data.input, data.hx, **options))
+    return with_gradients(module, data, outputs) if gradients else detached(outputs)
+
+
+def detached(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: output.detach() for name, output in outputs.items()}
+
+
+def with_gradients(module: nn.Module, data: Data, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs of a call, and the gradients that `run` gives."""
     leaves = data.leaves | dict(module.named_parameters())
     incoming = incoming_gradients(list(outputs.values()), integers=data.case.integers)
     found = torch.autograd.grad(list(outputs.values()), list(leaves.values()), incoming)
-    return results | {f"grad({name})": gradient for name, gradient in zip(leaves, found, strict=True)}
+    return detached(outputs) | {f"grad({name})": gradient for name, gradient in zip(leaves, found, strict=True)}
