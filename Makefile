@@ -4,12 +4,14 @@
 #   PYTHON  the Python that .venv is made with          TORCH  what pip is asked for as PyTorch
 #   RESULT  where bench writes its result, and figures reads one (out/bench.json)
 #   ARGS    further arguments of the program that a target runs (demo, test, bench, check)
+#   JOBS    processes that share the tests (test, test-asan); those of several threads follow, by themselves
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 RESULT ?= out/bench.json
 ARGS ?=
+JOBS ?=
 GPU_PYTHON ?= python3
 
 SHELL := /bin/bash
@@ -32,19 +34,31 @@ PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirem
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
 	$(RUN) examples/char_lm.py $(ARGS)
 
-test: build  ## run the tests (ARGS="-k lstm")
-	$(RUN) -m pytest tests $(ARGS)
+# $(call run_tests,command that pytest's arguments follow,marker expression). Status 5: there was none of these tests.
+define run_tests
+	$(if $(JOBS),$(1) -m '$(if $(2),$(2) and )not alone' -n $(JOBS) --dist worksteal $(ARGS) || test $$? = 5)
+	$(if $(JOBS),$(1) -m '$(if $(2),$(2) and )alone' $(ARGS) || test $$? = 5,$(1) $(if $(2),-m $(2)) $(ARGS))
+endef
+
+test: build  ## run the tests (ARGS="-k lstm"; JOBS=2: in two processes)
+	$(call run_tests,$(RUN) -m pytest tests)
 
 # Instrumented kernels, apart from the normal build. Python itself is not instrumented, so the sanitizers' runtimes have
 # to be there first; leaks are not looked for, because Python and PyTorch never free much of what they allocate. The
 # report goes past pytest (--capture=sys), because the process ends at the first fault.
 ASAN_BUILD := build/sanitize
+# The kernels of all instruction sets are one source: without vectors, and with the widest that this processor has, it
+# is checked well enough.
+comma := ,
+ASAN_ISAS := portable,$(if $(shell grep -sw avx512_bf16 /proc/cpuinfo),avx512$(comma)avx512_bf16,avx2)
 ASAN_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
+ASAN_ENVIRONMENT = LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH="$$(echo $(ASAN_BUILD)/lib.*)"
 
 test-asan: build  ## the tests marked asan, on kernels with address and undefined-behaviour sanitizers
-	FUSED_RNN_SANITIZE=address,undefined $(RUN) setup.py --quiet build --build-base $(ASAN_BUILD)
-	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		PYTHONPATH="$$(echo $(ASAN_BUILD)/lib.*)" $(BIN)/pytest tests -m asan --capture=sys $(ARGS)
+	FUSED_RNN_SANITIZE=address,undefined FUSED_RNN_ISAS=$(ASAN_ISAS) \
+		$(RUN) setup.py --quiet build --build-base $(ASAN_BUILD)
+	$(call run_tests,$(ASAN_ENVIRONMENT) $(BIN)/pytest tests --capture=sys,asan)
 
 build: $(BUILT) $(INSTALLED)  ## create .venv with PyTorch in it, compile what changed
 

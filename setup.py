@@ -13,6 +13,7 @@ Environment:
 
     FUSED_RNN_CUDA=0|1       without it: CUDA kernels when they can be built. 1: an error when they cannot
     FUSED_RNN_CUDA_ARCHS=... machine code for these alone, e.g. `90a`: a quarter of the time to compile
+    FUSED_RNN_ISAS=...       kernels for these instruction sets alone, e.g. `avx512,avx512_bf16`, and portable ones
     FUSED_RNN_SANITIZE=...   instrument everything, e.g. `address,undefined` (see `make test-asan`)
     CUDA_HOME                where nvcc is, if not on PATH or in /usr/local/cuda
     CXX, MAX_JOBS            the compiler (g++), parallel compilations (the processors this process may use)
@@ -56,7 +57,13 @@ def fail(message: str) -> None:
 
 def instruction_sets() -> dict[str, list[str]]:
     """Instruction sets to compile for this architecture and the flags of each."""
-    return X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else OTHER_FLAGS
+    known = X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else OTHER_FLAGS
+    wanted = {"portable", *filter(None, os.environ.get("FUSED_RNN_ISAS", ",".join(known)).split(","))}
+    if unknown := wanted - set(known):
+        fail(f"FUSED_RNN_ISAS: expected some of {','.join(known)}, got {','.join(sorted(unknown))}")
+    if wanted & {"avx512_bf16", "avx512_amx"} and "avx512" not in wanted:
+        fail("FUSED_RNN_ISAS: avx512_bf16 and avx512_amx have bfloat16 kernels alone and need avx512 beside them")
+    return {name: flags for name, flags in known.items() if name in wanted}
 
 
 def sanitizers() -> str:
@@ -246,6 +253,8 @@ def build_configuration(torch) -> dict:
                 variant += "-cuda-" + "-".join(cuda.architectures)
             if sanitizers():
                 variant += "-" + sanitizers().replace(",", "-")
+            if "FUSED_RNN_ISAS" in os.environ:
+                variant += "-" + "-".join(instruction_sets())
             self.build_temp = str(ROOT / "build" / "objects" / variant)
 
         def build_extensions(self):

@@ -229,7 +229,8 @@ void cuda_barriers(const std::string& kind, int64_t rounds) {
   TORCH_CHECK(!error, "fused_rnn: ", error);
 }
 
-py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int team_blocks, int most_columns) {
+py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int team_blocks, int most_columns,
+               int most_steps) {
   cuda::Allowed now;
   now.block = block;
   now.cluster = cluster;
@@ -238,6 +239,7 @@ py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int
   now.counted = counted;
   now.team_blocks = team_blocks;
   now.most_columns = most_columns;
+  now.most_steps = most_steps;
   const cuda::Allowed before = allow_variants(now);
   py::dict fields;
   fields["block"] = before.block;
@@ -247,6 +249,7 @@ py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int
   fields["counted"] = before.counted;
   fields["team_blocks"] = before.team_blocks;
   fields["most_columns"] = before.most_columns;
+  fields["most_steps"] = before.most_steps;
   return fields;
 }
 #endif
@@ -297,6 +300,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Barriers of one cluster or of the whole grid, one after the other, on the current stream; for benchmarks.");
   m.def("cuda_allow", &allow, py::arg("block") = true, py::arg("cluster") = true, py::arg("grid") = true,
         py::arg("none") = true, py::arg("counted") = true, py::arg("team_blocks") = 0, py::arg("most_columns") = 0,
+        py::arg("most_steps") = 0,
         "For tests and measurements: which persistent variants may run from now on; returns what was allowed before.");
 #endif
   add_calls(m);

@@ -71,6 +71,11 @@ cuda::Allowed allow_variants(const cuda::Allowed& allowed) {
   return std::exchange(allowed_now, allowed);
 }
 
+static int64_t most_steps() {
+  const std::lock_guard<std::mutex> lock(allowed_mutex);
+  return allowed_now.most_steps;
+}
+
 const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int device, bool backward, bool tf32) {
   // A call asks for its plan each time, and planning costs as much as some launches.
   static thread_local std::map<PlanKey, cuda::Plan> plans;
@@ -194,12 +199,25 @@ class Cuda {
     return result;
   }
 
+  // The projected inputs of a layer, as they stand in memory; of some steps at a time where the memory is their own.
+  struct Projections {
+    void* data[2] = {};
+    int64_t stride = 0;
+    int64_t steps = 0;  // at once
+    bool apart = false;
+    int64_t first_step[2] = {}, end_step[2] = {}, first_row[2] = {};  // those that are there
+    Tensor buffers[2];
+  };
+
   const cuda::Plan& plan(const LayerSizes& sizes, const Steps& steps, bool backward) const {
     return cuda_plan(sizes, steps, stream_.device(), backward, tf32_);
   }
 
-  void steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, void* const* projections,
-                     int64_t projection_stride);
+  Projections make_projections(const LayerForward& layer, const Cell& cell) const;
+  void project(const LayerForward& layer, const Cell& cell, const Products& product, int64_t k, Projections& to) const;
+  void persistent_forward(const LayerForward& layer, const Cell& cell, const Products& product,
+                          const cuda::Plan& chosen, Projections& projections);
+  void steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, Projections& projections);
   void steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product, void* const* grad_gates,
                       const Tensor* grad_projected);
   void compute_gates_again(const LayerBackward& layer, const Cell& cell, Tensor* gates);
@@ -215,60 +233,103 @@ class Cuda {
 };
 
 void Cuda::forward(const LayerForward& layer) {
-  const LayerSizes& s = layer.sizes;
-  const Cell cell = cell_of(s.kind);
-  const Products product(s.dtype, tf32_);
-  const int64_t H = s.hidden_size, I = s.input_size, N = layer.steps.total_rows(), GH = cell.gates * H;
-  const bool save = layer.direction[0].gates;
-
-  // The projections stand where the kernels will put what they compute from them: a GRU's three in the first part of
-  // the four values that it saves, the plain recurrence's in its output.
-  void* projections[2] = {};
-  Tensor buffers[2];
-  const int64_t stride = cell.saved == 0 ? layer.y.batch_stride : save ? cell.saved * H : GH;
-  for (int d = 0; d < s.num_directions; ++d) {
-    if (cell.saved == 0) {
-      projections[d] = advance(layer.y.data, d * H, size_);
-    } else if (save) {
-      projections[d] = layer.direction[d].gates;
-    } else {
-      buffers[d] = buffer({N, GH});
-      projections[d] = buffers[d].mutable_data_ptr();
-    }
-    product(N, GH, I, {layer.x.data, layer.x.batch_stride}, {layer.direction[d].weights.w_ih, I, true}, projections[d],
-            stride, 0);
-  }
-
-  const cuda::Plan& chosen = plan(s, layer.steps, false);
+  const Cell cell = cell_of(layer.sizes.kind);
+  const Products product(layer.sizes.dtype, tf32_);
+  Projections projections = make_projections(layer, cell);
+  const cuda::Plan& chosen = plan(layer.sizes, layer.steps, false);
   if (chosen.variant == cuda::Variant::none) {
-    steps_forward(layer, cell, product, projections, stride);
-    return;
+    steps_forward(layer, cell, product, projections);
+  } else {
+    persistent_forward(layer, cell, product, chosen, projections);
   }
-  cuda::PersistentForward directions[2];
-  for (int d = 0; d < s.num_directions; ++d) {
-    const DirectionForward& from = layer.direction[d];
-    cuda::PersistentForward& to = directions[d];
-    to.w_hh = from.weights.w_hh;
-    to.b_ih = from.weights.b_ih;
-    to.b_hh = from.weights.b_hh;
-    to.projection = projections[d];
-    to.projection_stride = stride;
-    to.h0 = from.h0;
-    to.c0 = from.c0;
-    to.h_n = from.h_n;
-    to.c_n = from.c_n;
-    to.y = advance(layer.y.data, d * H, size_);
-    to.y_stride = layer.y.batch_stride;
-    to.gates = from.gates;
-    to.cells = from.cells;
-  }
-  const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
-  check(cuda::persistent_forward(s, device_steps(layer.steps), directions, chosen, device_info(stream_.device()),
-                                 workspace.mutable_data_ptr(), stream_.handle()));
 }
 
-void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, void* const* projections,
-                         int64_t projection_stride) {
+// The projections stand where the kernels will put what they compute from them: a GRU's three in the first part of the
+// four values that it saves, the plain recurrence's in its output.
+Cuda::Projections Cuda::make_projections(const LayerForward& layer, const Cell& cell) const {
+  const LayerSizes& s = layer.sizes;
+  const int64_t H = s.hidden_size, GH = cell.gates * H, T = layer.steps.T;
+  const bool save = layer.direction[0].gates;
+  Projections p;
+  p.apart = cell.saved > 0 && !save;
+  p.stride = cell.saved == 0 ? layer.y.batch_stride : save ? cell.saved * H : GH;
+  p.steps = T;
+  if (p.apart) p.steps = std::min(T, most_steps() > 0 ? most_steps() : cuda::projection_steps(s, layer.steps));
+  const int64_t rows = layer.steps.first_row(p.steps);  // no part has more than the first
+  for (int d = 0; d < s.num_directions; ++d) {
+    if (p.apart) p.buffers[d] = buffer({rows, GH});
+    p.data[d] = p.apart          ? p.buffers[d].mutable_data_ptr()
+                : cell.saved > 0 ? layer.direction[d].gates
+                                 : advance(layer.y.data, d * H, size_);
+  }
+  return p;
+}
+
+// Those of the steps from the k-th on, in each direction's order.
+void Cuda::project(const LayerForward& layer, const Cell& cell, const Products& product, int64_t k,
+                   Projections& to) const {
+  const int64_t GH = cell.gates * layer.sizes.hidden_size, I = layer.sizes.input_size, T = layer.steps.T;
+  const int64_t end = std::min(T, k + to.steps);
+  for (int d = 0; d < layer.sizes.num_directions; ++d) {
+    to.first_step[d] = d == 0 ? k : T - end;
+    to.end_step[d] = d == 0 ? end : T - k;
+    const int64_t row = layer.steps.first_row(to.first_step[d]), rows = layer.steps.first_row(to.end_step[d]) - row;
+    to.first_row[d] = to.apart ? row : 0;
+    product(rows, GH, I, {advance(layer.x.data, row * layer.x.batch_stride, size_), layer.x.batch_stride},
+            {layer.direction[d].weights.w_ih, I, true}, advance(to.data[d], (row - to.first_row[d]) * to.stride, size_),
+            to.stride, 0);
+  }
+}
+
+void Cuda::persistent_forward(const LayerForward& layer, const Cell& cell, const Products& product,
+                              const cuda::Plan& chosen, Projections& projections) {
+  const LayerSizes& s = layer.sizes;
+  const int64_t H = s.hidden_size, B = layer.steps.B, T = layer.steps.T;
+  const Steps steps = device_steps(layer.steps);
+  const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
+
+  // States between two launches: h twice, because blocks may still read the one while others write the other, and c as
+  // the kernels sum it.
+  const bool several = projections.steps < T;
+  Tensor between[2], cells[2];
+  for (int d = 0; d < s.num_directions && several; ++d) {
+    between[d] = buffer({2, B, H});
+    if (!cell.has_cell) continue;
+    cells[d] = sum_buffer({B, H});
+    widen(cells[d], layer.direction[d].c0);
+  }
+  int64_t part = 0;
+  for (int64_t k = 0; k < T; k += projections.steps, ++part) {
+    project(layer, cell, product, k, projections);
+    cuda::PersistentForward directions[2];
+    for (int d = 0; d < s.num_directions; ++d) {
+      const DirectionForward& from = layer.direction[d];
+      cuda::PersistentForward& to = directions[d];
+      const bool last = k + projections.steps >= T;
+      to.first_step = projections.first_step[d];
+      to.end_step = projections.end_step[d];
+      to.w_hh = from.weights.w_hh;
+      to.b_ih = from.weights.b_ih;
+      to.b_hh = from.weights.b_hh;
+      to.projection = advance(projections.data[d], -projections.first_row[d] * projections.stride, size_);
+      to.projection_stride = projections.stride;
+      to.h0 = k == 0 ? from.h0 : const_slice(between[d], (part + 1) % 2);
+      to.c0 = from.c0;
+      to.c = mutable_data_or_null(cells[d]);
+      to.h_n = last ? from.h_n : mutable_slice(between[d], part % 2);
+      to.c_n = from.c_n;
+      to.y = advance(layer.y.data, d * H, size_);
+      to.y_stride = layer.y.batch_stride;
+      to.gates = from.gates;
+      to.cells = from.cells;
+    }
+    check(cuda::persistent_forward(s, steps, directions, chosen, device_info(stream_.device()),
+                                   workspace.mutable_data_ptr(), stream_.handle()));
+  }
+}
+
+void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Products& product,
+                         Projections& projections) {
   const LayerSizes& s = layer.sizes;
   const Steps& steps = layer.steps;
   const int64_t H = s.hidden_size, P = s.state_size, GH = cell.gates * H, B = steps.B, T = steps.T;
@@ -299,6 +360,7 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
   }
 
   for (int64_t k = 0; k < T; ++k) {
+    if (k % projections.steps == 0) project(layer, cell, product, k, projections);
     cuda::StepForward step[2];
     for (int d = 0; d < D; ++d) {
       const DirectionForward& dir = layer.direction[d];
@@ -312,8 +374,8 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
         to.product = products[d].const_data_ptr();
       }
       to.mask = steps.mask ? steps.mask + row : nullptr;
-      to.projection = advance(projections[d], row * projection_stride, size_);
-      to.projection_stride = projection_stride;
+      to.projection = advance(projections.data[d], (row - projections.first_row[d]) * projections.stride, size_);
+      to.projection_stride = projections.stride;
       to.b_ih = dir.weights.b_ih;
       to.b_hh = dir.weights.b_hh;
       to.h0 = projects ? nullptr : dir.h0;

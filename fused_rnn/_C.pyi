@@ -68,6 +68,7 @@ def cuda_allow(
     counted: bool = True,
     team_blocks: int = 0,
     most_columns: int = 0,
+    most_steps: int = 0,
 ) -> dict[str, Any]: ...
 def run_layers(
     kind: int,

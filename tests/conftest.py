@@ -19,11 +19,18 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(SUITE_THREADS)
     config.addinivalue_line("markers", "asan: the short subset that `make test-asan` runs under the sanitizers")
     config.addinivalue_line(
+        "markers",
+        "alone: for tests of several threads, which the suite does not run beside others (`make test JOBS=2`)",
+    )
+    config.addinivalue_line(
         "markers", "kernels: needs the compiled kernels (skipped under FUSED_RNN_BACKEND=reference)"
     )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "threads" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.alone)
     if why := why_no_cuda():
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -75,10 +75,13 @@ def _cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library._destroy()
 
 
-def _allow(variant: str, *, team_blocks: int = 0, most_columns: int = 0) -> None:
-    """Makes every layer run in this variant, "none" being a launch a step, wherever it can."""
+def _allow(variant: str, *, team_blocks: int = 0, most_columns: int = 0, most_steps: int = 0) -> None:
+    """Makes every layer run in this variant, "none" being a launch a step, wherever it can.
+
+    In inference the projections of ``most_steps`` steps are there at once (0: of as many as the library would take).
+    """
     flags = [name == variant for name in ("block", "cluster", "grid", "none")]
-    torch.ops.fused_rnn_host.allow(*flags, team_blocks, most_columns)
+    torch.ops.fused_rnn_host.allow(*flags, team_blocks, most_columns, most_steps)
     torch.ops.fused_rnn_host.launches()
 
 
@@ -164,6 +167,42 @@ def test_persistent_layer_without_gradients_gives_the_same_bits_as_with_them(cel
     assert torch.ops.fused_rnn_host.launches() == ["cluster bfloat16 forward"] * 2
     with_gradients = run(module, data)
     assert_same(found, {name: with_gradients[name] for name in found})
+
+
+@pytest.mark.parametrize(
+    ("variant", "most_steps"), [("none", 2), ("none", 1), ("block", 2), ("cluster", 2), ("grid", 1)]
+)
+@pytest.mark.parametrize("packing", ["padded", "unsorted"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_projections_of_few_steps_at_a_time_change_no_bit(
+    cell: str, packing: str, variant: str, most_steps: int
+) -> None:
+    case = Case(
+        cell=cell,
+        hidden_size=16,
+        num_layers=2,
+        bidirectional=True,
+        batch=9,
+        steps=5,
+        packing=packing,
+        hx=packing == "padded",
+        dtype=torch.bfloat16,
+    )
+    module, data = case.build(fused_rnn), case.data()
+    limits = {"team_blocks": 1 if variant == "block" else 2, "most_columns": 4}
+
+    def infer(most_steps: int) -> tuple[dict[str, torch.Tensor], int]:
+        _allow(variant, most_steps=most_steps, **limits)
+        with torch.no_grad():
+            result = run(module, data, gradients=False)
+        return result, len(torch.ops.fused_rnn_host.launches())
+
+    expected, launches = infer(0)
+    found, parts = infer(most_steps)
+    # The plain recurrence has its projections in its output.
+    expected_parts = 1 if cell.startswith("RNN") else -(-case.steps // most_steps)
+    assert parts == launches * expected_parts == (0 if variant == "none" else 2 * expected_parts)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("variant", ["none", "block", "cluster", "grid"])

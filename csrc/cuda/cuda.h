@@ -45,7 +45,7 @@ struct StepForward {
   int64_t rows = 0;
   int64_t previous_rows = 0;  // not above rows
   // (rows) bytes, or null. Where 0, the state of the row goes on as it is: it is the new h and c, the saved gates are
-  // zeros, and nothing of the projection is read.
+  // zeros, and the projection may be anything.
   const uint8_t* mask = nullptr;
   const void* projection = nullptr;  // (rows, gates * H), row r at + r * projection_stride; may be where gates or y is
   int64_t projection_stride = 0;
@@ -115,14 +115,18 @@ const char* previous_states(DType dtype, int64_t size, const Steps& steps, int64
 // All steps in one launch
 
 struct PersistentForward {
+  // The steps of this launch, in order of time: from first_step to before end_step. Everything that belongs to a row or
+  // a step is where it is for all steps.
+  int64_t first_step = 0, end_step = 0;
   const void* w_hh = nullptr;        // (gates * H, H)
   const void* projection = nullptr;  // (N, gates * H), row n at + n * projection_stride; may be where gates or y is
   int64_t projection_stride = 0;
   const void* b_ih = nullptr;  // (gates * H), null: zeros; added here
   const void* b_hh = nullptr;
-  const void* h0 = nullptr;  // (B, H), null: zeros
+  const void* h0 = nullptr;  // (B, H), null: zeros; before the first of these steps
   const void* c0 = nullptr;
-  void* h_n = nullptr;  // (B, H)
+  void* c = nullptr;    // (B, H), sum type: read in place of c0, and written at the end; null: neither
+  void* h_n = nullptr;  // (B, H), after the last of these steps; not where h0 is
   void* c_n = nullptr;  // (B, H), null unless the cell has a cell state
   void* y = nullptr;    // (N, H), row n at + n * y_stride
   int64_t y_stride = 0;

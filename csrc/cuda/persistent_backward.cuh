@@ -200,18 +200,19 @@ __global__ void __launch_bounds__(block_threads, 1)
   const int slabs = tiling.slabs;
   char* const stored = shared_memory() + tiling.weights +
                        warp_index() * (tiling.row_tiles - register_groups * group) * slabs * tile_bytes;
+  // Chunks run along the columns of W_hh, memory along its rows: a lane loads one of the rows that it and its
+  // neighbours want, and hands the others what is theirs.
   const auto weight = [&](int octet, int chunk) {
-    const int gate = chunk / gate_chunks, first = chunk % gate_chunks * per_chunk;
-    const int unit = octet * 8 + g;
+    const int gate = chunk / gate_chunks, first = chunk % gate_chunks * per_chunk + g % per_chunk;
+    const int from = place.first_octet * 8 + first, unit = octet * 8 + g / per_chunk * per_chunk;
     int gate_row = 0;
     FRNN_UNROLL
     for (int i = 0; i < gates; ++i)
       if (i == gate) gate_row = hidden_grads.gate[i];
-    return make_chunk<Product>([&](int e) {
-      const int from = place.first_octet * 8 + first + e;
-      if (gate >= gates || (first + e) / 8 >= place.octets || from >= H || unit >= H) return S{};
-      return typed<S>(layer.w_hh)[(int64_t(gate_row) * H + from) * H + unit];
-    });
+    Chunk row = {};
+    if (gate < gates && first / 8 < place.octets && from < H)
+      row = load_row_chunk<Product>(typed<S>(layer.w_hh) + (int64_t(gate_row) * H + from) * H, unit, H);
+    return transpose_chunk<S>(row);
   };
   const auto tile_of = [&](int n) { return n * block_warps + warp_index(); };
   uint32_t resident[register_groups][most_slabs][group][8];

@@ -249,8 +249,11 @@ __global__ void __launch_bounds__(block_threads, 1)
   const Item item(place, H);
   const PersistentForward& layer = arguments.direction[place.direction];
   const bool reverse = place.direction == 1;
-  const int num_steps = live_steps(steps, place.first_column);
-  const auto time_of = [&](int s) { return reverse ? num_steps - 1 - s : s; };
+  const int live = live_steps(steps, place.first_column);
+  const int first_step = live < layer.first_step ? live : int(layer.first_step);
+  const int end_step = live < layer.end_step ? live : int(layer.end_step);
+  const int num_steps = end_step - first_step;
+  const auto time_of = [&](int s) { return reverse ? end_step - 1 - s : first_step + s; };
 
   // The resident rows.
   const int g = lane_index() / 4;
@@ -313,7 +316,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       if (!owns(j, column)) continue;
       const int64_t index = row_of(j, column) * H + item.global_unit;
       h.v[column] = value_or_zero<S>(layer.h0, index);
-      if (Cell::has_cell) c.v[column] = value_or_zero<S>(layer.c0, index);
+      if (Cell::has_cell) c.v[column] = layer.c ? typed<float>(layer.c)[index] : value_or_zero<S>(layer.c0, index);
     }
     *h_state(j) = h;
     *c_state(j) = c;
@@ -342,7 +345,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       for (int gate = 0; gate < gates; ++gate) projected[gate][column] = load_streaming(row + gate * H);
     }
   };
-  StepRows rows = step_rows(steps, time_of(0)), next_rows = {};
+  StepRows rows = num_steps > 0 ? step_rows(steps, time_of(0)) : StepRows{}, next_rows = {};
   fetch_projection(rows.first, rows.live, 0);
 
   const int pair_stride = place.units + 4;  // of the partial sums: no bank conflicts for writers or readers
@@ -479,6 +482,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       const int64_t index = row_of(j, column) * H + item.global_unit;
       typed<S>(layer.h_n)[index] = narrow<S>(h_state(j)->v[column]);
       if (Cell::has_cell) typed<S>(layer.c_n)[index] = narrow<S>(c_state(j)->v[column]);
+      if (Cell::has_cell && layer.c) typed<float>(layer.c)[index] = c_state(j)->v[column];
     }
   }
   // No block leaves while others may write into its shared memory.

@@ -31,6 +31,9 @@ constexpr double l2_bytes_per_us = 3.5e6, memory_bytes_per_us = 2.5e6;  // of we
 constexpr double launch_us = 6;
 constexpr double load_bytes_per_us = 0.02e6;  // of W_hh into one block
 
+// Projections of so many bytes of a direction at once, but of no fewer steps: for each part W_hh is loaded again.
+constexpr int64_t projection_bytes = int64_t(64) << 20, fewest_projection_steps = 128;
+
 struct Problem {
   CellKind kind;
   DType dtype;
@@ -354,6 +357,15 @@ const char* name(Exchange exchange) {
     case Exchange::none: break;
   }
   return "none";
+}
+
+int64_t projection_steps(const LayerSizes& sizes, const Steps& steps) {
+  const int64_t element = sizes.dtype == DType::float64 ? 8 : sizes.dtype == DType::float32 ? 4 : 2;
+  const int64_t step_bytes = std::max<int64_t>(1, steps.B * gates_of(sizes.kind) * sizes.hidden_size * element);
+  const int64_t most = std::max(fewest_projection_steps, projection_bytes / step_bytes);
+  // Parts of one size: the last would be short otherwise.
+  const int64_t parts = std::max<int64_t>(1, (steps.T + most - 1) / most);
+  return (steps.T + parts - 1) / parts;
 }
 
 Plan make_plan(const LayerSizes& sizes, const Steps& steps, const DeviceInfo& device, bool backward, bool tf32,

@@ -135,12 +135,17 @@ struct Allowed {
   bool counted = true;       // else clusters meet at barriers
   int32_t team_blocks = 0;   // 0: any
   int32_t most_columns = 0;  // per team; 0: any
+  int32_t most_steps = 0;    // whose projections are there at once, in inference; 0: projection_steps
 };
 
 // steps: T and B are read; packed batches are taken as if all rows were live. tf32: whether float32 may be rounded to
 // it.
 Plan make_plan(const LayerSizes& sizes, const Steps& steps, const DeviceInfo& device, bool backward, bool tf32,
                const Allowed& allowed = {});
+
+// Of how many steps the projections are there at once where they need memory of their own, as in inference: all of them
+// would grow with T * B * G * H.
+int64_t projection_steps(const LayerSizes& sizes, const Steps& steps);
 
 // Steps in which row `row` is live.
 FRNN_HOST_DEVICE int live_steps(const Steps& steps, int64_t row) {

@@ -64,14 +64,18 @@ FRNN_DEVICE void load_vector(const void* p, int64_t index, A* values) {
   for (int i = 0; i < width; ++i) values[i] = widen(vector.v[i]);
 }
 
-// Nothing where p is null.
+// Nothing where p is null. In stores of 16 bytes, which nvcc does not make of an assignment.
 template <class S, int width, class A>
 FRNN_DEVICE void store_vector(void* p, int64_t index, const A* values) {
   if (!p) return;
-  Vector<S, width> vector;
+  constexpr int part = width * int(sizeof(S)) > vector_bytes ? vector_bytes / int(sizeof(S)) : width;
   FRNN_UNROLL
-  for (int i = 0; i < width; ++i) vector.v[i] = narrow<S>(values[i]);
-  *reinterpret_cast<Vector<S, width>*>(static_cast<S*>(p) + index) = vector;
+  for (int first = 0; first < width; first += part) {
+    Vector<S, part> vector;
+    FRNN_UNROLL
+    for (int i = 0; i < part; ++i) vector.v[i] = narrow<S>(values[first + i]);
+    store_l2(reinterpret_cast<Vector<S, part>*>(static_cast<S*>(p) + index + first), vector);
+  }
 }
 
 template <class Cell, class S, int width>

@@ -208,6 +208,32 @@ FRNN_DEVICE void fetch_tile(uint32_t (&a)[8], const char* tile) {
   }
 }
 
+// Lanes 4 g + i that differ in g alone hold chunks of the same columns in rows g; with 32 bits, four of them (g / 4 is
+// the same) in rows g % 4. Turns rows into columns: such a lane gets number g (g % 4) of each of these chunks.
+template <class S>
+FRNN_DEVICE Chunk transpose_chunk(Chunk chunk) {
+  const auto swap_words = [&](int lanes, int a, int b) {
+    const bool upper = lane_index() & lanes;
+    const uint32_t received = shuffle_xor(upper ? chunk.word[a] : chunk.word[b], lanes);
+    chunk.word[a] = upper ? received : chunk.word[a];
+    chunk.word[b] = upper ? chunk.word[b] : received;
+  };
+  constexpr int widest = sizeof(S) == 2 ? 16 : 8;
+  swap_words(widest, 0, 2);
+  swap_words(widest, 1, 3);
+  swap_words(widest / 2, 0, 1);
+  swap_words(widest / 2, 2, 3);
+  if constexpr (sizeof(S) == 2) {
+    const bool upper = lane_index() & 4;
+    FRNN_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t own = chunk.word[w], other = shuffle_xor(own, 4);
+      chunk.word[w] = upper ? other >> 16 | (own & 0xffff0000u) : (own & 0xffffu) | other << 16;
+    }
+  }
+  return chunk;
+}
+
 // Eight neighbouring lanes (from a multiple of 8) hold 8 neighbouring units of two columns. Turns them into chunks
 // along the units: lane l gets the chunk of column l % 2 that holds its own unit. (With 16 bits a chunk is all 8 units,
 // with 32 bits those of lanes 0 to 3 or 4 to 7.)

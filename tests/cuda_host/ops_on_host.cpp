@@ -142,7 +142,8 @@ const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, con
 }  // namespace fused_rnn
 
 // Which persistent variants may run from now on.
-static void allow(bool block, bool cluster, bool grid, bool none, int64_t team_blocks, int64_t most_columns) {
+static void allow(bool block, bool cluster, bool grid, bool none, int64_t team_blocks, int64_t most_columns,
+                  int64_t most_steps) {
   fused_rnn::cuda::Allowed allowed;
   allowed.block = block;
   allowed.cluster = cluster;
@@ -150,11 +151,14 @@ static void allow(bool block, bool cluster, bool grid, bool none, int64_t team_b
   allowed.none = none;
   allowed.team_blocks = int32_t(team_blocks);
   allowed.most_columns = int32_t(most_columns);
+  allowed.most_steps = int32_t(most_steps);
   fused_rnn::allow_variants(allowed);
 }
 
 TORCH_LIBRARY(fused_rnn_host, m) {
-  m.def("allow(bool block, bool cluster, bool grid, bool none, int team_blocks, int most_columns) -> ()", &allow);
+  m.def(
+      "allow(bool block, bool cluster, bool grid, bool none, int team_blocks, int most_columns, int most_steps) -> ()",
+      &allow);
   m.def("launches() -> str[]", [] { return std::exchange(fused_rnn::cuda::launched, {}); });
   for (const char* name : {"rnn_forward", "rnn_backward", "cell_forward", "cell_backward"}) {
     const auto original =

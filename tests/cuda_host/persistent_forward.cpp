@@ -62,6 +62,7 @@ struct Forward {
         m.c_n = unwritten<S>(Cell::has_cell ? int64_t(B) * H : 0);
         m.gates = unwritten<S>(save ? N * saved * H : 0);
         m.cells = unwritten<float>(save && Cell::has_cell ? N * H : 0);
+        p.end_step = T;
         p.w_hh = m.w_hh.data();
         p.b_ih = bias ? m.b_ih.data() : nullptr;
         p.b_hh = bias ? m.b_hh.data() : nullptr;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -44,11 +45,14 @@ def build(name: str, variant: str = "plain") -> Path:
 
 def _compile(result: Path, arguments: list[str], needs: Sequence[Path] = ()) -> Path:
     dependencies = Path(f"{result}.d")
-    if not _is_current(result, dependencies, needs):
-        compiler = shlex.split(os.environ.get("CXX", "g++"))
-        command = [*compiler, *COMMON, "-MMD", "-MF", str(dependencies), *arguments, "-o", str(result)]
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert process.returncode == 0, f"{shlex.join(command)}\n{process.stderr}"
+    # Tests may run in several processes.
+    with Path(f"{result}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_current(result, dependencies, needs):
+            compiler = shlex.split(os.environ.get("CXX", "g++"))
+            command = [*compiler, *COMMON, "-MMD", "-MF", str(dependencies), *arguments, "-o", str(result)]
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert process.returncode == 0, f"{shlex.join(command)}\n{process.stderr}"
     return result
 
 
