@@ -1,6 +1,6 @@
 """Packed weights that stay in memory from one inference call to the next.
 
-The kernels multiply by weights in an order of their own. A call of few steps (at most 32, and 512 rows of all steps)
+The kernels multiply by weights in an order of their own. A call of few steps (at most 64, and 1024 rows of all steps)
 that records no gradient and sees the same large weights a second time keeps them in that order for the next one. Each
 call compares fingerprints of all their bytes with those of the kept copy (a difference is missed with probability
 2^-128), so a weight may change in any way, by an optimizer, through ``.data`` or NumPy or by another process: the next

@@ -6,6 +6,10 @@ x86) for float64.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +69,14 @@ def test_error_is_within_the_stated_ulp(name: str, dtype: torch.dtype, isa: str)
         values = values[values > (-87.0 if dtype == torch.float32 else -708.0)]
     error = ulp_error(activate(name, values), true_value(name, values))
     assert error.max() <= ULP_LIMITS[dtype], f"{error.max():.2f} ulp at {values[int(error.argmax())].item()!r}"
+
+
+def test_the_table_of_tanh_is_what_its_tool_writes() -> None:
+    root = Path(__file__).parent.parent
+    written = subprocess.run(
+        [sys.executable, "tools/fit_tanh.py"], cwd=root, check=True, capture_output=True, text=True
+    )
+    assert written.stdout == (root / "csrc/cpu/tanh_table.h").read_text()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

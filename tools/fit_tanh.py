@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 
 import mpmath as mp
+from chebyshev import interpolate
 
 TABLES = {"tanh_table": 5, "rough_tanh_table": 3}  # degrees
 LOWEST, BINADES, PARTS = -4, 8, 4  # [2^-4, 2^4), each binade in 4 equal parts
@@ -47,17 +48,11 @@ def fit(degree: int, low: float, high: float) -> tuple[float, list[float]]:
     def slope(t: mp.mpf) -> mp.mpf:
         return (mp.tanh(at + t) - value) / t if abs(t) > mp.mpf(10) ** -20 else 1 - value**2
 
-    # The slope at Chebyshev nodes; from 0 on it begins with exactly 1, so that tiny x are their own tanh.
-    known = [mp.mpf(1)] if first else []
-    count = degree - len(known)
-    middle, half = (mp.mpf(low) + high) / 2 - at, (mp.mpf(high) - low) / 2
-    powers, values = mp.matrix(count, count), mp.matrix(count, 1)
-    for row in range(count):
-        t = middle + half * mp.cos(mp.pi * (2 * row + 1) / (2 * count))
-        values[row] = slope(t) - sum(known)
-        for power in range(count):
-            powers[row, power] = t ** (power + len(known))
-    return at, [float32(c) for c in [value, *known, *mp.lu_solve(powers, values)]]
+    # From 0 on the slope begins with exactly 1, so that tiny x are their own tanh.
+    if first:
+        higher = interpolate(lambda t: (slope(t) - 1) / t, degree - 2, mp.mpf(0), mp.mpf(high))
+        return at, [float32(c) for c in (value, 1, *higher)]
+    return at, [float32(c) for c in (value, *interpolate(slope, degree - 1, low - mp.mpf(at), high - mp.mpf(at)))]
 
 
 def table(degree: int) -> list[list[float]]:

@@ -65,7 +65,7 @@ FRNN_INLINE FloatVector sigmoid_by_exponential(FloatVector x) {
   const FloatVector n = (y * F::log2_e + F::round_magic) - F::round_magic;
   FloatVector r = n * F::ln2_high - y;
   r = n * F::ln2_low + r;
-  FloatVector q = r * 0.0013926213f + 0.008363203f;  // as CentredTail, one degree less
+  FloatVector q = r * 0.0013926213f + 0.008363203f;  // tools/fit_expm1.py
   q = q * r + 0.041666556f;
   q = q * r + 0.16666576f;
   q = q * r + 0.5f;
