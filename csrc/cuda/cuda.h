@@ -158,9 +158,9 @@ struct PersistentBackward {
 bool persistent_fits(const LayerSizes& sizes, const Plan& plan, const DeviceInfo& device);
 
 // parts, plan.parts() of them, are the directions of a layer, of which part[1] runs from the last step to the first, or
-// the layers of a wavefront, lowest first. steps: device arrays when packed, and a mask in device memory: what it does to
-// a row is said at StepForward and StepBackward. workspace: plan.workspace_bytes, not initialised. sizes.state_size ==
-// sizes.hidden_size.
+// the layers of a wavefront, lowest first. steps: device arrays when packed, and a mask in device memory: what it does
+// to a row is said at StepForward and StepBackward. workspace: plan.workspace_bytes, not initialised. sizes.state_size
+// == sizes.hidden_size.
 const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* parts,
                                const Plan& plan, const DeviceInfo& device, void* workspace, void* stream);
 const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* parts,
