@@ -61,11 +61,18 @@ def variant(name: str, **limits: int) -> Iterator[None]:
 
 
 def planned(case: Case, *, backward: bool = False) -> str:
-    """The variant that the first layer of the case runs in."""
+    """The variant that the case runs in."""
     module, data = case.build(fused_rnn).cuda(), case.data().to("cuda")
     plan = fused_rnn.explain(module, data.input, data.hx).plan
     assert plan is not None
     return (plan["backward"] if backward else plan)["variant"]
+
+
+def skip_unless_planned(name: str, case: Case) -> None:
+    """Both passes of the case run in the variant, or there is nothing to test."""
+    for backward in (False, True):
+        if planned(case, backward=backward) != name:
+            pytest.skip(f"this GPU has no {name} variant for the case")
 
 
 def on_cpu(results: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,8 +121,11 @@ def test_layer_matches_torch_nn_on_the_gpu(case: Case) -> None:
         assert_within(found, float64_reference(case))
 
 
-# Several blocks of a team, and columns and steps that divide by nothing.
-VARIANT_CASE = Case(input_size=24, hidden_size=72, num_layers=2, bidirectional=True, batch=21, steps=19, hx=True)
+def variant_case(name: str, **changes: Any) -> Case:
+    """Several blocks of a team, or what one block holds; columns and steps that divide by nothing."""
+    hidden_size = 27 if name == "block" else 72
+    case = Case(input_size=24, hidden_size=hidden_size, num_layers=2, bidirectional=True, batch=21, steps=19, hx=True)
+    return case.replace(**changes)
 
 
 @pytest.mark.parametrize("packing", ["padded", "unsorted"])
@@ -123,10 +133,27 @@ VARIANT_CASE = Case(input_size=24, hidden_size=72, num_layers=2, bidirectional=T
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_matches_the_float64_reference(name: str, cell: str, dtype: torch.dtype, packing: str) -> None:
-    case = VARIANT_CASE.replace(cell=cell, packing=packing, dtype=dtype)
+    case = variant_case(name, cell=cell, packing=packing, dtype=dtype)
     with variant(name):
-        if name != "none" and planned(case) != name:
-            pytest.skip(f"this GPU has no {name} variant for the case")
+        skip_unless_planned(name, case)
+        assert_within(run_on_gpu(case), float64_reference(case))
+
+
+@pytest.mark.parametrize("team_blocks", [2, 4, 8, 16])
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN_TANH"])
+def test_clusters_of_every_size_match_the_float64_reference(cell: str, counted: bool, team_blocks: int) -> None:
+    case = Case(cell=cell, input_size=24, hidden_size=136, batch=21, steps=19, hx=True, dtype=torch.bfloat16)
+    with variant("cluster", counted=counted, team_blocks=team_blocks):
+        skip_unless_planned("cluster", case)
+        assert_within(run_on_gpu(case), float64_reference(case))
+
+
+@pytest.mark.parametrize("name", ["block", "cluster", "grid"])
+def test_many_columns_of_a_team_match_the_float64_reference(name: str) -> None:
+    case = variant_case(name, batch=333, dtype=torch.bfloat16)
+    with variant(name):
+        skip_unless_planned(name, case)
         assert_within(run_on_gpu(case), float64_reference(case))
 
 
@@ -309,7 +336,8 @@ def test_nothing_waits_for_the_device(case: Case | CellCase, name: str) -> None:
         call = (data.input, data.hx)
         outputs = list(case.outputs(module(*call)).values())
         seeds = [torch.ones_like(x) for x in outputs]
-        torch.autograd.grad(outputs, leaves, seeds)
+        # Kept, because the packed input is part of it: packing copies indices to the GPU and waits for that.
+        torch.autograd.grad(outputs, leaves, seeds, retain_graph=True)
         torch.cuda.set_sync_debug_mode("error")
         try:
             torch.autograd.grad(list(case.outputs(module(*call)).values()), leaves, seeds)
