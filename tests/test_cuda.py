@@ -149,6 +149,44 @@ def test_clusters_of_every_size_match_the_float64_reference(cell: str, counted: 
         assert_within(run_on_gpu(case), float64_reference(case))
 
 
+def at_once(case: Case) -> set[int]:
+    """How many layers of the case run at once, forward and backward."""
+    module, data = case.build(fused_rnn).cuda(), case.data().to("cuda")
+    plan = fused_rnn.explain(module, data.input, data.hx).plan
+    assert plan is not None
+    return {plan["layers"], plan["backward"]["layers"]}
+
+
+# Cells, layers of the stack and layers at once.
+WAVEFRONTS = [("LSTM", 2, 2), ("GRU", 3, 3), ("LSTM", 4, 4), ("GRU", 5, 2)]
+
+
+@pytest.mark.parametrize("packing", ["padded", "unsorted"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden_size", [27, 72, 128])
+@pytest.mark.parametrize(("cell", "num_layers", "layers"), WAVEFRONTS)
+def test_layers_in_a_wavefront_match_the_float64_reference(
+    cell: str, num_layers: int, layers: int, hidden_size: int, dtype: torch.dtype, packing: str
+) -> None:
+    case = Case(cell=cell, input_size=24, hidden_size=hidden_size, num_layers=num_layers, batch=21, steps=19, hx=True)
+    case = case.replace(dtype=dtype, packing=packing)
+    with variant("cluster", layers=layers):
+        if at_once(case) != {layers}:
+            pytest.skip(f"this GPU has no wavefront of {layers} layers for the case")
+        assert_within(run_on_gpu(case), float64_reference(case))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_a_wavefront_gives_the_same_bits_again(cell: str) -> None:
+    case = Case(cell=cell, input_size=24, hidden_size=128, num_layers=4, batch=40, steps=50, dtype=torch.bfloat16)
+    with variant("cluster", layers=4):
+        if at_once(case) != {4}:
+            pytest.skip("this GPU has no wavefront of 4 layers for the case")
+        first = run_on_gpu(case)
+        for _ in range(5):
+            assert_same(run_on_gpu(case), first)
+
+
 @pytest.mark.parametrize("name", ["block", "cluster", "grid"])
 def test_many_columns_of_a_team_match_the_float64_reference(name: str) -> None:
     case = variant_case(name, batch=333, dtype=torch.bfloat16)

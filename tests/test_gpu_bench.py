@@ -20,6 +20,7 @@ CASES = [
     gpu_cases.GpuCase("flashrnn", "lstm", 3, 4, 5, 72, "bfloat16"),
     gpu_cases.GpuCase("cpu table", "gru", 3, 4, 5, 8, "float32", num_layers=2, bidirectional=True),
     gpu_cases.GpuCase("stacks", "rnn", 3, 4, 5, 8, "float16", num_layers=2),
+    gpu_cases.GpuCase("stacks", "lstm", 3, 4, 5, 64, "float16", num_layers=3),
 ]
 
 
@@ -52,7 +53,7 @@ def test_all_cases_are_checked_timed_and_reported(tmp_path: Path) -> None:
         assert r["floor_ms"] > 0 and r["variant"] in ("block", "cluster", "grid", "none")
         assert r["peak_bytes"] == {"cuDNN": 4096, "fused": 4096}
     # Here nothing runs on cuDNN. Another dtype stands in for it where torch.nn may have no kernels of its own.
-    assert [r["rival"] for r in report["results"]] == ["cuDNN in float16"] * 2 + [""] * 4
+    assert [r["rival"] for r in report["results"]] == ["cuDNN in float16"] * 2 + [""] * 6
     assert f"| stacks | {CASES[2].name} | forward+backward | " in tables
     # The memory of another dtype is no match.
     (memory,) = (line for line in report["bars"] if line.startswith("memory"))
@@ -68,7 +69,7 @@ def test_wrong_numbers_are_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
     status, report, tables = _run(tmp_path)
     assert status == 1
     assert all(r["problem"].startswith("wrong numbers") and not r["milliseconds"] for r in report["results"])
-    assert tables.count("wrong numbers: off by 0.5") == 6
+    assert tables.count("wrong numbers: off by 0.5") == 2 * len(CASES)
 
 
 def test_a_case_that_fails_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_a_case_that_fails_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch,
     status, report, _ = _run(tmp_path)
     assert status == 1
     problems = [r["problem"] for r in report["results"]]
-    assert problems == ["", "", "", "failed: out of memory: tried to allocate too much", "", ""]
+    assert problems == ["", "", "", "failed: out of memory: tried to allocate too much", "", "", "", ""]
 
 
 def test_a_rival_that_fails_leaves_times_without_a_ratio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -119,28 +120,28 @@ def test_another_process_goes_on_after_a_case_that_loses_the_context(
     assert status == gpu.AGAIN
     problems = [r["problem"] for r in report["results"]]
     assert problems[:3] == ["", "", ""] and problems[3].startswith("failed: RuntimeError: CUDA error: an illegal")
-    assert report["not_reached"] == [CASES[2].name]
+    assert report["not_reached"] == [case.name for case in CASES[2:]]
     lost = False
     machine = report["machine"]
     # The first case after those that are known is the one that a process ended in.
     status, report, tables = _run(tmp_path, "--resume")
     assert report["machine"] == machine
-    assert [r["problem"] for r in report["results"]][4:] == ["failed: hung, or ended its process"] * 2
+    assert [r["problem"] for r in report["results"]][4:] == ["failed: hung, or ended its process"] * 2 + [""] * 2
     assert status == 1 and report["not_reached"] == []
 
 
 def test_a_run_without_time_says_what_it_did_not_reach(tmp_path: Path) -> None:
     status, report, tables = _run(tmp_path, "--seconds", "0")
     assert status == 0 and report["results"] == []
-    assert f"Not reached in time: 3 of the cases, such as {CASES[0].name}" in tables
+    assert f"Not reached in time: 4 of the cases, such as {CASES[0].name}" in tables
 
 
 def test_variants_are_taken_away_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
     monkeypatch.setattr(ops._C, "cuda_allow", lambda **variants: asked.append(variants), raising=False)
-    _, report, tables = _run(tmp_path, "--without", "cluster", "--cases", "rnn")
-    assert asked == [{"cluster": False}]
-    assert "Left out: the variants cluster." in tables
+    _, report, tables = _run(tmp_path, "--without", "cluster", "--without", "wavefront", "--cases", "rnn")
+    assert asked == [{"cluster": False, "layers": 1}]
+    assert "Left out: the variants cluster, wavefront." in tables
 
 
 def test_calls_for_the_sanitizer_are_compared_with_the_reference(
@@ -150,9 +151,11 @@ def test_calls_for_the_sanitizer_are_compared_with_the_reference(
     import gpu_sanitized
 
     monkeypatch.setattr(ops._C, "cuda_allow", lambda **variants: None, raising=False)
+    everything = gpu_sanitized.calls()
+    assert len({str(watched) for watched in everything}) == len(everything)
+    assert {watched.variant for watched in everything[:5]} == set(gpu_sanitized.VARIANTS)
     monkeypatch.setattr(gpu_sanitized, "variants_of", lambda call: {"block"})
-    few = list(gpu_sanitized.calls())[:6]
-    monkeypatch.setattr(gpu_sanitized, "calls", lambda: few)
+    monkeypatch.setattr(gpu_sanitized, "calls", lambda: everything[:20])
     before = torch.backends.cudnn.allow_tf32
     try:
         assert gpu_sanitized.main(["--variant", "block"]) == 0

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +18,8 @@ import fused_rnn
 from fused_rnn import _C
 from fused_rnn.check import ERROR_LIMITS, Call, scaled_errors
 
-VARIANTS = ("cluster", "grid", "block", "none")
+# Beside those of single layers the stacks of layers that run at once.
+VARIANTS = ("cluster", "wavefront", "grid", "block", "none")
 CELLS = ("LSTM", "GRU", "RNN_TANH")
 # And whether float32 may be rounded to TF32.
 NUMBERS = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False), (torch.float16, False))
@@ -26,13 +28,42 @@ OPTIONS: tuple[dict[str, bool], ...] = ({}, {"packed": True}, {"masked": True})
 TF32_LIMIT = 8 * 2.0**13
 
 
-def calls() -> Iterator[tuple[Call, bool]]:
-    """Two layers of sizes that every variant holds, and whether TF32 is allowed."""
+@dataclass(frozen=True)
+class Watched:
+    """Two layers of sizes that every variant holds."""
+
+    variant: str
+    call: Call
+    tf32: bool
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.call}{' TF32' if self.tf32 else ''}"
+
+    @property
+    def limit(self) -> float:
+        return TF32_LIMIT if self.tf32 else ERROR_LIMITS[self.call.dtype]
+
+    @property
+    def allowed(self) -> dict[str, int]:
+        """What `cuda_allow` is asked for."""
+        wavefront = self.variant == "wavefront"
+        kernels = {name: name == ("cluster" if wavefront else self.variant) for name in VARIANTS if name != "wavefront"}
+        return kernels | {"layers": 2 if wavefront else 1}
+
+
+def calls() -> list[Watched]:
+    """Every variant with every cell, dtype and option that it has."""
     factors = itertools.product(enumerate(CELLS), enumerate(NUMBERS), enumerate(OPTIONS))
+    found = []
     for (_, cell), (_, (dtype, tf32)), (_, options) in sorted(factors, key=lambda row: sum(index for index, _ in row)):
         # Rows that end on 16 bytes, and rows that do not.
         sizes = {"steps": 4, "batch": 9, "input_size": 16, "hidden_size": 27 if options.get("packed") else 32}
-        yield Call(cell, dtype, bidirectional=True, **options, **sizes), tf32  # type: ignore[arg-type]
+        for variant in VARIANTS:
+            if variant == "wavefront" and (cell == "RNN_TANH" or dtype == torch.float32):
+                continue
+            both = {"bidirectional": variant != "wavefront"}
+            found.append(Watched(variant, Call(cell, dtype, **both, **options, **sizes), tf32))  # type: ignore[arg-type]
+    return found
 
 
 def variants_of(call: Call) -> set[str]:
@@ -40,7 +71,7 @@ def variants_of(call: Call) -> set[str]:
     sequence = torch.empty(call.steps, call.batch, call.input_size, dtype=call.dtype, device="cuda")
     plan = fused_rnn.explain(call.build().to("cuda"), sequence).plan
     assert plan is not None
-    return {plan["variant"], plan["backward"]["variant"]}
+    return {"wavefront" if one["layers"] > 1 else one["variant"] for one in (plan, plan["backward"])}
 
 
 def worst_error(call: Call) -> float:
@@ -54,20 +85,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="this alone (may be repeated)")
     arguments = parser.parse_args(argv)
-    wanted = arguments.variant or VARIANTS
     wrong = 0
     worst = 0.0
-    for (call, tf32), variant in itertools.product(calls(), wanted):
-        _C.cuda_allow(**{name: name == variant for name in VARIANTS})
-        torch.backends.cudnn.allow_tf32 = tf32
-        print(f"{variant} {call}{' TF32' if tf32 else ''} ... ", end="", flush=True)
-        if variants_of(call) != {variant}:
-            print(f"runs as {', '.join(sorted(variants_of(call)))}")
+    for watched in calls():
+        if watched.variant not in (arguments.variant or VARIANTS):
+            continue
+        _C.cuda_allow(**watched.allowed)
+        torch.backends.cudnn.allow_tf32 = watched.tf32
+        print(f"{watched} ... ", end="", flush=True)
+        found = variants_of(watched.call)
+        if found != {watched.variant}:
+            print(f"runs as {', '.join(sorted(found))}", flush=True)
             wrong += 1
             continue
-        error = worst_error(call)
+        error = worst_error(watched.call)
         worst = max(worst, error)
-        right = error <= (TF32_LIMIT if tf32 else ERROR_LIMITS[call.dtype])
+        right = error <= watched.limit
         wrong += not right
         print(f"{error:.3g} epsilons{'' if right else ', WRONG'}", flush=True)
     print(f"{wrong} calls wrong" if wrong else f"all right, at most {worst:.3g} epsilons from the reference")

@@ -26,12 +26,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     without: list[str] = config.getoption("--gpu-without")
     if without:
         from fused_rnn import _C
+        from fused_rnn.bench.gpu_cases import allowed_without
 
-        _C.cuda_allow(**dict.fromkeys(without, False))
+        _C.cuda_allow(**allowed_without(without))
 
     def is_left_out(item: pytest.Item) -> bool:
-        name = item.nodeid.partition("[")[2].rstrip("]").split("-")
-        return item.nodeid in begun or any(variant in name for variant in without)
+        return item.nodeid in begun or any(variant in item.name for variant in without)
 
     left_out = [item for item in items if is_left_out(item)]
     items[:] = [item for item in items if not is_left_out(item)]

@@ -32,7 +32,7 @@ from torch import Tensor
 import fused_rnn
 
 from .. import info
-from .gpu_cases import ANCHOR_US, BAR_GRIDS, BARS, DTYPES, MOST_FLOORS, PASSES, Bar, GpuCase, cases
+from .gpu_cases import ANCHOR_US, BAR_GRIDS, BARS, DTYPES, MOST_FLOORS, PASSES, Bar, GpuCase, allowed_without, cases
 from .gpu_peers import CUDNN, FUSED, PEERS, Problem, Run, importable, runs_on_cudnn
 from .runner import TOLERANCES
 
@@ -55,12 +55,18 @@ class Measured:
     case: GpuCase
     which: str  # of PASSES
     variant: str = ""
+    layers: int = 1  # that run at once
     rival: str = ""  # what CUDNN stands for here, where it is not cuDNN in this dtype
     error: float = 0.0  # worst deviation of the fused results, as a share of each tensor's largest value
     problem: str = ""  # why it was not timed
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     floor_ms: float = 0.0
     peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> str:
+        """The variant, and how many layers run at once where it is not one."""
+        return self.variant + (f" of {self.layers} layers" if self.layers > 1 else "")
 
     def median(self, peer: str) -> float:
         return statistics.median(self.milliseconds[peer])
@@ -194,7 +200,8 @@ def measure_pass(
     with torch.set_grad_enabled(training):
         plan = fused_rnn.explain(layer, problem.input).plan
     if plan is not None:
-        measured.variant = (plan["backward"] if training else plan)["variant"]
+        chosen = plan["backward"] if training else plan
+        measured.variant, measured.layers = chosen["variant"], chosen["layers"]
     check(problem, expected, training, measured)
     if measured.problem:
         return
@@ -417,7 +424,7 @@ def markdown(report: dict[str, Any], results: list[Measured]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
-        start = f"| {r.case.grid} | {r.case.name} | {r.which} | {r.variant} |"
+        start = f"| {r.case.grid} | {r.case.name} | {r.which} | {r.kernels} |"
         if r.problem:
             lines.append(f"{start} {r.problem} | | | | {r.error:.1e} | |")
             continue
@@ -478,7 +485,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.without:
         from .. import _C
 
-        _C.cuda_allow(**dict.fromkeys(arguments.without, False))
+        _C.cuda_allow(**allowed_without(arguments.without))
     described = environment()
 
     def save() -> None:
@@ -510,7 +517,7 @@ def main(argv: list[str] | None = None) -> int:
             todo.pop(0)
             results += found
             for one in found:
-                print(f"  {one.which}, {one.variant}: {_shown(one)}", flush=True)
+                print(f"  {one.which}, {one.kernels}: {_shown(one)}", flush=True)
             # After every case: a run that is stopped leaves what it has measured.
             save()
     if lost:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -13,6 +14,11 @@ NUM_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 PASSES = ("forward", "forward+backward")
 # In which order the dtypes of a grid take turns.
 TURNS = ("bfloat16", "float32", "float16")
+
+
+def allowed_without(variants: Iterable[str]) -> dict[str, Any]:
+    """What `_C.cuda_allow` is asked for so that none of these is used: persistent variants, or "wavefront"."""
+    return dict(("layers", 1) if name == "wavefront" else (name, False) for name in variants)
 
 
 @dataclass(frozen=True)
