@@ -75,9 +75,7 @@ def _cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library._destroy()
 
 
-def _allow(
-    variant: str, *, team_blocks: int = 0, most_columns: int = 0, most_steps: int = 0, layers: int = 1
-) -> None:
+def _allow(variant: str, *, team_blocks: int = 0, most_columns: int = 0, most_steps: int = 0, layers: int = 1) -> None:
     """Makes every layer run in this variant, "none" being a launch a step, wherever it can.
 
     In inference the projections of ``most_steps`` steps are there at once (0: of as many as the library would take).

@@ -45,7 +45,7 @@ class SumExchange {
     barriers_ = reinterpret_cast<Mbarrier*>(shared_memory() + tiling.barriers);
     credits_ = reinterpret_cast<Mbarrier*>(shared_memory() + tiling.credits);
 #endif
-    if (tiling.exchange == Exchange::memory) {
+    if (!wavefront && tiling.exchange == Exchange::memory) {
       const int team = place.team_index(tiling);
       const int64_t teams = int64_t(grid_y()) * tiling.teams;
       counters_ = reinterpret_cast<uint32_t*>(workspace) + int64_t(team) * tiling.column_tiles;
@@ -57,7 +57,7 @@ class SumExchange {
   // The caller meets all who write there before the first step.
   FRNN_DEVICE void begin() {
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted && thread_index() == 0) {
+    if (counts() && thread_index() == 0) {
       for (int i = 0; i < 2 * place_.column_tiles; ++i) {
         mbarrier_init(&barriers_[i], 1);
         if (wavefront) mbarrier_init(&credits_[i], tiling_.active);
@@ -77,7 +77,7 @@ class SumExchange {
   // branches.)
   FRNN_DEVICE void wait(int e, int j) {
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted) {
+    if (counts()) {
       mbarrier_wait(&barriers_[2 * j + (e & 1)], ((has_above() ? e : e - 1) >> 1) & 1);
       if (thread_index() == 0 && e + 2 <= exchanges_)
         mbarrier_arrive_expect(&barriers_[2 * j + (e & 1)], bytes(e + 2, j));
@@ -112,7 +112,7 @@ class SumExchange {
       const int first_source = takes_own(e) ? 0 : tiling_.active, sources = sources_of(e);
       const int first = first_source + sources * split / tiling_.source_split;
       const int end = first_source + sources * (split + 1) / tiling_.source_split;
-      const bool memory = tiling_.exchange == Exchange::memory;
+      const bool memory = !wavefront && tiling_.exchange == Exchange::memory;
       const char* const buffer = memory ? global(j, e & 1, place_.rank) : shared(j, e & 1);
       for (int source = first; source < end; ++source) {
         const Pair* const p = reinterpret_cast<const Pair*>(buffer + offset(source, pair, unit));
@@ -160,7 +160,7 @@ class SumExchange {
     const int source = wavefront && to_below ? tiling_.active + place_.rank : place_.rank;
     const int at = offset(source, pair, (octet - owner * tiling_.octets) * 8 + g);
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted) {
+    if (counts()) {
       const int block = wavefront ? (place_.layer - int(to_below)) * tiling_.active + owner : owner;
       store_async(remote_address(shared(j, e & 1) + at, block), value,
                   remote_address(&barriers_[2 * j + (e & 1)], block));
@@ -179,6 +179,7 @@ class SumExchange {
 
   // After the block's sends of a column tile.
   FRNN_DEVICE void sent(int j) {
+    if (counts()) return;
 #if defined(FRNN_CUDA_CLUSTERS)
     if (tiling_.exchange == Exchange::barriers && j == place_.column_tiles - 1) cluster_arrive();
 #endif
@@ -189,6 +190,7 @@ class SumExchange {
   }
 
  private:
+  FRNN_DEVICE bool counts() const { return wavefront || tiling_.exchange == Exchange::counted; }
   FRNN_DEVICE bool has_above() const { return wavefront && place_.layer + 1 < tiling_.layers; }
   // Of exchange e: whether this layer's own sums are part of it, and from how many blocks sums come.
   FRNN_DEVICE bool takes_own(int e) const { return !wavefront || e > 0; }
@@ -222,6 +224,9 @@ class SumExchange {
 template <class Product, class Cell, int group, int register_groups, int most_slabs, bool wavefront>
 __global__ void __launch_bounds__(block_threads, 1)
     persistent_backward_kernel(const __grid_constant__ BackwardArguments arguments) {
+#if !defined(FRNN_CUDA_CLUSTERS)
+  if constexpr (wavefront) return;
+#endif
   using S = typename Product::Storage;
   using Real = typename Product::Real;
   constexpr int gates = Cell::gates, saved = Cell::saved, grad_gates = Cell::grad_gates;
@@ -248,14 +253,13 @@ __global__ void __launch_bounds__(block_threads, 1)
   const int g = lane_index() / 4;
   const int gate_chunks = place.units / per_chunk;
   const int slabs = tiling.slabs;
-  const int own_tiles = tiling.own_tiles;
-  const int row_tiles = wavefront && place.layer == 0 ? own_tiles : tiling.row_tiles;
+  const int row_tiles = wavefront && place.layer == 0 ? tiling.own_tiles : tiling.row_tiles;
   char* const stored = shared_memory() + tiling.weights +
                        warp_index() * (tiling.row_tiles - register_groups * group) * slabs * tile_bytes;
   // Chunks run along the columns of W_hh, memory along its rows: a lane loads one of the rows that it and its
   // neighbours want, and hands the others what is theirs.
   const auto load_weights = [&](uint32_t (&a)[8], int n, int k) {
-    const bool below = wavefront && n >= own_tiles;
+    const bool below = wavefront && n >= tiling.own_tiles;
     const S* const w = typed<S>(below ? layer.w_ih : layer.w_hh);
     const auto weight = [&](int octet, int chunk) {
       const int gate = chunk / gate_chunks, first = chunk % gate_chunks * per_chunk + g % per_chunk;
@@ -269,7 +273,7 @@ __global__ void __launch_bounds__(block_threads, 1)
         row = load_row_chunk<Product>(w + (int64_t(gate_row) * H + from) * H, unit, H);
       return transpose_chunk<S>(row);
     };
-    load_tile(a, weight, (below ? n - own_tiles : n) * block_warps + warp_index(), k);
+    load_tile(a, weight, (below ? n - tiling.own_tiles : n) * block_warps + warp_index(), k);
   };
   uint32_t resident[register_groups][most_slabs][group][8];
   FRNN_UNROLL
@@ -433,19 +437,19 @@ __global__ void __launch_bounds__(block_threads, 1)
             b[k] = Product::operand(from + (k < slabs ? k : 0) * slab_bytes, columns);
         };
         load_operand(operand);
-        // Before the first group of W_ih's.
+        // Before the first group of W_ih's. (The first of all is never one of them.)
         const auto turn_below = [&](int n) {
-          if (!wavefront || n != own_tiles) return;
-          if (operands_of_step > 1) load_operand(operand + slabs * slab_bytes);
+          if (!wavefront || n == 0 || n != tiling.own_tiles) return;
           exchange.wait_for_credit(s, j);
+          if (operands_of_step > 1) load_operand(operand + slabs * slab_bytes);
         };
         const auto send = [&](const typename Product::Sums(&sums)[group], int n) {
-          const bool below = wavefront && n >= own_tiles;
+          const bool below = wavefront && n > 0 && n >= tiling.own_tiles;
           if (!below && s >= exchanges) return;
           FRNN_UNROLL
           for (int m = 0; m < group; ++m) {
             const TileSums tile = sums[m].result();
-            const int row_tile = (below ? n + m - own_tiles : n + m) * block_warps + warp_index();
+            const int row_tile = (below ? n + m - tiling.own_tiles : n + m) * block_warps + warp_index();
             FRNN_UNROLL
             for (int half = 0; half < 2; ++half)
               exchange.send(below ? s : s + 1, j, 2 * row_tile + half, g, lane_index() % 4, tile.row[half], below);

@@ -57,7 +57,7 @@ class StateExchange {
     barriers_ = reinterpret_cast<Mbarrier*>(shared_memory() + tiling.barriers);
     credits_ = reinterpret_cast<Mbarrier*>(shared_memory() + tiling.credits);
 #endif
-    if (tiling.exchange == Exchange::memory) {
+    if (!wavefront && tiling.exchange == Exchange::memory) {
       const int team = place.team_index(tiling);
       const int64_t teams = int64_t(grid_y()) * tiling.teams;
       counters_ = reinterpret_cast<uint32_t*>(workspace) + int64_t(team) * tiling.column_tiles;
@@ -68,12 +68,12 @@ class StateExchange {
 
   // h0 into the buffers, zeros into all the rest. The caller meets all who write there before the first step.
   FRNN_DEVICE void begin(const void* h0, int64_t hidden_size) {
-    const bool memory = tiling_.exchange == Exchange::memory;
+    const bool memory = !wavefront && tiling_.exchange == Exchange::memory;
     const int buffers = memory ? 1 : 2 * tiling_.column_tiles;
     for (int i = thread_index(); i < buffers * buffer_bytes_ / chunk_bytes; i += block_size())
       reinterpret_cast<Chunk*>(operand_)[i] = {};
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted && thread_index() == 0) {
+    if (counts() && thread_index() == 0) {
       for (int i = 0; i < 2 * place_.column_tiles; ++i) {
         mbarrier_init(&barriers_[i], 1);
         if (wavefront) mbarrier_init(&credits_[i], tiling_.active);
@@ -95,7 +95,7 @@ class StateExchange {
     const int parity = s & 1;
     // (Here and below the fastest exchange comes before the switch, whose jump takes longer than other branches.)
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted) {
+    if (counts()) {
       if (s > 0 || has_below()) {
         mbarrier_wait(&barriers_[2 * j + parity], ((has_below() ? s : s - 1) >> 1) & 1);
         if (thread_index() == 0 && s + 2 < steps_) mbarrier_arrive_expect(&barriers_[2 * j + parity], bytes(j));
@@ -149,7 +149,7 @@ class StateExchange {
     const int offset = chunk_offset((place_.first_octet * 8 + item.unit) / per_chunk, column);
     const int holder = lane_index() % (2 * holders) / 2;
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted) {
+    if (counts()) {
       if (!wavefront || s + 1 < steps_)
         send_to(place_.layer, chunk, buffer(j, parity) + offset, 2 * j + parity, holder);
       if (wavefront && place_.layer + 1 < tiling_.layers) {
@@ -183,6 +183,7 @@ class StateExchange {
 
   // After the block's sends of step s, column tile j.
   FRNN_DEVICE void sent(int j) {
+    if (counts()) return;
 #if defined(FRNN_CUDA_CLUSTERS)
     if (tiling_.exchange == Exchange::barriers && j == place_.column_tiles - 1) cluster_arrive();
 #endif
@@ -195,6 +196,7 @@ class StateExchange {
  private:
   FRNN_DEVICE char* buffer(int j, int parity) const { return operand_ + (2 * j + parity) * buffer_bytes_; }
   FRNN_DEVICE char* global(int j, int parity) const { return memory_ + int64_t(2 * j + parity) * buffer_bytes_; }
+  FRNN_DEVICE bool counts() const { return wavefront || tiling_.exchange == Exchange::counted; }
   FRNN_DEVICE bool has_below() const { return wavefront && place_.layer > 0; }
   // Of column tile j, that arrive for a step: from the team's blocks of one layer, and of all.
   FRNN_DEVICE int state_bytes(int j) const { return chunks_ * chunk_bytes * place_.columns_of(j); }
@@ -295,6 +297,9 @@ FRNN_DEVICE void add_parts(Pair (&sums)[gates], const Pair* part, int pair_strid
 template <class Product, class Cell, int row_tiles, int register_slabs, bool wavefront>
 __global__ void __launch_bounds__(block_threads, 1)
     persistent_forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+#if !defined(FRNN_CUDA_CLUSTERS)
+  if constexpr (wavefront) return;
+#endif
   using S = typename Product::Storage;
   using Real = typename Product::Real;
   constexpr int gates = Cell::gates, saved = Cell::saved;
@@ -552,7 +557,7 @@ __global__ void __launch_bounds__(block_threads, 1)
 
 template <Multiply multiply, bool wavefront, class Cell, int index>
 ForwardKernel forward_kernel_of_shape() {
-  constexpr ForwardShape shape = forward_shape(multiply, index);
+  constexpr ForwardShape shape = forward_shape(multiply, index, wavefront);
   return persistent_forward_kernel<typename ProductOf<multiply>::type, Cell, shape.row_tiles, shape.register_slabs,
                                    wavefront>;
 }

@@ -151,7 +151,7 @@ class Candidate {
 
   std::string lay_out_forward() {
     Tiling& t = plan_.tiling;
-    const ForwardShape shape = forward_shape(plan_.multiply, plan_.shape);
+    const ForwardShape shape = forward_shape(plan_.multiply, plan_.shape, problem_.layers > 1);
     const int row_tiles = ceil_div(int64_t(t.octets) * problem_.gates, 2);
     t.warps_rows = 1;
     while (t.warps_rows < block_warps && t.warps_rows * shape.row_tiles < row_tiles) t.warps_rows *= 2;

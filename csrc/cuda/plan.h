@@ -72,10 +72,10 @@ constexpr int backward_shapes(Multiply multiply, int gates) { return is_half(mul
 // Which cells and products have kernels for several layers.
 constexpr bool has_wavefront(Multiply multiply, int gates) { return multiply != Multiply::float32 && gates > 1; }
 
-constexpr ForwardShape forward_shape(Multiply multiply, int index) {
+constexpr ForwardShape forward_shape(Multiply multiply, int index, bool wavefront) {
   if (few_registers) return {index == 0 ? 2 : 3, 1};
   if (multiply == Multiply::float32) return {2, 6};
-  return index == 0 ? ForwardShape{2, 9} : ForwardShape{3, 7};
+  return index == 0 ? ForwardShape{2, 9} : ForwardShape{3, wavefront ? 6 : 7};
 }
 constexpr BackwardShape backward_shape(Multiply multiply, int index) {
   const int group = multiply == Multiply::float32 ? 1 : 2;
