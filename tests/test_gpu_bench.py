@@ -1,8 +1,12 @@
-"""The benchmark for GPUs and the calls for compute-sanitizer, with the CPU in the place of the GPU: every line runs."""
+"""Programs for a GPU with the CPU in its place: the benchmark, the calls for compute-sanitizer, the tests."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,7 +154,6 @@ def test_calls_for_the_sanitizer_are_compared_with_the_reference(
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "tools"))
     import gpu_sanitized
 
-    monkeypatch.setattr(ops._C, "cuda_allow", lambda **variants: None, raising=False)
     everything = gpu_sanitized.calls()
     assert len({str(watched) for watched in everything}) == len(everything)
     assert {watched.variant for watched in everything[:5]} == set(gpu_sanitized.VARIANTS)
@@ -167,3 +170,33 @@ def test_calls_for_the_sanitizer_are_compared_with_the_reference(
         assert "WRONG" in capsys.readouterr().out
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+# Those that say something of the layers on any device, and where the tests are more than one call and a comparison.
+TESTS_FOR_A_GPU = (
+    "nothing_waits_for or side_stream or kept_gives or empty_batch or strided or no_memory_behind or packed_input or "
+    "clusters_of_every_size or either_device or wavefront"
+)
+
+
+def test_tests_for_a_gpu_run() -> None:
+    tests = Path(__file__).parent
+    files = [str(tests / name) for name in ("test_cuda.py", "test_masks_on_gpu.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "support.stand_in",
+        "-m",
+        "cuda",
+        "-k",
+        TESTS_FOR_A_GPU,
+        "-q",
+        *files,
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped|failed)", done.stdout)}
+    assert counts["passed"] >= 80 and "failed" not in counts

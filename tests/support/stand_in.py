@@ -1,7 +1,8 @@
 """The CPU in the place of a GPU: what programs for a GPU ask of PyTorch, so that every line of them runs without one.
 
 Tensors for "cuda" are made on the CPU, events read its clock, plans are those for an H200. What is computed and how
-long it takes says nothing of a GPU.
+long it takes says nothing of a GPU. `pytest -p support.stand_in -m cuda` runs the tests for a GPU in this way; those of
+graphs, of TF32 and of what a device is called cannot pass.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-import fused_rnn
 from fused_rnn import _C, ops
 
 H200 = {
@@ -65,6 +65,16 @@ class Event:
         return (end.seconds - self.seconds) * 1e3
 
 
+class Stream:
+    """torch.cuda.Stream: everything is done when it is asked for."""
+
+    def wait_stream(self, stream: Stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class Memory:
     """What the allocator would count: nothing of it is measured."""
 
@@ -85,6 +95,17 @@ def _plan_of_h200(
     )  # fmt: skip
 
 
+class _Allowed:
+    """What `_C.cuda_allow` was told last; the plans here do not follow it."""
+
+    def __init__(self) -> None:
+        self.now = dict.fromkeys(("block", "cluster", "grid", "none", "counted"), True)
+
+    def __call__(self, **changes: Any) -> dict[str, Any]:
+        before, self.now = self.now, self.now | changes
+        return before
+
+
 def _nothing(*args: Any, **keywords: Any) -> None:
     pass
 
@@ -103,6 +124,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "memory_allocated": lambda *device: memory.allocated,
         "max_memory_allocated": memory.peak,
         "reset_peak_memory_stats": _nothing,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "set_sync_debug_mode": _nothing,
+        "_sleep": _nothing,
         "mem_get_info": lambda *device: (1 << 30, 1 << 30),
         "get_device_name": lambda *device: "a stand-in",
         "get_device_capability": lambda *device: (9, 0),
@@ -116,6 +142,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ops, "plan", lambda *args, **keywords: plan(*args, **keywords | {"device": _DEVICE}))
     monkeypatch.setattr(_C, "cuda_plan", _plan_of_h200, raising=False)
     monkeypatch.setattr(_C, "cuda_barrier", _nothing, raising=False)
+    monkeypatch.setattr(_C, "cuda_allow", _Allowed(), raising=False)
     build = {**_C.build_info(), "cuda": True, "cuda_compiler": "nvcc", "cuda_architectures": "90a"}
     monkeypatch.setattr(_C, "build_info", lambda: build)
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda module, *device: module)
@@ -132,4 +159,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 _DEVICE = torch.device("cuda:0")
-assert fused_rnn.ops is ops
+_until_the_end = contextlib.ExitStack()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """As a plugin: from here to the end of the process."""
+    _until_the_end.enter_context(gpu(pytest.MonkeyPatch()))
