@@ -54,7 +54,9 @@ def variant(name: str, **limits: int) -> Iterator[None]:
     """Lets layers run in this variant only, "none" (a launch a step) where it cannot be."""
     from fused_rnn import _C
 
-    before = _C.cuda_allow(**{v: v == name for v in VARIANTS}, **limits)
+    before = _C.cuda_allow()
+    # Wavefronts stay out where a whole run is without them.
+    _C.cuda_allow(**({"layers": before["layers"]} | {v: v == name for v in VARIANTS} | limits))
     try:
         yield
     finally:

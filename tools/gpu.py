@@ -105,7 +105,8 @@ def run(phase: Phase, folder: Path, seconds: float, without: list[str] | None = 
 def _run_once(phase: Phase, log: Path, seconds: float, without: list[str]) -> str:
     """One process; what became of it."""
     environment = os.environ | {"FUSED_RNN_CUDA": "1", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+    paths = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = phase.command
     if phase.name == "bench":
         command = [*command, "--seconds", f"{max(5.0, seconds - GRACE):.0f}"]

@@ -99,7 +99,7 @@ class _Allowed:
     """What `_C.cuda_allow` was told last; the plans here do not follow it."""
 
     def __init__(self) -> None:
-        self.now = dict.fromkeys(("block", "cluster", "grid", "none", "counted"), True)
+        self.now: dict[str, Any] = dict.fromkeys(("block", "cluster", "grid", "none", "counted"), True) | {"layers": 0}
 
     def __call__(self, **changes: Any) -> dict[str, Any]:
         before, self.now = self.now, self.now | changes
