@@ -142,6 +142,16 @@ def test_every_variant_matches_the_float64_reference(name: str, cell: str, dtype
         assert_within(run_on_gpu(case), float64_reference(case))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_runs_a_cell(name: str, cell: str, dtype: torch.dtype) -> None:
+    # By itself the planner takes a persistent variant for a cell of some thousand rows.
+    case = CellCase(cell=cell, input_size=9, hidden_size=27, batch=21, dtype=dtype)
+    with variant(name):
+        assert_within(run_on_gpu(case), float64_reference(case))
+
+
 @pytest.mark.parametrize("team_blocks", [2, 4, 8, 16])
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN_TANH"])
