@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+np = pytest.importorskip("numpy")
 
 pytestmark = [pytest.mark.kernels, pytest.mark.asan]
 

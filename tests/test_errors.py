@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import functional
+
+np = pytest.importorskip("numpy")
 
 SEQUENCE = torch.zeros(5, 2, 3)
 STEP = torch.zeros(2, 3)

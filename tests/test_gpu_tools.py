@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -56,16 +58,87 @@ def test_names_of_kernels_lose_what_every_one_has() -> None:
 def test_a_phase_that_runs_out_of_time_is_reported_and_the_next_still_runs(tmp_path: Path) -> None:
     import gpu as runner
 
-    slow = runner.Phase("slow", [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 1)
+    # On an interrupt Python says what it was at, as pytest says what failed.
+    program = tmp_path / "slow.py"
+    program.write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
+    slow = runner.Phase("slow", [sys.executable, str(program)], 1)
     good = runner.Phase("good", [sys.executable, "-c", "print('done')"], 1)
     bad = runner.Phase("bad", [sys.executable, "-c", "raise SystemExit(3)"], 1)
-    for phase, seconds in ((slow, 1.5), (good, 20), (bad, 20)):
+    for phase, seconds in ((slow, 2.2), (good, 20), (bad, 20)):
         runner.run(phase, tmp_path, seconds)
-    assert slow.verdict.startswith("stopped after") and slow.last_lines == "begun"
+    assert slow.verdict.startswith("stopped after")
+    assert slow.last_lines.startswith("begun\n") and slow.last_lines.endswith("KeyboardInterrupt")
     assert (good.verdict, good.last_lines) == ("ok", "done")
     assert bad.verdict == "failed, status 3"
     text = runner.summary([slow, good, bad], tmp_path)
     assert "| slow | stopped after 2 s |" in text and "| good | ok |" in text
+
+
+TESTS_THAT_END_A_RUN = """
+import time
+import pytest
+
+def test_first(): pass
+def test_takes_the_context_along(): assert 1 == 2, "seen"
+def test_hangs(): time.sleep(60)
+def test_takes_it_along_too(): assert False
+@pytest.mark.parametrize("name", ["cluster", "none"])
+def test_variant(name): assert name == "none"
+def test_last(): pass
+"""
+
+
+@pytest.mark.slow
+def test_tests_go_on_after_one_that_hangs_and_one_that_loses_the_context(tmp_path: Path) -> None:
+    import gpu as runner
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a failed test must take the context along: without a GPU each does")
+    (tmp_path / "test_it.py").write_text(TESTS_THAT_END_A_RUN)
+    # The plugin takes a variant away from the kernels; these here have none.
+    (tmp_path / "conftest.py").write_text("from fused_rnn import _C\n_C.cuda_allow = lambda **variants: None\n")
+    command = [sys.executable, "-m", "pytest", "-p", "gpu_tests", "--gpu-log", str(tmp_path / "begun.txt"), "-v"]
+    tests = runner.Phase("tests", [*command, str(tmp_path)], 200, stall=25, resumes=True)
+    runner.run(tests, tmp_path, 200, without=["cluster"])
+    log = (tmp_path / "log.txt").read_text()
+    assert tests.verdict == "lost the CUDA context 2 times, hung, ok"
+    assert [line.partition("::")[2] for line in tests.failures if "::" in line] == [
+        "test_takes_the_context_along (call)",
+        "test_takes_it_along_too (call)",
+    ]
+    assert "HUNG" in "".join(tests.failures) and "AssertionError: seen" in log
+    begun = (tmp_path / "begun.txt").read_text().splitlines()
+    assert [name.partition("::")[2] for name in begun] == [
+        "test_first",
+        "test_takes_the_context_along",
+        "test_hangs",
+        "test_takes_it_along_too",
+        "test_variant[none]",
+        "test_last",
+    ]
+
+
+def test_a_tool_that_is_not_there_is_reported(tmp_path: Path) -> None:
+    import gpu as runner
+
+    missing = runner.Phase("memcheck", ["no-such-program"], 5)
+    runner.run(missing, tmp_path, 5)
+    assert missing.verdict == "no-such-program is not found"
+
+
+def test_variants_that_hang_are_left_out_of_what_follows(tmp_path: Path) -> None:
+    import gpu as runner
+
+    for name, option in (("tests", "--gpu-without"), ("bench", "--without")):
+        phase = runner.Phase(name, [sys.executable, "-c", "import sys; print(sys.argv[1:])"], 20)
+        runner.run(phase, tmp_path, 20, without=["grid"])
+        assert f"'{option}', 'grid'" in phase.last_lines
+    watched = runner.Phase("racecheck", [sys.executable, "-c", "import sys; print(sys.argv[1:])"], 20)
+    runner.run(watched, tmp_path, 20, without=["grid"])
+    assert watched.last_lines == str(
+        [part for name in ("cluster", "wavefront", "block", "none") for part in ("--variant", name)]
+    )
 
 
 def test_the_anchor_is_measured_first_and_no_case_twice() -> None:
@@ -82,7 +155,7 @@ def _measured(
     case = gpu_cases.GpuCase("haste", "lstm", 32, 100, 64, hidden_size, dtype)
     times = {gpu.CUDNN: [ratio, ratio], gpu.FUSED: [1.0, 1.0]}
     memory = {gpu.CUDNN: 100, gpu.FUSED: 90}
-    return gpu.Measured(case, which, variant, 0.001, "", times, 0.6 if which == "forward" else 0.0, memory)
+    return gpu.Measured(case, which, variant, error=0.001, milliseconds=times, floor_ms=0.6, peak_bytes=memory)
 
 
 def test_bars_are_met_or_not_by_mean_and_by_worst_case() -> None:
@@ -101,21 +174,51 @@ def test_a_report_names_what_was_wrong_and_what_was_not_reached(monkeypatch: pyt
     wrong = _measured(1.0)
     wrong.problem = "wrong numbers: off by 0.5 (cuDNN: 0.001)"
     results = [_measured(2.0), wrong, _measured(2.0, which="forward+backward")]
-    report = {
-        "environment": {"device": "a GPU", "driver": "1", "torch": "2", "cudnn": "9", "date": "today"},
-        "flops": {"bfloat16": 1e15},
-        "barriers_us": {"cluster": 0.5},
-        "bars": gpu.verdicts(results),
-        "not_reached": ["some case"],
-    }
+    where = {"device": "a GPU", "driver": "1", "torch": "2", "cudnn": "9", "date": "today"}
+    machine = gpu.Machine({"bfloat16": 1e15}, {"cluster": 0.5})
+    report = gpu.as_json(results, machine, ["some case"], where, ["grid"])
+    assert gpu.from_json(json.loads(json.dumps(report))) == (results, machine)
     text = gpu.markdown(report, results)
     assert "cluster 0.500 us" in text and "1000 TFLOP/s" in text
     assert "wrong numbers: off by 0.5" in text
-    assert "Not reached in time: 1 of the cases" in text
-    floor = next(line for line in report["bars"] if line.startswith("times the floor"))
-    assert "1.67" in floor and floor.endswith(": met")
+    assert "Not reached in time: 1 of the cases" in text and "Left out: the variants grid" in text
+    floors = [line for line in report["bars"] if line.startswith("times the floor")]
+    assert len(floors) == 2
+    assert all("1.67" in line and line.endswith(": met") for line in floors)
     memory = next(line for line in report["bars"] if line.startswith("memory"))
     assert "0.90" in memory and memory.endswith(": met")
+
+
+def test_the_floor_of_one_layer_is_its_steps_its_projection_and_its_weight_gradients() -> None:
+    case = gpu_cases.GpuCase("haste", "lstm", 4, 100, 32, 64, "bfloat16")
+    rate = 1e12
+    step_us = 2 * 4 * 256 * 64 / rate * 1e6
+    projection_us = 100 * 2 * 4 * 256 * 32 / rate * 1e6
+    # The longer of arithmetic and barrier.
+    assert case.floor_us("forward", rate, 0.0) == pytest.approx(100 * step_us + projection_us)
+    assert case.floor_us("forward", rate, 1.0) == pytest.approx(100 * 1.0 + projection_us)
+    weights_us = 100 * step_us + projection_us
+    training_us = 2 * (100 * 1.0 + projection_us) + weights_us
+    assert case.floor_us("forward+backward", rate, 1.0) == pytest.approx(training_us)
+
+
+def test_the_floor_of_a_stack_has_its_layers_side_by_side_where_they_can_be() -> None:
+    case = gpu_cases.GpuCase("stacks", "lstm", 4, 100, 64, 64, "bfloat16", num_layers=3)
+    both = dataclasses.replace(case, bidirectional=True)
+    assert case.floor_us("forward", 1e18, 1.0) == pytest.approx(102, rel=1e-3)
+    assert both.floor_us("forward", 1e18, 1.0) == pytest.approx(300, rel=1e-3)
+    # Where arithmetic decides, side by side does not make it less.
+    one = dataclasses.replace(case, num_layers=1)
+    assert case.floor_us("forward", 1e6, 0.0) >= 3 * one.floor_us("forward", 1e6, 0.0)
+    assert case.floor_us("forward", 1e6, 0.0) <= 3 * one.floor_us("forward", 1e6, 0.0) * 102 / 100
+
+
+def test_grids_without_a_bar_are_no_part_of_its_mean() -> None:
+    stack = _measured(9.0)
+    stack.case = dataclasses.replace(stack.case, grid="stacks", num_layers=2)
+    lines = gpu.verdicts([_measured(1.0), stack])
+    assert "geometric mean 1.00 of 1 cases" in lines[0]
+    assert any(line.startswith("stacks (no bar), forward: geometric mean 9.00 of 1 cases") for line in lines)
 
 
 def test_the_benchmark_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:

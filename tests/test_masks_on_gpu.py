@@ -9,7 +9,14 @@ import pytest
 import torch
 from support.cases import CELLS, Case, run
 from support.compare import assert_same, assert_within
-from test_cuda import VARIANT_CASE, VARIANTS, _float32_is_float32, on_cpu, planned, variant  # noqa: F401  (one is a fixture)
+from test_cuda import (
+    VARIANTS,
+    _float32_is_float32,  # noqa: F401  (a fixture)
+    on_cpu,
+    skip_unless_planned,
+    variant,
+    variant_case,
+)
 from test_masks import (
     CASES,
     SOME,
@@ -40,10 +47,9 @@ def test_layer_matches_the_float64_definition(case: Case) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_matches_the_float64_definition(name: str, cell: str, dtype: torch.dtype) -> None:
-    case = VARIANT_CASE.replace(cell=cell, dtype=dtype)
+    case = variant_case(name, cell=cell, dtype=dtype)
     with variant(name):
-        if name != "none" and planned(case) != name:
-            pytest.skip(f"this GPU has no {name} variant for the case")
+        skip_unless_planned(name, case)
         assert_within(run_on_gpu(case, random_mask(case)), float64_reference(case))
         with torch.no_grad():
             found = run_on_gpu(case, random_mask(case), gradients=False)

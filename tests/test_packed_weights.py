@@ -133,6 +133,7 @@ def _load_assigned(module: nn.Module) -> None:
 
 
 def _numpy(module: nn.Module) -> None:
+    pytest.importorskip("numpy")
     module.weight_hh_l0.detach().numpy()[7, 7] = 2.0
 
 

@@ -49,6 +49,7 @@ def _give_new_data(module: nn.Module, name: str) -> None:
 
 
 def _write_through_numpy(module: nn.Module, name: str) -> None:
+    pytest.importorskip("numpy")
     array = getattr(module, name).detach().numpy()
     array *= 0.5
 

@@ -6,8 +6,6 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support.backends import available_isas, fused_available
 from support.cases import CELLS, Case, CellCase, Data, incoming_gradients, run
 from support.compare import assert_close_to_twin, assert_same, assert_within
@@ -17,11 +15,19 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fused_rnn
 from fused_rnn.check import instruction_set
 
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+given = hypothesis.given
+
 pytestmark = pytest.mark.asan
 
 # derandomize: the same examples in every run, so that a failure is there again the next time
-PROFILE = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+PROFILE = hypothesis.settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])

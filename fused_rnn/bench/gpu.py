@@ -2,10 +2,11 @@
 
 Every contestant's numbers are compared first, with the fused layer's and torch.nn's run in float32 without TF32. Then
 contestants take turns: in each round each repeats its pass until the GPU has worked some milliseconds between two CUDA
-events. Reported are medians over the rounds and the ratios of cuDNN's time to ours, beside the floor: what the step
+events. Reported are medians over the rounds and the ratios of cuDNN's time to ours, beside the floor: what the pass
 cannot be faster than on this GPU, by what was measured on it in this run.
 
-A run ends after --seconds (or FUSED_RNN_BENCH_SECONDS); what was not reached is named.
+A run ends after --seconds (or FUSED_RNN_BENCH_SECONDS); what was not reached is named. Where a kernel takes the CUDA
+context with it, status 75 asks for another process that goes on after that case (--resume).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ from torch import Tensor
 import fused_rnn
 
 from .. import info
-from .gpu_cases import ANCHOR_US, BARS, DTYPES, MOST_FLOORS, PASSES, Bar, GpuCase, cases
-from .gpu_peers import CUDNN, FUSED, PEERS, Problem, Run, importable
+from .gpu_cases import ANCHOR_US, BAR_GRIDS, BARS, DTYPES, MOST_FLOORS, PASSES, Bar, GpuCase, allowed_without, cases
+from .gpu_peers import CUDNN, FUSED, PEERS, Problem, Run, importable, runs_on_cudnn
 from .runner import TOLERANCES
 
 ROUNDS = 7
+PRODUCT_SIZE = 8192
 # Of GPU work between two events: a launch's jitter of some microseconds is then a thousandth of it.
 SAMPLE_MS = 3.0
+
+# Exit status: the process is of no more use, another may go on (tools/gpu.py).
+AGAIN = 75
 
 # A product of TF32 numbers is off by 2^-10 of itself at most; the recurrence carries errors on.
 TF32_TOLERANCE = {"results": 2e-2, "gradients": 5e-2}
@@ -50,11 +55,18 @@ class Measured:
     case: GpuCase
     which: str  # of PASSES
     variant: str = ""
+    layers: int = 1  # that run at once
+    rival: str = ""  # what CUDNN stands for here, where it is not cuDNN in this dtype
     error: float = 0.0  # worst deviation of the fused results, as a share of each tensor's largest value
     problem: str = ""  # why it was not timed
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
-    floor_ms: float = 0.0  # forward only
+    floor_ms: float = 0.0
     peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> str:
+        """The variant, and how many layers run at once where it is not one."""
+        return self.variant + (f" of {self.layers} layers" if self.layers > 1 else "")
 
     def median(self, peer: str) -> float:
         return statistics.median(self.milliseconds[peer])
@@ -102,15 +114,17 @@ def deviation(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     return result
 
 
-def check(problem: Problem, training: bool, measured: Measured) -> None:
+def expected_of(problem: Problem) -> list[Tensor]:
+    """Output and gradients by torch.nn, in float32 without TF32."""
+    wide = Problem(replace(problem.case, dtype="float32"), problem)
+    with tf32(False):
+        return PEERS[CUDNN](wide, True)()
+
+
+def check(problem: Problem, expected: list[Tensor], training: bool, measured: Measured) -> None:
     """Fills error, and problem where the numbers are wrong."""
     case = problem.case
-    wide = Problem(GpuCase(**(asdict(case) | {"dtype": "float32"})))
-    wide.twin.load_state_dict({name: value.float() for name, value in problem.twin.state_dict().items()})
-    wide.grad = problem.grad.float()
-    wide.input = problem.input.float()
-    with tf32(False):
-        expected = PEERS[CUDNN](wide, training)()
+    expected = expected if training else expected[:1]
     errors = deviation(PEERS[FUSED](problem, training)(), expected)
     measured.error = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
     of_dtype = TOLERANCES[case.dtype]
@@ -119,7 +133,7 @@ def check(problem: Problem, training: bool, measured: Measured) -> None:
         limits = (TF32_TOLERANCE["results"], TF32_TOLERANCE["gradients"])
     if not all(error <= limits[min(i, 1)] for i, error in enumerate(errors)):
         theirs = deviation(PEERS[CUDNN](problem, training)(), expected)
-        measured.problem = f"wrong numbers: off by {max(errors):.2g} (cuDNN: {max(theirs):.2g})"
+        measured.problem = f"wrong numbers: off by {measured.error:.2g} (cuDNN: {max(theirs):.2g})"
 
 
 def peak_of(run: Run) -> int:
@@ -132,68 +146,121 @@ def peak_of(run: Run) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(case: GpuCase, which: str, peers: list[str], machine: Machine) -> Measured:
-    measured = Measured(case, which)
-    training = which != "forward"
-    problem = Problem(case)
-    layer = problem.layer(fused_rnn, "cuda")
+class ContextLost(Exception):
+    """The process can do nothing more on this GPU."""
+
+
+@contextmanager
+def attempt(measured: list[Measured]) -> Iterator[None]:
+    """What goes wrong inside is the problem of these, and no reason to end the run unless the context is lost."""
+    try:
+        yield
+    except ContextLost:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[:1] or [""]
+        kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+        for one in measured:
+            one.problem = one.problem or f"failed: {kind}: {first[0]}"
+            one.milliseconds = {}
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        raise ContextLost(str(error).splitlines()[0]) from error
+
+
+def measure(case: GpuCase, peers: list[str], machine: Machine) -> list[Measured]:
+    """Both passes of a case, forward first.
+
+    Raises:
+        ContextLost: with `args[1]` what was measured until then.
+    """
+    results = [Measured(case, which) for which in PASSES]
+    try:
+        with attempt(results):
+            problem = Problem(case)
+            expected = expected_of(problem)
+            for measured in results:
+                with attempt([measured]):
+                    measure_pass(problem, expected, measured, peers, machine)
+    except ContextLost as error:
+        for measured in results:
+            if not measured.milliseconds:
+                measured.problem = measured.problem or "not measured: the CUDA context is lost"
+        raise ContextLost(str(error), results) from error
+    return results
+
+
+def measure_pass(
+    problem: Problem, expected: list[Tensor], measured: Measured, peers: list[str], machine: Machine
+) -> None:
+    """Fills `measured`."""
+    case, training = measured.case, measured.which != "forward"
+    layer = problem.layer(fused_rnn)
     with torch.set_grad_enabled(training):
         plan = fused_rnn.explain(layer, problem.input).plan
     if plan is not None:
-        measured.variant = (plan["backward"] if training else plan)["variant"]
-    check(problem, training, measured)
+        chosen = plan["backward"] if training else plan
+        measured.variant, measured.layers = chosen["variant"], chosen["layers"]
+    check(problem, expected, training, measured)
     if measured.problem:
-        return measured
+        return
     runs: dict[str, Run] = {}
     for name in peers:
+        theirs = problem
+        if name == CUDNN and case.dtype == "bfloat16" and not runs_on_cudnn(problem):
+            # Its formulas op by op would be no match.
+            theirs = Problem(replace(case, dtype="float16"), problem)
+            measured.rival = "cuDNN in float16"
         try:
-            runs[name] = PEERS[name](problem, training)
+            runs[name] = PEERS[name](theirs, training)
             runs[name]()
         except NotImplementedError:
             runs.pop(name, None)
         except Exception as error:
+            if name == FUSED:
+                raise
             print(f"  {name}: {type(error).__name__}: {error}", file=sys.stderr)
             runs.pop(name, None)
     calls = {name: calls_for(run) for name, run in runs.items()}
-    measured.milliseconds = {name: [] for name in runs}
+    milliseconds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for _ in range(ROUNDS):
         for name in order:
-            measured.milliseconds[name].append(milliseconds_of(runs[name], calls[name]))
+            milliseconds[name].append(milliseconds_of(runs[name], calls[name]))
         order.reverse()
-    measured.peak_bytes = {name: peak_of(runs[name]) for name in (CUDNN, FUSED)}
-    if not training:
-        measured.floor_ms = machine.floor_ms(case)
-    return measured
+    measured.peak_bytes = {name: peak_of(runs[name]) for name in (CUDNN, FUSED) if name in runs}
+    measured.floor_ms = machine.floor_ms(case, measured.which)
+    measured.milliseconds = milliseconds
 
 
+@dataclass
 class Machine:
     """What the GPU can do, measured in this run."""
 
-    def __init__(self) -> None:
-        self.flops = {dtype: self._product_rate(dtype) for dtype in DTYPES}
-        self.barriers_us = measured_barriers()
+    flops: dict[str, float]  # a second, of a large product in each of DTYPES
+    barriers_us: dict[str, float]  # of a cluster and of the grid
 
-    def _product_rate(self, dtype: str) -> float:
-        """Floating-point operations a second of a large matrix product."""
-        size = 8192
-        a, b = (torch.randn(size, size, device="cuda", dtype=DTYPES[dtype]) for _ in range(2))
-        out = torch.empty_like(a)
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            times = [milliseconds_of(lambda: torch.mm(a, b, out=out), 3) for _ in range(4)]
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-        return 2.0 * size**3 / (min(times) / 1e3)
+    def floor_ms(self, case: GpuCase, which: str) -> float:
+        return case.floor_us(which, self.flops[case.dtype], self.barriers_us.get("cluster", 0.0)) / 1e3
 
-    def floor_ms(self, case: GpuCase) -> float:
-        """T steps of the longer of their arithmetic and a barrier, layers one after the other, and the projections."""
-        barrier_us = self.barriers_us.get("cluster", 0.0)
-        rate = self.flops[case.dtype]
-        step_us = max(case.step_flops / case.num_layers / rate * 1e6, barrier_us)
-        projections = sum(2.0 * rows * columns * depth for rows, columns, depth in case.projections()) / rate
-        return case.num_layers * case.seq_length * step_us / 1e3 + projections * 1e3
+
+def measured_machine(barriers: bool = True) -> Machine:
+    return Machine({dtype: _product_rate(dtype) for dtype in DTYPES}, measured_barriers() if barriers else {})
+
+
+def _product_rate(dtype: str) -> float:
+    """Floating-point operations a second of a large matrix product, float32 in TF32."""
+    size = PRODUCT_SIZE
+    a, b = (torch.randn(size, size, device="cuda", dtype=DTYPES[dtype]) for _ in range(2))
+    out = torch.empty_like(a)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        times = [milliseconds_of(lambda: torch.mm(a, b, out=out), 3) for _ in range(4)]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return 2.0 * size**3 / (min(times) / 1e3)
 
 
 def measured_barriers() -> dict[str, float]:
@@ -204,6 +271,7 @@ def measured_barriers() -> dict[str, float]:
 
     def latency(kind: str) -> float:
         _C.cuda_barrier(kind, few)
+        torch.cuda.synchronize()
         longer = min(milliseconds_of(lambda: _C.cuda_barrier(kind, many), 1) for _ in range(3))
         return (longer - milliseconds_of(lambda: _C.cuda_barrier(kind, few), 1)) * 1e3 / (many - few)
 
@@ -227,14 +295,28 @@ def verdicts(results: list[Measured]) -> list[str]:
         for name, most in ANCHOR_US.items():
             met = "met" if steps[name] <= most else "NOT met"
             lines.append(f"{anchor[0].case.name}, {name}: {steps[name]:.2f} us a step, at most {most}: {met}")
-    floors = [(r.median(FUSED) / r.floor_ms, r) for r in timed if r.floor_ms and r.variant not in ("", "none")]
-    if floors:
+    for which in PASSES:
+        floors = [(r.median(FUSED) / r.floor_ms, r) for r in timed if r.which == which and _has_floor(r)]
+        if not floors:
+            continue
         worst, case = max(floors, key=lambda pair: pair[0])
+        mean = statistics.geometric_mean(floor for floor, _ in floors)
         met = "met" if worst <= MOST_FLOORS else "NOT met"
         lines.append(
-            f"times the floor, persistent, worst: {worst:.2f} ({case.case.name}), at most {MOST_FLOORS}: {met}"
+            f"times the floor, persistent, {which}: geometric mean {mean:.2f} of {len(floors)} cases; "
+            f"worst {worst:.2f} ({case.case.name}), at most {MOST_FLOORS}: {met}"
         )
-    training = [r for r in timed if r.which != "forward"]
+    for grid in dict.fromkeys(r.case.grid for r in timed if r.case.grid not in BAR_GRIDS):
+        for which in PASSES:
+            if chosen := [r for r in timed if r.case.grid == grid and r.which == which]:
+                mean = statistics.geometric_mean(r.ratio for r in chosen)
+                slowest = min(chosen, key=lambda r: r.ratio)
+                lines.append(
+                    f"{grid} (no bar), {which}: geometric mean {mean:.2f} of {len(chosen)} cases; "
+                    f"worst {slowest.ratio:.2f} ({slowest.case.name})"
+                )
+    # Of the same dtype: a rival in another one has memory of its own kind.
+    training = [r for r in timed if r.which != "forward" and not r.rival]
     if training:
         shares = [(r.peak_bytes[FUSED] / max(1, r.peak_bytes[CUDNN]), r) for r in training]
         worst, case = max(shares, key=lambda pair: pair[0])
@@ -245,11 +327,17 @@ def verdicts(results: list[Measured]) -> list[str]:
     return lines
 
 
+def _has_floor(r: Measured) -> bool:
+    """Whether blocks met at barriers: one by itself does not, and the floor, which has them, says nothing of it."""
+    return r.floor_ms > 0 and r.variant not in ("", "none", "block")
+
+
 def _verdict_of(bar: Bar, which: str, timed: list[Measured]) -> str:
     chosen = [
         r
         for r in timed
         if r.which == which
+        and r.case.grid in BAR_GRIDS
         and r.case.dtype in bar.dtypes
         and r.case.hidden_size <= bar.most_hidden
         and (bar.persistent or r.variant == "none")
@@ -289,15 +377,34 @@ def _driver() -> str:
     return match.group(1) if match else "unknown"
 
 
-def as_json(results: list[Measured], machine: Machine, missed: list[str]) -> dict[str, Any]:
+def as_json(
+    results: list[Measured], machine: Machine | None, missed: list[str], described: dict[str, Any], without: list[str]
+) -> dict[str, Any]:
     return {
-        "environment": environment(),
-        "flops": machine.flops,
-        "barriers_us": machine.barriers_us,
+        "environment": described,
+        "without": without,
+        "machine": asdict(machine) if machine else None,
         "results": [asdict(r) | {"name": r.case.name} for r in results],
         "bars": verdicts(results),
         "not_reached": missed,
     }
+
+
+def from_json(report: dict[str, Any]) -> tuple[list[Measured], Machine | None]:
+    """What `as_json` was given."""
+    known = {one.name for one in fields(Measured)}
+    results = []
+    for entry in report["results"]:
+        values = {name: value for name, value in entry.items() if name in known}
+        results.append(Measured(**values | {"case": GpuCase(**entry["case"])}))
+    return results, Machine(**report["machine"]) if report["machine"] else None
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing, however the run ends."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def markdown(report: dict[str, Any], results: list[Measured]) -> str:
@@ -306,8 +413,8 @@ def markdown(report: dict[str, Any], results: list[Measured]) -> str:
         f"{where['device']}, driver {where['driver']}, PyTorch {where['torch']}, cuDNN {where['cudnn']}.",
         f"{where['date']}. Milliseconds, medians; ratio: cuDNN's time over ours.",
         "",
-        "Barriers: " + (", ".join(f"{k} {v:.3f} us" for k, v in report["barriers_us"].items()) or "not measured") + ".",
-        "Large products: " + ", ".join(f"{k} {v / 1e12:.0f} TFLOP/s" for k, v in report["flops"].items()) + ".",
+        *_machine_lines(report["machine"]),
+        *([f"Left out: the variants {', '.join(report['without'])}."] if report["without"] else []),
         "",
         "## Bars",
         "",
@@ -317,14 +424,17 @@ def markdown(report: dict[str, Any], results: list[Measured]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
-        start = f"| {r.case.grid} | {r.case.name} | {r.which} | {r.variant} |"
+        start = f"| {r.case.grid} | {r.case.name} | {r.which} | {r.kernels} |"
         if r.problem:
             lines.append(f"{start} {r.problem} | | | | {r.error:.1e} | |")
             continue
-        others = ", ".join(f"{n} {r.median(n):.3f}" for n in r.milliseconds if n not in (CUDNN, FUSED))
-        floor = f"{r.floor_ms:.3f}" if r.floor_ms else ""
-        times = f"{r.median(CUDNN):.3f} | {r.median(FUSED):.3f} | {r.ratio:.2f}"
-        lines.append(f"{start} {times} | {floor} | {r.error:.1e} | {others} |")
+        others = [f"{n} {r.median(n):.3f}" for n in r.milliseconds if n not in (CUDNN, FUSED)]
+        others += [f"{CUDNN} is {r.rival}"] if r.rival else []
+        if CUDNN in r.milliseconds:
+            times = f"{r.median(CUDNN):.3f} | {r.median(FUSED):.3f} | {r.ratio:.2f}"
+        else:
+            times = f"| {r.median(FUSED):.3f} |"
+        lines.append(f"{start} {times} | {r.floor_ms:.3f} | {r.error:.1e} | {', '.join(others)} |")
     if report["not_reached"]:
         lines += [
             "",
@@ -333,46 +443,95 @@ def markdown(report: dict[str, Any], results: list[Measured]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _machine_lines(machine: dict[str, Any] | None) -> list[str]:
+    if machine is None:
+        return []
+    barriers = ", ".join(f"{name} {us:.3f} us" for name, us in machine["barriers_us"].items())
+    products = ", ".join(f"{name} {flops / 1e12:.0f} TFLOP/s" for name, flops in machine["flops"].items())
+    return [f"Barriers: {barriers or 'not measured'}.", f"Large products: {products}."]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark.
 
     Returns:
-        0, 1 if a case had wrong numbers, 2 if there is no GPU or no kernel for it.
+        0, 1 if a case had wrong numbers or failed, 2 if there is no GPU or no kernel for it, 75 if another process has
+        to go on.
     """
     parser = argparse.ArgumentParser(prog="python -m fused_rnn.bench.gpu", description=__doc__)
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("FUSED_RNN_BENCH_SECONDS", 600)))
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name matches")
     parser.add_argument("--json", type=Path, help="write everything that was measured")
     parser.add_argument("--markdown", type=Path, help="write the tables")
+    parser.add_argument("--resume", action="store_true", help="go on after what --json has, and the case that followed")
+    parser.add_argument("--without", action="append", default=[], help="a persistent variant that is not to be used")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available() or not (info.collect()["build"] or {}).get("cuda"):
         print("no CUDA device, or kernels built without CUDA: python -m fused_rnn info says which", file=sys.stderr)
         return 2
     end = time.monotonic() + arguments.seconds
     wanted = re.compile(arguments.cases, re.IGNORECASE)
-    todo = [(case, which) for case in cases() if wanted.search(case.name) for which in PASSES]
-    peers = importable()
+    todo = [case for case in cases() if wanted.search(case.name)]
     results: list[Measured] = []
+    machine: Machine | None = None
+    resumed = arguments.resume and arguments.json and arguments.json.exists()
+    if resumed:
+        results, machine = from_json(json.loads(arguments.json.read_text()))
+        done = {r.case for r in results}
+        todo = [case for case in todo if case not in done]
+        if todo and machine is not None:
+            silent = todo.pop(0)
+            results += [Measured(silent, which, problem="failed: hung, or ended its process") for which in PASSES]
+    if arguments.without:
+        from .. import _C
+
+        _C.cuda_allow(**allowed_without(arguments.without))
+    described = environment()
+
+    def save() -> None:
+        report = as_json(results, machine, [case.name for case in todo], described, arguments.without)
+        if arguments.json:
+            write(arguments.json, json.dumps(report, indent=1, default=str))
+        if arguments.markdown:
+            write(arguments.markdown, markdown(report, results))
+
+    peers = importable()
+    lost = False
     with tf32(True):
-        machine = Machine()
-        while todo and time.monotonic() < end:
-            case, which = todo.pop(0)
+        save()
+        # Without the barriers where those, or what is before them, ended the process before this.
+        try:
+            machine = machine or measured_machine(barriers=not resumed)
+        except RuntimeError as error:
+            print(f"what the GPU can do: {error}", file=sys.stderr)
+            return 1 if resumed else AGAIN
+        save()
+        while todo and time.monotonic() < end and not lost:
+            print(f"{todo[0].name} ...", flush=True)
             try:
-                measured = measure(case, which, peers, machine)
-            except torch.OutOfMemoryError as error:
-                measured = Measured(case, which, problem=f"out of memory: {str(error).splitlines()[0]}")
-            results.append(measured)
-            shown = measured.problem or f"{measured.median(FUSED):.3f} ms, cuDNN / fused {measured.ratio:.2f}"
-            print(f"{case.name}, {which}, {measured.variant}: {shown}", flush=True)
+                found = measure(todo[0], peers, machine)
+            except ContextLost as error:
+                lost = True
+                message, found = error.args
+                print(f"  the CUDA context is lost: {message}", flush=True)
+            todo.pop(0)
+            results += found
+            for one in found:
+                print(f"  {one.which}, {one.kernels}: {_shown(one)}", flush=True)
             # After every case: a run that is stopped leaves what it has measured.
-            report = as_json(results, machine, [f"{c.name}, {w}" for c, w in todo])
-            if arguments.json:
-                arguments.json.write_text(json.dumps(report, indent=1, default=str))
-            if arguments.markdown:
-                arguments.markdown.write_text(markdown(report, results))
+            save()
+    if lost:
+        return AGAIN
     for line in verdicts(results):
         print(line)
-    return 1 if any(r.problem.startswith("wrong") for r in results) else 0
+    return 1 if any(r.problem for r in results) else 0
+
+
+def _shown(one: Measured) -> str:
+    if one.problem:
+        return one.problem
+    ratio = f", cuDNN / fused {one.ratio:.2f}" if CUDNN in one.milliseconds else ""
+    return f"{one.median(FUSED):.3f} ms{ratio}, floor {one.floor_ms:.3f}"
 
 
 if __name__ == "__main__":

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import torch
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NUM_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 PASSES = ("forward", "forward+backward")
+# In which order the dtypes of a grid take turns.
+TURNS = ("bfloat16", "float32", "float16")
+
+
+def allowed_without(variants: Iterable[str]) -> dict[str, Any]:
+    """What `_C.cuda_allow` is asked for so that none of these is used: persistent variants, or "wavefront"."""
+    return dict(("layers", 1) if name == "wavefront" else (name, False) for name in variants)
 
 
 @dataclass(frozen=True)
@@ -37,29 +46,70 @@ class GpuCase:
         return 2 if self.bidirectional else 1
 
     @property
-    def step_flops(self) -> float:
-        """Floating-point operations of the recurrent products of one step, all layers and directions."""
-        rows = NUM_GATES[self.cell] * self.hidden_size
-        return 2.0 * self.num_layers * self.num_directions * self.batch_size * rows * self.hidden_size
+    def layers_overlap(self) -> bool:
+        """Whether a layer can begin before the one below has ended: not above one that also runs backwards."""
+        return self.num_layers > 1 and not self.bidirectional
 
-    def projections(self) -> Iterator[tuple[int, int, int]]:
-        """Rows, columns and depth of the products with W_ih, one for each layer and direction."""
-        columns = NUM_GATES[self.cell] * self.hidden_size
-        for layer in range(self.num_layers):
-            depth = self.input_size if layer == 0 else self.num_directions * self.hidden_size
-            for _ in range(self.num_directions):
-                yield self.batch_size * self.seq_length, columns, depth
+    @property
+    def chain(self) -> int:
+        """Steps of which each needs the one before it, at the least."""
+        if self.layers_overlap:
+            return self.seq_length + self.num_layers - 1
+        return self.seq_length * self.num_layers
+
+    @property
+    def step_flops(self) -> float:
+        """Floating-point operations of the recurrent products of one step of one layer, both directions."""
+        return self.num_directions * self._flops(self.hidden_size)
+
+    def input_flops(self, layer: int) -> float:
+        """The same of the products of one step with a layer's W_ih."""
+        depth = self.input_size if layer == 0 else self.num_directions * self.hidden_size
+        return self.num_directions * self._flops(depth)
+
+    def _flops(self, depth: int) -> float:
+        return 2.0 * self.batch_size * NUM_GATES[self.cell] * self.hidden_size * depth
+
+    def floor_us(self, which: str, rate: float, barrier_us: float) -> float:
+        """What no arrangement of the kernels can be faster than, in microseconds.
+
+        Forward: every step of the chain takes the longer of a barrier, without which blocks do not hear of each other's
+        h, and the arithmetic of that step; the product of all rows with the first layer's W_ih comes before. Layers
+        that can overlap do: their chain has T + L - 1 steps, and the arithmetic of one is that of all layers. Others
+        follow each other, their projections too. Backward: the same with the transposed weights, and the gradients of
+        all weights as products over all rows. One pass knows nothing of the other's time: a training step takes both.
+
+        Args:
+            which: of PASSES.
+            rate: floating-point operations a second of a large product.
+            barrier_us: of the blocks that share one W_hh.
+        """
+        layers = range(self.num_layers)
+        if self.layers_overlap:
+            step = self.num_layers * self.step_flops + sum(self.input_flops(layer) for layer in layers[1:])
+            projections = self.seq_length * self.input_flops(0)
+        else:
+            step = self.step_flops
+            projections = self.seq_length * sum(self.input_flops(layer) for layer in layers)
+        chain_us = self.chain * max(step / rate * 1e6, barrier_us)
+        forward_us = chain_us + projections / rate * 1e6
+        if which == "forward":
+            return forward_us
+        weights = self.seq_length * sum(self.step_flops + self.input_flops(layer) for layer in layers)
+        return 2 * forward_us + weights / rate * 1e6
 
 
 def cases() -> list[GpuCase]:
-    """The most telling first, because a run may end before the last: the anchor, then the grids in turns."""
+    """The most telling first, because a run may end before the last: the anchor, then grids and dtypes in turns."""
     anchor = GpuCase("flashrnn", "lstm", 16, 1024, 768, 768, "bfloat16")
-    grids = [list(_flashrnn()), list(_cpu_table()), list(_haste()), list(_large())]
+    everything = [*_flashrnn(), *_cpu_table(), *_haste(), *_stacks(), *_large()]
+    grids = dict.fromkeys(case.grid for case in everything)
+    turns = [[case for case in everything if (case.dtype, case.grid) == turn] for turn in product(TURNS, grids)]
     found = {anchor: None}
-    while any(grids):
-        for grid in grids:
-            if grid:
-                found[grid.pop(0)] = None
+    while any(turns):
+        for waiting in turns:
+            if waiting:
+                found[waiting.pop(0)] = None
     return list(found)
 
 
@@ -95,6 +145,14 @@ def _cpu_table() -> Iterator[GpuCase]:
             yield GpuCase("cpu table", cell, 20, 35, 650, 650, dtype, num_layers=2)
 
 
+def _stacks() -> Iterator[GpuCase]:
+    """Layers that can run in a wavefront: small ones, of which several fit on the GPU together."""
+    for dtype in ("bfloat16", "float16"):
+        for hidden_size, batch_size in product((256, 128, 384), (16, 1, 64)):
+            for num_layers, cell in product((2, 4), ("lstm", "gru")):
+                yield GpuCase("stacks", cell, batch_size, 256, hidden_size, hidden_size, dtype, num_layers)
+
+
 def _large() -> Iterator[GpuCase]:
     """Weights that no cluster holds, and some that no grid holds."""
     for hidden_size in (1536, 3072, 6144):
@@ -102,9 +160,13 @@ def _large() -> Iterator[GpuCase]:
             yield GpuCase("large", "lstm", 64, 100, 512, hidden_size, dtype)
 
 
+# Grids that bars are about. The others are reported beside them.
+BAR_GRIDS = ("flashrnn", "haste", "cpu table", "large")
+
+
 @dataclass(frozen=True)
 class Bar:
-    """What the project aims at: cuDNN's time over ours, over all cases that it applies to."""
+    """What the project aims at: cuDNN's time over ours, over all cases of BAR_GRIDS that it applies to."""
 
     what: str
     mean: float
@@ -123,5 +185,5 @@ BARS = (
 # Microseconds a step at the anchor on an H200, forward and backward.
 ANCHOR_US = {"forward": 1.3, "backward": 2.2}
 
-# Our time over the floor, at most, in persistent variants.
+# Our time over the floor, at most, in persistent variants of several blocks. A block of its own needs no barrier.
 MOST_FLOORS = 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,29 +19,38 @@ Run = Callable[[], list[Tensor]]
 
 
 class Problem:
-    """Weights, input and gradient of one case, on the GPU; the same numbers for all."""
+    """Weights, input and gradient of one case, on the GPU; the same numbers for all.
 
-    def __init__(self, case: GpuCase) -> None:
+    Args:
+        case: sizes and dtype.
+        values: weights, input and gradient are those of this problem, in the dtype of `case`; else random.
+    """
+
+    def __init__(self, case: GpuCase, values: Problem | None = None) -> None:
         self.case = case
-        generator = torch.Generator().manual_seed(0)
         self.dtype = DTYPES[case.dtype]
         torch.manual_seed(0)
-        self.twin = self.layer(nn, "cuda")
-        shape = (case.seq_length, case.batch_size)
-        # Normal numbers that all dtypes hold.
-        self.input = torch.randn(*shape, case.input_size, generator=generator).bfloat16().to("cuda", self.dtype)
-        width = case.num_directions * case.hidden_size
-        self.grad = torch.randn(*shape, width, generator=generator).bfloat16().to("cuda", self.dtype)
+        self.twin = self.layer(nn)
+        if values is None:
+            self.input = self._random(case.input_size)
+            self.grad = self._random(case.num_directions * case.hidden_size)
+        else:
+            self.twin.load_state_dict(values.twin.state_dict())
+            self.input, self.grad = values.input.to(self.dtype), values.grad.to(self.dtype)
 
-    def layer(self, library: Any, device: str) -> nn.Module:
+    def _random(self, width: int) -> Tensor:
+        """Normal numbers that all dtypes hold."""
+        return torch.randn(self.case.seq_length, self.case.batch_size, width, device="cuda").bfloat16().to(self.dtype)
+
+    def layer(self, library: Any) -> nn.Module:
         case = self.case
         made: nn.Module = getattr(library, case.cell.upper())(
             case.input_size,
             case.hidden_size,
             num_layers=case.num_layers,
             bidirectional=case.bidirectional,
-            dtype=DTYPES[case.dtype],
-            device=device,
+            dtype=self.dtype,
+            device="cuda",
         )
         return made
 
@@ -60,13 +70,44 @@ class Problem:
 
 
 def fused(problem: Problem, training: bool) -> Run:
-    layer = problem.layer(fused_rnn, "cuda")
+    layer = problem.layer(fused_rnn)
     layer.load_state_dict(problem.twin.state_dict())
     return problem.run_of(layer, list(layer.parameters()), training)
 
 
 def cudnn(problem: Problem, training: bool) -> Run:
-    return problem.run_of(problem.twin, list(problem.twin.parameters()), training)
+    """torch.nn as fast as it can be: weights in one piece, and without gradients as a program would infer, in eval().
+
+    In training mode cuDNN saves what a backward pass needs, whether one can follow or not.
+    """
+    module = problem.twin
+    flatten_weights(module)
+    module.train(training)
+    return problem.run_of(module, list(module.parameters()), training)
+
+
+def flatten_weights(module: nn.Module) -> None:
+    """Weights in one piece of memory, in bfloat16 too: torch.nn leaves those as they are, and copies them each call."""
+    known = torch.backends.cudnn.CUDNN_TENSOR_DTYPES
+    added = {torch.bfloat16} - known
+    known |= added
+    try:
+        module.flatten_parameters()  # type: ignore[operator]
+    except RuntimeError as error:
+        print(f"  weights stay in pieces: {error}", file=sys.stderr)
+    finally:
+        known -= added
+
+
+def runs_on_cudnn(problem: Problem) -> bool:
+    """Whether torch.nn takes cuDNN for this problem: what its gradients come from says so."""
+    waiting = [problem.twin(problem.input[:1].detach().requires_grad_())[0].grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and "cudnn" in node.name().lower():
+            return True
+        waiting += [] if node is None else [before for before, _ in node.next_functions]
+    return False
 
 
 def flashrnn(problem: Problem, training: bool) -> Run:

@@ -1,0 +1,202 @@
+"""Programs for a GPU with the CPU in its place: the benchmark, the calls for compute-sanitizer, the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import stand_in
+
+from fused_rnn import ops
+from fused_rnn.bench import gpu, gpu_cases, gpu_peers
+
+pytestmark = pytest.mark.kernels
+
+CASES = [
+    gpu_cases.GpuCase("flashrnn", "lstm", 3, 4, 5, 72, "bfloat16"),
+    gpu_cases.GpuCase("cpu table", "gru", 3, 4, 5, 8, "float32", num_layers=2, bidirectional=True),
+    gpu_cases.GpuCase("stacks", "rnn", 3, 4, 5, 8, "float16", num_layers=2),
+    gpu_cases.GpuCase("stacks", "lstm", 3, 4, 5, 64, "float16", num_layers=3),
+]
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(gpu, "cases", lambda: list(CASES))
+    monkeypatch.setattr(gpu, "PRODUCT_SIZE", 32)
+    monkeypatch.setattr(gpu, "SAMPLE_MS", 0.1)
+    with stand_in.gpu(monkeypatch):
+        yield
+
+
+def _run(folder: Path, *options: str) -> tuple[int, dict[str, Any], str]:
+    """Status, report and tables."""
+    files = (folder / "gpu.json", folder / "gpu.md")
+    status = gpu.main(["--json", str(files[0]), "--markdown", str(files[1]), *options])
+    return status, json.loads(files[0].read_text()), files[1].read_text()
+
+
+def test_all_cases_are_checked_timed_and_reported(tmp_path: Path) -> None:
+    status, report, tables = _run(tmp_path)
+    assert status == 0
+    assert report["environment"]["device"] == "a stand-in" and report["not_reached"] == []
+    assert [(r["name"], r["which"]) for r in report["results"]] == [
+        (case.name, which) for case in CASES for which in gpu_cases.PASSES
+    ]
+    for r in report["results"]:
+        assert r["problem"] == "" and 0 <= r["error"] < 0.1
+        assert {name: len(times) for name, times in r["milliseconds"].items()} == {"cuDNN": 7, "fused": 7}
+        assert r["floor_ms"] > 0 and r["variant"] in ("block", "cluster", "grid", "none")
+        assert r["peak_bytes"] == {"cuDNN": 4096, "fused": 4096}
+    # Here nothing runs on cuDNN. Another dtype stands in for it where torch.nn may have no kernels of its own.
+    assert [r["rival"] for r in report["results"]] == ["cuDNN in float16"] * 2 + [""] * 6
+    assert f"| stacks | {CASES[2].name} | forward+backward | " in tables
+    # The memory of another dtype is no match.
+    (memory,) = (line for line in report["bars"] if line.startswith("memory"))
+    assert "bfloat16" not in memory and memory.endswith(": met")
+
+
+def test_wrong_numbers_are_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def wrong(problem: gpu_peers.Problem, training: bool) -> gpu_peers.Run:
+        run = gpu_peers.fused(problem, training)
+        return lambda: [1.5 * tensor for tensor in run()]
+
+    monkeypatch.setitem(gpu.PEERS, gpu.FUSED, wrong)
+    status, report, tables = _run(tmp_path)
+    assert status == 1
+    assert all(r["problem"].startswith("wrong numbers") and not r["milliseconds"] for r in report["results"])
+    assert tables.count("wrong numbers: off by 0.5") == 2 * len(CASES)
+
+
+def test_a_case_that_fails_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def failing(problem: gpu_peers.Problem, training: bool) -> gpu_peers.Run:
+        if training and problem.case.cell == "gru":
+            raise torch.OutOfMemoryError("tried to allocate too much\nand more")
+        return gpu_peers.fused(problem, training)
+
+    monkeypatch.setitem(gpu.PEERS, gpu.FUSED, failing)
+    status, report, _ = _run(tmp_path)
+    assert status == 1
+    problems = [r["problem"] for r in report["results"]]
+    assert problems == ["", "", "", "failed: out of memory: tried to allocate too much", "", "", "", ""]
+
+
+def test_a_rival_that_fails_leaves_times_without_a_ratio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def failing(problem: gpu_peers.Problem, training: bool) -> gpu_peers.Run:
+        if problem.case.dtype == "float16":
+            raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+        return gpu_peers.cudnn(problem, training)
+
+    monkeypatch.setitem(gpu.PEERS, gpu.CUDNN, failing)
+    status, report, tables = _run(tmp_path, "--cases", "rnn .*float16")
+    assert status == 0
+    assert all(list(r["milliseconds"]) == ["fused"] for r in report["results"])
+    assert "| | " in tables
+
+
+def test_another_process_goes_on_after_a_case_that_loses_the_context(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lost = False
+
+    def crashing(problem: gpu_peers.Problem, training: bool) -> gpu_peers.Run:
+        nonlocal lost
+        if training and problem.case.cell == "gru":
+            lost = True
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return gpu_peers.fused(problem, training)
+
+    def synchronize() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(gpu.PEERS, gpu.FUSED, crashing)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    status, report, _ = _run(tmp_path, "--resume")
+    assert status == gpu.AGAIN
+    problems = [r["problem"] for r in report["results"]]
+    assert problems[:3] == ["", "", ""] and problems[3].startswith("failed: RuntimeError: CUDA error: an illegal")
+    assert report["not_reached"] == [case.name for case in CASES[2:]]
+    lost = False
+    machine = report["machine"]
+    # The first case after those that are known is the one that a process ended in.
+    status, report, tables = _run(tmp_path, "--resume")
+    assert report["machine"] == machine
+    assert [r["problem"] for r in report["results"]][4:] == ["failed: hung, or ended its process"] * 2 + [""] * 2
+    assert status == 1 and report["not_reached"] == []
+
+
+def test_a_run_without_time_says_what_it_did_not_reach(tmp_path: Path) -> None:
+    status, report, tables = _run(tmp_path, "--seconds", "0")
+    assert status == 0 and report["results"] == []
+    assert f"Not reached in time: 4 of the cases, such as {CASES[0].name}" in tables
+
+
+def test_variants_are_taken_away_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr(ops._C, "cuda_allow", lambda **variants: asked.append(variants), raising=False)
+    _, report, tables = _run(tmp_path, "--without", "cluster", "--without", "wavefront", "--cases", "rnn")
+    assert asked == [{"cluster": False, "layers": 1}]
+    assert "Left out: the variants cluster, wavefront." in tables
+
+
+def test_calls_for_the_sanitizer_are_compared_with_the_reference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "tools"))
+    import gpu_sanitized
+
+    everything = gpu_sanitized.calls()
+    assert len({str(watched) for watched in everything}) == len(everything)
+    assert {watched.variant for watched in everything[:5]} == set(gpu_sanitized.VARIANTS)
+    monkeypatch.setattr(gpu_sanitized, "variants_of", lambda call: {"block"})
+    monkeypatch.setattr(gpu_sanitized, "calls", lambda: everything[:20])
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        assert gpu_sanitized.main(["--variant", "block"]) == 0
+        assert "all right" in capsys.readouterr().out
+        assert gpu_sanitized.main(["--variant", "grid"]) == 1
+        assert "runs as block" in capsys.readouterr().out
+        monkeypatch.setattr(gpu_sanitized, "scaled_errors", lambda *results: {"output": float("nan")})
+        assert gpu_sanitized.main(["--variant", "block"]) == 1
+        assert "WRONG" in capsys.readouterr().out
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+# Those that say something of the layers on any device, and where the tests are more than one call and a comparison.
+TESTS_FOR_A_GPU = (
+    "nothing_waits_for or side_stream or kept_gives or empty_batch or strided or no_memory_behind or packed_input or "
+    "clusters_of_every_size or either_device or wavefront"
+)
+
+
+def test_tests_for_a_gpu_run() -> None:
+    tests = Path(__file__).parent
+    files = [str(tests / name) for name in ("test_cuda.py", "test_masks_on_gpu.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "support.stand_in",
+        "-m",
+        "cuda",
+        "-k",
+        TESTS_FOR_A_GPU,
+        "-q",
+        *files,
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped|failed)", done.stdout)}
+    assert counts["passed"] >= 80 and "failed" not in counts
