@@ -144,6 +144,20 @@ def test_persistent_layer_matches_the_float64_reference(
     assert_within(found, _reference(case))
 
 
+@pytest.mark.parametrize(("variant", "team_blocks", "dtype"), PERSISTENT, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_whose_step_is_a_persistent_kernel_matches_the_float64_reference(
+    cell: str, variant: str, team_blocks: int, dtype: torch.dtype
+) -> None:
+    """As the planner wants it for thousands of rows."""
+    case = CellCase(cell=cell, hidden_size=16, batch=9, dtype=dtype)
+    _allow(variant, team_blocks=team_blocks)
+    found = run(case.build(fused_rnn), case.data())
+    kernels = f"{variant} {str(dtype).removeprefix('torch.')}"
+    assert torch.ops.fused_rnn_host.launches() == [f"{kernels} forward", f"{kernels} backward"]
+    assert_within(found, _reference(case))
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_float32_is_rounded_to_tf32_where_the_flag_of_rnns_allows_it(
     allowed: bool, monkeypatch: pytest.MonkeyPatch

@@ -104,9 +104,10 @@ class SumExchange {
   // What this block's layer and the layer above sent for a unit and two columns, added up. Threads beyond those that
   // own units and columns share the work: all threads of the block come here. `turn` is 0 and 1 in turns.
   FRNN_DEVICE void sum(int e, int j, int turn, Pair& own, Pair& above) {
+    // Division by the units, as by the octets.
+    const int row = (thread_index() / 8 * inverse_octets_) >> 16, unit = thread_index() - row * place_.units;
+    const int split = row / (tile_columns / 2), pair = row % (tile_columns / 2);
     const int owners = tile_columns / 2 * place_.units;
-    const int split = thread_index() / owners, within = thread_index() % owners;
-    const int pair = within / place_.units, unit = within % place_.units;
     // In halves where both layers send: either the one's or the other's blocks.
     const int sources = sources_of(e), begin = takes_own(e) ? 0 : tiling_.active;
     Pair total = {};
@@ -143,7 +144,7 @@ class SumExchange {
       Pair* const parts = reinterpret_cast<Pair*>(shared_memory() + tiling_.sums) + turn * block_threads;
       parts[thread_index()] = total;
       sync_threads();
-      for (int i = 1; i < tiling_.source_split && split == 0; ++i) add(parts[i * owners + within], is_above(i));
+      for (int i = 1; i < tiling_.source_split && split == 0; ++i) add(parts[i * owners + thread_index()], is_above(i));
     }
   }
 

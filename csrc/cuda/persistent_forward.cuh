@@ -554,7 +554,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     for (int column = 0; column < 2; ++column) {
       if (!owns(j, column)) continue;
       const int64_t index = row_of(j, column) * H + item.global_unit;
-      typed<S>(layer.h_n)[index] = narrow<S>(h_state(j)->v[column]);
+      if (layer.h_n) typed<S>(layer.h_n)[index] = narrow<S>(h_state(j)->v[column]);
       if (Cell::has_cell) typed<S>(layer.c_n)[index] = narrow<S>(c_state(j)->v[column]);
       if (Cell::has_cell && layer.c) typed<float>(layer.c)[index] = c_state(j)->v[column];
     }
