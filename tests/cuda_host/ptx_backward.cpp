@@ -1,0 +1,20 @@
+// persistent_backward with what nvcc made of the kernels: the file of environment variable FRNN_PTX.
+#define FRNN_ALL_REGISTERS
+#define backward_kernel compiled_backward_kernel
+#include "cuda/persistent_backward.cuh"
+#undef backward_kernel
+
+#include "ptx.cpp"
+
+namespace fused_rnn {
+namespace cuda {
+
+template <Multiply multiply>
+BackwardKernel backward_kernel(CellKind kind, int shape) {
+  return cuda_host::interpreted(compiled_backward_kernel<multiply>(kind, shape));
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn
+
+#include "persistent_backward.cpp"
