@@ -276,6 +276,36 @@ def test_what_stands_in_masked_steps_leaks_nowhere(case: Case, recompute: bool, 
         assert_masked_steps_are_empty(found, case, mask)
 
 
+def assert_idle_state_stays(
+    case: Case, run_layer: Callable[[Data], dict[str, Tensor]], data: Data, mask: Tensor, value: float
+) -> None:
+    """An initial state ``value`` of the row without a step is its final one, and changes nothing else to the bit."""
+    assert not mask[:, 0].any()
+    spoilt = copy.deepcopy(data)
+    with torch.no_grad():
+        for state in spoilt.states:
+            state[:, 0] = value
+    found, expected = run_layer(spoilt), run_layer(data)
+    for name, initial, spoilt_initial in zip(("h_n", "c_n"), data.states, spoilt.states, strict=False):
+        assert torch.equal(expected[name][:, 0], initial[:, 0])
+        torch.testing.assert_close(found[name][:, 0], spoilt_initial[:, 0], rtol=0, atol=0, equal_nan=True)
+        found[name] = torch.cat([expected[name][:, :1], found[name][:, 1:]], dim=1)
+    assert_same(found, expected)
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_the_initial_state_of_a_row_without_a_step_leaks_nowhere(case: Case, backend: str, value: float) -> None:
+    case = case.replace(hx=True)
+    module, mask = case.build(fused_rnn), random_mask(case)
+    with fused_rnn.use_backend(backend):
+        assert_idle_state_stays(
+            case, lambda data: run(module, data, mask=as_argument(case, mask)), case.data(), mask, value
+        )
+
+
 @pytest.mark.parametrize("case", SOME[:4], ids=str)
 def test_nan_in_masked_steps_leaks_into_no_second_derivative_or_tangent(case: Case) -> None:
     case = case.replace(dtype=F64)
