@@ -40,10 +40,10 @@ def build(name: str, variant: str = "plain") -> Path:
     engine_flags = ["-O2", "-fno-tree-loop-distribute-patterns"]
     if variant == "thread":
         engine_flags.append("-DFRNN_HOST_TSAN")
-    engine = _compile(folder / "engine.o", [*_gxx(), *engine_flags, "-c", str(SOURCES / "engine.cpp")])
+    engine = _compile(folder / "engine.o", [*engine_flags, "-c", str(SOURCES / "engine.cpp")])
     # Kernels of a program are found by name (ptx.h).
-    command = [*_gxx(), *VARIANTS[variant], str(SOURCES / f"{name}.cpp"), str(engine), "-rdynamic", "-ldl"]
-    return _compile(folder / name, command, [engine])
+    arguments = [*VARIANTS[variant], str(SOURCES / f"{name}.cpp"), str(engine), "-rdynamic", "-ldl"]
+    return _compile(folder / name, arguments, [engine])
 
 
 def find_nvcc() -> str | None:
@@ -59,14 +59,14 @@ def translate(source: Path, arch: str = "90a", csrc: Path = ROOT / "csrc", to: s
     # As in tools/cuda_build.py.
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", f"-{to}"]
     name = f"{source.stem}.{zlib.crc32(str(csrc).encode()):08x}.{arch}.{to}"
-    return _compile(folder / name, [nvcc, *flags, f"-I{csrc}", f"-I{SOURCES}", str(source)])
+    return _make(folder / name, [nvcc, *flags, f"-I{csrc}", f"-I{SOURCES}", str(source)])
 
 
-def _gxx() -> list[str]:
-    return [*shlex.split(os.environ.get("CXX", "g++")), *COMMON]
+def _compile(result: Path, arguments: list[str], needs: Sequence[Path] = ()) -> Path:
+    return _make(result, [*shlex.split(os.environ.get("CXX", "g++")), *COMMON, *arguments], needs)
 
 
-def _compile(result: Path, command: list[str], needs: Sequence[Path] = ()) -> Path:
+def _make(result: Path, command: list[str], needs: Sequence[Path] = ()) -> Path:
     dependencies = Path(f"{result}.d")
     # Tests may run in several processes.
     with Path(f"{result}.lock").open("w") as lock:
