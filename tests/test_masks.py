@@ -471,6 +471,35 @@ def test_compiled_without_a_graph_break_gives_the_same(case: Case, option: str) 
         assert_close_to_twin(dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True)))
 
 
+class _WithOption(nn.Module):
+    """A layer whose option is an argument by position, which is all that torch.jit.trace records."""
+
+    def __init__(self, layer: nn.Module, option: str) -> None:
+        super().__init__()
+        self.layer, self.option = layer, option
+
+    def forward(self, x: Tensor, value: Tensor) -> Any:
+        return self.layer(x, **{self.option: value})[0]
+
+
+@pytest.mark.parametrize("option", ["mask", "lengths"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_jit_trace_records_what_counts_for_other_values_and_sizes(cell: str, option: str) -> None:
+    case = Case(cell=cell, num_layers=2, bidirectional=True)
+    module = _WithOption(case.build(fused_rnn), option)
+
+    def arguments(case: Case, seed: int) -> tuple[Tensor, Tensor]:
+        mask = random_mask(case, seed=seed)
+        return case.data(seed=seed).sequence.detach(), mask if option == "mask" else mask.sum(0)
+
+    traced = torch.jit.trace(module, arguments(case, 1))
+    for other in (case, case.replace(batch=2, steps=9)):
+        given = arguments(other, 2)
+        assert_same({"output": traced(*given)}, {"output": module(*given)})
+    with pytest.raises(NameError, match="valid arguments"):  # torch's own: keywords cannot be traced
+        torch.jit.trace(module.layer, example_kwarg_inputs={"input": given[0], option: given[1]})
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("case", [SOME[0], SOME[1], SOME[4], Case(cell="RNN_TANH", num_layers=3)], ids=str)
 def test_operators_pass_opcheck(case: Case) -> None:
