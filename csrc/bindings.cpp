@@ -157,6 +157,7 @@ py::dict describe(const cuda::Plan& p) {
   result["variant"] = cuda::name(p.variant);
   result["multiply"] = cuda::name(p.multiply);
   result["reason"] = p.reason;
+  result["layers"] = p.layers;
   result["blocks"] = p.blocks;
   result["team_blocks"] = p.tiling.blocks;
   result["teams"] = p.tiling.teams;
@@ -187,17 +188,22 @@ cuda::DeviceInfo device_from(const py::dict& fields) {
 }
 
 py::dict cuda_plan_for(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
-                       int directions, int dtype, bool backward, const py::dict& device, bool tf32) {
+                       int directions, int dtype, bool backward, const py::dict& device, bool tf32, int64_t layers) {
   const LayerSizes sizes = layer_sizes(kind, input_size, hidden_size, state_size, directions, dtype);
-  return describe(cuda::make_plan(sizes, dense_steps(T, B), device_from(device), backward, tf32));
+  const cuda::DeviceInfo info = device_from(device);
+  const Steps steps = dense_steps(T, B);
+  return describe(layers > 1 ? cuda::make_wavefront_plan(sizes, layers, steps, info, backward, tf32)
+                             : cuda::make_plan(sizes, steps, info, backward, tf32));
 }
 
 #if defined(FRNN_CUDA)
 py::dict cuda_plan_here(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
-                        int directions, int dtype, bool backward, int device) {
+                        int directions, int dtype, bool backward, int device, int64_t layers) {
   const LayerSizes sizes = layer_sizes(kind, input_size, hidden_size, state_size, directions, dtype);
   const c10::cuda::CUDAGuard guard{c10::DeviceIndex(device)};
-  return describe(cuda_plan(sizes, dense_steps(T, B), device, backward, tf32_allowed()));
+  const Steps steps = dense_steps(T, B);
+  return describe(layers > 1 ? cuda_wavefront(sizes, layers, steps, device, backward, tf32_allowed())
+                             : cuda_plan(sizes, steps, device, backward, tf32_allowed()));
 }
 
 py::dict cuda_device(int index) {
@@ -230,7 +236,7 @@ void cuda_barriers(const std::string& kind, int64_t rounds) {
 }
 
 py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int team_blocks, int most_columns,
-               int most_steps) {
+               int most_steps, int layers) {
   cuda::Allowed now;
   now.block = block;
   now.cluster = cluster;
@@ -240,6 +246,7 @@ py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int
   now.team_blocks = team_blocks;
   now.most_columns = most_columns;
   now.most_steps = most_steps;
+  now.layers = layers;
   const cuda::Allowed before = allow_variants(now);
   py::dict fields;
   fields["block"] = before.block;
@@ -250,6 +257,7 @@ py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int
   fields["team_blocks"] = before.team_blocks;
   fields["most_columns"] = before.most_columns;
   fields["most_steps"] = before.most_steps;
+  fields["layers"] = before.layers;
   return fields;
 }
 #endif
@@ -290,17 +298,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "How one layer's work would be divided over threads.");
   m.def("cuda_plan_for", &cuda_plan_for, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
-        py::arg("device"), py::arg("tf32"), "How one layer would run on a GPU of these properties; needs none.");
+        py::arg("device"), py::arg("tf32"), py::arg("layers") = 1,
+        "How one layer would run on a GPU of these properties, or so many, each the input of the next, in wavefronts "
+        "(`layers` of the result: of how many; 1: of none). Needs no GPU.");
 #if defined(FRNN_CUDA)
   m.def("cuda_plan", &cuda_plan_here, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
-        py::arg("device"), "How one layer would run on the CUDA device of this index.");
+        py::arg("device"), py::arg("layers") = 1,
+        "How one layer would run on the CUDA device of this index, or so many, as cuda_plan_for.");
   m.def("cuda_device", &cuda_device, py::arg("index"), "What the planner knows of a CUDA device.");
   m.def("cuda_barrier", &cuda_barriers, py::arg("kind"), py::arg("rounds"),
         "Barriers of one cluster or of the whole grid, one after the other, on the current stream; for benchmarks.");
   m.def("cuda_allow", &allow, py::arg("block") = true, py::arg("cluster") = true, py::arg("grid") = true,
         py::arg("none") = true, py::arg("counted") = true, py::arg("team_blocks") = 0, py::arg("most_columns") = 0,
-        py::arg("most_steps") = 0,
+        py::arg("most_steps") = 0, py::arg("layers") = 0,
         "For tests and measurements: which persistent variants may run from now on; returns what was allowed before.");
 #endif
   add_calls(m);

@@ -10,6 +10,11 @@
 //   one_matrix                         whether x, y and their gradients must be matrices of N rows at one distance
 //   adds_into_grad_x                   whether the directions of a layer add into grad_x, which then holds zeros
 //   masks_in_kernels                   whether steps may have a mask; the others get the packed batch of its live steps
+//   wavefronts                         whether it may run several layers at once; with
+//     layers_at_once(sizes, layers, steps, backward)     how many of so many equal layers
+//     forward(layer, count), backward(layer, count)      those: lowest first, each with a y or a grad_x only where it
+//     is
+//                                                        wanted, x only where the weights' gradients want it
 #pragma once
 
 #include <ATen/ATen.h>
@@ -289,6 +294,17 @@ struct Stack {
     return result;
   }
 
+  // How many layers run at once, from the lowest or the highest on; what is left over runs one by one.
+  template <class Backend>
+  int64_t layers_at_once(const Backend& backend, bool backward) const {
+    if constexpr (Backend::wavefronts) {
+      // Layers but the first are equal; above a first of other input they all could be, as its projection is apart.
+      if (num_layers > 1 && dropout.empty())
+        return backend.layers_at_once(layer_sizes(num_layers - 1), num_layers, steps(), backward);
+    }
+    return 1;
+  }
+
   // Layers whose states are a tensor of their own: those below the output, which has none in masked steps.
   int64_t hidden_layers() const { return mask.defined() ? num_layers : num_layers - 1; }
 
@@ -296,6 +312,24 @@ struct Stack {
     return packed ? std::vector<int64_t>{N, D * P} : std::vector<int64_t>{T, B, D * P};
   }
 };
+
+// Runs layers, lowest first, at once.
+template <class Backend>
+void run_together(Backend& backend, const c10::SmallVectorImpl<LayerForward>& layers) {
+  if constexpr (Backend::wavefronts) {
+    backend.forward(layers.data(), int64_t(layers.size()));
+  } else {
+    backend.forward(layers[0]);
+  }
+}
+template <class Backend>
+void run_together(Backend& backend, const c10::SmallVectorImpl<LayerBackward>& layers) {
+  if constexpr (Backend::wavefronts) {
+    backend.backward(layers.data(), int64_t(layers.size()));
+  } else {
+    backend.backward(layers[0]);
+  }
+}
 
 // t (entries, room, ...), contiguous, as one of `rows` rows an entry, at the front of its memory.
 inline Tensor front(const Tensor& t, int64_t rows) {
@@ -320,7 +354,12 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, bool 
   if (save && !recompute && saved > 0) all_gates = at::empty({L * D, room, saved, H}, options);
   if (save && has_cell) all_cells = at::empty({L * D, room, H}, all_cells.options());
   const int64_t below = stack.hidden_layers();
-  if (below > 0) all_hidden = at::empty({save ? below : std::min<int64_t>(below, 2), room, D * P}, options);
+  // Gates that will be computed again are computed layer by layer: to the same bits, then, as here.
+  const int64_t at_once = N == 0 || (save && recompute) ? 1 : stack.layers_at_once(backend, false);
+  // Without a backward pass only those outputs are there of which somebody reads, two at a time.
+  const int64_t read = L / at_once + L % at_once - (L - below);
+  const int64_t kept = save ? below : std::min<int64_t>(read, 2);
+  if (kept > 0) all_hidden = at::empty({kept, room, D * P}, options);
   const Tensor gates = front(all_gates, N), cells = front(all_cells, N), hidden = front(all_hidden, N);
   // Where kernels carry states over masked steps, those are not the output.
   Tensor output = carries && N > 0 ? Tensor() : at::empty(stack.output_shape(), options);
@@ -330,21 +369,24 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, bool 
   if (N == 0) return result();
 
   const Steps steps = stack.steps();
+  c10::SmallVector<LayerForward, 1> together;
+  Tensor x = rows_for<Backend>(stack.without_masked(stack.input)), y;
+  int64_t turn = 0;
   for (int64_t l = 0; l < L; ++l) {
-    LayerForward layer;
+    LayerForward& layer = together.emplace_back();
     layer.sizes = stack.layer_sizes(l);
     layer.steps = steps;
     layer.inference = !save;
-    Tensor x;
-    if (l == 0) {
-      x = stack.without_masked(stack.input);
+    if (together.size() == 1) layer.x = stack.sequence(x);
+    const int64_t first = l + 1 - int64_t(together.size());
+    const bool goes_on = first + at_once <= L && l + 1 < first + at_once;  // the next layer runs with this one
+    if (l == below) {
+      y = output;
+    } else if (save) {
+      y = hidden.select(0, l);
     } else {
-      x = hidden.select(0, save ? l - 1 : (l - 1) % 2);
-      if (!stack.dropout.empty()) x = save ? x * stack.dropout[l - 1] : x.mul_(stack.dropout[l - 1]);
+      y = goes_on ? Tensor() : hidden.select(0, turn++ % 2);
     }
-    const Tensor y = l < below ? hidden.select(0, save ? l : l % 2) : output;
-    x = rows_for<Backend>(x);
-    layer.x = stack.sequence(x);
     layer.y = stack.sequence(y);
     for (int64_t d = 0; d < D; ++d) {
       DirectionForward& dir = layer.direction[d];
@@ -357,9 +399,15 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, bool 
       dir.gates = mutable_slice(gates, i);
       dir.cells = mutable_slice(cells, i);
     }
-    backend.forward(layer);
-    if (carries && l == L - 1) output = stack.without_masked(y.view(stack.output_shape()));
+    if (goes_on) continue;
+    run_together(backend, together);
+    together.clear();
+    if (l == L - 1) break;
+    x = y;
+    if (!stack.dropout.empty()) x = save ? x * stack.dropout[l] : x.mul_(stack.dropout[l]);
+    x = rows_for<Backend>(x);
   }
+  if (carries) output = stack.without_masked(y.view(stack.output_shape()));
   return result();
 }
 
@@ -427,20 +475,25 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   const Tensor y = carries ? given.hidden.select(0, L - 1) : rows_for<Backend>(given.output);
   Tensor grad_y = rows_for<Backend>(stack.without_masked(given.grad_output));
   const Steps steps = stack.steps();
+  const int64_t at_once = lowest < L ? stack.layers_at_once(backend, true) : 1;
+  c10::SmallVector<LayerBackward, 1> together;  // highest first, until they run
+  c10::SmallVector<Tensor, 4> inputs;           // theirs, which live until then
   for (int64_t l = L - 1; l >= lowest; --l) {
-    LayerBackward layer;
+    LayerBackward& layer = together.emplace_back();
     layer.sizes = stack.layer_sizes(l);
     layer.steps = steps;
-    const Tensor x = rows_for<Backend>(stack.layer_input(l, given.hidden));
+    const Tensor x = inputs.emplace_back(rows_for<Backend>(stack.layer_input(l, given.hidden)));
+    const int64_t highest = l + int64_t(together.size()) - 1;
+    const bool goes_on = highest - at_once + 1 >= lowest && l > highest - at_once + 1;  // the next runs with this one
     Tensor grad_x;
     if (l > lowest) {
-      grad_x = make_rows({N, D * P});
+      if (!goes_on) grad_x = make_rows({N, D * P});
     } else if (l == 0 && needs[0]) {
       grad_x = grad_input;
     }
     layer.x = stack.sequence(x);
     layer.y = stack.sequence(l == L - 1 ? y : given.hidden.select(0, l));
-    layer.grad_y = stack.sequence(grad_y);
+    if (l == highest) layer.grad_y = stack.sequence(grad_y);
     layer.grad_x = stack.sequence(grad_x);
     layer.reuse_gates = reuse_gates;
     for (int64_t d = 0; d < D; ++d) {
@@ -467,7 +520,11 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
       }
       if (stack.projects()) dir.grad_w_hr = grad(stack.params_per_direction() - 1);
     }
-    backend.backward(layer);
+    if (goes_on) continue;
+    std::reverse(together.begin(), together.end());
+    run_together(backend, together);
+    together.clear();
+    inputs.clear();
     if (l > lowest) grad_y = stack.dropout.empty() ? grad_x : grad_x.mul_(stack.dropout[l - 1]);
   }
   return result;

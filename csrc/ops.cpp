@@ -24,6 +24,7 @@ struct Cpu {
   static constexpr bool one_matrix = false;
   static constexpr bool adds_into_grad_x = true;
   static constexpr bool masks_in_kernels = false;
+  static constexpr bool wavefronts = false;
   explicit Cpu(const Tensor&) {}
   void forward(const LayerForward& layer) { run_layer(layer, kernels().forward, false); }
   void backward(const LayerBackward& layer) { run_layer(layer, kernels().backward, true); }

@@ -30,8 +30,8 @@ std::mutex allowed_mutex;
 cuda::Allowed allowed_now;
 int allowed_version = 0;
 
-// All that a plan depends on.
-using PlanKey = std::tuple<int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, bool, bool>;
+// All that a plan depends on; the layers are those of a stack, 0 for a layer by itself.
+using PlanKey = std::tuple<int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, bool, bool, int64_t>;
 
 cuda::Plan make_resident_plan(const LayerSizes& sizes, const Steps& steps, const cuda::DeviceInfo& device,
                               bool backward, bool tf32, cuda::Allowed allowed) {
@@ -44,6 +44,16 @@ cuda::Plan make_resident_plan(const LayerSizes& sizes, const Steps& steps, const
       default: allowed.grid = false;
     }
   }
+}
+
+cuda::Plan make_resident_wavefront(const LayerSizes& sizes, int64_t layers, const Steps& steps,
+                                   const cuda::DeviceInfo& device, bool backward, bool tf32,
+                                   const cuda::Allowed& allowed) {
+  cuda::Plan plan = cuda::make_wavefront_plan(sizes, layers, steps, device, backward, tf32, allowed);
+  if (plan.layers == 1 || cuda::persistent_fits(sizes, plan, device)) return plan;
+  cuda::Plan none;
+  none.reason = "its clusters are not resident";
+  return none;
 }
 
 }  // namespace
@@ -76,7 +86,8 @@ static int64_t most_steps() {
   return allowed_now.most_steps;
 }
 
-const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int device, bool backward, bool tf32) {
+static const cuda::Plan& find_plan(const LayerSizes& sizes, int64_t layers, const Steps& steps, int device,
+                                   bool backward, bool tf32) {
   // A call asks for its plan each time, and planning costs as much as some launches.
   static thread_local std::map<PlanKey, cuda::Plan> plans;
   static thread_local int version = -1;
@@ -88,10 +99,21 @@ const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int dev
     version = allowed_version;
   }
   const PlanKey key(int(sizes.kind), int(sizes.dtype), sizes.input_size, sizes.hidden_size, sizes.state_size, steps.T,
-                    steps.B, sizes.num_directions, device, backward, tf32);
+                    steps.B, sizes.num_directions, device, backward, tf32, layers);
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
-  return plans[key] = make_resident_plan(sizes, steps, device_info(device), backward, tf32, allowed);
+  const cuda::DeviceInfo& info = device_info(device);
+  return plans[key] = layers == 0 ? make_resident_plan(sizes, steps, info, backward, tf32, allowed)
+                                  : make_resident_wavefront(sizes, layers, steps, info, backward, tf32, allowed);
+}
+
+const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int device, bool backward, bool tf32) {
+  return find_plan(sizes, 0, steps, device, backward, tf32);
+}
+
+const cuda::Plan& cuda_wavefront(const LayerSizes& sizes, int64_t layers, const Steps& steps, int device, bool backward,
+                                 bool tf32) {
+  return find_plan(sizes, layers, steps, device, backward, tf32);
 }
 
 namespace {
@@ -148,6 +170,7 @@ class Cuda {
   static constexpr bool one_matrix = true;
   static constexpr bool adds_into_grad_x = false;
   static constexpr bool masks_in_kernels = true;
+  static constexpr bool wavefronts = true;
 
   explicit Cuda(const Tensor& input) : stream_(input), options_(input.options()) {
     sum_dtype_ = accumulation_dtype(input);
@@ -155,8 +178,14 @@ class Cuda {
     sum_size_ = int64_t(c10::elementSize(sum_dtype_));
   }
 
-  void forward(const LayerForward& layer);
-  void backward(const LayerBackward& layer);
+  int64_t layers_at_once(const LayerSizes& sizes, int64_t layers, const Steps& steps, bool backward) const {
+    return cuda_wavefront(sizes, layers, steps, stream_.device(), backward, tf32_).layers;
+  }
+
+  void forward(const LayerForward* layers, int64_t count);
+  void forward(const LayerForward& layer) { forward(&layer, 1); }
+  void backward(const LayerBackward* layers, int64_t count);
+  void backward(const LayerBackward& layer) { backward(&layer, 1); }
 
  private:
   Tensor buffer(at::IntArrayRef shape) const { return at::empty(shape, options_); }
@@ -209,13 +238,17 @@ class Cuda {
     Tensor buffers[2];
   };
 
-  const cuda::Plan& plan(const LayerSizes& sizes, const Steps& steps, bool backward) const {
-    return cuda_plan(sizes, steps, stream_.device(), backward, tf32_);
+  // Of so many layers at once.
+  cuda::Plan plan(const LayerSizes& sizes, int64_t layers, const Steps& steps, bool backward) const {
+    if (layers == 1) return cuda_plan(sizes, steps, stream_.device(), backward, tf32_);
+    cuda::Plan plan = cuda_wavefront(sizes, layers, steps, stream_.device(), backward, tf32_);
+    TORCH_CHECK(plan.layers == layers, "fused_rnn: no plan for ", layers, " layers at once: ", plan.reason);
+    return plan;
   }
 
   Projections make_projections(const LayerForward& layer, const Cell& cell) const;
   void project(const LayerForward& layer, const Cell& cell, const Products& product, int64_t k, Projections& to) const;
-  void persistent_forward(const LayerForward& layer, const Cell& cell, const Products& product,
+  void persistent_forward(const LayerForward* layers, const Cell& cell, const Products& product,
                           const cuda::Plan& chosen, Projections& projections);
   void steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, Projections& projections);
   void steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product, void* const* grad_gates,
@@ -232,15 +265,17 @@ class Cuda {
   Tensor steps_;
 };
 
-void Cuda::forward(const LayerForward& layer) {
-  const Cell cell = cell_of(layer.sizes.kind);
-  const Products product(layer.sizes.dtype, tf32_);
-  Projections projections = make_projections(layer, cell);
-  const cuda::Plan& chosen = plan(layer.sizes, layer.steps, false);
+// One layer, or several in a wavefront, of which the lowest alone has projections.
+void Cuda::forward(const LayerForward* layers, int64_t count) {
+  const LayerForward& lowest = layers[0];
+  const Cell cell = cell_of(lowest.sizes.kind);
+  const Products product(lowest.sizes.dtype, tf32_);
+  Projections projections = make_projections(lowest, cell);
+  const cuda::Plan chosen = plan(layers[count - 1].sizes, count, lowest.steps, false);
   if (chosen.variant == cuda::Variant::none) {
-    steps_forward(layer, cell, product, projections);
+    steps_forward(lowest, cell, product, projections);
   } else {
-    persistent_forward(layer, cell, product, chosen, projections);
+    persistent_forward(layers, cell, product, chosen, projections);
   }
 }
 
@@ -281,8 +316,9 @@ void Cuda::project(const LayerForward& layer, const Cell& cell, const Products& 
   }
 }
 
-void Cuda::persistent_forward(const LayerForward& layer, const Cell& cell, const Products& product,
+void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, const Products& product,
                               const cuda::Plan& chosen, Projections& projections) {
+  const LayerForward& layer = layers[0];
   const LayerSizes& s = layer.sizes;
   const int64_t H = s.hidden_size, B = layer.steps.B, T = layer.steps.T;
   const Steps steps = device_steps(layer.steps);
@@ -291,40 +327,48 @@ void Cuda::persistent_forward(const LayerForward& layer, const Cell& cell, const
   // States between two launches: h twice, because blocks may still read the one while others write the other, and c as
   // the kernels sum it.
   const bool several = projections.steps < T;
-  Tensor between[2], cells[2];
-  for (int d = 0; d < s.num_directions && several; ++d) {
-    between[d] = buffer({2, B, H});
+  Tensor between[cuda::most_layers], cells[cuda::most_layers];
+  const auto part_of = [&](int p) -> const DirectionForward& {
+    return chosen.layers > 1 ? layers[p].direction[0] : layer.direction[p];
+  };
+  for (int p = 0; p < chosen.parts() && several; ++p) {
+    between[p] = buffer({2, B, H});
     if (!cell.has_cell) continue;
-    cells[d] = sum_buffer({B, H});
-    widen(cells[d], layer.direction[d].c0);
+    cells[p] = sum_buffer({B, H});
+    widen(cells[p], part_of(p).c0);
   }
   int64_t part = 0;
   for (int64_t k = 0; k < T; k += projections.steps, ++part) {
     project(layer, cell, product, k, projections);
-    cuda::PersistentForward directions[2];
-    for (int d = 0; d < s.num_directions; ++d) {
-      const DirectionForward& from = layer.direction[d];
-      cuda::PersistentForward& to = directions[d];
+    cuda::PersistentForward parts[cuda::most_layers];
+    for (int p = 0; p < chosen.parts(); ++p) {
+      const DirectionForward& from = part_of(p);
+      cuda::PersistentForward& to = parts[p];
+      const int l = chosen.layers > 1 ? p : 0, d = p - l;
       const bool last = k + projections.steps >= T;
       to.first_step = projections.first_step[d];
       to.end_step = projections.end_step[d];
       to.w_hh = from.weights.w_hh;
       to.b_ih = from.weights.b_ih;
       to.b_hh = from.weights.b_hh;
-      to.projection = advance(projections.data[d], -projections.first_row[d] * projections.stride, size_);
-      to.projection_stride = projections.stride;
-      to.h0 = k == 0 ? from.h0 : const_slice(between[d], (part + 1) % 2);
+      if (l == 0) {
+        to.projection = advance(projections.data[d], -projections.first_row[d] * projections.stride, size_);
+        to.projection_stride = projections.stride;
+      } else {
+        to.w_ih = from.weights.w_ih;
+      }
+      to.h0 = k == 0 ? from.h0 : const_slice(between[p], (part + 1) % 2);
       to.c0 = from.c0;
-      to.c = mutable_data_or_null(cells[d]);
-      to.h_n = last ? from.h_n : mutable_slice(between[d], part % 2);
+      to.c = mutable_data_or_null(cells[p]);
+      to.h_n = last ? from.h_n : mutable_slice(between[p], part % 2);
       to.c_n = from.c_n;
-      to.y = advance(layer.y.data, d * H, size_);
-      to.y_stride = layer.y.batch_stride;
+      to.y = advance(layers[l].y.data, d * H, size_);
+      to.y_stride = layers[l].y.batch_stride;
       to.gates = from.gates;
       to.cells = from.cells;
     }
-    check(cuda::persistent_forward(s, steps, directions, chosen, device_info(stream_.device()),
-                                   workspace.mutable_data_ptr(), stream_.handle()));
+    check(cuda::persistent_forward(s, steps, parts, chosen, device_info(stream_.device()), workspace.mutable_data_ptr(),
+                                   stream_.handle()));
   }
 }
 
@@ -405,38 +449,37 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
   }
 }
 
-void Cuda::backward(const LayerBackward& given) {
-  const LayerSizes& s = given.sizes;
+// One layer, or several in a wavefront.
+void Cuda::backward(const LayerBackward* given, int64_t count) {
+  const LayerSizes& s = given[count - 1].sizes;
   const Cell cell = cell_of(s.kind);
-  LayerBackward layer = given;
-  Tensor gates[2];
-  if (cell.saved > 0 && !given.direction[0].gates) {
-    compute_gates_again(given, cell, gates);
-    for (int d = 0; d < s.num_directions; ++d) layer.direction[d].gates = gates[d].const_data_ptr();
-    layer.reuse_gates = true;
-  }
   const Products product(s.dtype, tf32_);
-  const int64_t H = s.hidden_size, P = s.state_size, I = s.input_size, N = layer.steps.total_rows();
-  const int64_t width = cell.grad_gates * H;
+  const int64_t H = s.hidden_size, P = s.state_size, N = given[0].steps.total_rows(), width = cell.grad_gates * H;
   const int D = s.num_directions;
+  const cuda::Plan chosen = plan(s, count, given[0].steps, true);
 
-  Tensor buffers[2], grad_projected[2];
-  void* grad_gates[2] = {};
-  // A training step then needs no more than what the forward pass saved. (W_hr's gradient wants the gates once more.)
-  const bool in_place = layer.reuse_gates && cell.saved == cell.grad_gates && P == H;
-  for (int d = 0; d < D; ++d) {
-    grad_gates[d] =
-        in_place ? const_cast<void*>(layer.direction[d].gates) : (buffers[d] = buffer({N, width})).mutable_data_ptr();
-    if (P != H) grad_projected[d] = buffer({N, P});
-  }
-
-  const cuda::Plan& chosen = plan(s, layer.steps, true);
-  if (chosen.variant != cuda::Variant::none) {
-    cuda::PersistentBackward directions[2];
+  c10::SmallVector<LayerBackward, 1> layers(given, given + count);
+  cuda::PersistentBackward parts[cuda::most_layers];
+  Tensor buffers[cuda::most_layers], grad_projected[2];
+  void* grad_gates[cuda::most_layers] = {};
+  Tensor gates[cuda::most_layers];
+  for (int64_t l = 0; l < count; ++l) {
+    LayerBackward& layer = layers[l];
+    if (cell.saved > 0 && !layer.direction[0].gates) {
+      compute_gates_again(layer, cell, &gates[l]);
+      for (int d = 0; d < D; ++d) layer.direction[d].gates = gates[l + d].const_data_ptr();
+      layer.reuse_gates = true;
+    }
+    // A training step then needs no more than what the forward pass saved. (W_hr's gradient wants the gates once more.)
+    const bool in_place = layer.reuse_gates && cell.saved == cell.grad_gates && P == H;
     for (int d = 0; d < D; ++d) {
       const DirectionBackward& from = layer.direction[d];
-      cuda::PersistentBackward& to = directions[d];
+      cuda::PersistentBackward& to = parts[l + d];
+      Tensor& apart = buffers[l + d];
+      if (!in_place) apart = buffer({N, width});
+      grad_gates[l + d] = in_place ? const_cast<void*>(from.gates) : apart.mutable_data_ptr();
       to.w_hh = from.weights.w_hh;
+      if (l > 0) to.w_ih = from.weights.w_ih;
       to.gates = from.gates;
       to.cells = from.cells;
       to.y = advance(layer.y.data, d * H, size_);
@@ -447,26 +490,35 @@ void Cuda::backward(const LayerBackward& given) {
       to.grad_y_stride = layer.grad_y.batch_stride;
       to.grad_h_n = from.grad_h_n;
       to.grad_c_n = from.grad_c_n;
-      to.grad_gates = grad_gates[d];
+      to.grad_gates = grad_gates[l + d];
       to.grad_h0 = from.grad_h0;
       to.grad_c0 = from.grad_c0;
     }
-    const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
-    check(cuda::persistent_backward(s, device_steps(layer.steps), directions, chosen, device_info(stream_.device()),
-                                    workspace.mutable_data_ptr(), stream_.handle()));
-  } else {
-    steps_backward(layer, cell, product, grad_gates, grad_projected);
   }
 
-  for (int d = 0; d < D; ++d) {
-    weight_gradients(layer, cell, product, d, grad_gates[d], P != H ? grad_projected[d].const_data_ptr() : nullptr);
-    if (!layer.grad_x.data) continue;
-    double beta = d == 0 ? 0 : 1;
-    for (const GateRun& run : runs_of(cell.input_grads, cell.gates)) {
-      product(N, I, run.count * H, {advance(grad_gates[d], run.grad * H, size_), width},
-              {advance(layer.direction[d].weights.w_ih, run.gate * H * I, size_), I}, layer.grad_x.data,
-              layer.grad_x.batch_stride, beta);
-      beta = 1;
+  if (chosen.variant != cuda::Variant::none) {
+    const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
+    check(cuda::persistent_backward(s, device_steps(given[0].steps), parts, chosen, device_info(stream_.device()),
+                                    workspace.mutable_data_ptr(), stream_.handle()));
+  } else {
+    for (int d = 0; d < D && P != H; ++d) grad_projected[d] = buffer({N, P});
+    steps_backward(layers[0], cell, product, grad_gates, grad_projected);
+  }
+
+  for (int64_t l = 0; l < count; ++l) {
+    const LayerBackward& layer = layers[l];
+    const int64_t I = layer.sizes.input_size;
+    for (int d = 0; d < D; ++d) {
+      weight_gradients(layer, cell, product, d, grad_gates[l + d],
+                       P != H ? grad_projected[d].const_data_ptr() : nullptr);
+      if (!layer.grad_x.data) continue;
+      double beta = d == 0 ? 0 : 1;
+      for (const GateRun& run : runs_of(cell.input_grads, cell.gates)) {
+        product(N, I, run.count * H, {advance(grad_gates[l + d], run.grad * H, size_), width},
+                {advance(layer.direction[d].weights.w_ih, run.gate * H * I, size_), I}, layer.grad_x.data,
+                layer.grad_x.batch_stride, beta);
+        beta = 1;
+      }
     }
   }
 }

@@ -14,6 +14,10 @@ bool tf32_allowed();
 // The plan that a call follows on this device, Variant::none for a launch a step.
 const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int device, bool backward, bool tf32);
 
+// How such layers, each the input of the next, run in wavefronts; Plan::layers is 1 where they do not.
+const cuda::Plan& cuda_wavefront(const LayerSizes& sizes, int64_t layers, const Steps& steps, int device, bool backward,
+                                 bool tf32);
+
 // Persistent variants that may be chosen, for measurements and tests; returns what was set before. For all threads.
 cuda::Allowed allow_variants(const cuda::Allowed& allowed);
 

@@ -43,6 +43,7 @@ def cuda_plan_for(
     backward: bool,
     device: dict[str, Any],
     tf32: bool,
+    layers: int = 1,
 ) -> dict[str, Any]: ...
 
 # These only in a build with CUDA.
@@ -57,6 +58,7 @@ def cuda_plan(
     dtype: int,
     backward: bool,
     device: int,
+    layers: int = 1,
 ) -> dict[str, Any]: ...
 def cuda_device(index: int) -> dict[str, Any]: ...
 def cuda_barrier(kind: str, rounds: int) -> None: ...
@@ -69,6 +71,7 @@ def cuda_allow(
     team_blocks: int = 0,
     most_columns: int = 0,
     most_steps: int = 0,
+    layers: int = 0,
 ) -> dict[str, Any]: ...
 def run_layers(
     kind: int,

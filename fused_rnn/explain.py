@@ -80,11 +80,14 @@ def _describe_launches(plan: dict[str, Any]) -> str:
     if plan["variant"] == "none":
         text = "a matrix product and a fused kernel a step"
     else:
-        kibibytes = (plan[key] / 1024 for key in ("register_bytes", "weight_bytes"))
-        resident = "{:.0f} KiB of W_hh in registers and {:.0f} in shared memory".format(*kibibytes)
+        in_registers, in_shared = (plan[key] / 1024 for key in ("register_bytes", "weight_bytes"))
+        layers = plan["layers"]
+        steps = "all steps" if layers == 1 else f"all steps of {layers} layers, in a wavefront"
+        weights = "W_hh" if layers == 1 else "the weights"
+        resident = f"{in_registers:.0f} KiB of {weights} in registers and {in_shared:.0f} in shared memory"
         text = (
-            f"one launch for all steps ({plan['variant']}): {plan['blocks']} blocks, {plan['team_blocks']} for one "
-            f"W_hh, each with {resident}; about {plan['predicted_step_us']:.3g} us a step expected"
+            f"one launch for {steps} ({plan['variant']}): {plan['blocks']} blocks, {plan['team_blocks']} for one "
+            f"copy of {weights}, each with {resident}; about {plan['predicted_step_us']:.3g} us a step expected"
         )
     if plan.get("recomputes"):
         text += ", after the forward pass's once more"
@@ -182,6 +185,7 @@ def explain(
             device=call.input.device,
             training=training,
             recompute=getattr(module, "recompute", False),
+            dropout=module.training and getattr(module, "dropout", 0) > 0,
         )
     return Explanation(
         module=repr(module),

@@ -142,8 +142,12 @@ def plan(
     device: torch.device,
     training: bool,
     recompute: bool = False,
+    dropout: bool = False,
 ) -> dict[str, Any]:
     """What would run for such a call.
+
+    Args:
+        dropout: whether outputs of layers are dropped out on their way to the next.
 
     Returns:
         on the CPU a dict with ``isa`` (the instruction set), ``threads``, how they divide the work of a layer
@@ -153,8 +157,9 @@ def plan(
         ``training`` also ``backward``, the same for the backward pass, which has ``recomputes``: whether it computes
         the gates again.
 
-        On a CUDA device ``variant`` (``"none"``: a launch a step), ``reason`` (why no better one), and of a persistent
-        one ``blocks``, ``teams``, ``team_blocks``, ``register_bytes``, ``weight_bytes`` and ``shared_bytes`` (of W_hh
+        On a CUDA device ``variant`` (``"none"``: a launch a step), ``reason`` (why no better one), ``layers`` (how many
+        a launch runs; more than one: in a wavefront, and what is left over one by one), and of a persistent variant
+        ``blocks``, ``teams``, ``team_blocks``, ``register_bytes``, ``weight_bytes`` and ``shared_bytes`` (of W_hh
         in registers and in shared memory, and all shared memory, per block), ``predicted_step_us`` and
         ``predicted_us``; ``backward`` as above.
     """
@@ -168,16 +173,24 @@ def plan(
             return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device))
         return _C.plan(kind, T, B, sizes, *layer)
 
+    def wavefronts(backward: bool) -> list[dict[str, Any]]:
+        """Of the groups of layers that run at once; none where each runs by itself."""
+        if device.type != "cuda" or num_layers == 1 or dropout or (recompute and training and not backward):
+            return []
+        layer = (directions * state_size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
+        group = _C.cuda_plan(kind, T, B, *layer, _cuda_index(device), num_layers)
+        return [group] * (num_layers // group["layers"]) if group["layers"] > 1 else []
+
     def stack(backward: bool) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for layer in range(num_layers):
-            one = one_layer(input_size if layer == 0 else directions * state_size, backward)
-            if not result:
-                result = one
-            else:
-                for key in _TIMES:
-                    if key in result:
-                        result[key] += one[key]
+        launches = wavefronts(backward)
+        first = sum(group["layers"] for group in launches)
+        for layer in range(first, num_layers):
+            launches.append(one_layer(input_size if layer == 0 else directions * state_size, backward))
+        result = dict(launches[0])
+        for other in launches[1:]:
+            for key in _TIMES:
+                if key in result:
+                    result[key] += other[key]
         return result
 
     result = stack(backward=False)

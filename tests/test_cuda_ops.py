@@ -75,13 +75,14 @@ def _cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library._destroy()
 
 
-def _allow(variant: str, *, team_blocks: int = 0, most_columns: int = 0, most_steps: int = 0) -> None:
+def _allow(variant: str, *, team_blocks: int = 0, most_columns: int = 0, most_steps: int = 0, layers: int = 1) -> None:
     """Makes every layer run in this variant, "none" being a launch a step, wherever it can.
 
     In inference the projections of ``most_steps`` steps are there at once (0: of as many as the library would take).
+    So many ``layers`` run in a wavefront, wherever they fit.
     """
     flags = [name == variant for name in ("block", "cluster", "grid", "none")]
-    torch.ops.fused_rnn_host.allow(*flags, team_blocks, most_columns, most_steps)
+    torch.ops.fused_rnn_host.allow(*flags, team_blocks, most_columns, most_steps, layers)
     torch.ops.fused_rnn_host.launches()
 
 
@@ -242,3 +243,100 @@ def test_a_projected_layer_computes_gates_again() -> None:
     expected = run(module, case.data())
     module.recompute = True
     assert_same(run(module, case.data()), expected)
+
+
+def _stack(cell: str, num_layers: int, **other: Any) -> Case:
+    shape = {"input_size": 17, "hidden_size": 24, "batch": 9, "steps": 5, "dtype": torch.bfloat16}
+    return Case(cell=cell, num_layers=num_layers, **(shape | other))
+
+
+# Layers of the stack, layers at once, and how many launches of how many layers that makes.
+STACKS = [(2, 2, [2]), (3, 3, [3]), (5, 2, [2, 2, 1]), (3, 2, [2, 1]), (4, 4, [4])]
+
+
+def _launches(kind: str, at_once: list[int], which: str) -> list[str]:
+    launches = [f"cluster {kind} {which}" + (f" of {n} layers" if n > 1 else "") for n in at_once]
+    return launches
+
+
+@pytest.mark.parametrize(("num_layers", "layers", "at_once"), STACKS, ids=str)
+@pytest.mark.parametrize("packing", ["padded", "unsorted"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_layers_in_a_wavefront_match_the_float64_reference(
+    cell: str, packing: str, num_layers: int, layers: int, at_once: list[int]
+) -> None:
+    dtype = torch.float16 if num_layers == 3 else torch.bfloat16
+    case = _stack(cell, num_layers, packing=packing, hx=packing == "padded", bias=num_layers != 4, dtype=dtype)
+    _allow("cluster", team_blocks=4, layers=layers)
+    found = run(case.build(fused_rnn), case.data())
+    kind = str(dtype).removeprefix("torch.")
+    # The lowest layers and the highest layers run together; those left over follow.
+    expected = _launches(kind, at_once, "forward") + _launches(kind, at_once, "backward")
+    assert torch.ops.fused_rnn_host.launches() == expected
+    assert_within(found, _reference(case))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_a_wavefront_without_gradients_gives_the_same_bits_as_with_them(cell: str) -> None:
+    case = _stack(cell, 3, hx=True)
+    module, data = case.build(fused_rnn), case.data()
+    results = {}
+    for most_steps in (0, 1, 2):
+        _allow("cluster", team_blocks=4, layers=2, most_steps=most_steps)
+        with torch.no_grad():
+            results[most_steps] = run(module, data, gradients=False)
+        parts = 1 if most_steps == 0 else -(-case.steps // most_steps)
+        once = [_launches("bfloat16", [n], "forward") for n in (2, 1)]
+        assert torch.ops.fused_rnn_host.launches() == once[0] * parts + once[1] * parts
+    with_gradients = run(module, data)
+    for found in results.values():
+        assert_same(found, {name: with_gradients[name] for name in found})
+
+
+def test_frozen_lower_layers_stay_out_of_the_backward_wavefront() -> None:
+    case = _stack("LSTM", 4)
+    _allow("cluster", team_blocks=4, layers=3)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        module, data = case.build(fused_rnn), case.data()
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(not name.endswith(("_l0", "_l1")))
+        module(data.sequence.detach())[0].float().sum().backward()
+        return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+    found = gradients()
+    launches = torch.ops.fused_rnn_host.launches()
+    assert launches == _launches("bfloat16", [3, 1], "forward") + _launches("bfloat16", [1, 1], "backward")
+    with fused_rnn.use_backend("reference"):
+        expected = gradients()
+    assert found.keys() == expected.keys()
+    assert_within(found, expected)
+
+
+def test_gates_that_are_computed_again_run_layer_by_layer_first() -> None:
+    case = _stack("LSTM", 2, hx=True)
+    module = case.build(fused_rnn)
+    _allow("cluster", team_blocks=4, layers=1)
+    expected = run(module, case.data())
+    module.recompute = True
+    _allow("cluster", team_blocks=4, layers=2)
+    found = run(module, case.data())
+    launches = torch.ops.fused_rnn_host.launches()
+    assert launches == _launches("bfloat16", [1, 1, 1, 1], "forward") + _launches("bfloat16", [2], "backward")
+    # Sums that go down a wavefront are not rounded to bfloat16 on the way.
+    forward = [name for name in expected if "grad" not in name]
+    assert forward
+    assert_same({name: found[name] for name in forward}, {name: expected[name] for name in forward})
+    assert_within(found, _reference(case))
+
+
+def test_dropout_between_layers_keeps_them_apart() -> None:
+    case = _stack("LSTM", 2)
+    module = case.build(fused_rnn)
+    module.dropout = 0.5
+    _allow("cluster", team_blocks=4, layers=2)
+    module(case.data().sequence)
+    assert torch.ops.fused_rnn_host.launches() == _launches("bfloat16", [1, 1], "forward")
+    module.eval()
+    module(case.data().sequence)
+    assert torch.ops.fused_rnn_host.launches() == _launches("bfloat16", [2], "forward")

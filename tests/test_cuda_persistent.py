@@ -52,6 +52,25 @@ SHAPES = {
     "no gradient of the output": "exchange=counted blocks=2 output=0 T=3 B=3 H=16",
     "no gradient of the last states": "exchange=counted blocks=2 final=0 T=3 B=3 H=16",
     "results apart from what they could replace": "exchange=counted blocks=2 in_place=0 T=3 B=3 H=16",
+    "two layers": "exchange=counted layers=2 blocks=4 T=4 B=3 H=24",
+    "two layers, a block each": "exchange=counted layers=2 blocks=2 T=4 B=3 H=16",
+    "two layers, one step": "exchange=counted layers=2 blocks=4 T=1 B=3 H=16",
+    "two layers, two steps, no initial state": "exchange=counted layers=2 blocks=4 initial=0 T=2 B=3 H=16",
+    "two layers, no gradients but the output's": "exchange=counted layers=2 blocks=4 initial=0 final=0 T=4 B=3 H=16",
+    "two layers, no gradient of the output": "exchange=counted layers=2 blocks=4 output=0 T=4 B=3 H=24",
+    "two layers, nothing saved, no biases": "exchange=counted layers=2 blocks=4 save=0 bias=0 in_place=0 T=4 B=3 H=16",
+    "two layers, units that do not fill the last octet": "exchange=counted layers=2 blocks=4 T=4 B=3 H=13",
+    "two layers, k in registers and in shared memory": "exchange=counted layers=2 blocks=8 T=3 B=2 H=100",
+    "two layers, teams one after the other": "exchange=counted layers=2 blocks=4 sms=4 columns=3 T=3 B=10 H=16",
+    "two layers, falling lengths, several column tiles": (
+        "exchange=counted layers=2 blocks=4 sms=4 ragged=1 T=6 B=20 H=24"
+    ),
+    "two layers, a mask": "exchange=counted layers=2 blocks=4 masked=1 T=6 B=9 H=24",
+    "three layers, idle blocks": "exchange=counted layers=3 blocks=8 T=5 B=9 H=24",
+    "three layers, a mask, nothing saved": (
+        "exchange=counted layers=3 blocks=4 masked=1 save=0 in_place=0 T=6 B=9 H=13"
+    ),
+    "four layers, a cluster of 16": "exchange=counted layers=4 blocks=16 T=3 B=2 H=64",
 }
 
 
@@ -64,7 +83,8 @@ def _run(name: str, case: str, variant: str = "plain", skip_site: str | None = N
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("direction", PASSES)
 def test_every_shape_agrees_with_float64(direction: str, name: str) -> None:
-    for kind, dtype in (("lstm", "bfloat16"), ("gru", "float32")):
+    float32 = "tf32" if "layers" in SHAPES[name] else "float32"
+    for kind, dtype in (("lstm", "bfloat16"), ("gru", float32)):
         _run(f"persistent_{direction}", f"{SHAPES[name]} kind={kind} dtype={dtype}")
 
 
@@ -77,6 +97,10 @@ FULL_SIZES = {
     "lstm, tf32, H 512": "kind=lstm dtype=tf32 exchange=counted blocks=16 H=512",
     "gru, float32, H 256": "kind=gru dtype=float32 exchange=counted blocks=8 H=256",
     "lstm, bfloat16, H 520 through memory": "kind=lstm dtype=bfloat16 exchange=memory sms=33 H=520",
+    "lstm, bfloat16, two layers, H 384": "kind=lstm dtype=bfloat16 exchange=counted layers=2 blocks=16 H=384",
+    "gru, float16, three layers, H 256": "kind=gru dtype=float16 exchange=counted layers=3 blocks=16 H=256",
+    "lstm, bfloat16, two layers, H 128": "kind=lstm dtype=bfloat16 exchange=counted layers=2 blocks=16 H=128",
+    "gru, tf32, two layers, H 200": "kind=gru dtype=tf32 exchange=counted layers=2 blocks=16 H=200",
 }
 
 
@@ -86,9 +110,10 @@ def test_shapes_as_on_a_gpu_agree_with_float64(direction: str, name: str) -> Non
     _run(f"persistent_{direction}_full", f"{FULL_SIZES[name]} T=2 B=2")
 
 
-def _drawn(direction: str, kind: str, dtype: str, exchange: str) -> str:
+def _drawn(direction: str, kind: str, dtype: str, exchange: str, layers: int = 1) -> str:
     """A case of this description with everything else drawn, the same in every run."""
-    draw = random.Random(zlib.crc32(f"{direction} {kind} {dtype} {exchange}".encode()))
+    description = f"{direction} {kind} {dtype} {exchange}" + (f" {layers}" if layers > 1 else "")
+    draw = random.Random(zlib.crc32(description.encode()))
     hidden = draw.choice([9, 15, 16, 24, 33])
     octets = (hidden + 7) // 8
     blocks = {"none": 1, "memory": octets}.get(exchange) or draw.choice([b for b in (2, 4) if octets > b // 2])
@@ -108,6 +133,9 @@ def _drawn(direction: str, kind: str, dtype: str, exchange: str) -> str:
     for flag in ("ragged", "in_place", "save", "initial", "bias", "final", "output"):
         case[flag] = draw.choice([0, 1])
     case["masked"] = 1 - case["ragged"]
+    if layers > 1:
+        case |= {"layers": layers, "blocks": 4, "sms": 4 * draw.choice([1, 2]), "directions": 1}
+        case["H"] = draw.choice([9, 16, 24] if layers == 3 else [15, 24, 33])
     return " ".join(f"{name}={value}" for name, value in case.items())
 
 
@@ -119,28 +147,40 @@ def test_every_kernel_and_exchange_agrees_with_float64(direction: str, dtype: st
         _run(f"persistent_{direction}", _drawn(direction, kind, dtype, exchange))
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
+@pytest.mark.parametrize("direction", PASSES)
+def test_every_kernel_of_several_layers_agrees_with_float64(direction: str, dtype: str, layers: int) -> None:
+    for kind in ("lstm", "gru"):
+        _run(f"persistent_{direction}", _drawn(direction, kind, dtype, "counted", layers))
+
+
 # Small enough for the many threads that ThreadSanitizer keeps a history of.
 RACE_CASES = {
     "none": "exchange=none sms=1 T=4 B=3 H=24",
     "counted": "exchange=counted blocks=2 sms=2 T=4 B=10 H=24",
     "barriers": "exchange=barriers blocks=4 sms=4 T=4 B=3 H=24",
     "memory": "exchange=memory sms=3 T=4 B=10 H=24",
+    "wavefront": "exchange=counted layers=2 blocks=4 sms=4 T=5 B=10 H=24",
 }
 needs_setarch = pytest.mark.skipif(not shutil.which("setarch"), reason="ThreadSanitizer needs a fixed address layout")
 
 
 @needs_setarch
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("exchange", RACE_CASES)
 @pytest.mark.parametrize("direction", PASSES)
 def test_no_thread_races_with_another(direction: str, exchange: str) -> None:
-    for kind, dtype, seed in (("lstm", "bfloat16", 1), ("gru", "float32", 2), ("rnn_tanh", "tf32", 3)):
+    kernels = [("lstm", "bfloat16"), ("gru", "float32"), ("rnn_tanh", "tf32")]
+    if exchange == "wavefront":
+        kernels = [("lstm", "bfloat16"), ("gru", "tf32")]
+    for seed, (kind, dtype) in enumerate(kernels, start=1):
         _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} kind={kind} dtype={dtype} seed={seed}", "thread")
     _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} ragged=1 seed=4", "thread")
     _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} masked=1 kind=gru seed=5", "thread")
 
 
 @needs_setarch
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("exchange", RACE_CASES)
 @pytest.mark.parametrize("direction", PASSES)
 def test_every_wait_is_missed_where_it_is_taken_out(direction: str, exchange: str) -> None:
     case = f"{RACE_CASES[exchange]} kind=gru"

@@ -18,6 +18,7 @@ DEVICES = {
     "B200": {"arch": 100, "sms": 148, "shared": 227, "l2": 126, "max_cluster": 16, "mhz": 1965},
     "RTX 5090": {"arch": 120, "sms": 170, "shared": 99, "l2": 96, "max_cluster": 8, "mhz": 2407},
 }
+WITH_CLUSTERS = [device for device, properties in DEVICES.items() if properties["max_cluster"] > 1]
 CELLS = {"lstm": CellKind.LSTM, "gru": CellKind.GRU, "rnn_tanh": CellKind.RNN_TANH}
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
@@ -29,6 +30,8 @@ SHAPES = sorted(
     | {(batch, 768) for batch in (2, 4, 8, 16, 32, 64, 128, 256)}
     | set(itertools.product((1, 32, 64, 128), (128, 256, 512, 1024, 2048, 4096)))
 )
+# Stacks: layers, batch size, hidden size.
+STACKS = list(itertools.product((2, 3, 4, 6), (1, 16, 64, 256), (13, 64, 128, 256, 384, 512)))
 TABLE = Path(__file__).parent / "data" / "cuda_plans.json"
 
 
@@ -59,6 +62,7 @@ def plan(
         backward=backward,
         device=fields,
         tf32=tf32,
+        layers=other.get("layers", 1),
     )
 
 
@@ -69,9 +73,14 @@ def described(p: dict[str, Any]) -> str:
     return f"{p['variant']} of {p['team_blocks']}, {p['teams']} teams of {p['columns']} columns"
 
 
+def described_stack(p: dict[str, Any]) -> str:
+    """Like ``2 layers in a cluster of 16, 8 teams of 2 columns``."""
+    return f"{p['layers']} layers in a {described(p)}" if p["layers"] > 1 else "one by one"
+
+
 def decisions() -> dict[str, dict[str, str]]:
-    """What tests/data/cuda_plans.json holds: per device and layer, forward and backward."""
-    return {
+    """What tests/data/cuda_plans.json holds: per device and layer or stack, forward and backward."""
+    layers = {
         device: {
             f"{cell} {dtype} B{batch} H{hidden}": "; ".join(
                 described(plan(device, cell, dtype, batch, hidden, backward=backward)) for backward in (False, True)
@@ -82,6 +91,18 @@ def decisions() -> dict[str, dict[str, str]]:
         }
         for device in DEVICES
     }
+    stacks = {
+        device: {
+            f"{cell} {dtype} L{count} B{batch} H{hidden}": "; ".join(
+                described_stack(plan(device, cell, dtype, batch, hidden, backward=backward, layers=count))
+                for backward in (False, True)
+            )
+            for cell, dtype in (("lstm", "bfloat16"), ("gru", "float16"), ("lstm", "float32"))
+            for count, batch, hidden in STACKS
+        }
+        for device in WITH_CLUSTERS
+    }
+    return {device: layers[device] | stacks.get(device, {}) for device in DEVICES}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -123,6 +144,48 @@ def test_what_no_persistent_kernel_takes_says_why(case: dict[str, Any], reason: 
 
 def test_without_clusters_the_reason_says_so() -> None:
     assert "cluster: this GPU has no clusters" in plan("A100", "lstm", "bfloat16", 16, 512, backward=False)["reason"]
+
+
+@pytest.mark.parametrize("device", WITH_CLUSTERS)
+def test_a_wavefront_holds_the_weights_of_its_layers(device: str) -> None:
+    d = DEVICES[device]
+    sizes = set()
+    for cell, dtype, backward in itertools.product(("lstm", "gru"), ("float16", "float32"), (False, True)):
+        for count, batch, hidden in STACKS:
+            p = plan(device, cell, dtype, batch, hidden, backward=backward, layers=count)
+            assert 1 <= p["layers"] <= min(count, 4)
+            sizes.add(p["layers"])
+            if p["layers"] == 1:
+                assert "one after the other" in p["reason"]
+                continue
+            # W_hh of each layer, and W_ih of all but the lowest.
+            weights = (2 * p["layers"] - 1) * GATES[cell] * hidden * hidden * BYTES[dtype]
+            assert (p["register_bytes"] + p["weight_bytes"]) * p["team_blocks"] >= weights
+            assert p["register_bytes"] <= 65536 * 4
+            assert p["weight_bytes"] < p["shared_bytes"] <= d["shared"] * 1024
+            assert (p["teams"] - 1) * p["columns"] < batch <= p["teams"] * p["columns"]
+            assert p["variant"] == "cluster"
+            assert p["team_blocks"] <= d["max_cluster"]
+    assert {1, 2, 3, 4} <= sizes
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"dtype": "float64"}, "float64"),
+        ({"state_size": 64}, "projection"),
+        ({"directions": 2}, "both directions"),
+        ({"cell": "rnn_tanh"}, "no kernel of several layers"),
+        ({"dtype": "float32", "tf32": False}, "no kernel of several layers for this cell in float32"),
+        ({"device": "A100"}, "this GPU has no clusters"),
+        ({"hidden": 1024}, "a kernel takes"),
+    ],
+)
+def test_layers_that_run_one_by_one_say_why(case: dict[str, Any], reason: str) -> None:
+    arguments = {"device": "H200", "cell": "lstm", "dtype": "bfloat16", "batch": 16, "hidden": 128, "layers": 2, **case}
+    p = plan(**arguments, backward=False)
+    assert p["layers"] == 1
+    assert reason in p["reason"]
 
 
 def test_float32_is_rounded_to_tf32_only_where_that_is_allowed() -> None:

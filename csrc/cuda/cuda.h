@@ -119,6 +119,7 @@ struct PersistentForward {
   // a step is where it is for all steps.
   int64_t first_step = 0, end_step = 0;
   const void* w_hh = nullptr;        // (gates * H, H)
+  const void* w_ih = nullptr;        // (gates * H, H), of a layer above another in a wavefront, which has no projection
   const void* projection = nullptr;  // (N, gates * H), row n at + n * projection_stride; may be where gates or y is
   int64_t projection_stride = 0;
   const void* b_ih = nullptr;  // (gates * H), null: zeros; added here
@@ -128,7 +129,7 @@ struct PersistentForward {
   void* c = nullptr;    // (B, H), sum type: read in place of c0, and written at the end; null: neither
   void* h_n = nullptr;  // (B, H), after the last of these steps; not where h0 is
   void* c_n = nullptr;  // (B, H), null unless the cell has a cell state
-  void* y = nullptr;    // (N, H), row n at + n * y_stride
+  void* y = nullptr;    // (N, H), row n at + n * y_stride; null: not wanted, of a layer below another in a wavefront
   int64_t y_stride = 0;
   void* gates = nullptr;  // (N, saved * H), or null
   void* cells = nullptr;  // (N, H), sum type, or null
@@ -136,13 +137,14 @@ struct PersistentForward {
 
 struct PersistentBackward {
   const void* w_hh = nullptr;  // (gates * H, H)
+  const void* w_ih = nullptr;  // (gates * H, H), of a layer above another in a wavefront
   const void* gates = nullptr;
   const void* cells = nullptr;
   const void* y = nullptr;  // (N, H), row n at + n * y_stride
   int64_t y_stride = 0;
   const void* h0 = nullptr;
   const void* c0 = nullptr;
-  const void* grad_y = nullptr;  // (N, H), row n at + n * grad_y_stride; null: zeros
+  const void* grad_y = nullptr;  // (N, H), row n at + n * grad_y_stride; null: zeros, or from the layer above
   int64_t grad_y_stride = 0;
   const void* grad_h_n = nullptr;  // (B, H), null: zeros
   const void* grad_c_n = nullptr;
@@ -155,12 +157,13 @@ struct PersistentBackward {
 // the plan is a good one). What cannot is not launched: the caller plans again without the variant.
 bool persistent_fits(const LayerSizes& sizes, const Plan& plan, const DeviceInfo& device);
 
-// direction[1], where sizes.num_directions is 2, runs from the last step to the first. steps: device arrays when
-// packed, and a mask in device memory: what it does to a row is said at StepForward and StepBackward. workspace:
-// plan.workspace_bytes, not initialised. sizes.state_size == sizes.hidden_size.
-const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* direction,
+// parts, plan.parts() of them, are the directions of a layer, of which part[1] runs from the last step to the first, or
+// the layers of a wavefront, lowest first. steps: device arrays when packed, and a mask in device memory: what it does
+// to a row is said at StepForward and StepBackward. workspace: plan.workspace_bytes, not initialised. sizes.state_size
+// == sizes.hidden_size.
+const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* parts,
                                const Plan& plan, const DeviceInfo& device, void* workspace, void* stream);
-const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* direction,
+const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* parts,
                                 const Plan& plan, const DeviceInfo& device, void* workspace, void* stream);
 
 // Barriers

@@ -11,31 +11,35 @@ namespace {
 const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 template <template <Multiply> class Select>
-const void* select(Multiply multiply, CellKind kind, int shape) {
-  switch (multiply) {
-    case Multiply::bfloat16: return Select<Multiply::bfloat16>::kernel(kind, shape);
-    case Multiply::float16: return Select<Multiply::float16>::kernel(kind, shape);
-    case Multiply::tf32: return Select<Multiply::tf32>::kernel(kind, shape);
-    default: return Select<Multiply::float32>::kernel(kind, shape);
+const void* select(const Plan& plan, CellKind kind) {
+  const bool wavefront = plan.layers > 1;
+  switch (plan.multiply) {
+    case Multiply::bfloat16: return Select<Multiply::bfloat16>::kernel(kind, plan.shape, wavefront);
+    case Multiply::float16: return Select<Multiply::float16>::kernel(kind, plan.shape, wavefront);
+    case Multiply::tf32: return Select<Multiply::tf32>::kernel(kind, plan.shape, wavefront);
+    default: return Select<Multiply::float32>::kernel(kind, plan.shape, wavefront);
   }
 }
 
 template <Multiply multiply>
 struct Forward {
-  static const void* kernel(CellKind kind, int shape) {
-    return reinterpret_cast<const void*>(forward_kernel<multiply>(kind, shape));
+  static const void* kernel(CellKind kind, int shape, bool wavefront) {
+    if constexpr (multiply != Multiply::float32)
+      if (wavefront) return reinterpret_cast<const void*>(forward_kernel<multiply, true>(kind, shape));
+    return reinterpret_cast<const void*>(forward_kernel<multiply, false>(kind, shape));
   }
 };
 template <Multiply multiply>
 struct Backward {
-  static const void* kernel(CellKind kind, int shape) {
-    return reinterpret_cast<const void*>(backward_kernel<multiply>(kind, shape));
+  static const void* kernel(CellKind kind, int shape, bool wavefront) {
+    if constexpr (multiply != Multiply::float32)
+      if (wavefront) return reinterpret_cast<const void*>(backward_kernel<multiply, true>(kind, shape));
+    return reinterpret_cast<const void*>(backward_kernel<multiply, false>(kind, shape));
   }
 };
 
 const void* kernel_of(const Plan& plan, CellKind kind) {
-  return plan.backward ? select<Backward>(plan.multiply, kind, plan.shape)
-                       : select<Forward>(plan.multiply, kind, plan.shape);
+  return plan.backward ? select<Backward>(plan, kind) : select<Forward>(plan, kind);
 }
 
 // How a plan is launched. Not to be copied: the configuration points at the attribute.
@@ -83,14 +87,14 @@ int resident(const void* kernel, const Plan& plan) {
   return -1;
 }
 
-template <class Arguments, class Direction>
-const char* launch(const LayerSizes& sizes, const Steps& steps, const Direction* direction, const Plan& plan,
-                   void* workspace, void* stream) {
+template <class Arguments, class Part>
+const char* launch(const LayerSizes& sizes, const Steps& steps, const Part* parts, const Plan& plan, void* workspace,
+                   void* stream) {
   if (plan.variant == Variant::none) return "this plan has no persistent kernel";
   Arguments arguments = {};
   arguments.hidden_size = sizes.hidden_size;
   arguments.steps = steps;
-  for (int d = 0; d < plan.directions; ++d) arguments.direction[d] = direction[d];
+  for (int p = 0; p < plan.parts(); ++p) arguments.part[p] = parts[p];
   arguments.tiling = plan.tiling;
   arguments.workspace = static_cast<char*>(workspace);
   const void* const kernel = kernel_of(plan, sizes.kind);
@@ -111,14 +115,14 @@ bool persistent_fits(const LayerSizes& sizes, const Plan& plan, const DeviceInfo
   return plan.variant == Variant::grid ? count * device.sms >= plan.blocks : count >= 1;
 }
 
-const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* direction,
+const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* parts,
                                const Plan& plan, const DeviceInfo&, void* workspace, void* stream) {
-  return launch<ForwardArguments>(sizes, steps, direction, plan, workspace, stream);
+  return launch<ForwardArguments>(sizes, steps, parts, plan, workspace, stream);
 }
 
-const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* direction,
+const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* parts,
                                 const Plan& plan, const DeviceInfo&, void* workspace, void* stream) {
-  return launch<BackwardArguments>(sizes, steps, direction, plan, workspace, stream);
+  return launch<BackwardArguments>(sizes, steps, parts, plan, workspace, stream);
 }
 
 }  // namespace cuda

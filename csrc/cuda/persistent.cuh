@@ -13,7 +13,7 @@ namespace cuda {
 struct ForwardArguments {
   int64_t hidden_size;
   Steps steps;
-  PersistentForward direction[2];
+  PersistentForward part[most_layers];
   Tiling tiling;
   char* workspace;
 };
@@ -21,17 +21,18 @@ struct ForwardArguments {
 struct BackwardArguments {
   int64_t hidden_size;
   Steps steps;
-  PersistentBackward direction[2];
+  PersistentBackward part[most_layers];
   Tiling tiling;
   char* workspace;
 };
 
-// The kernel of a plan. Each is instantiated in a source of its own, persistent_<pass>_<product>.cu.
+// The kernel of a plan; of several layers only for the cells and products of has_wavefront, null for others. Each is
+// instantiated in a source of its own, persistent_<pass>_<product>.cu or persistent_wavefront_<product>.cu.
 using ForwardKernel = void (*)(ForwardArguments);
 using BackwardKernel = void (*)(BackwardArguments);
-template <Multiply multiply>
+template <Multiply multiply, bool wavefront = false>
 ForwardKernel forward_kernel(CellKind kind, int shape);
-template <Multiply multiply>
+template <Multiply multiply, bool wavefront = false>
 BackwardKernel backward_kernel(CellKind kind, int shape);
 
 // The product that a plan wants, as a type.
@@ -65,9 +66,11 @@ auto with_cell(CellKind kind, const F& f) {
   }
 }
 
-// Who this block is. Blocks of a team are neighbours along x; y is the direction.
+// Who this block is. Blocks of a team are neighbours along x, in a wavefront those of its lowest layer first; y is the
+// direction.
 struct Place {
-  int rank, team, direction;
+  int layer, rank;  // the rank among the blocks of the layer; not below Tiling::active: nothing to do
+  int team, direction;
   int first_column;  // of the team
   int columns;       // that the team has; the last team may have fewer
   int column_tiles;  // none of them without columns
@@ -75,8 +78,9 @@ struct Place {
   int first_octet, total_octets;
   int units;  // room for units per block, the same for all blocks
 
-  FRNN_DEVICE Place(const Tiling& tiling, int64_t hidden_size, int64_t batch)
-      : rank(block_x() % tiling.blocks),
+  FRNN_DEVICE Place(const Tiling& tiling, int64_t hidden_size, int64_t batch, bool wavefront)
+      : layer(wavefront ? layer_of(tiling) : 0),
+        rank(block_x() % tiling.blocks - layer * tiling.active),
         team(block_x() / tiling.blocks),
         direction(block_y()),
         first_column(team * tiling.columns),
@@ -95,6 +99,14 @@ struct Place {
   }
   // The team among those of both directions.
   FRNN_DEVICE int team_index(const Tiling& tiling) const { return direction * tiling.teams + team; }
+  // The part of the launch's arguments that is this block's.
+  FRNN_DEVICE int part() const { return layer + direction; }
+
+ private:
+  static FRNN_DEVICE int layer_of(const Tiling& tiling) {
+    const int layer = block_x() % tiling.blocks / tiling.active;
+    return layer < tiling.layers ? layer : tiling.layers - 1;
+  }
 };
 
 // Where the rows of a step stand, and how many are live.

@@ -11,6 +11,10 @@
 //
 // Row tiles of the resident matrix: tile n of warp w is tile 8 n + w, half tiles are octets of units. Chunk c along k
 // is gate c / (units / per_chunk), and of it the units from c % (units / per_chunk) * per_chunk.
+//
+// In a wavefront (the parameter of that name; exchange counted) a block above another layer's has row tiles of W_ih^T
+// after those of W_hh^T, and sends what they give to the blocks below, whose gradients of h have it added at the same
+// step.
 #pragma once
 
 #include "persistent.cuh"
@@ -21,20 +25,27 @@ namespace cuda {
 // Partial sums on their way through the team. Those of exchange e (after step e - 1; e = 1 is the first) are in buffer
 // e % 2 of their receiver; two are enough for the reasons given at StateExchange: a block sends for e + 1 when it has
 // all of e, which every block sent after it had read e - 1.
+//
+// In a wavefront the sums of step e of the layer above stand beside them, after all of the block's own layer. The layer
+// above waits for nothing that this one computes: a credit, an arrival at an mbarrier of each block above, says that
+// exchange e has been read, and lets the sums of step e + 2 be sent.
+template <bool wavefront>
 class SumExchange {
  public:
-  FRNN_DEVICE SumExchange(const Tiling& tiling, const Place& place, char* workspace, int exchanges)
+  FRNN_DEVICE SumExchange(const Tiling& tiling, const Place& place, char* workspace, int steps, int exchanges)
       : tiling_(tiling),
         place_(place),
+        steps_(steps),
         exchanges_(exchanges),
         pairs_(((tiling.columns < tile_columns ? tiling.columns : tile_columns) + 1) / 2),
-        buffer_bytes_(tiling.active * pairs_ * place.units * int(sizeof(Pair))),
+        buffer_bytes_((wavefront ? 2 : 1) * tiling.active * pairs_ * place.units * int(sizeof(Pair))),
         inverse_octets_((65535 + tiling.octets) / tiling.octets),
         received_(shared_memory() + tiling.received) {
 #if defined(FRNN_CUDA_CLUSTERS)
     barriers_ = reinterpret_cast<Mbarrier*>(shared_memory() + tiling.barriers);
+    credits_ = reinterpret_cast<Mbarrier*>(shared_memory() + tiling.credits);
 #endif
-    if (tiling.exchange == Exchange::memory) {
+    if (!wavefront && tiling.exchange == Exchange::memory) {
       const int team = place.team_index(tiling);
       const int64_t teams = int64_t(grid_y()) * tiling.teams;
       counters_ = reinterpret_cast<uint32_t*>(workspace) + int64_t(team) * tiling.column_tiles;
@@ -46,21 +57,30 @@ class SumExchange {
   // The caller meets all who write there before the first step.
   FRNN_DEVICE void begin() {
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted && thread_index() == 0) {
-      for (int i = 0; i < 2 * place_.column_tiles; ++i) mbarrier_init(&barriers_[i], 1);
+    if (counts() && thread_index() == 0) {
+      for (int i = 0; i < 2 * place_.column_tiles; ++i) {
+        mbarrier_init(&barriers_[i], 1);
+        if (wavefront) mbarrier_init(&credits_[i], tiling_.active);
+      }
       fence_mbarrier_init();
-      for (int i = 0; i < 2 * place_.column_tiles; ++i) mbarrier_arrive_expect(&barriers_[i], bytes(i / 2));
+      // Exchange 0 is from the layer above alone, and without one there is none.
+      for (int i = 0; i < 2 * place_.column_tiles; ++i)
+        mbarrier_arrive_expect(&barriers_[i], bytes(i % 2 == 1 ? 1 : has_above() ? 0 : 2, i / 2));
     }
 #endif
   }
+
+  // Whether there is anything to wait for before step e.
+  FRNN_DEVICE bool exists(int e) const { return e > 0 || has_above(); }
 
   // (Here and below the fastest exchange comes before the switch, whose jump takes longer than a step's other
   // branches.)
   FRNN_DEVICE void wait(int e, int j) {
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted) {
-      mbarrier_wait(&barriers_[2 * j + (e & 1)], ((e - 1) >> 1) & 1);
-      if (thread_index() == 0 && e + 2 <= exchanges_) mbarrier_arrive_expect(&barriers_[2 * j + (e & 1)], bytes(j));
+    if (counts()) {
+      mbarrier_wait(&barriers_[2 * j + (e & 1)], ((has_above() ? e : e - 1) >> 1) & 1);
+      if (thread_index() == 0 && e + 2 <= exchanges_)
+        mbarrier_arrive_expect(&barriers_[2 * j + (e & 1)], bytes(e + 2, j));
       return;
     }
 #endif
@@ -89,9 +109,10 @@ class SumExchange {
     const int pair = within / place_.units, unit = within % place_.units;
     Pair total = {};
     if (split < tiling_.source_split && 2 * pair < place_.columns_of(j) && unit / 8 < place_.octets) {
-      const int first = tiling_.active * split / tiling_.source_split;
-      const int end = tiling_.active * (split + 1) / tiling_.source_split;
-      const bool memory = tiling_.exchange == Exchange::memory;
+      const int first_source = takes_own(e) ? 0 : tiling_.active, sources = sources_of(e);
+      const int first = first_source + sources * split / tiling_.source_split;
+      const int end = first_source + sources * (split + 1) / tiling_.source_split;
+      const bool memory = !wavefront && tiling_.exchange == Exchange::memory;
       const char* const buffer = memory ? global(j, e & 1, place_.rank) : shared(j, e & 1);
       for (int source = first; source < end; ++source) {
         const Pair* const p = reinterpret_cast<const Pair*>(buffer + offset(source, pair, unit));
@@ -114,15 +135,35 @@ class SumExchange {
     return total;
   }
 
-  // This lane's two columns of row g of an octet, for exchange e.
-  FRNN_DEVICE void send(int e, int j, int octet, int g, int pair, const Pair& value) {
+  // All warps have read exchange e.
+  FRNN_DEVICE void give_credit(int e, int j) {
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (!wavefront || !has_above() || e + 2 >= steps_ || thread_index() >= tiling_.active) return;
+    mbarrier_arrive_remote(
+        remote_address(&credits_[2 * j + (e & 1)], (place_.layer + 1) * tiling_.active + thread_index()));
+#endif
+  }
+
+  // Until the layer below can take the sums of step e. Not for warps that have none: without those the layer below goes
+  // on, and its next credit but one has this one's parity.
+  FRNN_DEVICE void wait_for_credit(int e, int j) {
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (wavefront && e >= 2 && 2 * warp_index() < place_.total_octets)
+      mbarrier_wait(&credits_[2 * j + (e & 1)], ((e - 2) >> 1) & 1);
+#endif
+  }
+
+  // This lane's two columns of row g of an octet, for exchange e of its own layer, or of the one below.
+  FRNN_DEVICE void send(int e, int j, int octet, int g, int pair, const Pair& value, bool to_below) {
     if (octet >= place_.total_octets || 2 * pair >= place_.columns_of(j)) return;
     const int owner = (octet * inverse_octets_) >> 16;  // octet / octets, exact for the sizes that fit a GPU
-    const int at = offset(place_.rank, pair, (octet - owner * tiling_.octets) * 8 + g);
+    const int source = wavefront && to_below ? tiling_.active + place_.rank : place_.rank;
+    const int at = offset(source, pair, (octet - owner * tiling_.octets) * 8 + g);
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted) {
-      store_async(remote_address(shared(j, e & 1) + at, owner), value,
-                  remote_address(&barriers_[2 * j + (e & 1)], owner));
+    if (counts()) {
+      const int block = wavefront ? (place_.layer - int(to_below)) * tiling_.active + owner : owner;
+      store_async(remote_address(shared(j, e & 1) + at, block), value,
+                  remote_address(&barriers_[2 * j + (e & 1)], block));
       return;
     }
 #endif
@@ -138,6 +179,7 @@ class SumExchange {
 
   // After the block's sends of a column tile.
   FRNN_DEVICE void sent(int j) {
+    if (counts()) return;
 #if defined(FRNN_CUDA_CLUSTERS)
     if (tiling_.exchange == Exchange::barriers && j == place_.column_tiles - 1) cluster_arrive();
 #endif
@@ -148,6 +190,14 @@ class SumExchange {
   }
 
  private:
+  FRNN_DEVICE bool counts() const { return wavefront || tiling_.exchange == Exchange::counted; }
+  FRNN_DEVICE bool has_above() const { return wavefront && place_.layer + 1 < tiling_.layers; }
+  // Of exchange e: whether this layer's own sums are part of it, and from how many blocks sums come.
+  FRNN_DEVICE bool takes_own(int e) const { return !wavefront || e > 0; }
+  FRNN_DEVICE int sources_of(int e) const {
+    const int own = takes_own(e) ? tiling_.active : 0;
+    return has_above() && e < steps_ ? own + tiling_.active : own;
+  }
   FRNN_DEVICE int offset(int source, int pair, int unit) const {
     return ((source * pairs_ + pair) * place_.units + unit) * int(sizeof(Pair));
   }
@@ -155,25 +205,28 @@ class SumExchange {
   FRNN_DEVICE char* global(int j, int parity, int owner) const {
     return memory_ + (int64_t(2 * j + parity) * tiling_.active + owner) * buffer_bytes_;
   }
-  FRNN_DEVICE int bytes(int j) const {
-    return tiling_.active * ((place_.columns_of(j) + 1) / 2) * place_.octets * 8 * int(sizeof(Pair));
+  FRNN_DEVICE int bytes(int e, int j) const {
+    return sources_of(e) * ((place_.columns_of(j) + 1) / 2) * place_.octets * 8 * int(sizeof(Pair));
   }
 
   const Tiling& tiling_;
   const Place& place_;
-  const int exchanges_, pairs_, buffer_bytes_, inverse_octets_;
+  const int steps_, exchanges_, pairs_, buffer_bytes_, inverse_octets_;
   char* const received_;
 #if defined(FRNN_CUDA_CLUSTERS)
-  Mbarrier* barriers_;
+  Mbarrier *barriers_, *credits_;
 #endif
   char* memory_ = nullptr;
   uint32_t* counters_ = nullptr;
   int parity_ = 0;  // of the sums
 };
 
-template <class Product, class Cell, int group, int register_groups, int most_slabs>
+template <class Product, class Cell, int group, int register_groups, int most_slabs, bool wavefront>
 __global__ void __launch_bounds__(block_threads, 1)
     persistent_backward_kernel(const __grid_constant__ BackwardArguments arguments) {
+#if !defined(FRNN_CUDA_CLUSTERS)
+  if constexpr (wavefront) return;
+#endif
   using S = typename Product::Storage;
   using Real = typename Product::Real;
   constexpr int gates = Cell::gates, saved = Cell::saved, grad_gates = Cell::grad_gates;
@@ -181,13 +234,15 @@ __global__ void __launch_bounds__(block_threads, 1)
   // keeps it in part; none beside a cell state.
   constexpr bool reads_h = saved == 0, reads_previous_h = saved > 0 && !Cell::has_cell;
   constexpr int per_chunk = Product::per_chunk;
-  constexpr GateGrads hidden_grads = Cell::hidden_grads;
+  constexpr GateGrads hidden_grads = Cell::hidden_grads, input_grads = Cell::input_grads;
+  // Gate gradients that W_hh^T and W_ih^T multiply: where they differ, the second have an operand of their own.
+  constexpr int operands_of_step = wavefront && grad_gates > gates ? 2 : 1;
   const Tiling& tiling = arguments.tiling;
   const Steps& steps = arguments.steps;
   const int64_t H = arguments.hidden_size;
-  const Place place(tiling, H, steps.B);
+  const Place place(tiling, H, steps.B, wavefront);
   const Item item(place, H);
-  const PersistentBackward& layer = arguments.direction[place.direction];
+  const PersistentBackward& layer = arguments.part[place.part()];
   const bool reverse = place.direction == 1;
   const int num_steps = live_steps(steps, place.first_column);
   // Backward in this direction's time; the step before it in that time.
@@ -198,23 +253,28 @@ __global__ void __launch_bounds__(block_threads, 1)
   const int g = lane_index() / 4;
   const int gate_chunks = place.units / per_chunk;
   const int slabs = tiling.slabs;
+  const int row_tiles = wavefront && place.layer == 0 ? tiling.own_tiles : tiling.row_tiles;
   char* const stored = shared_memory() + tiling.weights +
                        warp_index() * (tiling.row_tiles - register_groups * group) * slabs * tile_bytes;
   // Chunks run along the columns of W_hh, memory along its rows: a lane loads one of the rows that it and its
   // neighbours want, and hands the others what is theirs.
-  const auto weight = [&](int octet, int chunk) {
-    const int gate = chunk / gate_chunks, first = chunk % gate_chunks * per_chunk + g % per_chunk;
-    const int from = place.first_octet * 8 + first, unit = octet * 8 + g / per_chunk * per_chunk;
-    int gate_row = 0;
-    FRNN_UNROLL
-    for (int i = 0; i < gates; ++i)
-      if (i == gate) gate_row = hidden_grads.gate[i];
-    Chunk row = {};
-    if (gate < gates && first / 8 < place.octets && from < H)
-      row = load_row_chunk<Product>(typed<S>(layer.w_hh) + (int64_t(gate_row) * H + from) * H, unit, H);
-    return transpose_chunk<S>(row);
+  const auto load_weights = [&](uint32_t (&a)[8], int n, int k) {
+    const bool below = wavefront && n >= tiling.own_tiles;
+    const S* const w = typed<S>(below ? layer.w_ih : layer.w_hh);
+    const auto weight = [&](int octet, int chunk) {
+      const int gate = chunk / gate_chunks, first = chunk % gate_chunks * per_chunk + g % per_chunk;
+      const int from = place.first_octet * 8 + first, unit = octet * 8 + g / per_chunk * per_chunk;
+      int gate_row = 0;
+      FRNN_UNROLL
+      for (int i = 0; i < gates; ++i)
+        if (i == gate) gate_row = below ? input_grads.gate[i] : hidden_grads.gate[i];
+      Chunk row = {};
+      if (gate < gates && first / 8 < place.octets && from < H)
+        row = load_row_chunk<Product>(w + (int64_t(gate_row) * H + from) * H, unit, H);
+      return transpose_chunk<S>(row);
+    };
+    load_tile(a, weight, (below ? n - tiling.own_tiles : n) * block_warps + warp_index(), k);
   };
-  const auto tile_of = [&](int n) { return n * block_warps + warp_index(); };
   uint32_t resident[register_groups][most_slabs][group][8];
   FRNN_UNROLL
   for (int r = 0; r < register_groups; ++r) {
@@ -224,15 +284,14 @@ __global__ void __launch_bounds__(block_threads, 1)
       for (int m = 0; m < group; ++m) {
         FRNN_UNROLL
         for (int w = 0; w < 8; ++w) resident[r][k][m][w] = 0;
-        if (k < slabs && r * group + m < tiling.row_tiles)
-          load_tile(resident[r][k][m], weight, tile_of(r * group + m), k);
+        if (k < slabs && r * group + m < row_tiles) load_weights(resident[r][k][m], r * group + m, k);
       }
     }
   }
-  for (int n = register_groups * group; n < tiling.row_tiles; ++n) {
+  for (int n = register_groups * group; n < row_tiles; ++n) {
     for (int k = 0; k < slabs; ++k) {
       uint32_t a[8];
-      load_tile(a, weight, tile_of(n), k);
+      load_weights(a, n, k);
       store_tile(stored + ((n - register_groups * group) * slabs + k) * tile_bytes, a);
     }
   }
@@ -256,11 +315,12 @@ __global__ void __launch_bounds__(block_threads, 1)
     *dc_state(j) = dc;
   }
   char* const operands = shared_memory() + tiling.operand;
-  for (int i = thread_index(); i < 2 * slabs * slab_bytes / chunk_bytes; i += block_size())
+  const int operand_bytes = operands_of_step * slabs * slab_bytes;
+  for (int i = thread_index(); i < 2 * operand_bytes / chunk_bytes; i += block_size())
     reinterpret_cast<Chunk*>(operands)[i] = {};
 
   const int exchanges = layer.grad_h0 ? num_steps : num_steps - 1;
-  SumExchange exchange(tiling, place, arguments.workspace, exchanges);
+  SumExchange<wavefront> exchange(tiling, place, arguments.workspace, num_steps, exchanges);
   exchange.begin();
   meet_writers(tiling);
   if (place.rank >= tiling.active) {  // nothing to do, but the cluster's barriers count this block
@@ -306,11 +366,11 @@ __global__ void __launch_bounds__(block_threads, 1)
     for (int j = 0; j < place.column_tiles; ++j) {
       const int columns = place.columns_of(j);
       Pair received = {};
-      if (s > 0) {
+      if (exchange.exists(s)) {
         exchange.wait(s, j);
         received = exchange.sum(s, j);
       }
-      char* const operand = operands + buffer * slabs * slab_bytes;
+      char* const operand = operands + buffer * operand_bytes;
       if (item.exists && 2 * item.pair < columns) {
         Pair dh = *dh_state(j), dc = *dc_state(j);
         Real grads[2][grad_gates], dh_previous[2], dc_previous[2];
@@ -343,14 +403,18 @@ __global__ void __launch_bounds__(block_threads, 1)
             for (int i = 0; i < grad_gates; ++i) to[i * H] = narrow<S>(float(grads[column][i]));
           }
           FRNN_UNROLL
-          for (int gate = 0; gate < gates; ++gate) {
-            const float grad = live ? float(grads[column][hidden_grads.first + gate]) : 0.0f;
-            char* const chunk =
-                operand + chunk_offset(gate * gate_chunks + item.unit / per_chunk, 2 * item.pair + column);
-            if constexpr (per_chunk == 8) {
-              reinterpret_cast<S*>(chunk)[item.unit % per_chunk] = narrow<S>(grad);
-            } else {
-              reinterpret_cast<uint32_t*>(chunk)[item.unit % per_chunk] = Product::word(grad);
+          for (int which = 0; which < operands_of_step; ++which) {
+            const int first = which == 0 ? hidden_grads.first : input_grads.first;
+            FRNN_UNROLL
+            for (int gate = 0; gate < gates; ++gate) {
+              const float grad = live ? float(grads[column][first + gate]) : 0.0f;
+              char* const chunk = operand + which * slabs * slab_bytes +
+                                  chunk_offset(gate * gate_chunks + item.unit / per_chunk, 2 * item.pair + column);
+              if constexpr (per_chunk == 8) {
+                reinterpret_cast<S*>(chunk)[item.unit % per_chunk] = narrow<S>(grad);
+              } else {
+                reinterpret_cast<uint32_t*>(chunk)[item.unit % per_chunk] = Product::word(grad);
+              }
             }
           }
         }
@@ -363,24 +427,38 @@ __global__ void __launch_bounds__(block_threads, 1)
         if (last) rows = s + 1 < num_steps ? step_rows(steps, time_of(s + 1)) : StepRows{};
         fetch(rows, step_rows(steps, previous_time_of(last ? s + 1 : s)), last ? 0 : j + 1);
       }
-      if (s < exchanges) {
+      if (s < exchanges || (wavefront && place.layer > 0)) {
         sync_threads();
+        exchange.give_credit(s, j);
         typename Product::Operand b[most_slabs];
-        FRNN_UNROLL
-        for (int k = 0; k < most_slabs; ++k)
-          b[k] = Product::operand(operand + (k < slabs ? k : 0) * slab_bytes, columns);
+        const auto load_operand = [&](const char* from) {
+          FRNN_UNROLL
+          for (int k = 0; k < most_slabs; ++k)
+            b[k] = Product::operand(from + (k < slabs ? k : 0) * slab_bytes, columns);
+        };
+        load_operand(operand);
+        // Before the first group of W_ih's. (The first of all is never one of them.)
+        const auto turn_below = [&](int n) {
+          if (!wavefront || n == 0 || n != tiling.own_tiles) return;
+          exchange.wait_for_credit(s, j);
+          if (operands_of_step > 1) load_operand(operand + slabs * slab_bytes);
+        };
         const auto send = [&](const typename Product::Sums(&sums)[group], int n) {
+          const bool below = wavefront && n > 0 && n >= tiling.own_tiles;
+          if (!below && s >= exchanges) return;
           FRNN_UNROLL
           for (int m = 0; m < group; ++m) {
             const TileSums tile = sums[m].result();
+            const int row_tile = (below ? n + m - tiling.own_tiles : n + m) * block_warps + warp_index();
             FRNN_UNROLL
             for (int half = 0; half < 2; ++half)
-              exchange.send(s + 1, j, 2 * tile_of(n + m) + half, g, lane_index() % 4, tile.row[half]);
+              exchange.send(below ? s : s + 1, j, 2 * row_tile + half, g, lane_index() % 4, tile.row[half], below);
           }
         };
         FRNN_UNROLL
         for (int r = 0; r < register_groups; ++r) {
-          if (r * group >= tiling.row_tiles) break;
+          if (r * group >= row_tiles) break;
+          turn_below(r * group);
           typename Product::Sums sums[group];
           FRNN_UNROLL
           for (int k = 0; k < most_slabs; ++k) {
@@ -390,7 +468,8 @@ __global__ void __launch_bounds__(block_threads, 1)
           }
           send(sums, r * group);
         }
-        for (int n = register_groups * group; n < tiling.row_tiles; n += group) {
+        for (int n = register_groups * group; n < row_tiles; n += group) {
+          turn_below(n);
           typename Product::Sums sums[group];
           FRNN_UNROLL
           for (int k = 0; k < most_slabs; ++k) {
@@ -428,19 +507,26 @@ __global__ void __launch_bounds__(block_threads, 1)
   meet_cluster(tiling);
 }
 
-template <Multiply multiply>
+template <Multiply multiply, bool wavefront, class Cell, int index>
+BackwardKernel backward_kernel_of_shape() {
+  constexpr BackwardShape shape = backward_shape(multiply, index);
+  return persistent_backward_kernel<typename ProductOf<multiply>::type, Cell, shape.group, shape.register_groups,
+                                    shape.slabs, wavefront>;
+}
+
+template <Multiply multiply, bool wavefront>
 BackwardKernel backward_kernel(CellKind kind, int shape) {
-  using Product = typename ProductOf<multiply>::type;
   return with_cell(kind, [&](auto cell) -> BackwardKernel {
     using Cell = decltype(cell);
-    constexpr BackwardShape first = backward_shape(multiply, 0);
-    if constexpr (backward_shapes(multiply, Cell::gates) > 1) {
-      constexpr BackwardShape second = backward_shape(multiply, 1), third = backward_shape(multiply, 2);
-      if (shape == 1)
-        return persistent_backward_kernel<Product, Cell, second.group, second.register_groups, second.slabs>;
-      if (shape == 2) return persistent_backward_kernel<Product, Cell, third.group, third.register_groups, third.slabs>;
+    if constexpr (wavefront && !has_wavefront(multiply, Cell::gates)) {
+      return nullptr;
+    } else {
+      if constexpr (backward_shapes(multiply, Cell::gates) > 1) {
+        if (shape == 1) return backward_kernel_of_shape<multiply, wavefront, Cell, 1>();
+        if (shape == 2) return backward_kernel_of_shape<multiply, wavefront, Cell, 2>();
+      }
+      return backward_kernel_of_shape<multiply, wavefront, Cell, 0>();
     }
-    return persistent_backward_kernel<Product, Cell, first.group, first.register_groups, first.slabs>;
   });
 }
 

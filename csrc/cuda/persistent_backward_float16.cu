@@ -3,7 +3,7 @@
 namespace fused_rnn {
 namespace cuda {
 
-template BackwardKernel backward_kernel<Multiply::float16>(CellKind kind, int shape);
+template BackwardKernel backward_kernel<Multiply::float16, false>(CellKind kind, int shape);
 
 }  // namespace cuda
 }  // namespace fused_rnn

@@ -8,6 +8,11 @@
 // (w % warps_rows) * row_tiles ... and, of k, slabs (w / warps_rows) * slabs ...; the first register_slabs of these
 // stay in its registers, the rest in shared memory.
 //
+// In a wavefront (the parameter of that name; exchange counted) blocks of several layers make up a team. Half of a
+// block's warps along k hold W_ih instead, which multiplies the h of the layer below, so that sums of both products
+// come out apart; in the lowest layer, whose projections are in memory, they have nothing to do. A layer's h goes to
+// the layer above as it goes to its own.
+//
 // One barrier of the block a step is enough. Partial sums have two buffers: a warp that writes one for the second time
 // has passed the barrier of the step between, which every warp reached after it had read the first. For h see
 // StateExchange.
@@ -27,13 +32,17 @@ namespace cuda {
 // Exchange::counted needs an mbarrier per buffer: with one, a fast block's h after step s + 1 could be counted for step
 // s. The phase for step s + 2 is opened by the block itself after it has seen that of step s end, and nothing for step
 // s + 2 arrives before, because it takes this block's own part of step s + 1.
-template <class Product>
+//
+// In a wavefront a block takes, for its step s, h after step s - 1 of its own layer and h after step s of the layer
+// below, both in buffer s % 2. The layer below waits for nothing that this one computes: a credit, an arrival at an
+// mbarrier of each block below, says that step s has been read, and lets h for step s + 2 be sent.
+template <class Product, bool wavefront>
 class StateExchange {
   using S = typename Product::Storage;
   static constexpr int per_chunk = Product::per_chunk;
   // Lanes that hold the same chunk after gather_chunk, and share the receivers.
   static constexpr int holders = per_chunk / 2;
-  static constexpr int most_receivers = 16 / holders;
+  static constexpr int most_receivers = (wavefront ? 8 : 16) / holders;  // in a layer
 
  public:
   FRNN_DEVICE StateExchange(const Tiling& tiling, const Place& place, char* workspace, int steps)
@@ -41,12 +50,14 @@ class StateExchange {
         place_(place),
         steps_(steps),
         chunks_(place.total_octets * 8 / per_chunk),
-        buffer_bytes_((chunks_ + slab_chunks - 1) / slab_chunks * slab_bytes),
+        state_bytes_((chunks_ + slab_chunks - 1) / slab_chunks * slab_bytes),
+        buffer_bytes_(wavefront ? 2 * state_bytes_ : state_bytes_),
         operand_(shared_memory() + tiling.operand) {
 #if defined(FRNN_CUDA_CLUSTERS)
     barriers_ = reinterpret_cast<Mbarrier*>(shared_memory() + tiling.barriers);
+    credits_ = reinterpret_cast<Mbarrier*>(shared_memory() + tiling.credits);
 #endif
-    if (tiling.exchange == Exchange::memory) {
+    if (!wavefront && tiling.exchange == Exchange::memory) {
       const int team = place.team_index(tiling);
       const int64_t teams = int64_t(grid_y()) * tiling.teams;
       counters_ = reinterpret_cast<uint32_t*>(workspace) + int64_t(team) * tiling.column_tiles;
@@ -57,15 +68,20 @@ class StateExchange {
 
   // h0 into the buffers, zeros into all the rest. The caller meets all who write there before the first step.
   FRNN_DEVICE void begin(const void* h0, int64_t hidden_size) {
-    const bool memory = tiling_.exchange == Exchange::memory;
+    const bool memory = !wavefront && tiling_.exchange == Exchange::memory;
     const int buffers = memory ? 1 : 2 * tiling_.column_tiles;
     for (int i = thread_index(); i < buffers * buffer_bytes_ / chunk_bytes; i += block_size())
       reinterpret_cast<Chunk*>(operand_)[i] = {};
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted && thread_index() == 0) {
-      for (int i = 0; i < 2 * place_.column_tiles; ++i) mbarrier_init(&barriers_[i], 1);
+    if (counts() && thread_index() == 0) {
+      for (int i = 0; i < 2 * place_.column_tiles; ++i) {
+        mbarrier_init(&barriers_[i], 1);
+        if (wavefront) mbarrier_init(&credits_[i], tiling_.active);
+      }
       fence_mbarrier_init();
-      for (int i = 0; i < 2 * place_.column_tiles; ++i) mbarrier_arrive_expect(&barriers_[i], bytes(i / 2));
+      // Of step 0 there is h of the layer below alone, and without one nothing.
+      for (int i = 0; i < 2 * place_.column_tiles; ++i)
+        mbarrier_arrive_expect(&barriers_[i], has_below() && i % 2 == 0 ? state_bytes(i / 2) : bytes(i / 2));
     }
 #endif
     if (memory) return;
@@ -73,14 +89,15 @@ class StateExchange {
     for (int j = 0; j < place_.column_tiles; ++j) load_initial(buffer(j, 0), j, h0, hidden_size);
   }
 
-  // Where this block finds h after step s - 1 of column tile j (s = 0: h0), when all of it is there.
+  // Where this block finds h after step s - 1 of column tile j (s = 0: h0), when all of it is there; and, state_bytes()
+  // further on, h after step s of the layer below.
   FRNN_DEVICE const char* wait(int s, int j, const void* h0, int64_t hidden_size) {
     const int parity = s & 1;
     // (Here and below the fastest exchange comes before the switch, whose jump takes longer than other branches.)
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted) {
-      if (s > 0) {
-        mbarrier_wait(&barriers_[2 * j + parity], ((s - 1) >> 1) & 1);
+    if (counts()) {
+      if (s > 0 || has_below()) {
+        mbarrier_wait(&barriers_[2 * j + parity], ((has_below() ? s : s - 1) >> 1) & 1);
         if (thread_index() == 0 && s + 2 < steps_) mbarrier_arrive_expect(&barriers_[2 * j + parity], bytes(j));
       }
       return buffer(j, parity);
@@ -111,7 +128,17 @@ class StateExchange {
     return buffer(j, parity);
   }
 
-  // Sends two neighbouring columns of a unit to the team, for step s + 1; all lanes of the warp come here.
+  // All warps have read what wait(s, j) gave.
+  FRNN_DEVICE void give_credit(int s, int j) {
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (!wavefront || !has_below() || s + 2 >= steps_ || thread_index() >= tiling_.active) return;
+    mbarrier_arrive_remote(
+        remote_address(&credits_[2 * j + (s & 1)], (place_.layer - 1) * tiling_.active + thread_index()));
+#endif
+  }
+
+  // Sends two neighbouring columns of a unit to the team, for step s + 1, and to the layer above, for step s; all lanes
+  // of the warp come here.
   FRNN_DEVICE void send(int s, int j, const Item& item, const float (&h)[2]) {
     const S first = narrow<S>(h[0]), second = narrow<S>(h[1]);
     const Chunk chunk = gather(first, second);
@@ -122,13 +149,14 @@ class StateExchange {
     const int offset = chunk_offset((place_.first_octet * 8 + item.unit) / per_chunk, column);
     const int holder = lane_index() % (2 * holders) / 2;
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::counted) {
-      FRNN_UNROLL
-      for (int i = 0; i < most_receivers; ++i) {
-        const int rank = holder + i * holders;
-        if (rank < tiling_.active)
-          store_async(remote_address(buffer(j, parity) + offset, rank), chunk,
-                      remote_address(&barriers_[2 * j + parity], rank));
+    if (counts()) {
+      if (!wavefront || s + 1 < steps_)
+        send_to(place_.layer, chunk, buffer(j, parity) + offset, 2 * j + parity, holder);
+      if (wavefront && place_.layer + 1 < tiling_.layers) {
+        const int above = 2 * j + (s & 1);
+        // Not who sends nothing: without it the layer above goes on, and its next credit but one has this one's parity.
+        if (s >= 2 && holder < tiling_.active) mbarrier_wait(&credits_[above], ((s - 2) >> 1) & 1);
+        send_to(place_.layer + 1, chunk, buffer(j, s & 1) + state_bytes_ + offset, above, holder);
       }
       return;
     }
@@ -155,6 +183,7 @@ class StateExchange {
 
   // After the block's sends of step s, column tile j.
   FRNN_DEVICE void sent(int j) {
+    if (counts()) return;
 #if defined(FRNN_CUDA_CLUSTERS)
     if (tiling_.exchange == Exchange::barriers && j == place_.column_tiles - 1) cluster_arrive();
 #endif
@@ -167,7 +196,24 @@ class StateExchange {
  private:
   FRNN_DEVICE char* buffer(int j, int parity) const { return operand_ + (2 * j + parity) * buffer_bytes_; }
   FRNN_DEVICE char* global(int j, int parity) const { return memory_ + int64_t(2 * j + parity) * buffer_bytes_; }
-  FRNN_DEVICE int bytes(int j) const { return chunks_ * chunk_bytes * place_.columns_of(j); }
+  FRNN_DEVICE bool counts() const { return wavefront || tiling_.exchange == Exchange::counted; }
+  FRNN_DEVICE bool has_below() const { return wavefront && place_.layer > 0; }
+  // Of column tile j, that arrive for a step: from the team's blocks of one layer, and of all.
+  FRNN_DEVICE int state_bytes(int j) const { return chunks_ * chunk_bytes * place_.columns_of(j); }
+  FRNN_DEVICE int bytes(int j) const { return has_below() ? 2 * state_bytes(j) : state_bytes(j); }
+
+#if defined(FRNN_CUDA_CLUSTERS)
+  // To all blocks of a layer, which this lane shares with the other holders of the chunk.
+  FRNN_DEVICE void send_to(int layer, const Chunk& chunk, const char* at, int barrier, int holder) {
+    FRNN_UNROLL
+    for (int i = 0; i < most_receivers; ++i) {
+      const int rank = holder + i * holders;
+      if (rank >= tiling_.active) continue;
+      const int block = layer * tiling_.active + rank;
+      store_async(remote_address(at, block), chunk, remote_address(&barriers_[barrier], block));
+    }
+  }
+#endif
 
   static FRNN_DEVICE Chunk gather(S first, S second) {
     uint32_t a = 0, b = 0;
@@ -208,10 +254,11 @@ class StateExchange {
   const Tiling& tiling_;
   const Place& place_;
   const int steps_;
-  const int chunks_, buffer_bytes_;
+  const int chunks_;
+  const int state_bytes_, buffer_bytes_;  // of h of one layer; of all that a block takes
   char* const operand_;
 #if defined(FRNN_CUDA_CLUSTERS)
-  Mbarrier* barriers_;
+  Mbarrier *barriers_, *credits_;
 #endif
   char* memory_ = nullptr;
   uint32_t* counters_ = nullptr;
@@ -236,18 +283,32 @@ FRNN_DEVICE void add_parts(Pair (&sums)[gates], const Pair* part, int pair_strid
   }
 }
 
-template <class Product, class Cell, int row_tiles, int register_slabs>
+// The sums of `warps` warps, 1, 2, 4 or 8.
+template <int gates>
+FRNN_DEVICE void add_parts(Pair (&sums)[gates], const Pair* part, int pair_stride, int warps) {
+  switch (warps) {
+    case 1: return add_parts<1>(sums, part, pair_stride);
+    case 2: return add_parts<2>(sums, part, pair_stride);
+    case 4: return add_parts<4>(sums, part, pair_stride);
+    default: return add_parts<8>(sums, part, pair_stride);
+  }
+}
+
+template <class Product, class Cell, int row_tiles, int register_slabs, bool wavefront>
 __global__ void __launch_bounds__(block_threads, 1)
     persistent_forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+#if !defined(FRNN_CUDA_CLUSTERS)
+  if constexpr (wavefront) return;
+#endif
   using S = typename Product::Storage;
   using Real = typename Product::Real;
   constexpr int gates = Cell::gates, saved = Cell::saved;
   const Tiling& tiling = arguments.tiling;
   const Steps& steps = arguments.steps;
   const int64_t H = arguments.hidden_size;
-  const Place place(tiling, H, steps.B);
+  const Place place(tiling, H, steps.B, wavefront);
   const Item item(place, H);
-  const PersistentForward& layer = arguments.direction[place.direction];
+  const PersistentForward& layer = arguments.part[place.part()];
   const bool reverse = place.direction == 1;
   const int live = live_steps(steps, place.first_column);
   const int first_step = live < layer.first_step ? live : int(layer.first_step);
@@ -259,17 +320,22 @@ __global__ void __launch_bounds__(block_threads, 1)
   const int g = lane_index() / 4;
   const int row_group = warp_index() % tiling.warps_rows, k_group = warp_index() / tiling.warps_rows;
   const int total_slabs = (place.total_octets * 8 / Product::per_chunk + slab_chunks - 1) / slab_chunks;
-  const int rest = total_slabs - k_group * tiling.slabs;
+  // Warps that share the k of one product, and of which: W_ih's come after W_hh's.
+  const int product_warps = wavefront ? tiling.warps_k / 2 : tiling.warps_k;
+  const bool takes_below = wavefront && k_group >= product_warps;
+  const int k_of_product = takes_below ? k_group - product_warps : k_group;
+  const int rest = takes_below && place.layer == 0 ? 0 : total_slabs - k_of_product * tiling.slabs;
   const int slabs = rest < tiling.slabs ? rest : tiling.slabs;  // none, or less, for the last warps
-  const int first_slab = slabs > 0 ? k_group * tiling.slabs : 0;
+  const int first_slab = slabs > 0 ? k_of_product * tiling.slabs : 0;
+  const int first_operand = (takes_below ? total_slabs + first_slab : first_slab) * slab_bytes;
+  const S* const w = typed<S>(takes_below ? layer.w_ih : layer.w_hh);
   const int stored_slabs = tiling.slabs > register_slabs ? tiling.slabs - register_slabs : 0;
   char* const stored = shared_memory() + tiling.weights + warp_index() * stored_slabs * row_tiles * tile_bytes;
   const auto weight = [&](int half, int chunk) {
     const int octet = half / gates, gate = half % gates;
     const int64_t unit = int64_t(place.first_octet + octet) * 8 + g;
     if (octet >= place.octets || unit >= H) return Chunk{};
-    return load_row_chunk<Product>(typed<S>(layer.w_hh) + (gate * H + unit) * H, int64_t(chunk) * Product::per_chunk,
-                                   H);
+    return load_row_chunk<Product>(w + (gate * H + unit) * H, int64_t(chunk) * Product::per_chunk, H);
   };
   uint32_t resident[register_slabs][row_tiles][8];
   FRNN_UNROLL
@@ -322,7 +388,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     *c_state(j) = c;
   }
 
-  StateExchange<Product> exchange(tiling, place, arguments.workspace, num_steps);
+  StateExchange<Product, wavefront> exchange(tiling, place, arguments.workspace, num_steps);
   exchange.begin(layer.h0, H);
   meet_writers(tiling);
   if (place.rank >= tiling.active) {  // nothing to do, but the cluster's barriers count this block
@@ -339,6 +405,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     for (int column = 0; column < 2; ++column) {
       if (!lives(j, column, live)) continue;
       keeps[column] = is_masked(steps, first + row_of(j, column));
+      if (wavefront && !layer.projection) continue;
       const S* const row =
           typed<S>(layer.projection) + (first + row_of(j, column)) * layer.projection_stride + item.global_unit;
       FRNN_UNROLL
@@ -355,7 +422,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     if (s + 1 < num_steps) next_rows = step_rows(steps, time_of(s + 1));
     for (int j = 0; j < place.column_tiles; ++j) {
       const int columns = place.columns_of(j);
-      const char* const operand = exchange.wait(s, j, layer.h0, H) + first_slab * slab_bytes;
+      const char* const operand = exchange.wait(s, j, layer.h0, H) + first_operand;
 
       typename Product::Sums sums[row_tiles];
       // A slab of h is loaded one turn ahead, rows from shared memory while those in registers are multiplied.
@@ -404,6 +471,7 @@ __global__ void __launch_bounds__(block_threads, 1)
         }
       }
       sync_threads();
+      exchange.give_credit(s, j);
 
       // Both columns of the item together, dead or not, so that their arithmetic overlaps.
       const bool acts = item.exists && 2 * item.pair < columns;
@@ -414,14 +482,11 @@ __global__ void __launch_bounds__(block_threads, 1)
         h = *h_state(j);
         Pair c = {};
         if (Cell::has_cell) c = *c_state(j);
-        Pair product[gates];
+        Pair product[gates], below[gates] = {};
         const Pair* const part = partial + item.pair * pair_stride + item.unit;
-        switch (tiling.warps_k) {
-          case 1: add_parts<1>(product, part, pair_stride); break;
-          case 2: add_parts<2>(product, part, pair_stride); break;
-          case 4: add_parts<4>(product, part, pair_stride); break;
-          default: add_parts<8>(product, part, pair_stride);
-        }
+        add_parts(product, part, pair_stride, product_warps);
+        if (wavefront)
+          add_parts(below, part + product_warps * gates * (tile_columns / 2) * pair_stride, pair_stride, product_warps);
         const Biases bias = biases;
         FRNN_UNROLL
         for (int column = 0; column < 2; ++column) {
@@ -429,6 +494,7 @@ __global__ void __launch_bounds__(block_threads, 1)
           FRNN_UNROLL
           for (int gate = 0; gate < gates; ++gate) {
             x[gate] = widen(projected[gate][column]) + bias.of[gate];
+            if (wavefront) x[gate] = x[gate] + below[gate].v[column];
             const float sum = product[gate].v[column];
             r[gate] = Cell::hidden_bias_apart(gate) ? sum + bias.of[3] : sum;
           }
@@ -448,7 +514,7 @@ __global__ void __launch_bounds__(block_threads, 1)
         if (Cell::has_cell) *c_state(j) = c;
       }
       // The team waits for h; memory does not.
-      if (s + 1 < num_steps) {
+      if (wavefront || s + 1 < num_steps) {
         exchange.send(s, j, item, h.v);
         exchange.sent(j);
       }
@@ -456,7 +522,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       for (int column = 0; column < 2; ++column) {
         if (!acts || !lives(j, column, rows.live)) continue;
         const int64_t row = rows.first + row_of(j, column);
-        typed<S>(layer.y)[row * layer.y_stride + item.global_unit] = stored_h[column];
+        if (!wavefront || layer.y) typed<S>(layer.y)[row * layer.y_stride + item.global_unit] = stored_h[column];
         if (Cell::has_cell && layer.cells)
           store_streaming(typed<float>(layer.cells) + row * H + item.global_unit, float(c_next[column]));
         if (saved > 0 && layer.gates) {
@@ -489,17 +555,25 @@ __global__ void __launch_bounds__(block_threads, 1)
   meet_cluster(tiling);
 }
 
-template <Multiply multiply>
+template <Multiply multiply, bool wavefront, class Cell, int index>
+ForwardKernel forward_kernel_of_shape() {
+  constexpr ForwardShape shape = forward_shape(multiply, index, wavefront);
+  return persistent_forward_kernel<typename ProductOf<multiply>::type, Cell, shape.row_tiles, shape.register_slabs,
+                                   wavefront>;
+}
+
+template <Multiply multiply, bool wavefront>
 ForwardKernel forward_kernel(CellKind kind, int shape) {
-  using Product = typename ProductOf<multiply>::type;
   return with_cell(kind, [&](auto cell) -> ForwardKernel {
     using Cell = decltype(cell);
-    constexpr ForwardShape first = forward_shape(multiply, 0);
-    if constexpr (forward_shapes(multiply, Cell::gates) > 1) {
-      constexpr ForwardShape second = forward_shape(multiply, 1);
-      if (shape == 1) return persistent_forward_kernel<Product, Cell, second.row_tiles, second.register_slabs>;
+    if constexpr (wavefront && !has_wavefront(multiply, Cell::gates)) {
+      return nullptr;
+    } else {
+      if constexpr (forward_shapes(multiply, Cell::gates) > 1) {
+        if (shape == 1) return forward_kernel_of_shape<multiply, wavefront, Cell, 1>();
+      }
+      return forward_kernel_of_shape<multiply, wavefront, Cell, 0>();
     }
-    return persistent_forward_kernel<Product, Cell, first.row_tiles, first.register_slabs>;
   });
 }
 

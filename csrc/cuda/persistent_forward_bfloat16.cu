@@ -3,7 +3,7 @@
 namespace fused_rnn {
 namespace cuda {
 
-template ForwardKernel forward_kernel<Multiply::bfloat16>(CellKind kind, int shape);
+template ForwardKernel forward_kernel<Multiply::bfloat16, false>(CellKind kind, int shape);
 
 }  // namespace cuda
 }  // namespace fused_rnn

@@ -40,6 +40,7 @@ struct Problem {
   int gates;
   int64_t H, T, B;
   int directions;
+  int layers;     // that one launch runs
   int element;    // bytes
   int per_chunk;  // elements
   int octets;     // of all units
@@ -79,6 +80,7 @@ class Candidate {
   // Lays out a block of the plan's team. The result says what does not fit; empty: all does.
   std::string lay_out() {
     Tiling& t = plan_.tiling;
+    t.layers = problem_.layers;
     t.active = ceil_div(problem_.octets, t.octets);
     t.column_tiles = ceil_div(t.columns, tile_columns);
     if (t.octets * 8 > most_units)
@@ -99,11 +101,11 @@ class Candidate {
     double travels;
     if (plan_.backward) {
       if (fma) shared += double(block_warps) * t.row_tiles * t.slabs * slab_bytes;
-      shared += double(t.active) * units * columns * 4;
-      travels = double(problem_.H) * columns * 4;
+      shared += double(sources()) * t.active * units * columns * 4;
+      travels = double(sources() * problem_.H) * columns * 4;
     } else {
       shared += 2.0 * t.warps_k * problem_.gates * units * columns * 4;
-      travels = double(problem_.H) * columns * problem_.element;
+      travels = double(sources() * problem_.H) * columns * problem_.element;
     }
     double latency = gates_cycles, bandwidth = remote_bytes_per_cycle;
     switch (t.exchange) {
@@ -120,12 +122,16 @@ class Candidate {
     const double mhz = device_.clock_khz > 0 ? device_.clock_khz / 1e3 : 1700;
     plan_.predicted_step_us = plan_.waves * cycles / mhz;
     const double load = double(plan_.register_bytes + plan_.weight_bytes) / load_bytes_per_us;
-    plan_.predicted_us = launch_us + plan_.waves * load + double(problem_.T) * plan_.predicted_step_us;
+    plan_.predicted_us =
+        launch_us + plan_.waves * load + double(problem_.T + problem_.layers - 1) * plan_.predicted_step_us;
   }
 
   const Plan& plan() const { return plan_; }
 
  private:
+  // Layers from which a block receives, and whose products with it holds: its own, and in a wavefront its neighbour.
+  int sources() const { return problem_.layers > 1 ? 2 : 1; }
+
   // The next `bytes` of shared memory.
   int32_t take(int64_t bytes) {
     const int64_t at = shared_;
@@ -145,16 +151,18 @@ class Candidate {
 
   std::string lay_out_forward() {
     Tiling& t = plan_.tiling;
-    const ForwardShape shape = forward_shape(plan_.multiply, plan_.shape);
+    const ForwardShape shape = forward_shape(plan_.multiply, plan_.shape, problem_.layers > 1);
     const int row_tiles = ceil_div(int64_t(t.octets) * problem_.gates, 2);
     t.warps_rows = 1;
     while (t.warps_rows < block_warps && t.warps_rows * shape.row_tiles < row_tiles) t.warps_rows *= 2;
-    if (t.warps_rows * shape.row_tiles < row_tiles)
+    // In a wavefront half of the warps are W_ih's.
+    const int most_rows = block_warps / sources();
+    if (t.warps_rows > most_rows || t.warps_rows * shape.row_tiles < row_tiles)
       return text("%.0f rows of W_hh a block, of which a kernel takes %.0f", 16 * row_tiles,
-                  16 * block_warps * shape.row_tiles);
+                  16 * most_rows * shape.row_tiles);
     t.warps_k = block_warps / t.warps_rows;
     const int chunks = problem_.octets * 8 / problem_.per_chunk, slabs = ceil_div(chunks, 4);
-    t.slabs = ceil_div(slabs, t.warps_k);
+    t.slabs = ceil_div(slabs, t.warps_k / sources());
     t.row_tiles = shape.row_tiles;
     const bool memory = t.exchange == Exchange::memory;
     const int64_t in_registers = std::min(t.slabs, shape.register_slabs);
@@ -163,8 +171,9 @@ class Candidate {
     t.states = take(int64_t(t.column_tiles) * 2 * block_threads * 8);
     t.biases = take(block_threads * 16);
     t.sums = take(2LL * t.warps_k * problem_.gates * (tile_columns / 2) * (t.octets * 8 + 4) * 8);
-    t.operand = take(int64_t(memory ? 1 : 2 * t.column_tiles) * slabs * slab_bytes);
+    t.operand = take(int64_t(memory ? 1 : 2 * t.column_tiles * sources()) * slabs * slab_bytes);
     t.barriers = take(2LL * t.column_tiles * 8);
+    t.credits = take(problem_.layers > 1 ? 2LL * t.column_tiles * 8 : 0);
     t.weights = take(plan_.weight_bytes);
     if (memory) {
       plan_.counters = int64_t(problem_.directions) * t.teams * t.column_tiles;
@@ -180,23 +189,28 @@ class Candidate {
     if (t.slabs > shape.slabs)
       return text("%.0f gates a block, of which a kernel takes %.0f", t.octets * 8 * problem_.gates,
                   shape.slabs * slab_chunks * problem_.per_chunk);
-    const int groups = ceil_div(ceil_div(ceil_div(problem_.H, 16), block_warps), shape.group);
+    const int own_groups = ceil_div(ceil_div(ceil_div(problem_.H, 16), block_warps), shape.group);
+    const int groups = sources() * own_groups;
+    t.own_tiles = own_groups * shape.group;
     t.row_tiles = groups * shape.group;
     const int units = t.octets * 8;
     t.source_split = 1;
-    while (2 * t.source_split * units * (tile_columns / 2) <= block_threads && 2 * t.source_split <= t.active)
+    while (2 * t.source_split * units * (tile_columns / 2) <= block_threads &&
+           2 * t.source_split <= sources() * t.active)
       t.source_split *= 2;
     const int64_t in_registers = int64_t(std::min(groups, shape.register_groups)) * shape.group;
     plan_.register_bytes = block_warps * in_registers * t.slabs * tile_bytes;
     plan_.weight_bytes = block_warps * (t.row_tiles - in_registers) * t.slabs * tile_bytes;
-    // From every block of the team, of a column tile.
-    const int64_t received = int64_t(t.active) * ceil_div(std::min(t.columns, tile_columns), 2) * units * 8;
+    // From every block that sends here, of a column tile.
+    const int64_t received = int64_t(sources()) * t.active * ceil_div(std::min(t.columns, tile_columns), 2) * units * 8;
     const bool memory = t.exchange == Exchange::memory;
     t.states = take(int64_t(t.column_tiles) * 2 * block_threads * 8);
     t.sums = take(t.source_split > 1 ? 2 * block_threads * 8 : 0);
-    t.operand = take(2LL * t.slabs * slab_bytes);
+    // A GRU's two products multiply different gradients.
+    t.operand = take(2LL * (problem_.kind == CellKind::gru ? sources() : 1) * t.slabs * slab_bytes);
     t.received = take(memory ? 0 : 2 * t.column_tiles * received);
     t.barriers = take(2LL * t.column_tiles * 8);
+    t.credits = take(problem_.layers > 1 ? 2LL * t.column_tiles * 8 : 0);
     t.weights = take(plan_.weight_bytes);
     if (memory) {
       plan_.counters = int64_t(problem_.directions) * t.teams * t.column_tiles;
@@ -229,9 +243,10 @@ class Planner {
         if (!allowed_.cluster) return refuse(reason, "not allowed by the request");
         if (device_.max_cluster < 2) return refuse(reason, "this GPU has no clusters");
         for (int blocks = 2; blocks <= device_.max_cluster && blocks <= 16; blocks *= 2) {
-          if (problem_.octets > blocks / 2)  // else half of the blocks would be idle
+          const int of_layer = blocks / problem_.layers;
+          if (problem_.octets * problem_.layers > blocks / 2 && of_layer > 0)  // else half of the blocks would be idle
             try_teams(allowed_.counted ? Exchange::counted : Exchange::barriers, blocks,
-                      ceil_div(problem_.octets, blocks));
+                      ceil_div(problem_.octets, of_layer));
         }
         break;
       case Variant::grid:
@@ -284,6 +299,7 @@ class Planner {
     plan.backward = backward_;
     plan.shape = shape;
     plan.directions = problem_.directions;
+    plan.layers = problem_.layers;
     Tiling& t = plan.tiling;
     t.exchange = exchange;
     t.blocks = blocks;
@@ -314,16 +330,27 @@ class Planner {
   std::string refusal_;  // of the last team that did not fit
 };
 
+// Dense rate of the matrix units, or of plain float32 and float64, in multiply-adds a microsecond; half of it is
+// reached by products of such sizes.
+double product_rate(const Problem& problem, const DeviceInfo& device) {
+  const double mhz = device.clock_khz > 0 ? device.clock_khz / 1e3 : 1700;
+  const double per_cycle = problem.element == 2 ? 1024 : problem.element == 8 ? 64 : 128;
+  return 0.5 * per_cycle * device.sms * mhz;
+}
+
+// A layer's product over all rows with its W_ih, which is as large as W_hh.
+double projection_us(const Problem& problem, const DeviceInfo& device) {
+  const double multiply_adds = double(problem.T * problem.B) * problem.gates * double(problem.H * problem.H);
+  return step_launch_us + multiply_adds / product_rate(problem, device);
+}
+
 // All steps, each with a launch of its own.
 double step_wise_us(const Problem& problem, const DeviceInfo& device) {
   const double weights = double(problem.gates) * double(problem.H * problem.H) * problem.element;
   const double rate =
       weights * problem.directions < 0.7 * double(device.l2_bytes) ? l2_bytes_per_us : memory_bytes_per_us;
-  const double mhz = device.clock_khz > 0 ? device.clock_khz / 1e3 : 1700;
-  // Dense rate of the matrix units, or of plain float32 and float64; half of it is reached by products of this size.
-  const double per_cycle = problem.element == 2 ? 1024 : problem.element == 8 ? 64 : 128;
   const double multiply =
-      double(problem.B) * problem.gates * double(problem.H * problem.H) / (0.5 * per_cycle * device.sms * mhz);
+      double(problem.B) * problem.gates * double(problem.H * problem.H) / product_rate(problem, device);
   return double(problem.T) * problem.directions * (step_launch_us + std::max(weights / rate, multiply));
 }
 
@@ -368,11 +395,7 @@ int64_t projection_steps(const LayerSizes& sizes, const Steps& steps) {
   return (steps.T + parts - 1) / parts;
 }
 
-Plan make_plan(const LayerSizes& sizes, const Steps& steps, const DeviceInfo& device, bool backward, bool tf32,
-               const Allowed& allowed) {
-  Plan plan;
-  plan.backward = backward;
-  plan.directions = sizes.num_directions;
+static Problem problem_of(const LayerSizes& sizes, const Steps& steps, int layers) {
   Problem problem;
   problem.kind = sizes.kind;
   problem.dtype = sizes.dtype;
@@ -381,22 +404,43 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, const DeviceInfo& de
   problem.T = steps.T;
   problem.B = steps.B;
   problem.directions = sizes.num_directions;
+  problem.layers = layers;
   problem.element = sizes.dtype == DType::float64 ? 8 : sizes.dtype == DType::float32 ? 4 : 2;
   problem.per_chunk = chunk_bytes / problem.element;
   problem.octets = ceil_div(sizes.hidden_size, 8);
+  return problem;
+}
+
+// Why no persistent kernel takes such a layer, whatever the GPU; empty: one may.
+static std::string not_persistent(const LayerSizes& sizes, const Steps& steps) {
+  if (sizes.dtype == DType::float64) return "no persistent kernel for float64";
+  if (sizes.state_size != sizes.hidden_size) return "no persistent kernel for a projection of h";
+  // The kernels count steps and rows in 32 bits.
+  if (steps.T * steps.B >= int64_t(1) << 31 || steps.T < 1 || steps.B < 1 || sizes.hidden_size < 1)
+    return "no persistent kernel for 2^31 rows or none";
+  return "";
+}
+
+static Multiply multiply_of(DType dtype, bool tf32) {
+  return dtype == DType::bfloat16  ? Multiply::bfloat16
+         : dtype == DType::float16 ? Multiply::float16
+         : tf32                    ? Multiply::tf32
+                                   : Multiply::float32;
+}
+
+Plan make_plan(const LayerSizes& sizes, const Steps& steps, const DeviceInfo& device, bool backward, bool tf32,
+               const Allowed& allowed) {
+  Plan plan;
+  plan.backward = backward;
+  plan.directions = sizes.num_directions;
+  const Problem problem = problem_of(sizes, steps, 1);
   plan.predicted_us = step_wise_us(problem, device);
   plan.predicted_step_us = plan.predicted_us / double(std::max<int64_t>(1, steps.T));
   const double step_wise = plan.predicted_us;
 
-  if (sizes.dtype == DType::float64) return plan.reason = "no persistent kernel for float64", plan;
-  if (sizes.state_size != sizes.hidden_size) return plan.reason = "no persistent kernel for a projection of h", plan;
-  // The kernels count steps and rows in 32 bits.
-  if (steps.T * steps.B >= int64_t(1) << 31 || steps.T < 1 || steps.B < 1 || sizes.hidden_size < 1)
-    return plan.reason = "no persistent kernel for 2^31 rows or none", plan;
-  const Multiply multiply = sizes.dtype == DType::bfloat16  ? Multiply::bfloat16
-                            : sizes.dtype == DType::float16 ? Multiply::float16
-                            : tf32                          ? Multiply::tf32
-                                                            : Multiply::float32;
+  plan.reason = not_persistent(sizes, steps);
+  if (!plan.reason.empty()) return plan;
+  const Multiply multiply = multiply_of(sizes.dtype, tf32);
   plan.multiply = multiply;
   Planner planner(problem, device, backward, multiply, allowed);
   bool found = false;
@@ -428,6 +472,51 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, const DeviceInfo& de
   if (reasons.size() >= 2) reasons.resize(reasons.size() - 2);
   plan.reason = reasons;
   return plan;
+}
+
+Plan make_wavefront_plan(const LayerSizes& sizes, int64_t layers, const Steps& steps, const DeviceInfo& device,
+                         bool backward, bool tf32, const Allowed& allowed) {
+  Plan none;
+  const auto refuse = [&](const std::string& why) {
+    none.reason = why;
+    return none;
+  };
+  const std::string never = not_persistent(sizes, steps);
+  if (!never.empty()) return refuse(never);
+  if (sizes.num_directions > 1) return refuse("both directions of a layer end before the next can begin");
+  if (allowed.layers == 1 || !allowed.counted) return refuse("not allowed by the request");
+  const Multiply multiply = multiply_of(sizes.dtype, tf32);
+  if (!has_wavefront(multiply, gates_of(sizes.kind)))
+    return refuse(std::string("no kernel of several layers for this cell in ") + name(multiply));
+
+  const double layer_us = make_plan(sizes, steps, device, backward, tf32, allowed).predicted_us +
+                          projection_us(problem_of(sizes, steps, 1), device);
+  double best_us = double(layers) * layer_us;
+  Plan best;
+  std::string reason;
+  for (int together = 2; together <= std::min<int64_t>(layers, most_layers); ++together) {
+    if (allowed.layers > 0 && together != allowed.layers) continue;
+    const Problem problem = problem_of(sizes, steps, together);
+    Planner planner(problem, device, backward, multiply, allowed);
+    Plan plan;
+    std::string why;
+    if (!planner.best(Variant::cluster, plan, why)) {
+      reason += text("%.0f layers at once: ", together) + why + "; ";
+      continue;
+    }
+    // Groups of so many, and the layers that are left over.
+    const double groups_us = double(layers / together) * (plan.predicted_us + projection_us(problem, device));
+    const double all_us = groups_us + double(layers % together) * layer_us;
+    reason += text("%.0f layers at once: %.0f us for all; ", together, all_us);
+    if (all_us < best_us || (allowed.layers > 0 && best.layers == 1)) {
+      best_us = all_us;
+      best = plan;
+    }
+  }
+  reason += text("one after the other: %.0f us", double(layers) * layer_us);
+  if (best.layers == 1) return refuse(reason);
+  best.reason = reason;
+  return best;
 }
 
 }  // namespace cuda

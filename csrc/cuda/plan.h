@@ -7,6 +7,9 @@
 //   cluster  a team is a thread-block cluster, states travel through distributed shared memory     sm_90 and later
 //   grid     teams of any size, states travel through L2; all blocks must be resident together     sm_80 and later
 //   none     W_hh does not fit, or a launch a step is predicted to be faster
+//
+// In a wavefront a team is a cluster that holds W_hh of several layers, and W_ih of those above the lowest: each layer
+// has blocks of its own, which compute a step as soon as the layer below has sent it its h.
 #pragma once
 
 #include <string>
@@ -22,6 +25,9 @@ constexpr int tile_columns = 8;
 constexpr int slab_chunks = 4, chunk_bytes = 16;
 constexpr int slab_bytes = slab_chunks * tile_columns * chunk_bytes;  // of a column tile
 constexpr int tile_bytes = 2 * slab_bytes;                            // of a row tile
+
+// Layers that a launch runs in a wavefront at the most.
+constexpr int most_layers = 4;
 
 enum class Variant : int32_t { none = 0, block = 1, cluster = 2, grid = 3 };
 
@@ -63,10 +69,13 @@ constexpr bool is_half(Multiply multiply) { return multiply == Multiply::bfloat1
 constexpr int forward_shapes(Multiply multiply, int gates) { return is_half(multiply) && gates > 1 ? 2 : 1; }
 constexpr int backward_shapes(Multiply multiply, int gates) { return is_half(multiply) && gates > 1 ? 3 : 1; }
 
-constexpr ForwardShape forward_shape(Multiply multiply, int index) {
+// Which cells and products have kernels for several layers.
+constexpr bool has_wavefront(Multiply multiply, int gates) { return multiply != Multiply::float32 && gates > 1; }
+
+constexpr ForwardShape forward_shape(Multiply multiply, int index, bool wavefront) {
   if (few_registers) return {index == 0 ? 2 : 3, 1};
   if (multiply == Multiply::float32) return {2, 6};
-  return index == 0 ? ForwardShape{2, 9} : ForwardShape{3, 7};
+  return index == 0 ? ForwardShape{2, 9} : ForwardShape{3, wavefront ? 6 : 7};
 }
 constexpr BackwardShape backward_shape(Multiply multiply, int index) {
   const int group = multiply == Multiply::float32 ? 1 : 2;
@@ -80,7 +89,8 @@ constexpr BackwardShape backward_shape(Multiply multiply, int index) {
 struct Tiling {
   Exchange exchange = Exchange::none;
   int32_t blocks = 1;        // of a team; the cluster size
-  int32_t active = 1;        // of these, how many have units; the others only meet at cluster barriers
+  int32_t layers = 1;        // of a team; more than one: a wavefront
+  int32_t active = 1;        // blocks that have units, of each layer; the others only meet at cluster barriers
   int32_t teams = 1;         // per direction
   int32_t octets = 1;        // per block
   int32_t columns = 8;       // per team
@@ -88,9 +98,10 @@ struct Tiling {
   // Forward: warps that share the rows of the resident matrix, and warps that share k; their product is 8. In the
   // backward pass all warps share the rows.
   int32_t warps_rows = 8;
-  int32_t warps_k = 1;
+  int32_t warps_k = 1;       // in a wavefront half of them have W_hh, the others W_ih
   int32_t slabs = 1;         // along k: of a warp (forward), of the block (backward)
   int32_t row_tiles = 1;     // of a warp, in registers and in shared memory
+  int32_t own_tiles = 1;     // backward: of these, those of W_hh; the others are of W_ih
   int32_t source_split = 1;  // backward: threads that share a sum over the team's blocks
   // Where in a block's shared memory:
   int32_t states = 0;    // running h and c, or the gradients of h and c that stay in the block
@@ -100,6 +111,7 @@ struct Tiling {
                          // gradients, two buffers
   int32_t received = 0;  // backward: partial sums of the team, two buffers per column tile
   int32_t barriers = 0;
+  int32_t credits = 0;  // wavefront: mbarriers of the blocks that take from this one
   int32_t weights = 0;  // what registers do not hold
   int32_t shared_bytes = 0;
 };
@@ -111,6 +123,7 @@ struct Plan {
   int32_t shape = 0;  // index into forward_shape or backward_shape
   Tiling tiling;
   int32_t directions = 1;
+  int32_t layers = 1;            // that the launch runs; more than one: in a wavefront
   int32_t blocks = 0;            // of the launch
   int32_t waves = 1;             // not all teams may be resident together: how often those that are follow each other
   int64_t workspace_bytes = 0;   // to be passed to the launch
@@ -120,6 +133,9 @@ struct Plan {
   double predicted_step_us = 0;  // of all waves; from constants that no GPU has measured yet (plan.cpp)
   double predicted_us = 0;       // of the whole launch; of all steps for Variant::none
   std::string reason;            // why no better variant was taken
+
+  // How many structs of pointers a launch takes: one for each direction, or for each layer.
+  int parts() const { return directions * layers; }
 };
 
 const char* name(Variant variant);
@@ -136,12 +152,19 @@ struct Allowed {
   int32_t team_blocks = 0;   // 0: any
   int32_t most_columns = 0;  // per team; 0: any
   int32_t most_steps = 0;    // whose projections are there at once, in inference; 0: projection_steps
+  int32_t layers = 0;        // in a wavefront: 1: none; more: these groups wherever they fit; 0: what is fastest
 };
 
 // steps: T and B are read; packed batches are taken as if all rows were live. tf32: whether float32 may be rounded to
 // it.
 Plan make_plan(const LayerSizes& sizes, const Steps& steps, const DeviceInfo& device, bool backward, bool tf32,
                const Allowed& allowed = {});
+
+// How many of `layers` equal layers, the one the input of the next, run in one launch at a time, and how:
+// Plan::layers of them; 1, with the reason, where one layer after the other is faster or nothing else can be. sizes are
+// those of each layer.
+Plan make_wavefront_plan(const LayerSizes& sizes, int64_t layers, const Steps& steps, const DeviceInfo& device,
+                         bool backward, bool tf32, const Allowed& allowed = {});
 
 // Of how many steps the projections are there at once where they need memory of their own, as in inference: all of them
 // would grow with T * B * G * H.

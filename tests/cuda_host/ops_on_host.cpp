@@ -87,13 +87,13 @@ static std::vector<std::string> launched;
 
 bool persistent_fits(const LayerSizes&, const Plan&, const DeviceInfo&) { return true; }
 
-template <class Arguments, class Kernel, class Direction>
-const char* launch_persistent(Kernel kernel, const LayerSizes& sizes, const Steps& steps, const Direction* direction,
+template <class Arguments, class Kernel, class Part>
+const char* launch_persistent(Kernel kernel, const LayerSizes& sizes, const Steps& steps, const Part* parts,
                               const Plan& plan, void* workspace) {
   Arguments arguments = {};
   arguments.hidden_size = sizes.hidden_size;
   arguments.steps = steps;
-  for (int d = 0; d < plan.directions; ++d) arguments.direction[d] = direction[d];
+  for (int p = 0; p < plan.parts(); ++p) arguments.part[p] = parts[p];
   arguments.tiling = plan.tiling;
   arguments.workspace = static_cast<char*>(workspace);
   memset(workspace, 0xff, size_t(plan.workspace_bytes));
@@ -106,34 +106,49 @@ const char* launch_persistent(Kernel kernel, const LayerSizes& sizes, const Step
   launch.shared_bytes = size_t(plan.tiling.shared_bytes);
   launch.cooperative = plan.variant == Variant::grid;
   launched.push_back(std::string(name(plan.variant)) + " " + name(plan.multiply) +
-                     (plan.backward ? " backward" : " forward"));
+                     (plan.backward ? " backward" : " forward") +
+                     (plan.layers > 1 ? " of " + std::to_string(plan.layers) + " layers" : ""));
   cuda_host::launch(launch, [&] { kernel(arguments); });
   return nullptr;
 }
 
-const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* direction,
+template <Multiply multiply>
+ForwardKernel forward_kernel_of(const Plan& plan, CellKind kind) {
+  if constexpr (multiply != Multiply::float32)
+    if (plan.layers > 1) return forward_kernel<multiply, true>(kind, plan.shape);
+  return forward_kernel<multiply, false>(kind, plan.shape);
+}
+
+template <Multiply multiply>
+BackwardKernel backward_kernel_of(const Plan& plan, CellKind kind) {
+  if constexpr (multiply != Multiply::float32)
+    if (plan.layers > 1) return backward_kernel<multiply, true>(kind, plan.shape);
+  return backward_kernel<multiply, false>(kind, plan.shape);
+}
+
+const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* parts,
                                const Plan& plan, const DeviceInfo&, void* workspace, void*) {
   const auto run = [&](ForwardKernel kernel) {
-    return launch_persistent<ForwardArguments>(kernel, sizes, steps, direction, plan, workspace);
+    return launch_persistent<ForwardArguments>(kernel, sizes, steps, parts, plan, workspace);
   };
   switch (plan.multiply) {
-    case Multiply::bfloat16: return run(forward_kernel<Multiply::bfloat16>(sizes.kind, plan.shape));
-    case Multiply::float16: return run(forward_kernel<Multiply::float16>(sizes.kind, plan.shape));
-    case Multiply::tf32: return run(forward_kernel<Multiply::tf32>(sizes.kind, plan.shape));
-    default: return run(forward_kernel<Multiply::float32>(sizes.kind, plan.shape));
+    case Multiply::bfloat16: return run(forward_kernel_of<Multiply::bfloat16>(plan, sizes.kind));
+    case Multiply::float16: return run(forward_kernel_of<Multiply::float16>(plan, sizes.kind));
+    case Multiply::tf32: return run(forward_kernel_of<Multiply::tf32>(plan, sizes.kind));
+    default: return run(forward_kernel_of<Multiply::float32>(plan, sizes.kind));
   }
 }
 
-const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* direction,
+const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* parts,
                                 const Plan& plan, const DeviceInfo&, void* workspace, void*) {
   const auto run = [&](BackwardKernel kernel) {
-    return launch_persistent<BackwardArguments>(kernel, sizes, steps, direction, plan, workspace);
+    return launch_persistent<BackwardArguments>(kernel, sizes, steps, parts, plan, workspace);
   };
   switch (plan.multiply) {
-    case Multiply::bfloat16: return run(backward_kernel<Multiply::bfloat16>(sizes.kind, plan.shape));
-    case Multiply::float16: return run(backward_kernel<Multiply::float16>(sizes.kind, plan.shape));
-    case Multiply::tf32: return run(backward_kernel<Multiply::tf32>(sizes.kind, plan.shape));
-    default: return run(backward_kernel<Multiply::float32>(sizes.kind, plan.shape));
+    case Multiply::bfloat16: return run(backward_kernel_of<Multiply::bfloat16>(plan, sizes.kind));
+    case Multiply::float16: return run(backward_kernel_of<Multiply::float16>(plan, sizes.kind));
+    case Multiply::tf32: return run(backward_kernel_of<Multiply::tf32>(plan, sizes.kind));
+    default: return run(backward_kernel_of<Multiply::float32>(plan, sizes.kind));
   }
 }
 
@@ -143,7 +158,7 @@ const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, con
 
 // Which persistent variants may run from now on.
 static void allow(bool block, bool cluster, bool grid, bool none, int64_t team_blocks, int64_t most_columns,
-                  int64_t most_steps) {
+                  int64_t most_steps, int64_t layers) {
   fused_rnn::cuda::Allowed allowed;
   allowed.block = block;
   allowed.cluster = cluster;
@@ -152,12 +167,14 @@ static void allow(bool block, bool cluster, bool grid, bool none, int64_t team_b
   allowed.team_blocks = int32_t(team_blocks);
   allowed.most_columns = int32_t(most_columns);
   allowed.most_steps = int32_t(most_steps);
+  allowed.layers = int32_t(layers);
   fused_rnn::allow_variants(allowed);
 }
 
 TORCH_LIBRARY(fused_rnn_host, m) {
   m.def(
-      "allow(bool block, bool cluster, bool grid, bool none, int team_blocks, int most_columns, int most_steps) -> ()",
+      "allow(bool block, bool cluster, bool grid, bool none, int team_blocks, int most_columns, int most_steps, "
+      "int layers) -> ()",
       &allow);
   m.def("launches() -> str[]", [] { return std::exchange(fused_rnn::cuda::launched, {}); });
   for (const char* name : {"rnn_forward", "rnn_backward", "cell_forward", "cell_backward"}) {

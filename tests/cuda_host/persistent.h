@@ -171,7 +171,16 @@ inline Allowed allowed(const Case& arguments) {
   a.counted = exchange != "barriers";
   a.team_blocks = arguments.number("blocks", 0);
   a.most_columns = arguments.number("columns", 0);
+  a.layers = arguments.number("layers", 1);
   return a;
+}
+
+// Of one layer, or of `layers` in a wavefront.
+inline Plan plan_of(const Case& arguments, const LayerSizes& sizes, const Steps& steps, bool backward, bool tf32) {
+  const DeviceInfo device = made_up_device(arguments);
+  const int layers = arguments.number("layers", 1);
+  return layers == 1 ? make_plan(sizes, steps, device, backward, tf32, allowed(arguments))
+                     : make_wavefront_plan(sizes, layers, steps, device, backward, tf32, allowed(arguments));
 }
 
 inline Launch launch_of(const Plan& plan, int seed) {
@@ -189,10 +198,10 @@ inline Launch launch_of(const Plan& plan, int seed) {
 inline void print(const Plan& plan) {
   const Tiling& t = plan.tiling;
   printf(
-      "%s %s %s: %d blocks, team %d (%d active), %d octets, %d columns in %d tiles, warps %d x %d, %d slabs, "
-      "row tiles %d, weights %lld + %lld bytes, shared %d\n",
-      name(plan.variant), name(t.exchange), name(plan.multiply), plan.blocks, t.blocks, t.active, t.octets, t.columns,
-      t.column_tiles, t.warps_rows, t.warps_k, t.slabs, t.row_tiles, (long long)plan.register_bytes,
+      "%s %s %s: %d layers, %d blocks, team %d (%d active), %d octets, %d columns in %d tiles, warps %d x %d, "
+      "%d slabs, row tiles %d, weights %lld + %lld bytes, shared %d\n",
+      name(plan.variant), name(t.exchange), name(plan.multiply), plan.layers, plan.blocks, t.blocks, t.active, t.octets,
+      t.columns, t.column_tiles, t.warps_rows, t.warps_k, t.slabs, t.row_tiles, (long long)plan.register_bytes,
       (long long)plan.weight_bytes, t.shared_bytes);
 }
 

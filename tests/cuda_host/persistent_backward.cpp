@@ -1,6 +1,6 @@
 // persistent_backward name=value ...: one case of the persistent backward kernels against float64. Exit status 1:
 // wrong.
-//   kind dtype (tf32: float32 with its product in TF32) T B H directions ragged masked
+//   kind dtype (tf32: float32 with its product in TF32) T B H directions layers (in a wavefront) ragged masked
 //   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
 //   in_place (gradients of the gates go where the gates are) initial (h0, c0 and their gradients) final (gradients of
 //   h_n, c_n) output (gradients of y)
@@ -19,7 +19,8 @@ struct Backward {
   int operator()() const {
     using S = typename ProductOf<multiply>::type::Storage;
     const int T = arguments.number("T", 4), B = arguments.number("B", 3), H = arguments.number("H", 24);
-    const int D = arguments.number("directions", 1), seed = arguments.number("seed", 0);
+    const int D = arguments.number("directions", 1), layers = arguments.number("layers", 1), parts = D * layers;
+    const int seed = arguments.number("seed", 0);
     const bool initial = arguments.number("initial", 1), final = arguments.number("final", 1);
     const bool output = arguments.number("output", 1), in_place = arguments.number("in_place", 1);
     LayerSizes sizes;
@@ -28,10 +29,9 @@ struct Backward {
     sizes.hidden_size = sizes.state_size = H;
     sizes.num_directions = D;
     const Batch batch(arguments);
-    const DeviceInfo device = made_up_device(arguments);
-    const Plan plan = make_plan(sizes, batch.steps, device, true, multiply == Multiply::tf32, allowed(arguments));
+    const Plan plan = plan_of(arguments, sizes, batch.steps, true, multiply == Multiply::tf32);
     print(plan);
-    if (plan.variant == Variant::none) return printf("no plan: %s\n", plan.reason.c_str()), 2;
+    if (plan.variant == Variant::none || plan.layers != layers) return printf("no plan: %s\n", plan.reason.c_str()), 2;
 
     const int64_t N = batch.steps.total_rows(), states = int64_t(B) * H;
     return with_cell(sizes.kind, [&](auto cell) {
@@ -39,20 +39,22 @@ struct Backward {
       constexpr int G = Cell::gates, saved = Cell::saved, grad_gates = Cell::grad_gates;
       Random<S> random(unsigned(seed) + 17);
       Random<float> random_float(unsigned(seed) + 18);
-      struct Direction {
-        std::vector<S> w_hh, h0, c0, gates, grad_h_n, grad_c_n, grad_gates, grad_h0, grad_c0;
+      struct Part {
+        std::vector<S> w_hh, w_ih, h0, c0, gates, grad_h_n, grad_c_n, grad_gates, grad_h0, grad_c0;
         std::vector<float> cells;
-      } direction[2];
-      const std::vector<S> y = random(N * D * H, 1), grad_y = random(N * D * H, 1);
+      } part[most_layers];
+      const std::vector<S> y = random(N * parts * H, 1), grad_y = random(N * parts * H, 1);
       BackwardArguments a = {};
       a.hidden_size = H;
       a.steps = batch.steps;
       a.tiling = plan.tiling;
       std::vector<std::vector<S>> gates;
-      for (int d = 0; d < D; ++d) {
-        Direction& m = direction[d];
-        PersistentBackward& p = a.direction[d];
+      for (int d = 0; d < parts; ++d) {
+        Part& m = part[d];
+        PersistentBackward& p = a.part[d];
+        const bool above = layers > 1 && d > 0, highest = layers == 1 || d == layers - 1;
         m.w_hh = random(int64_t(G) * H * H, 2 / std::sqrt(double(H)));
+        if (above) m.w_ih = random(int64_t(G) * H * H, 2 / std::sqrt(double(H)));
         m.h0 = random(states, 1);
         m.c0 = random(states, 1);
         m.gates = random(N * saved * H, 1);
@@ -67,14 +69,15 @@ struct Backward {
         const bool replaces = in_place && saved == grad_gates;
         if (!replaces) m.grad_gates = unwritten<S>(N * grad_gates * H);
         p.w_hh = m.w_hh.data();
+        p.w_ih = above ? m.w_ih.data() : nullptr;
         p.gates = m.gates.data();
         p.cells = m.cells.data();
         p.y = y.data() + d * H;
-        p.y_stride = D * H;
+        p.y_stride = parts * H;
         p.h0 = initial ? m.h0.data() : nullptr;
         p.c0 = initial ? m.c0.data() : nullptr;
-        p.grad_y = output ? grad_y.data() + d * H : nullptr;
-        p.grad_y_stride = D * H;
+        p.grad_y = output && highest ? grad_y.data() + d * H : nullptr;
+        p.grad_y_stride = parts * H;
         p.grad_h_n = final ? m.grad_h_n.data() : nullptr;
         p.grad_c_n = final && Cell::has_cell ? m.grad_c_n.data() : nullptr;
         p.grad_gates = replaces ? m.gates.data() : m.grad_gates.data();
@@ -84,14 +87,23 @@ struct Backward {
       std::vector<char> workspace = unwritten<char>(plan.workspace_bytes);
       for (int64_t i = 0; i < plan.counters * 4; ++i) workspace[size_t(i)] = 0;
       a.workspace = workspace.data();
-      const BackwardKernel kernel = backward_kernel<multiply>(sizes.kind, plan.shape);
+      const BackwardKernel kernel = layers > 1 ? backward_kernel<multiply, true>(sizes.kind, plan.shape)
+                                               : backward_kernel<multiply, false>(sizes.kind, plan.shape);
       launch(launch_of(plan, seed), [&] { kernel(a); });
 
       Error gates_error, h_error, c_error;
       bool zeros = true;
-      for (int d = 0; d < D; ++d) {
-        const Direction& m = direction[d];
-        const S* const results = typed<S>(a.direction[d].grad_gates);
+      std::vector<double> from_above;  // gradient of h, of all rows
+      for (int d = parts - 1; d >= 0; --d) {
+        const Part& m = part[d];
+        const bool above = layers > 1 && d > 0, highest = layers == 1 || d == layers - 1;
+        const bool reverse = D > 1 && d == 1;
+        std::vector<double> to_below(size_t(N) * H, 0.0);
+        const auto gradient_of_y = [&](int64_t n, int u) {
+          if (!highest) return from_above[size_t(n * H + u)];
+          return output ? as_double(grad_y[size_t((n * parts + d) * H + u)]) : 0;
+        };
+        const S* const results = typed<S>(a.part[d].grad_gates);
         const auto number = [&](const std::vector<S>& v, int64_t i) { return as_double(v[size_t(i)]); };
         std::vector<double> dh(size_t(states), 0.0), dc(size_t(states), 0.0);
         for (int64_t i = 0; i < states && final; ++i) {
@@ -99,51 +111,57 @@ struct Backward {
           dc[size_t(i)] = number(m.grad_c_n, i);
         }
         for (int s = 0; s < T; ++s) {
-          const int t = d == 0 ? T - 1 - s : s, previous = d == 0 ? t - 1 : t + 1;
+          const int t = reverse ? s : T - 1 - s, previous = reverse ? t + 1 : t - 1;
           const int64_t previous_rows = previous < 0 || previous >= T ? 0 : batch.steps.rows(previous);
           for (int64_t b = 0; b < batch.steps.rows(t); ++b) {
             const int64_t n = batch.steps.first_row(t) + b;
             for (int u = 0; u < H && batch.keeps(n); ++u) {
-              dh[size_t(b * H + u)] += output ? number(grad_y, (n * D + d) * H + u) : 0;
+              dh[size_t(b * H + u)] += gradient_of_y(n, u);
               for (int i = 0; i < grad_gates; ++i) zeros = zeros && widen(results[(n * grad_gates + i) * H + u]) == 0;
             }
             if (batch.keeps(n)) continue;
-            std::vector<double> product(size_t(G) * H);
+            std::vector<double> product(size_t(G) * H), input_product = product;
             for (int u = 0; u < H; ++u) {
               const bool begins = b >= previous_rows;
               const int64_t state = b * H + u, before = begins ? 0 : batch.steps.first_row(previous) + b;
               double values[saved > 0 ? saved : 1] = {}, grads[grad_gates], dh_previous, dc_previous = 0;
               for (int i = 0; i < saved; ++i) values[i] = number(gates[size_t(d)], (n * saved + i) * H + u);
               const double h_previous =
-                  begins ? (initial ? number(m.h0, state) : 0) : number(y, (before * D + d) * H + u);
+                  begins ? (initial ? number(m.h0, state) : 0) : number(y, (before * parts + d) * H + u);
               double c = 0, c_previous = 0;
               if (Cell::has_cell) {
                 c = m.cells[size_t(n * H + u)];
                 c_previous = begins ? (initial ? number(m.c0, state) : 0) : double(m.cells[size_t(before * H + u)]);
               }
-              const double dy = output ? number(grad_y, (n * D + d) * H + u) : 0;
-              Cell::template backward<double>(values, number(y, (n * D + d) * H + u), h_previous, c, c_previous,
-                                              dh[size_t(state)] + dy, dc[size_t(state)], grads, dh_previous,
-                                              dc_previous);
+              Cell::template backward<double>(values, number(y, (n * parts + d) * H + u), h_previous, c, c_previous,
+                                              dh[size_t(state)] + gradient_of_y(n, u), dc[size_t(state)], grads,
+                                              dh_previous, dc_previous);
               dh[size_t(state)] = dh_previous;
               if (Cell::has_cell) dc[size_t(state)] = dc_previous;
               for (int i = 0; i < grad_gates; ++i)
                 gates_error.add(as_double(results[(n * grad_gates + i) * H + u]), grads[i]);
               for (int g = 0; g < G; ++g) {
                 const double grad = as_double(narrow<S>(float(grads[Cell::hidden_grads.first + g])));
+                const double input_grad = as_double(narrow<S>(float(grads[Cell::input_grads.first + g])));
                 product[size_t(Cell::hidden_grads.gate[g]) * H + u] = product_input(multiply, grad);
+                input_product[size_t(Cell::input_grads.gate[g]) * H + u] = product_input(multiply, input_grad);
               }
             }
-            for (int u = 0; u < H; ++u)
-              for (int k = 0; k < G * H; ++k)
-                dh[size_t(b * H + u)] +=
-                    product_input(multiply, number(m.w_hh, int64_t(k) * H + u)) * product[size_t(k)];
+            for (int u = 0; u < H; ++u) {
+              for (int k = 0; k < G * H; ++k) {
+                const int64_t at = int64_t(k) * H + u;
+                dh[size_t(b * H + u)] += product_input(multiply, number(m.w_hh, at)) * product[size_t(k)];
+                if (above)
+                  to_below[size_t(n * H + u)] += product_input(multiply, number(m.w_ih, at)) * input_product[size_t(k)];
+              }
+            }
           }
         }
         for (int64_t i = 0; i < states && initial; ++i) {
           h_error.add(number(m.grad_h0, i), dh[size_t(i)]);
           if (Cell::has_cell) c_error.add(number(m.grad_c0, i), dc[size_t(i)]);
         }
+        from_above = to_below;
       }
       // Results are rounded to the dtype; a gradient that a sum in float32 rounds the other way goes on with that.
       const double rounding = multiply == Multiply::bfloat16 ? 3e-3 : multiply == Multiply::float16 ? 4e-4 : 2e-6;

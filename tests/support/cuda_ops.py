@@ -32,7 +32,7 @@ def load() -> None:
     compile(cuda_host.SOURCES / "engine.cpp", ["-fPIC", "-O2", "-fno-tree-loop-distribute-patterns"])
     compile(cuda_host.SOURCES / "ops_on_host.cpp", with_torch)
     compile(CSRC / "ops_cuda.cpp", with_torch)
-    for kernels in sorted((CSRC / "cuda").glob("persistent_*ward_*.cu")):
+    for kernels in sorted((CSRC / "cuda").glob("persistent_*.cu")):
         compile(kernels, [*shared, "-x", "c++"])
     for name in ("cuda", "cpu"):
         source = CSRC / name / "plan.cpp"
