@@ -84,6 +84,17 @@ def test_persistent_kernels_agree_with_float64(direction: str, dtype: str) -> No
             assert result.returncode == 0, f"{case}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
+@pytest.mark.parametrize("direction", PASSES)
+def test_persistent_kernels_of_several_layers_agree_with_float64(direction: str, dtype: str) -> None:
+    ptx = cuda_host.translate(KERNELS / f"persistent_wavefront_{dtype}.cu")
+    for kind in ("lstm", "gru"):
+        for name in ("two layers, falling lengths, several column tiles", "three layers, a mask, nothing saved"):
+            case = f"{SHAPES[name]} kind={kind} dtype={dtype}"
+            result = cuda_host.run(cuda_host.build(f"ptx_{direction}"), *case.split(), ptx=ptx)
+            assert result.returncode == 0, f"{case}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+
+
 @pytest.mark.parametrize("direction", PASSES)
 def test_persistent_kernels_for_ampere_agree_with_float64(direction: str) -> None:
     ptx = cuda_host.translate(KERNELS / f"persistent_{direction}_bfloat16.cu", "80")

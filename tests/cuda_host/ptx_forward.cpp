@@ -9,9 +9,10 @@
 namespace fused_rnn {
 namespace cuda {
 
-template <Multiply multiply>
+template <Multiply multiply, bool wavefront = false>
 ForwardKernel forward_kernel(CellKind kind, int shape) {
-  return cuda_host::interpreted(compiled_forward_kernel<multiply>(kind, shape));
+  const auto compiled = compiled_forward_kernel<multiply, wavefront>(kind, shape);
+  return compiled ? cuda_host::interpreted(compiled) : nullptr;
 }
 
 }  // namespace cuda
