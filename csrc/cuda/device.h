@@ -127,8 +127,17 @@ FRNN_DEVICE float widen(Half x) {
 namespace detail {
 FRNN_DEVICE void narrow_to(float x, float& y) { y = x; }
 FRNN_DEVICE void narrow_to(double x, double& y) { y = x; }
-FRNN_DEVICE void narrow_to(float x, BFloat16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-FRNN_DEVICE void narrow_to(float x, Half& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+// As one of two: a conversion of one number is a slower instruction wherever its result is not only stored.
+FRNN_DEVICE void narrow_to(float x, BFloat16& y) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(0.0f), "f"(x));
+  y.bits = uint16_t(packed);
+}
+FRNN_DEVICE void narrow_to(float x, Half& y) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(0.0f), "f"(x));
+  y.bits = uint16_t(packed);
+}
 }  // namespace detail
 
 // To the storage type S, to nearest even.
