@@ -43,7 +43,7 @@ MISTAKES = {
     "a copy that is not awaited": ("cp.async.wait_group %0;", "cp.async.wait_group 2;"),
     "another rank": ("mapa.shared::cluster.u32 %0, %1, %2;", "mapa.shared::cluster.u32 %0, %1, 0;"),
     "words of a remote store": ("bytes.v4.b32 [%0], {%1,%2,", "bytes.v4.b32 [%0], {%2,%1,"),
-    "the parity of another phase": ("shared::cta.b64 p, [%1], %2;", "shared::cta.b64 p, [%1], 1;"),
+    "the parity of another phase": ("cta.b64 p, [%1], %2;", "cta.b64 p, [%1], 1;"),
     "rounding": ("cvt.rna.tf32.f32 %0, %1;", "mov.b32 %0, %1;"),
 }
 

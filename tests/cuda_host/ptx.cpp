@@ -410,12 +410,20 @@ void Table::others() {
   table_["mbarrier.arrive.expect_tx.shared::cta.b64"] = [](PtxThread& t, const I& i) {
     mbarrier_arrive_expect(mbarrier(t, i, 1), t.get<int>(i, 2), t.file, i.line);
   };
-  table_["mbarrier.arrive.release.cluster.shared::cluster.b64"] = [](PtxThread& t, const I& i) {
-    mbarrier_arrive_remote(t.remote(i, 1), t.file, i.line);
-  };
-  table_["mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"] = [](PtxThread& t, const I& i) {
-    t.set<bool>(i, 0, mbarrier_try_wait(mbarrier(t, i, 1), t.get<int>(i, 2), t.file, i.line));
-  };
+  for (const char* order : {"release", "relaxed"}) {
+    table_[std::string("mbarrier.arrive.") + order + ".cluster.shared::cluster.b64"] = [](PtxThread& t, const I& i) {
+      mbarrier_arrive_remote(t.remote(i, 1), t.file, i.line);
+    };
+  }
+  for (const char* order : {"acquire", "relaxed"}) {
+    table_[std::string("mbarrier.try_wait.parity.") + order + ".cluster.shared::cta.b64"] = [](PtxThread& t,
+                                                                                               const I& i) {
+      t.set<bool>(i, 0, mbarrier_try_wait(mbarrier(t, i, 1), t.get<int>(i, 2), t.file, i.line));
+    };
+  }
+  // What the instructions above do here is ordered without them.
+  table_["fence.acquire.sync_restrict::shared::cluster.cluster"] = [](PtxThread&, const I&) {};
+  table_["fence.release.sync_restrict::shared::cta.cluster"] = [](PtxThread&, const I&) {};
 }
 
 Table::Table() {
