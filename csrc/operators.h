@@ -137,7 +137,8 @@ struct Stack {
     for (const Tensor& factors : dropout_) {
       TORCH_CHECK(factors.numel() == N * D * P, "dropout_masks: expected ", N * D * P, " elements, got ",
                   factors.numel());
-      dropout.push_back(factors.reshape({N, D * P}));
+      check_like(factors, input, factors.sizes(), "dropout_masks");
+      dropout.push_back(as_matrix(factors.reshape({N, D * P})));
     }
   }
 
@@ -299,7 +300,7 @@ struct Stack {
   int64_t layers_at_once(const Backend& backend, bool backward) const {
     if constexpr (Backend::wavefronts) {
       // Layers but the first are equal; above a first of other input they all could be, as its projection is apart.
-      if (num_layers > 1 && dropout.empty())
+      if (num_layers > 1)
         return backend.layers_at_once(layer_sizes(num_layers - 1), num_layers, steps(), backward);
     }
     return 1;
@@ -388,6 +389,7 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, bool 
       y = goes_on ? Tensor() : hidden.select(0, turn++ % 2);
     }
     layer.y = stack.sequence(y);
+    if (goes_on && !stack.dropout.empty()) layer.factors = stack.sequence(stack.dropout[l]);
     for (int64_t d = 0; d < D; ++d) {
       DirectionForward& dir = layer.direction[d];
       const int64_t i = l * D + d;
@@ -495,6 +497,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
     layer.y = stack.sequence(l == L - 1 ? y : given.hidden.select(0, l));
     if (l == highest) layer.grad_y = stack.sequence(grad_y);
     layer.grad_x = stack.sequence(grad_x);
+    if (l < highest && !stack.dropout.empty()) layer.factors = stack.sequence(stack.dropout[l]);
     layer.reuse_gates = reuse_gates;
     for (int64_t d = 0; d < D; ++d) {
       DirectionBackward& dir = layer.direction[d];

@@ -364,6 +364,8 @@ void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, cons
       to.c_n = from.c_n;
       to.y = advance(layers[l].y.data, d * H, size_);
       to.y_stride = layers[l].y.batch_stride;
+      to.factors = layers[l].factors.data;
+      to.factors_stride = layers[l].factors.batch_stride;
       to.gates = from.gates;
       to.cells = from.cells;
     }
@@ -488,6 +490,8 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
       to.c0 = from.c0;
       to.grad_y = advance(layer.grad_y.data, d * H, size_);
       to.grad_y_stride = layer.grad_y.batch_stride;
+      to.factors = layer.factors.data;
+      to.factors_stride = layer.factors.batch_stride;
       to.grad_h_n = from.grad_h_n;
       to.grad_c_n = from.grad_c_n;
       to.grad_gates = grad_gates[l + d];

@@ -80,6 +80,7 @@ struct LayerForward {
   Steps steps;
   Sequence x;                     // (I features)
   Sequence y;                     // (num_directions * P features), direction d writes features d * P ...
+  Sequence factors;               // of y on its way to a layer above that runs at the same time; data null: ones
   DirectionForward direction[2];  // direction[1] runs from the last step to the first
   bool inference = false;         // the weights may well be those of the next call
 };
@@ -109,6 +110,7 @@ struct LayerBackward {
   Sequence y;                // the layer's output
   Sequence grad_y;           // data null: zeros
   Sequence grad_x;           // data null: not needed
+  Sequence factors;          // as forward
   bool reuse_gates = false;  // nobody reads the saved gates after this: their memory may be written
   DirectionBackward direction[2];
 };

@@ -185,7 +185,6 @@ def explain(
             device=call.input.device,
             training=training,
             recompute=getattr(module, "recompute", False),
-            dropout=module.training and getattr(module, "dropout", 0) > 0,
         )
     return Explanation(
         module=repr(module),

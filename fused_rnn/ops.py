@@ -142,12 +142,8 @@ def plan(
     device: torch.device,
     training: bool,
     recompute: bool = False,
-    dropout: bool = False,
 ) -> dict[str, Any]:
     """What would run for such a call.
-
-    Args:
-        dropout: whether outputs of layers are dropped out on their way to the next.
 
     Returns:
         on the CPU a dict with ``isa`` (the instruction set), ``threads``, how they divide the work of a layer
@@ -175,7 +171,7 @@ def plan(
 
     def wavefronts(backward: bool) -> list[dict[str, Any]]:
         """Of the groups of layers that run at once; none where each runs by itself."""
-        if device.type != "cuda" or num_layers == 1 or dropout or (recompute and training and not backward):
+        if device.type != "cuda" or num_layers == 1 or (recompute and training and not backward):
             return []
         layer = (directions * state_size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         group = _C.cuda_plan(kind, T, B, *layer, _cuda_index(device), num_layers)

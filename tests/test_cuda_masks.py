@@ -66,6 +66,26 @@ def test_persistent_layer_matches_the_float64_definition(
     assert_within(found, float64_reference(case))
 
 
+@pytest.mark.parametrize(("num_layers", "at_once"), [(2, 2), (5, 3)])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_layers_in_a_wavefront_match_the_float64_definition(cell: str, num_layers: int, at_once: int) -> None:
+    case = Case(cell=cell, hidden_size=24, num_layers=num_layers, batch=9, steps=5, hx=True, dtype=torch.bfloat16)
+    _allow("cluster", team_blocks=4, layers=at_once)
+    module, data, mask = case.build(fused_rnn), case.data(), random_mask(case)
+    found = run(module, data, mask=as_argument(case, mask))
+    launches = torch.ops.fused_rnn_host.launches()
+    for which in ("forward", "backward"):
+        assert launches.count(f"cluster bfloat16 {which} of {at_once} layers") == num_layers // at_once
+    assert_within(found, float64_reference(case))
+    with torch.no_grad():
+        inferred = run(module, data, gradients=False, mask=as_argument(case, mask))
+    assert_same(inferred, {name: found[name] for name in inferred})
+    spoilt = copy.deepcopy(data)
+    with torch.no_grad():
+        spoilt.sequence[~mask] = float("nan")
+    assert_same(run(module, spoilt, mask=as_argument(case, mask)), found)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("variant", ["none", "cluster"])

@@ -17,6 +17,7 @@ from support.compare import assert_same, assert_within
 from support.pairwise import Row, pairwise
 
 import fused_rnn
+from fused_rnn import functional
 from fused_rnn.check import scaled_errors
 
 pytestmark = [
@@ -255,8 +256,7 @@ STACKS = [(2, 2, [2]), (3, 3, [3]), (5, 2, [2, 2, 1]), (3, 2, [2, 1]), (4, 4, [4
 
 
 def _launches(kind: str, at_once: list[int], which: str) -> list[str]:
-    launches = [f"cluster {kind} {which}" + (f" of {n} layers" if n > 1 else "") for n in at_once]
-    return launches
+    return [f"cluster {kind} {which}" + (f" of {n} layers" if n > 1 else "") for n in at_once]
 
 
 @pytest.mark.parametrize(("num_layers", "layers", "at_once"), STACKS, ids=str)
@@ -330,13 +330,24 @@ def test_gates_that_are_computed_again_run_layer_by_layer_first() -> None:
     assert_within(found, _reference(case))
 
 
-def test_dropout_between_layers_keeps_them_apart() -> None:
-    case = _stack("LSTM", 2)
-    module = case.build(fused_rnn)
-    module.dropout = 0.5
-    _allow("cluster", team_blocks=4, layers=2)
-    module(case.data().sequence)
-    assert torch.ops.fused_rnn_host.launches() == _launches("bfloat16", [1, 1], "forward")
-    module.eval()
-    module(case.data().sequence)
-    assert torch.ops.fused_rnn_host.launches() == _launches("bfloat16", [2], "forward")
+@pytest.mark.parametrize(("packing", "num_layers", "layers"), [("padded", 2, 2), ("unsorted", 3, 3), ("padded", 5, 2)])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_dropout_inside_a_wavefront_matches_the_float64_reference(
+    cell: str, packing: str, num_layers: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = _stack(cell, num_layers, packing=packing, dropout=0.5, batch_first=True)
+    generator = torch.Generator().manual_seed(3)
+
+    def same_masks(spec: Any, input: torch.Tensor, dropout: float, batch_first: bool) -> list[torch.Tensor]:
+        """Whatever the dtype; bits as bfloat16 holds them."""
+        shape = (input.shape[:-1][::-1] if batch_first else input.shape[:-1]) + (case.hidden_size,)
+        generator.manual_seed(3)
+        return [2 * torch.randint(2, shape, generator=generator).to(input) for _ in range(num_layers - 1)]
+
+    monkeypatch.setattr(functional, "_dropout_masks", same_masks)
+    _allow("cluster", team_blocks=4, layers=layers)
+    found = run(case.build(fused_rnn), case.data())
+    launches = torch.ops.fused_rnn_host.launches()
+    assert f"cluster bfloat16 forward of {layers} layers" in launches
+    assert f"cluster bfloat16 backward of {layers} layers" in launches
+    assert_within(found, _reference(case))

@@ -65,6 +65,11 @@ SHAPES = {
     "two layers, falling lengths, several column tiles": (
         "exchange=counted layers=2 blocks=4 sms=4 ragged=1 T=6 B=20 H=24"
     ),
+    "two layers, dropout": "exchange=counted layers=2 blocks=4 dropout=1 T=4 B=3 H=24",
+    "two layers of many units, dropout, several column tiles": (
+        "exchange=counted layers=2 blocks=2 sms=2 dropout=1 T=4 B=10 H=40"
+    ),
+    "three layers, dropout, falling lengths": "exchange=counted layers=3 blocks=8 dropout=1 ragged=1 T=6 B=9 H=13",
     "two layers, a mask": "exchange=counted layers=2 blocks=4 masked=1 T=6 B=9 H=24",
     "three layers, idle blocks": "exchange=counted layers=3 blocks=8 T=5 B=9 H=24",
     "three layers, a mask, nothing saved": (
@@ -134,7 +139,13 @@ def _drawn(direction: str, kind: str, dtype: str, exchange: str, layers: int = 1
         case[flag] = draw.choice([0, 1])
     case["masked"] = 1 - case["ragged"]
     if layers > 1:
-        case |= {"layers": layers, "blocks": 4, "sms": 4 * draw.choice([1, 2]), "directions": 1}
+        case |= {
+            "layers": layers,
+            "dropout": draw.choice([0, 1]),
+            "blocks": 4,
+            "sms": 4 * draw.choice([1, 2]),
+            "directions": 1,
+        }
         case["H"] = draw.choice([9, 16, 24] if layers == 3 else [15, 24, 33])
     return " ".join(f"{name}={value}" for name, value in case.items())
 
@@ -161,7 +172,7 @@ RACE_CASES = {
     "counted": "exchange=counted blocks=2 sms=2 T=4 B=10 H=24",
     "barriers": "exchange=barriers blocks=4 sms=4 T=4 B=3 H=24",
     "memory": "exchange=memory sms=3 T=4 B=10 H=24",
-    "wavefront": "exchange=counted layers=2 blocks=4 sms=4 T=5 B=10 H=24",
+    "wavefront": "exchange=counted layers=2 blocks=4 sms=4 dropout=1 T=5 B=10 H=24",
 }
 needs_setarch = pytest.mark.skipif(not shutil.which("setarch"), reason="ThreadSanitizer needs a fixed address layout")
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fused_rnn import _C
+from fused_rnn import _C, ops
+from fused_rnn.explain import _describe_pass
 from fused_rnn.reference import CellKind
 
 DEVICES = {
@@ -35,11 +37,9 @@ STACKS = list(itertools.product((2, 3, 4, 6), (1, 16, 64, 256), (13, 64, 128, 25
 TABLE = Path(__file__).parent / "data" / "cuda_plans.json"
 
 
-def plan(
-    device: str, cell: str, dtype: str, batch: int, hidden: int, *, backward: bool, tf32: bool = True, **other: Any
-) -> dict[str, Any]:
+def fields_of(device: str) -> dict[str, Any]:
     d = DEVICES[device]
-    fields = {
+    return {
         "arch": d["arch"],
         "sms": d["sms"],
         "shared_per_block": d["shared"] * 1024,
@@ -50,6 +50,11 @@ def plan(
         "cooperative": True,
         "clock_khz": d["mhz"] * 1000,
     }
+
+
+def plan(
+    device: str, cell: str, dtype: str, batch: int, hidden: int, *, backward: bool, tf32: bool = True, **other: Any
+) -> dict[str, Any]:
     return _C.cuda_plan_for(
         CELLS[cell],
         T=other.get("T", 1024),
@@ -60,7 +65,7 @@ def plan(
         directions=other.get("directions", 1),
         dtype=DTYPES[dtype],
         backward=backward,
-        device=fields,
+        device=fields_of(device),
         tf32=tf32,
         layers=other.get("layers", 1),
     )
@@ -186,6 +191,45 @@ def test_layers_that_run_one_by_one_say_why(case: dict[str, Any], reason: str) -
     p = plan(**arguments, backward=False)
     assert p["layers"] == 1
     assert reason in p["reason"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_explanation_of_a_stack_names_its_wavefronts(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cuda_plan(*arguments: Any) -> dict[str, Any]:
+        kind, T, B, input_size, hidden_size, state_size, directions, dtype, backward, _, *layers = arguments
+        d = fields_of("H200")
+        sizes = (kind, T, B, input_size, hidden_size, state_size, directions, dtype, backward)
+        return _C.cuda_plan_for(*sizes, d, True, *layers)
+
+    monkeypatch.setattr(_C, "cuda_plan", cuda_plan, raising=False)
+
+    def stack(num_layers: int, bidirectional: bool = False) -> dict[str, Any]:
+        return ops.plan(
+            CellKind.LSTM,
+            T=1024,
+            B=16,
+            batch_sizes=None,
+            input_size=40,
+            hidden_size=256,
+            proj_size=0,
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            dtype=torch.bfloat16,
+            device=torch.device("cuda", 0),
+            training=True,
+            recompute=recompute,
+        )
+
+    one, five = stack(1), stack(5)
+    for whole, layer in ((five, one), (five["backward"], one["backward"])):
+        groups = whole is not five or not recompute  # gates that are computed again are so layer by layer
+        text = _describe_pass(whole)
+        assert whole["layers"] == (2 if groups else 1)
+        assert ("all steps of 2 layers, in a wavefront" in text) == groups
+        assert (whole["predicted_us"] < 4 * layer["predicted_us"]) == (not recompute)
+    for other in (one, stack(2, bidirectional=True)):
+        assert other["layers"] == other["backward"]["layers"] == 1
+        assert "wavefront" not in _describe_pass(other).partition("(others")[0]
 
 
 def test_float32_is_rounded_to_tf32_only_where_that_is_allowed() -> None:

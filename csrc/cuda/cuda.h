@@ -131,6 +131,9 @@ struct PersistentForward {
   void* c_n = nullptr;  // (B, H), null unless the cell has a cell state
   void* y = nullptr;    // (N, H), row n at + n * y_stride; null: not wanted, of a layer below another in a wavefront
   int64_t y_stride = 0;
+  // (N, H), row n at + n * factors_stride: of h on its way to the layer above in a wavefront; null: ones.
+  const void* factors = nullptr;
+  int64_t factors_stride = 0;
   void* gates = nullptr;  // (N, saved * H), or null
   void* cells = nullptr;  // (N, H), sum type, or null
 };
@@ -146,6 +149,8 @@ struct PersistentBackward {
   const void* c0 = nullptr;
   const void* grad_y = nullptr;  // (N, H), row n at + n * grad_y_stride; null: zeros, or from the layer above
   int64_t grad_y_stride = 0;
+  const void* factors = nullptr;  // as forward, of what comes from the layer above
+  int64_t factors_stride = 0;
   const void* grad_h_n = nullptr;  // (B, H), null: zeros
   const void* grad_c_n = nullptr;
   void* grad_gates = nullptr;  // (N, grad_gates * H); may be where gates is

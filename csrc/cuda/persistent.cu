@@ -48,7 +48,7 @@ struct Configuration {
   cudaLaunchAttribute attribute = {};
   cudaError_t error = cudaSuccess;
 
-  Configuration(const void* kernel, const Plan& plan, cudaStream_t stream) {
+  Configuration(const void* kernel, const Plan& plan, const DeviceInfo& device, cudaStream_t stream) {
     const Tiling& t = plan.tiling;
     config.gridDim = dim3(unsigned(t.blocks * t.teams), unsigned(plan.directions));
     config.blockDim = dim3(block_threads);
@@ -65,7 +65,8 @@ struct Configuration {
       attribute.val.cooperative = 1;
       config.numAttrs = 1;
     }
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t.shared_bytes);
+    // The most there is, not what this launch takes: another thread may set it for its own launch before this one.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device.shared_per_block));
     if (error == cudaSuccess && plan.variant == Variant::cluster && t.blocks > 8)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
@@ -73,8 +74,8 @@ struct Configuration {
 };
 
 // Blocks of the kernel that an SM holds, or clusters that the GPU holds; -1: the driver refuses.
-int resident(const void* kernel, const Plan& plan) {
-  Configuration c(kernel, plan, nullptr);
+int resident(const void* kernel, const Plan& plan, const DeviceInfo& device) {
+  Configuration c(kernel, plan, device, nullptr);
   int count = 0;
   cudaError_t error = c.error;
   if (error == cudaSuccess) {
@@ -88,8 +89,8 @@ int resident(const void* kernel, const Plan& plan) {
 }
 
 template <class Arguments, class Part>
-const char* launch(const LayerSizes& sizes, const Steps& steps, const Part* parts, const Plan& plan, void* workspace,
-                   void* stream) {
+const char* launch(const LayerSizes& sizes, const Steps& steps, const Part* parts, const Plan& plan,
+                   const DeviceInfo& device, void* workspace, void* stream) {
   if (plan.variant == Variant::none) return "this plan has no persistent kernel";
   Arguments arguments = {};
   arguments.hidden_size = sizes.hidden_size;
@@ -98,7 +99,7 @@ const char* launch(const LayerSizes& sizes, const Steps& steps, const Part* part
   arguments.tiling = plan.tiling;
   arguments.workspace = static_cast<char*>(workspace);
   const void* const kernel = kernel_of(plan, sizes.kind);
-  Configuration c(kernel, plan, cudaStream_t(stream));
+  Configuration c(kernel, plan, device, cudaStream_t(stream));
   cudaError_t error = c.error;
   if (error == cudaSuccess && plan.counters > 0)
     error = cudaMemsetAsync(workspace, 0, size_t(plan.counters) * sizeof(uint32_t), cudaStream_t(stream));
@@ -111,18 +112,18 @@ const char* launch(const LayerSizes& sizes, const Steps& steps, const Part* part
 }  // namespace
 
 bool persistent_fits(const LayerSizes& sizes, const Plan& plan, const DeviceInfo& device) {
-  const int count = resident(kernel_of(plan, sizes.kind), plan);
+  const int count = resident(kernel_of(plan, sizes.kind), plan, device);
   return plan.variant == Variant::grid ? count * device.sms >= plan.blocks : count >= 1;
 }
 
 const char* persistent_forward(const LayerSizes& sizes, const Steps& steps, const PersistentForward* parts,
-                               const Plan& plan, const DeviceInfo&, void* workspace, void* stream) {
-  return launch<ForwardArguments>(sizes, steps, parts, plan, workspace, stream);
+                               const Plan& plan, const DeviceInfo& device, void* workspace, void* stream) {
+  return launch<ForwardArguments>(sizes, steps, parts, plan, device, workspace, stream);
 }
 
 const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, const PersistentBackward* parts,
-                                const Plan& plan, const DeviceInfo&, void* workspace, void* stream) {
-  return launch<BackwardArguments>(sizes, steps, parts, plan, workspace, stream);
+                                const Plan& plan, const DeviceInfo& device, void* workspace, void* stream) {
+  return launch<BackwardArguments>(sizes, steps, parts, plan, device, workspace, stream);
 }
 
 }  // namespace cuda

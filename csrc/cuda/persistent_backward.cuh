@@ -101,38 +101,50 @@ class SumExchange {
     }
   }
 
-  // What the team sent for a unit and two columns of this block, added up. Threads beyond those that own units and
-  // columns share the work: all threads of the block come here.
-  FRNN_DEVICE Pair sum(int e, int j) {
+  // What this block's layer and the layer above sent for a unit and two columns, added up. Threads beyond those that
+  // own units and columns share the work: all threads of the block come here. `turn` is 0 and 1 in turns.
+  FRNN_DEVICE void sum(int e, int j, int turn, Pair& own, Pair& above) {
     const int owners = tile_columns / 2 * place_.units;
     const int split = thread_index() / owners, within = thread_index() % owners;
     const int pair = within / place_.units, unit = within % place_.units;
+    // In halves where both layers send: either the one's or the other's blocks.
+    const int sources = sources_of(e), begin = takes_own(e) ? 0 : tiling_.active;
     Pair total = {};
+    own = above = {};
     if (split < tiling_.source_split && 2 * pair < place_.columns_of(j) && unit / 8 < place_.octets) {
-      const int first_source = takes_own(e) ? 0 : tiling_.active, sources = sources_of(e);
-      const int first = first_source + sources * split / tiling_.source_split;
-      const int end = first_source + sources * (split + 1) / tiling_.source_split;
+      const int first = begin + sources * split / tiling_.source_split;
+      const int end = begin + sources * (split + 1) / tiling_.source_split;
       const bool memory = !wavefront && tiling_.exchange == Exchange::memory;
       const char* const buffer = memory ? global(j, e & 1, place_.rank) : shared(j, e & 1);
       for (int source = first; source < end; ++source) {
+        if (wavefront && source == tiling_.active) {
+          own = total;
+          total = {};
+        }
         const Pair* const p = reinterpret_cast<const Pair*>(buffer + offset(source, pair, unit));
         const Pair part = memory ? load_l2(p) : *p;
         total.v[0] += part.v[0];
         total.v[1] += part.v[1];
       }
     }
+    const auto is_above = [&](int split) {  // the last of its sources
+      return wavefront && begin + sources * (split + 1) / tiling_.source_split > tiling_.active;
+    };
+    const auto add = [&](const Pair& part, bool to_above) {
+      FRNN_UNROLL
+      for (int column = 0; column < 2; ++column) {
+        own.v[column] += to_above ? 0.0f : part.v[column];
+        if (wavefront) above.v[column] += to_above ? part.v[column] : 0.0f;
+      }
+    };
+    add(total, is_above(split));
     if (tiling_.source_split > 1) {
       // Two buffers: who is a sum ahead has met those that still read here at the barrier below.
-      Pair* const parts = reinterpret_cast<Pair*>(shared_memory() + tiling_.sums) + parity_ * block_threads;
-      parity_ ^= 1;
+      Pair* const parts = reinterpret_cast<Pair*>(shared_memory() + tiling_.sums) + turn * block_threads;
       parts[thread_index()] = total;
       sync_threads();
-      for (int i = 1; i < tiling_.source_split && split == 0; ++i) {
-        total.v[0] += parts[i * owners + within].v[0];
-        total.v[1] += parts[i * owners + within].v[1];
-      }
+      for (int i = 1; i < tiling_.source_split && split == 0; ++i) add(parts[i * owners + within], is_above(i));
     }
-    return total;
   }
 
   // All warps have read exchange e.
@@ -218,7 +230,6 @@ class SumExchange {
 #endif
   char* memory_ = nullptr;
   uint32_t* counters_ = nullptr;
-  int parity_ = 0;  // of the sums
 };
 
 template <class Product, class Cell, int group, int register_groups, int most_slabs, bool wavefront>
@@ -332,7 +343,8 @@ __global__ void __launch_bounds__(block_threads, 1)
   // What was saved is fetched one column tile ahead, as soon as the registers of the one before are free.
   S values[saved > 0 ? saved : 1][2] = {}, hidden[2] = {}, grad_y[2] = {};
   float cells[2] = {}, previous_cells[2] = {};
-  bool keeps[2] = {};  // the step kept their states as they were
+  float factors[2] = {1, 1};  // of what comes from the layer above
+  bool keeps[2] = {};         // the step kept their states as they were
   const auto fetch = [&](const StepRows& rows, const StepRows& previous, int j) {
     FRNN_UNROLL
     for (int column = 0; column < 2; ++column) {
@@ -355,6 +367,8 @@ __global__ void __launch_bounds__(block_threads, 1)
         if (!begins) hidden[column] = typed<S>(layer.y)[previous_row * layer.y_stride + unit];
         if (begins && layer.h0) hidden[column] = typed<S>(layer.h0)[b * H + unit];
       }
+      if (wavefront && layer.factors)
+        factors[column] = widen(load_streaming(typed<S>(layer.factors) + row * layer.factors_stride + unit));
       if (layer.grad_y) grad_y[column] = load_streaming(typed<S>(layer.grad_y) + row * layer.grad_y_stride + unit);
     }
   };
@@ -365,10 +379,10 @@ __global__ void __launch_bounds__(block_threads, 1)
   for (int s = 0; s < num_steps; ++s) {
     for (int j = 0; j < place.column_tiles; ++j) {
       const int columns = place.columns_of(j);
-      Pair received = {};
+      Pair received = {}, from_above = {};
       if (exchange.exists(s)) {
         exchange.wait(s, j);
-        received = exchange.sum(s, j);
+        exchange.sum(s, j, buffer, received, from_above);
       }
       char* const operand = operands + buffer * operand_bytes;
       if (item.exists && 2 * item.pair < columns) {
@@ -377,6 +391,7 @@ __global__ void __launch_bounds__(block_threads, 1)
         FRNN_UNROLL
         for (int column = 0; column < 2; ++column) {
           dh.v[column] += received.v[column];
+          if (wavefront) dh.v[column] += from_above.v[column] * factors[column];
           Real activated[saved > 0 ? saved : 1];
           FRNN_UNROLL
           for (int i = 0; i < saved; ++i) activated[i] = widen(values[i][column]);
@@ -490,10 +505,11 @@ __global__ void __launch_bounds__(block_threads, 1)
   }
 
   for (int j = 0; j < place.column_tiles; ++j) {
-    Pair received = {};
+    Pair received = {}, from_above = {};
     if (layer.grad_h0) {
       exchange.wait(num_steps, j);
-      received = exchange.sum(num_steps, j);
+      exchange.sum(num_steps, j, buffer, received, from_above);
+      buffer ^= 1;
     }
     FRNN_UNROLL
     for (int column = 0; column < 2; ++column) {

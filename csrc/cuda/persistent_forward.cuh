@@ -45,10 +45,11 @@ class StateExchange {
   static constexpr int most_receivers = (wavefront ? 8 : 16) / holders;  // in a layer
 
  public:
-  FRNN_DEVICE StateExchange(const Tiling& tiling, const Place& place, char* workspace, int steps)
+  FRNN_DEVICE StateExchange(const Tiling& tiling, const Place& place, char* workspace, int steps, bool scales)
       : tiling_(tiling),
         place_(place),
         steps_(steps),
+        scales_(scales),
         chunks_(place.total_octets * 8 / per_chunk),
         state_bytes_((chunks_ + slab_chunks - 1) / slab_chunks * slab_bytes),
         buffer_bytes_(wavefront ? 2 * state_bytes_ : state_bytes_),
@@ -137,11 +138,14 @@ class StateExchange {
 #endif
   }
 
-  // Sends two neighbouring columns of a unit to the team, for step s + 1, and to the layer above, for step s; all lanes
-  // of the warp come here.
-  FRNN_DEVICE void send(int s, int j, const Item& item, const float (&h)[2]) {
+  // Sends two neighbouring columns of a unit to the team, for step s + 1, and to the layer above, times `factors`, for
+  // step s; all lanes of the warp come here.
+  FRNN_DEVICE void send(int s, int j, const Item& item, const float (&h)[2], const S (&factors)[2]) {
     const S first = narrow<S>(h[0]), second = narrow<S>(h[1]);
     const Chunk chunk = gather(first, second);
+    Chunk above_chunk = chunk;
+    if (wavefront && scales_)
+      above_chunk = gather(narrow<S>(widen(first) * widen(factors[0])), narrow<S>(widen(second) * widen(factors[1])));
     const int column = 2 * item.pair + lane_index() % 2;
     const int parity = (s + 1) & 1;
     const bool sends = item.pair < tile_columns / 2 && item.unit / 8 < place_.octets && column < place_.columns_of(j);
@@ -156,7 +160,7 @@ class StateExchange {
         const int above = 2 * j + (s & 1);
         // Not who sends nothing: without it the layer above goes on, and its next credit but one has this one's parity.
         if (s >= 2 && holder < tiling_.active) mbarrier_wait(&credits_[above], ((s - 2) >> 1) & 1);
-        send_to(place_.layer + 1, chunk, buffer(j, s & 1) + state_bytes_ + offset, above, holder);
+        send_to(place_.layer + 1, above_chunk, buffer(j, s & 1) + state_bytes_ + offset, above, holder);
       }
       return;
     }
@@ -254,6 +258,7 @@ class StateExchange {
   const Tiling& tiling_;
   const Place& place_;
   const int steps_;
+  const bool scales_;  // what goes to the layer above
   const int chunks_;
   const int state_bytes_, buffer_bytes_;  // of h of one layer; of all that a block takes
   char* const operand_;
@@ -388,7 +393,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     *c_state(j) = c;
   }
 
-  StateExchange<Product, wavefront> exchange(tiling, place, arguments.workspace, num_steps);
+  StateExchange<Product, wavefront> exchange(tiling, place, arguments.workspace, num_steps, layer.factors);
   exchange.begin(layer.h0, H);
   meet_writers(tiling);
   if (place.rank >= tiling.active) {  // nothing to do, but the cluster's barriers count this block
@@ -398,13 +403,16 @@ __global__ void __launch_bounds__(block_threads, 1)
   }
 
   // The projected inputs of the next column tile in turn are fetched as soon as the registers of this one's are free.
-  S projected[gates][2] = {};
+  S projected[gates][2] = {}, factors[2] = {};
   bool keeps[2] = {};  // their states, as they are
   const auto fetch_projection = [&](int first, int live, int j) {
     FRNN_UNROLL
     for (int column = 0; column < 2; ++column) {
       if (!lives(j, column, live)) continue;
       keeps[column] = is_masked(steps, first + row_of(j, column));
+      if (wavefront && layer.factors)
+        factors[column] = load_streaming(typed<S>(layer.factors) + (first + row_of(j, column)) * layer.factors_stride +
+                                         item.global_unit);
       if (wavefront && !layer.projection) continue;
       const S* const row =
           typed<S>(layer.projection) + (first + row_of(j, column)) * layer.projection_stride + item.global_unit;
@@ -515,7 +523,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       }
       // The team waits for h; memory does not.
       if (wavefront || s + 1 < num_steps) {
-        exchange.send(s, j, item, h.v);
+        exchange.send(s, j, item, h.v, factors);
         exchange.sent(j);
       }
       FRNN_UNROLL

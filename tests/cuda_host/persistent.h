@@ -65,6 +65,15 @@ class Random {
   std::mt19937 engine_;
 };
 
+// Of dropout with p = 1/2.
+template <class S>
+std::vector<S> dropout_factors(int64_t count, int seed) {
+  std::mt19937 engine(unsigned(seed) + 5);
+  std::vector<S> v(static_cast<size_t>(count));
+  for (S& x : v) x = narrow<S>(engine() % 2 ? 2.0f : 0.0f);
+  return v;
+}
+
 template <class S>
 double as_double(S x) {
   return double(widen(x));

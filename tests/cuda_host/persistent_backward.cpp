@@ -2,8 +2,8 @@
 // wrong.
 //   kind dtype (tf32: float32 with its product in TF32) T B H directions layers (in a wavefront) ragged masked
 //   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
-//   in_place (gradients of the gates go where the gates are) initial (h0, c0 and their gradients) final (gradients of
-//   h_n, c_n) output (gradients of y)
+//   dropout (between layers) in_place (gradients of the gates go where the gates are) initial (h0, c0 and their
+//   gradients) final (gradients of h_n, c_n) output (gradients of y)
 #include "cuda/persistent_backward.cuh"
 
 #include "cuda/plan.cpp"
@@ -40,7 +40,7 @@ struct Backward {
       Random<S> random(unsigned(seed) + 17);
       Random<float> random_float(unsigned(seed) + 18);
       struct Part {
-        std::vector<S> w_hh, w_ih, h0, c0, gates, grad_h_n, grad_c_n, grad_gates, grad_h0, grad_c0;
+        std::vector<S> w_hh, w_ih, factors, h0, c0, gates, grad_h_n, grad_c_n, grad_gates, grad_h0, grad_c0;
         std::vector<float> cells;
       } part[most_layers];
       const std::vector<S> y = random(N * parts * H, 1), grad_y = random(N * parts * H, 1);
@@ -78,6 +78,11 @@ struct Backward {
         p.c0 = initial ? m.c0.data() : nullptr;
         p.grad_y = output && highest ? grad_y.data() + d * H : nullptr;
         p.grad_y_stride = parts * H;
+        if (arguments.number("dropout", 0) && !highest) {
+          m.factors = dropout_factors<S>(N * (H + 1), seed + d);
+          p.factors = m.factors.data();
+          p.factors_stride = H + 1;
+        }
         p.grad_h_n = final ? m.grad_h_n.data() : nullptr;
         p.grad_c_n = final && Cell::has_cell ? m.grad_c_n.data() : nullptr;
         p.grad_gates = replaces ? m.gates.data() : m.grad_gates.data();
@@ -99,12 +104,13 @@ struct Backward {
         const bool above = layers > 1 && d > 0, highest = layers == 1 || d == layers - 1;
         const bool reverse = D > 1 && d == 1;
         std::vector<double> to_below(size_t(N) * H, 0.0);
+        const auto number = [&](const std::vector<S>& v, int64_t i) { return as_double(v[size_t(i)]); };
         const auto gradient_of_y = [&](int64_t n, int u) {
-          if (!highest) return from_above[size_t(n * H + u)];
+          if (!highest)
+            return from_above[size_t(n * H + u)] * (m.factors.empty() ? 1 : number(m.factors, n * (H + 1) + u));
           return output ? as_double(grad_y[size_t((n * parts + d) * H + u)]) : 0;
         };
         const S* const results = typed<S>(a.part[d].grad_gates);
-        const auto number = [&](const std::vector<S>& v, int64_t i) { return as_double(v[size_t(i)]); };
         std::vector<double> dh(size_t(states), 0.0), dc(size_t(states), 0.0);
         for (int64_t i = 0; i < states && final; ++i) {
           dh[size_t(i)] = number(m.grad_h_n, i);

@@ -2,7 +2,7 @@
 //   sites (prints the waits that were met)
 //   kind dtype (tf32: float32 with its product in TF32) T B H directions layers (in a wavefront) ragged masked
 //   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
-//   in_place (the projections are where the gates go, or y) save initial bias
+//   dropout (between layers) in_place (the projections are where the gates go, or y) save initial bias
 #include "cuda/persistent_forward.cuh"
 
 #include "cuda/plan.cpp"
@@ -38,7 +38,7 @@ struct Forward {
       constexpr int G = Cell::gates, saved = Cell::saved;
       Random<S> random(unsigned(seed) + 17);
       struct Part {
-        std::vector<S> w_hh, w_ih, b_ih, b_hh, h0, c0, projection, h_n, c_n, gates;
+        std::vector<S> w_hh, w_ih, factors, b_ih, b_hh, h0, c0, projection, h_n, c_n, gates;
         std::vector<float> cells;
       } part[most_layers];
       std::vector<S> y = unwritten<S>(N * parts * H);
@@ -75,6 +75,11 @@ struct Forward {
         p.c_n = Cell::has_cell ? m.c_n.data() : nullptr;
         p.y = layers > 1 && d < layers - 1 && !save ? nullptr : y.data() + d * H;
         p.y_stride = parts * H;
+        if (arguments.number("dropout", 0) && d + 1 < layers) {
+          m.factors = dropout_factors<S>(N * (H + 1), seed + d);
+          p.factors = m.factors.data();
+          p.factors_stride = H + 1;
+        }
         p.gates = save && saved > 0 ? m.gates.data() : nullptr;
         p.cells = save && Cell::has_cell ? m.cells.data() : nullptr;
         if (above) continue;
@@ -164,6 +169,8 @@ struct Forward {
           h_error.add(number(m.h_n, i), h[size_t(i)]);
           if (Cell::has_cell) c_error.add(number(m.c_n, i), c[size_t(i)]);
         }
+        for (int64_t n = 0; n < N && !m.factors.empty(); ++n)
+          for (int u = 0; u < H; ++u) output[size_t(n * H + u)] *= number(m.factors, n * (H + 1) + u);
         below = output;
       }
       // A sum in float32 can fall on the other side of a rounding boundary than one in float64, and the sums of the
