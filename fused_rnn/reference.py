@@ -119,10 +119,15 @@ def _layer(
     for t in order:
         x = inputs[t]
         b = x.shape[0]
-        h_previous = h[:b].to(accumulate)
+        h_previous, c_previous = h[:b].to(accumulate), None if c is None else c[:b]
+        if live is not None:
+            # The state of a row without any step is whatever the caller gave: it must meet neither a product, which
+            # would bring it into the weights' gradients, nor another gate.
+            h_previous = torch.where(live[t], h_previous, 0)
+            c_previous = None if c_previous is None else torch.where(live[t], c_previous, 0)
         x_gates = linear(x.to(accumulate), w_ih, b_ih)
         h_gates = linear(h_previous, w_hh, b_hh)
-        h_t, c_t = STEPS[kind](x_gates, h_gates, h_previous, None if c is None else c[:b])
+        h_t, c_t = STEPS[kind](x_gates, h_gates, h_previous, c_previous)
         if w_hr is not None:  # Sak, Senior and Beaufays 2014: h is projected from H to P before it is used again
             h_t = linear(h_t, w_hr)
         h_t = h_t.to(dtype)

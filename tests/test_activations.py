@@ -6,6 +6,9 @@ x86) for float64.
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,8 @@ np = pytest.importorskip("numpy")
 pytestmark = [pytest.mark.kernels, pytest.mark.asan]
 
 NAMES = ("tanh", "sigmoid")
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
 # Largest error in ulp of the result. float32: the bound that the project states for its kernels. float64: a division
 # and a polynomial more than the C library's functions need; where longdouble is no wider than double (not on x86), one
@@ -166,3 +171,35 @@ def test_gates_of_bfloat16_layers_have_more_bits_than_bfloat16(name: str, isa: s
     assert ends[:2].tolist() == [1.0, -1.0 if name == "tanh" else 0.0]
     assert ends[2].item() == pytest.approx(0.0 if name == "tanh" else 0.5, rel=2**-13, abs=0)
     assert ends[3].isnan()
+
+
+SCALAR_PROGRAM = """
+#include <cmath>
+
+#include "cells/math.h"
+
+template <class T>
+bool right(T x) {
+  const T bound = 8 * (sizeof(T) == 4 ? T(0x1p-24) : T(0x1p-53));
+  return std::fabs(fused_rnn::tanh<T>(x) - std::tanh(x)) <= bound &&
+         std::fabs(fused_rnn::sigmoid<T>(x) - 1 / (1 + std::exp(-x))) <= bound;
+}
+
+int main() {
+  for (int i = -8000; i <= 8000; ++i)
+    if (!right(float(i) / 10) || !right(double(i) / 10)) return 1;
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which(COMPILER[0]), reason=f"no compiler: {COMPILER[0]} is not on PATH")
+def test_scalar_functions_have_no_undefined_behaviour(tmp_path: Path) -> None:
+    # The kernels use them on vectors alone; these are for CUDA, and for host execution of it.
+    (tmp_path / "scalar.cpp").write_text(SCALAR_PROGRAM)
+    program = tmp_path / "scalar"
+    flags = ["-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*COMPILER, *flags, str(tmp_path / "scalar.cpp"), "-o", str(program)], check=True, timeout=300)
+    # (Without what `make test-asan` preloads.)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    result = subprocess.run([str(program)], capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr

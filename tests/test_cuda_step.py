@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,10 @@ def run(problem: Problem, folder: Path, variant: str = "address", **options: Any
 
 def check(problem: Problem, folder: Path, variant: str = "address") -> None:
     result = run(problem, folder, variant)
+    check_result(problem, folder, result)
+
+
+def check_result(problem: Problem, folder: Path, result: subprocess.CompletedProcess[str]) -> None:
     assert result.returncode == 0, result.stderr
     for d, (actual, expected) in enumerate(zip(problem.read(folder / "out"), problem.expected())):
         assert_within(actual, {name: expected[name] for name in actual})

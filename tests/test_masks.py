@@ -276,6 +276,36 @@ def test_what_stands_in_masked_steps_leaks_nowhere(case: Case, recompute: bool, 
         assert_masked_steps_are_empty(found, case, mask)
 
 
+def assert_idle_state_stays(
+    case: Case, run_layer: Callable[[Data], dict[str, Tensor]], data: Data, mask: Tensor, value: float
+) -> None:
+    """An initial state ``value`` of the row without a step is its final one, and changes nothing else to the bit."""
+    assert not mask[:, 0].any()
+    spoilt = copy.deepcopy(data)
+    with torch.no_grad():
+        for state in spoilt.states:
+            state[:, 0] = value
+    found, expected = run_layer(spoilt), run_layer(data)
+    for name, initial, spoilt_initial in zip(("h_n", "c_n"), data.states, spoilt.states, strict=False):
+        assert torch.equal(expected[name][:, 0], initial[:, 0])
+        torch.testing.assert_close(found[name][:, 0], spoilt_initial[:, 0], rtol=0, atol=0, equal_nan=True)
+        found[name] = torch.cat([expected[name][:, :1], found[name][:, 1:]], dim=1)
+    assert_same(found, expected)
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_the_initial_state_of_a_row_without_a_step_leaks_nowhere(case: Case, backend: str, value: float) -> None:
+    case = case.replace(hx=True)
+    module, mask = case.build(fused_rnn), random_mask(case)
+    with fused_rnn.use_backend(backend):
+        assert_idle_state_stays(
+            case, lambda data: run(module, data, mask=as_argument(case, mask)), case.data(), mask, value
+        )
+
+
 @pytest.mark.parametrize("case", SOME[:4], ids=str)
 def test_nan_in_masked_steps_leaks_into_no_second_derivative_or_tangent(case: Case) -> None:
     case = case.replace(dtype=F64)
@@ -439,6 +469,35 @@ def test_compiled_without_a_graph_break_gives_the_same(case: Case, option: str) 
         found = torch.autograd.grad(compiled(sequence, mask), leaves)
         names = ["input", *dict(module.named_parameters())]
         assert_close_to_twin(dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True)))
+
+
+class _WithOption(nn.Module):
+    """A layer whose option is an argument by position, which is all that torch.jit.trace records."""
+
+    def __init__(self, layer: nn.Module, option: str) -> None:
+        super().__init__()
+        self.layer, self.option = layer, option
+
+    def forward(self, x: Tensor, value: Tensor) -> Any:
+        return self.layer(x, **{self.option: value})[0]
+
+
+@pytest.mark.parametrize("option", ["mask", "lengths"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_jit_trace_records_what_counts_for_other_values_and_sizes(cell: str, option: str) -> None:
+    case = Case(cell=cell, num_layers=2, bidirectional=True)
+    module = _WithOption(case.build(fused_rnn), option)
+
+    def arguments(case: Case, seed: int) -> tuple[Tensor, Tensor]:
+        mask = random_mask(case, seed=seed)
+        return case.data(seed=seed).sequence.detach(), mask if option == "mask" else mask.sum(0)
+
+    traced = torch.jit.trace(module, arguments(case, 1))
+    for other in (case, case.replace(batch=2, steps=9)):
+        given = arguments(other, 2)
+        assert_same({"output": traced(*given)}, {"output": module(*given)})
+    with pytest.raises(NameError, match="valid arguments"):  # torch's own: keywords cannot be traced
+        torch.jit.trace(module.layer, example_kwarg_inputs={"input": given[0], option: given[1]})
 
 
 @pytest.mark.kernels

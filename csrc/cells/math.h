@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../problem.h"
 
@@ -182,11 +183,23 @@ FRNN_HOST_DEVICE V reduced_expm1(V x, V n, V& low) {
   return p;
 }
 
+namespace detail {
+// For a signed scalar C++17 defines the shift only where no bit is lost.
+template <class Int>
+FRNN_HOST_DEVICE Int shift_left(Int x, int bits) {
+  if constexpr (std::is_integral_v<Int>) {
+    return Int(std::make_unsigned_t<Int>(x) << bits);
+  } else {
+    return x << bits;
+  }
+}
+}  // namespace detail
+
 // 2^n for the exponent n of a normal number, from n + round_magic: n is in the lowest bits of its mantissa.
 template <class V>
 FRNN_HOST_DEVICE V power_of_two(V shifted) {
   using F = FloatFormat<typename Lanes<V>::Scalar>;
-  return Lanes<V>::from_bits((Lanes<V>::bits(shifted) + F::exponent_bias) << F::mantissa_bits);
+  return Lanes<V>::from_bits(detail::shift_left(Lanes<V>::bits(shifted) + F::exponent_bias, F::mantissa_bits));
 }
 
 template <class V>

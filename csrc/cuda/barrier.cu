@@ -32,7 +32,11 @@ __global__ void grid_barriers(int64_t rounds, uint32_t* counter) {
   }
 }
 
-const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+const char* text_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // told here, so not again by the next call
+  return cudaGetErrorString(error);
+}
 
 }  // namespace
 

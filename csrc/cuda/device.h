@@ -127,8 +127,17 @@ FRNN_DEVICE float widen(Half x) {
 namespace detail {
 FRNN_DEVICE void narrow_to(float x, float& y) { y = x; }
 FRNN_DEVICE void narrow_to(double x, double& y) { y = x; }
-FRNN_DEVICE void narrow_to(float x, BFloat16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-FRNN_DEVICE void narrow_to(float x, Half& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+// As one of two: a conversion of one number is a slower instruction wherever its result is not only stored.
+FRNN_DEVICE void narrow_to(float x, BFloat16& y) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(0.0f), "f"(x));
+  y.bits = uint16_t(packed);
+}
+FRNN_DEVICE void narrow_to(float x, Half& y) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(0.0f), "f"(x));
+  y.bits = uint16_t(packed);
+}
 }  // namespace detail
 
 // To the storage type S, to nearest even.
@@ -308,6 +317,12 @@ FRNN_DEVICE void prefetch_l2(const void* p) {
 
 #if defined(FRNN_CUDA_CLUSTERS)
 
+// PTX 8.6 has fences of shared memory alone. Without them a release to the cluster waits for all that was stored to
+// global memory, and an acquire empties L1.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
+#define FRNN_CUDA_SHARED_FENCES 1
+#endif
+
 // Clusters
 
 FRNN_DEVICE int cluster_rank() {
@@ -388,16 +403,31 @@ FRNN_DEVICE void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
       "r"(bytes)
       : "memory");
 }
+// Another block's. Whoever waits for it knows that this block's threads are done with their own shared memory as far as
+// they were here or had met this thread; of global memory it need not know anything.
 FRNN_DEVICE void mbarrier_arrive_remote(RemoteAddress barrier) {
+#if defined(FRNN_CUDA_SHARED_FENCES)
+  asm volatile(
+      "fence.release.sync_restrict::shared::cta.cluster;\n"
+      "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier.address)
+      : "memory");
+#else
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier.address) : "memory");
+#endif
 }
-// Whether the phase of this parity has ended; may take a moment before it says no.
+// Whether the phase of this parity has ended; may take a moment before it says no. Then what came with it is seen in
+// the cluster's shared memory.
 FRNN_DEVICE bool mbarrier_try_wait(Mbarrier* barrier, int parity) {
   uint32_t done;
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
+#if defined(FRNN_CUDA_SHARED_FENCES)
+      "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "fence.acquire.sync_restrict::shared::cluster.cluster;\n"
+#else
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+#endif
       "selp.u32 %0, 1, 0, p;\n"
       "}\n"
       : "=r"(done)

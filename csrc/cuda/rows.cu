@@ -1,6 +1,8 @@
 // Launches of rows.cuh, and what a GPU says of itself.
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "cuda.h"
 #include "rows.cuh"
 
@@ -39,6 +41,29 @@ int resident_clusters(int size, int64_t shared) {
   return 0;
 }
 
+// Of the current device.
+cudaError_t read_clusters(DeviceInfo& info) {
+  cudaError_t error =
+      cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, int(info.shared_per_block));
+  // Above 8 blocks a cluster is not portable: some devices have none, and a kernel must ask for them.
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(occupy, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  for (int i = 0; i < 5 && error == cudaSuccess; ++i) {
+    info.resident_clusters[i] = resident_clusters(1 << i, info.shared_per_block);
+    if (info.resident_clusters[i] > 0) info.max_cluster = 1 << i;
+  }
+  return error;
+}
+
+// What is wrong with a GPU of an architecture that nvcc was not asked for; the text lives until the thread's next one.
+const char* no_code_text(int arch) {
+  static thread_local std::string text;
+  const auto capability = [](int number) { return std::to_string(number / 10) + "." + std::to_string(number % 10); };
+  text = "the CUDA kernels were compiled for GPUs of compute capability";
+  for (int compiled : {__CUDA_ARCH_LIST__}) text += " " + capability(compiled / 10);
+  text += " and what runs their code, got one of " + capability(arch);
+  return text.c_str();
+}
+
 }  // namespace
 
 const char* read_device(int index, DeviceInfo& info) {
@@ -59,29 +84,29 @@ const char* read_device(int index, DeviceInfo& info) {
   also(cudaDevAttrMaxSharedMemoryPerMultiprocessor, info.shared_per_sm);
   also(cudaDevAttrMaxRegistersPerMultiprocessor, info.registers_per_sm);
   also(cudaDevAttrL2CacheSize, info.l2_bytes);
-  also(cudaDevAttrClockRate, info.clock_khz);
   also(cudaDevAttrCooperativeLaunch, cooperative);
   also(cudaDevAttrClusterLaunch, clusters);
+  // Drivers may stop telling the clock, without which the planner only takes a usual one.
+  if (error == cudaSuccess && read(cudaDevAttrClockRate, info.clock_khz) != cudaSuccess) cudaGetLastError();
   info.index = index;
   info.arch = 10 * major + minor;
   info.cooperative = cooperative != 0;
-  if (error != cudaSuccess || !clusters) return text_of(error);
 
   int before = 0;
-  error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(index);
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, int(info.shared_per_block));
-  }
-  // Above 8 blocks a cluster is not portable: some devices have none, and a kernel must ask for them.
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(occupy, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  for (int i = 0; i < 5 && error == cudaSuccess; ++i) {
-    info.resident_clusters[i] = resident_clusters(1 << i, info.shared_per_block);
-    if (info.resident_clusters[i] > 0) info.max_cluster = 1 << i;
-  }
+  if (error != cudaSuccess) return text_of(error);
+  cudaFuncAttributes code = {};
+  error = cudaFuncGetAttributes(&code, occupy);
+  const bool no_code = error == cudaErrorNoKernelImageForDevice;
+  // Code for older architectures, translated by the driver, has the kernels without what clusters need (device.h).
+  if (error == cudaSuccess && clusters && code.ptxVersion >= 90) error = read_clusters(info);
   const cudaError_t restored = cudaSetDevice(before);
-  if (error == cudaSuccess) error = restored;
-  return text_of(error);
+  if (no_code) {
+    cudaGetLastError();  // told here, so not again by the next call
+    return no_code_text(info.arch);
+  }
+  return text_of(error == cudaSuccess ? restored : error);
 }
 
 const char* upload_steps(const int64_t* batch_sizes, int64_t T, int64_t* sizes, int64_t* offsets, void* stream) {

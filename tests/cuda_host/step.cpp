@@ -52,7 +52,12 @@ struct OnHost {
     l.threads = threads;
     l.shared_bytes = size_t(shared_bytes);
     l.seed = uint64_t(problem.seed);
-    launch(l, [&] { kernel(arguments...); });
+#if defined(FRNN_INTERPRETED)
+    const auto run = interpreted(kernel);
+#else
+    const auto run = kernel;
+#endif
+    launch(l, [&] { run(arguments...); });
   }
 };
 

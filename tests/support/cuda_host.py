@@ -1,4 +1,4 @@
-"""Builds and runs the programs of tests/cuda_host: CUDA kernels executed on the CPU."""
+"""Builds and runs the programs of tests/cuda_host: CUDA kernels executed on the CPU, also as nvcc translated them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,17 +41,38 @@ def build(name: str, variant: str = "plain") -> Path:
     if variant == "thread":
         engine_flags.append("-DFRNN_HOST_TSAN")
     engine = _compile(folder / "engine.o", [*engine_flags, "-c", str(SOURCES / "engine.cpp")])
-    return _compile(folder / name, [*VARIANTS[variant], str(SOURCES / f"{name}.cpp"), str(engine)], [engine])
+    # Kernels of a program are found by name (ptx.h).
+    arguments = [*VARIANTS[variant], str(SOURCES / f"{name}.cpp"), str(engine), "-rdynamic", "-ldl"]
+    return _compile(folder / name, arguments, [engine])
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def translate(source: Path, arch: str = "90a", csrc: Path = ROOT / "csrc", to: str = "ptx") -> Path:
+    """What nvcc makes of a CUDA source for one architecture: PTX, or (``to="cubin"``) machine code."""
+    folder = BUILD / "nvcc"
+    folder.mkdir(parents=True, exist_ok=True)
+    nvcc = find_nvcc()
+    assert nvcc, "nvcc is not there"
+    # As in tools/cuda_build.py.
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", f"-{to}"]
+    name = f"{source.stem}.{zlib.crc32(str(csrc).encode()):08x}.{arch}.{to}"
+    return _make(folder / name, [nvcc, *flags, f"-I{csrc}", f"-I{SOURCES}", str(source)])
 
 
 def _compile(result: Path, arguments: list[str], needs: Sequence[Path] = ()) -> Path:
+    return _make(result, [*shlex.split(os.environ.get("CXX", "g++")), *COMMON, *arguments], needs)
+
+
+def _make(result: Path, command: list[str], needs: Sequence[Path] = ()) -> Path:
     dependencies = Path(f"{result}.d")
     # Tests may run in several processes.
     with Path(f"{result}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_current(result, dependencies, needs):
-            compiler = shlex.split(os.environ.get("CXX", "g++"))
-            command = [*compiler, *COMMON, "-MMD", "-MF", str(dependencies), *arguments, "-o", str(result)]
+            command = [*command, "-MMD", "-MF", str(dependencies), "-o", str(result)]
             process = subprocess.run(command, capture_output=True, text=True, check=False)
             assert process.returncode == 0, f"{shlex.join(command)}\n{process.stderr}"
     return result
@@ -64,9 +86,13 @@ def _is_current(result: Path, dependencies: Path, needs: Sequence[Path]) -> bool
     return all(file.exists() and file.stat().st_mtime <= made for file in [*files, *needs, Path(__file__)])
 
 
-def run(program: Path, *arguments: object, skip_site: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the program; `skip_site` (file:line) is a wait that all threads go past."""
+def run(
+    program: Path, *arguments: object, skip_site: str | None = None, ptx: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs the program; `skip_site` (file:line) is a wait that all threads go past, `ptx` what an interpreter reads."""
     environment = dict(os.environ)
+    if ptx:
+        environment["FRNN_PTX"] = str(ptx)
     environment.pop("FRNN_SKIP_SITE", None)
     if skip_site:
         environment["FRNN_SKIP_SITE"] = skip_site
