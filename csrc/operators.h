@@ -268,6 +268,19 @@ struct Stack {
     return mask.defined() && t.defined() ? at::where(mask.unsqueeze(2), t, 0) : t;
   }
 
+  // Which rows have any step, (B, 1).
+  Tensor rows_with_steps() const { return mask.any(0).unsqueeze(1); }
+
+  // Initial states, with zeros in rows without any step: what stands there, NaN included, must not meet a product.
+  Tensor without_idle(const Tensor& state) const {
+    return mask.defined() && state.defined() ? at::where(rows_with_steps(), state, 0) : state;
+  }
+
+  // Final states, of which rows without any step have the initial ones.
+  Tensor with_idle(const Tensor& final, const Tensor& state) const {
+    return mask.defined() && state.defined() ? at::where(rows_with_steps(), final, state) : final;
+  }
+
   // Where some steps are masked, the others; the stack itself has no mask afterwards.
   std::optional<LiveSteps> take_mask() {
     if (!mask.defined()) return std::nullopt;
@@ -300,8 +313,7 @@ struct Stack {
   int64_t layers_at_once(const Backend& backend, bool backward) const {
     if constexpr (Backend::wavefronts) {
       // Layers but the first are equal; above a first of other input they all could be, as its projection is apart.
-      if (num_layers > 1)
-        return backend.layers_at_once(layer_sizes(num_layers - 1), num_layers, steps(), backward);
+      if (num_layers > 1) return backend.layers_at_once(layer_sizes(num_layers - 1), num_layers, steps(), backward);
     }
     return 1;
   }
@@ -365,10 +377,12 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, bool 
   // Where kernels carry states over masked steps, those are not the output.
   Tensor output = carries && N > 0 ? Tensor() : at::empty(stack.output_shape(), options);
   const auto result = [&] {
-    return ForwardResult(output, h_n, c_n, all_gates, all_cells, save ? all_hidden : at::empty({0}, options));
+    return ForwardResult(output, stack.with_idle(h_n, stack.h0), has_cell ? stack.with_idle(c_n, stack.c0) : c_n,
+                         all_gates, all_cells, save ? all_hidden : at::empty({0}, options));
   };
   if (N == 0) return result();
 
+  const Tensor h0 = stack.without_idle(stack.h0), c0 = stack.without_idle(stack.c0);
   const Steps steps = stack.steps();
   c10::SmallVector<LayerForward, 1> together;
   Tensor x = rows_for<Backend>(stack.without_masked(stack.input)), y;
@@ -394,8 +408,8 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, bool 
       DirectionForward& dir = layer.direction[d];
       const int64_t i = l * D + d;
       dir.weights = stack.weights(l, d);
-      dir.h0 = const_slice(stack.h0, i);
-      dir.c0 = const_slice(stack.c0, i);
+      dir.h0 = const_slice(h0, i);
+      dir.c0 = const_slice(c0, i);
       dir.h_n = mutable_slice(h_n, i);
       dir.c_n = mutable_slice(c_n, i);
       dir.gates = mutable_slice(gates, i);
@@ -476,6 +490,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
 
   const Tensor y = carries ? given.hidden.select(0, L - 1) : rows_for<Backend>(given.output);
   Tensor grad_y = rows_for<Backend>(stack.without_masked(given.grad_output));
+  const Tensor h0 = stack.without_idle(stack.h0), c0 = stack.without_idle(stack.c0);
   const Steps steps = stack.steps();
   const int64_t at_once = lowest < L ? stack.layers_at_once(backend, true) : 1;
   c10::SmallVector<LayerBackward, 1> together;  // highest first, until they run
@@ -503,8 +518,8 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
       DirectionBackward& dir = layer.direction[d];
       const int64_t i = l * D + d;
       dir.weights = stack.weights(l, d);
-      dir.h0 = const_slice(stack.h0, i);
-      dir.c0 = const_slice(stack.c0, i);
+      dir.h0 = const_slice(h0, i);
+      dir.c0 = const_slice(c0, i);
       dir.gates = const_slice(given.gates, i);
       dir.cells = const_slice(given.cells, i);
       dir.grad_h_n = const_slice(given.grad_h_n, i);

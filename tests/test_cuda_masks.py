@@ -16,7 +16,13 @@ from test_cuda_ops import (
     _cuda_operators,  # noqa: F401  (a fixture)
     _has_projection,
 )
-from test_masks import as_argument, assert_masked_steps_are_empty, float64_reference, random_mask
+from test_masks import (
+    as_argument,
+    assert_idle_state_stays,
+    assert_masked_steps_are_empty,
+    float64_reference,
+    random_mask,
+)
 
 import fused_rnn
 
@@ -105,6 +111,19 @@ def test_what_stands_in_masked_steps_leaks_nowhere(case: Case, variant: str, rec
     assert_masked_steps_are_empty(found, case, mask)
     for name, initial in zip(("h_n", "c_n"), data.states, strict=False):
         assert torch.equal(found[name][:, 0], initial[:, 0])  # the row without a step
+
+
+@pytest.mark.parametrize("variant", ["none", "cluster"])
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_the_initial_state_of_a_row_without_a_step_leaks_nowhere(case: Case, variant: str) -> None:
+    case = case.replace(hx=True)
+    if variant == "cluster":
+        case = case.replace(dtype=torch.bfloat16)
+    _allow(variant, team_blocks=2)
+    module, mask = case.build(fused_rnn), random_mask(case)
+    assert_idle_state_stays(
+        case, lambda data: run(module, data, mask=as_argument(case, mask)), case.data(), mask, float("nan")
+    )
 
 
 @pytest.mark.parametrize("variant", ["none", "cluster"])

@@ -1,6 +1,10 @@
 // Launches of the persistent kernels, and what the driver says of their residency.
 #include <cuda_runtime_api.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "persistent.cuh"
 
 namespace fused_rnn {
@@ -42,6 +46,22 @@ const void* kernel_of(const Plan& plan, CellKind kind) {
   return plan.backward ? select<Backward>(plan, kind) : select<Forward>(plan, kind);
 }
 
+// Lets a kernel take all shared memory of a block and any cluster size, on the current device. These limits belong to
+// the kernel, for all host threads: if each launch set its own, another's smaller one could come between. Once, because
+// setting them may wait for copies.
+cudaError_t lift_limits(const void* kernel, const DeviceInfo& device) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> lifted;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (lifted.count({device.index, kernel})) return cudaSuccess;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device.shared_per_block));
+  if (error == cudaSuccess && device.max_cluster > 8)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) lifted.insert({device.index, kernel});
+  return error;
+}
+
 // How a plan is launched. Not to be copied: the configuration points at the attribute.
 struct Configuration {
   cudaLaunchConfig_t config = {};
@@ -65,10 +85,7 @@ struct Configuration {
       attribute.val.cooperative = 1;
       config.numAttrs = 1;
     }
-    // The most there is, not what this launch takes: another thread may set it for its own launch before this one.
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device.shared_per_block));
-    if (error == cudaSuccess && plan.variant == Variant::cluster && t.blocks > 8)
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    error = lift_limits(kernel, device);
   }
   Configuration(const Configuration&) = delete;
 };

@@ -115,17 +115,22 @@ class SumExchange {
     if (split < tiling_.source_split && 2 * pair < place_.columns_of(j) && unit / 8 < place_.octets) {
       const int first = begin + sources * split / tiling_.source_split;
       const int end = begin + sources * (split + 1) / tiling_.source_split;
-      const bool memory = !wavefront && tiling_.exchange == Exchange::memory;
-      const char* const buffer = memory ? global(j, e & 1, place_.rank) : shared(j, e & 1);
-      for (int source = first; source < end; ++source) {
-        if (wavefront && source == tiling_.active) {
-          own = total;
-          total = {};
+      const auto add_up = [&](const char* buffer, const auto& load) {
+        for (int source = first; source < end; ++source) {
+          if (wavefront && source == tiling_.active) {
+            own = total;
+            total = {};
+          }
+          const Pair part = load(reinterpret_cast<const Pair*>(buffer + offset(source, pair, unit)));
+          total.v[0] += part.v[0];
+          total.v[1] += part.v[1];
         }
-        const Pair* const p = reinterpret_cast<const Pair*>(buffer + offset(source, pair, unit));
-        const Pair part = memory ? load_l2(p) : *p;
-        total.v[0] += part.v[0];
-        total.v[1] += part.v[1];
+      };
+      // Two loops: of a pointer to either, loads are not those of shared memory.
+      if (!wavefront && tiling_.exchange == Exchange::memory) {
+        add_up(global(j, e & 1, place_.rank), [](const Pair* p) { return load_l2(p); });
+      } else {
+        add_up(shared(j, e & 1), [](const Pair* p) { return *p; });
       }
     }
     const auto is_above = [&](int split) {  // the last of its sources
