@@ -116,12 +116,13 @@ class SumExchange {
       const int first = begin + sources * split / tiling_.source_split;
       const int end = begin + sources * (split + 1) / tiling_.source_split;
       const auto add_up = [&](const char* buffer, const auto& load) {
-        for (int source = first; source < end; ++source) {
+        const char* part_at = buffer + offset(first, pair, unit);
+        for (int source = first; source < end; ++source, part_at += offset(1, 0, 0)) {
           if (wavefront && source == tiling_.active) {
             own = total;
             total = {};
           }
-          const Pair part = load(reinterpret_cast<const Pair*>(buffer + offset(source, pair, unit)));
+          const Pair part = load(reinterpret_cast<const Pair*>(part_at));
           total.v[0] += part.v[0];
           total.v[1] += part.v[1];
         }
