@@ -169,20 +169,26 @@ def plan(
             return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device))
         return _C.plan(kind, T, B, sizes, *layer)
 
-    def wavefronts(backward: bool) -> list[dict[str, Any]]:
-        """Of the groups of layers that run at once; none where each runs by itself."""
-        if device.type != "cuda" or num_layers == 1 or (recompute and training and not backward):
-            return []
+    def wavefronts(backward: bool) -> tuple[list[dict[str, Any]], str]:
+        """Of the groups of layers that run at once; none, and why, where each runs by itself."""
+        if device.type != "cuda" or num_layers == 1:
+            return [], ""
+        if recompute and training and not backward:
+            return [], "gates that are computed again are computed layer by layer"
         layer = (directions * state_size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         group = _C.cuda_plan(kind, T, B, *layer, _cuda_index(device), num_layers)
-        return [group] * (num_layers // group["layers"]) if group["layers"] > 1 else []
+        if group["layers"] == 1:
+            return [], group["reason"]
+        return [group] * (num_layers // group["layers"]), ""
 
     def stack(backward: bool) -> dict[str, Any]:
-        launches = wavefronts(backward)
+        launches, why_none = wavefronts(backward)
         first = sum(group["layers"] for group in launches)
         for layer in range(first, num_layers):
             launches.append(one_layer(input_size if layer == 0 else directions * state_size, backward))
         result = dict(launches[0])
+        if why_none:
+            result["reason"] = "; ".join(filter(None, (result["reason"], f"a wavefront: {why_none}")))
         for other in launches[1:]:
             for key in _TIMES:
                 if key in result:

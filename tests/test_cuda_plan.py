@@ -226,10 +226,13 @@ def test_the_explanation_of_a_stack_names_its_wavefronts(recompute: bool, monkey
         text = _describe_pass(whole)
         assert whole["layers"] == (2 if groups else 1)
         assert ("all steps of 2 layers, in a wavefront" in text) == groups
+        assert ("a wavefront: gates that are computed again" in text) == (not groups)
         assert (whole["predicted_us"] < 4 * layer["predicted_us"]) == (not recompute)
-    for other in (one, stack(2, bidirectional=True)):
+    for other, why in ((one, ""), (stack(2, bidirectional=True), "a wavefront: both directions of a layer")):
         assert other["layers"] == other["backward"]["layers"] == 1
         assert "wavefront" not in _describe_pass(other).partition("(others")[0]
+        assert why in _describe_pass(other["backward"])
+        assert bool(why) == ("wavefront" in other["backward"]["reason"])
 
 
 def test_float32_is_rounded_to_tf32_only_where_that_is_allowed() -> None:
