@@ -367,7 +367,7 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, bool 
   if (save && !recompute && saved > 0) all_gates = at::empty({L * D, room, saved, H}, options);
   if (save && has_cell) all_cells = at::empty({L * D, room, H}, all_cells.options());
   const int64_t below = stack.hidden_layers();
-  // Gates that will be computed again are computed layer by layer: to the same bits, then, as here.
+  // Layers whose gates are computed again go one by one in both passes: to have all gates at once is what they avoid.
   const int64_t at_once = N == 0 || (save && recompute) ? 1 : stack.layers_at_once(backend, false);
   // Without a backward pass only those outputs are there of which somebody reads, two at a time.
   const int64_t read = L / at_once + L % at_once - (L - below);
@@ -492,7 +492,8 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   Tensor grad_y = rows_for<Backend>(stack.without_masked(given.grad_output));
   const Tensor h0 = stack.without_idle(stack.h0), c0 = stack.without_idle(stack.c0);
   const Steps steps = stack.steps();
-  const int64_t at_once = lowest < L ? stack.layers_at_once(backend, true) : 1;
+  const bool recomputes = given.gates.numel() == 0 && saved_gate_count(stack.kind) > 0;
+  const int64_t at_once = lowest < L && !recomputes ? stack.layers_at_once(backend, true) : 1;
   c10::SmallVector<LayerBackward, 1> together;  // highest first, until they run
   c10::SmallVector<Tensor, 4> inputs;           // theirs, which live until then
   for (int64_t l = L - 1; l >= lowest; --l) {

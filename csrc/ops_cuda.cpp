@@ -460,18 +460,22 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
   const int D = s.num_directions;
   const cuda::Plan chosen = plan(s, count, given[0].steps, true);
 
-  c10::SmallVector<LayerBackward, 1> layers(given, given + count);
+  LayerBackward recomputed;
+  Tensor gates[2];
+  const LayerBackward* layers = given;
+  if (cell.saved > 0 && !given[0].direction[0].gates) {
+    TORCH_CHECK(count == 1, "fused_rnn: gates are computed again for one layer at a time, got ", count);
+    recomputed = given[0];
+    compute_gates_again(given[0], cell, gates);
+    for (int d = 0; d < D; ++d) recomputed.direction[d].gates = gates[d].const_data_ptr();
+    recomputed.reuse_gates = true;
+    layers = &recomputed;
+  }
   cuda::PersistentBackward parts[cuda::most_layers];
   Tensor buffers[cuda::most_layers], grad_projected[2];
   void* grad_gates[cuda::most_layers] = {};
-  Tensor gates[cuda::most_layers];
   for (int64_t l = 0; l < count; ++l) {
-    LayerBackward& layer = layers[l];
-    if (cell.saved > 0 && !layer.direction[0].gates) {
-      compute_gates_again(layer, cell, &gates[l]);
-      for (int d = 0; d < D; ++d) layer.direction[d].gates = gates[l + d].const_data_ptr();
-      layer.reuse_gates = true;
-    }
+    const LayerBackward& layer = layers[l];
     // A training step then needs no more than what the forward pass saved. (W_hr's gradient wants the gates once more.)
     const bool in_place = layer.reuse_gates && cell.saved == cell.grad_gates && P == H;
     for (int d = 0; d < D; ++d) {

@@ -173,8 +173,8 @@ def plan(
         """Of the groups of layers that run at once; none, and why, where each runs by itself."""
         if device.type != "cuda" or num_layers == 1:
             return [], ""
-        if recompute and training and not backward:
-            return [], "gates that are computed again are computed layer by layer"
+        if recompute and training:
+            return [], "layers whose gates are computed again run one by one"
         layer = (directions * state_size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         group = _C.cuda_plan(kind, T, B, *layer, _cuda_index(device), num_layers)
         if group["layers"] == 1:

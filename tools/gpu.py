@@ -186,7 +186,7 @@ def summary(done: list[Phase], folder: Path) -> str:
 
 def is_built() -> bool:
     """Whether an extension with CUDA for this GPU is there and loads."""
-    probe = "import os; from fused_rnn import _C; print(_C.build_info()['cuda_architectures'])"
+    probe = "from fused_rnn import _C; print(_C.build_info()['cuda_architectures'])"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.returncode == 0 and os.environ["FUSED_RNN_CUDA_ARCHS"] in done.stdout.strip().split(",")
 

@@ -59,7 +59,7 @@ def calls() -> list[Watched]:
         # Rows that end on 16 bytes, and rows that do not.
         sizes = {"steps": 4, "batch": 9, "input_size": 16, "hidden_size": 27 if options.get("packed") else 32}
         for variant in VARIANTS:
-            if variant == "wavefront" and (cell == "RNN_TANH" or dtype == torch.float32):
+            if variant == "wavefront" and (cell == "RNN_TANH" or (dtype == torch.float32 and not tf32)):
                 continue
             both = {"bidirectional": variant != "wavefront"}
             found.append(Watched(variant, Call(cell, dtype, **both, **options, **sizes), tf32))  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ class StateExchange {
     for (int j = 0; j < place_.column_tiles; ++j) load_initial(buffer(j, 0), j, h0, hidden_size);
   }
 
-  // Where this block finds h after step s - 1 of column tile j (s = 0: h0), when all of it is there; and, state_bytes()
+  // Where this block finds h after step s - 1 of column tile j (s = 0: h0), when all of it is there; and, state_bytes_
   // further on, h after step s of the layer below.
   FRNN_DEVICE const char* wait(int s, int j, const void* h0, int64_t hidden_size) {
     const int parity = s & 1;
