@@ -1,10 +1,16 @@
-// Gradients of the operators in plain eager mode, without Python between forward and backward: the Autograd kernels.
+// Gradients of the operators: their Autograd kernels. PyTorch's dispatcher calls these for plain eager mode, for each
+// level of torch.func, and while torch.compile traces.
 //
-// Everything else a derivative can be asked for has its formulas in fused_rnn/ops.py: torch.func, forward mode,
-// torch.compile; and so has the derivative of a backward pass, which is asked for there when it is recorded itself.
+// Reverse mode needs no Python between forward and backward. A tensor with a forward-mode tangent, and the gradient of
+// a backward pass, go through the formulas in Python (fused_rnn/ops.py), which are differentiable to any order and in
+// any nesting.
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <c10/core/AutogradState.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/utils/pybind.h>
@@ -24,43 +30,112 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-bool needs_gradient(const Tensor& t) { return t.requires_grad(); }
-bool needs_gradient(const OptionalTensor& t) { return t && t->requires_grad(); }
-bool needs_gradient(at::TensorList list) {
-  return std::any_of(list.begin(), list.end(), [](const Tensor& t) { return t.requires_grad(); });
+template <class Predicate>
+bool any(const Predicate& holds, const Tensor& t) {
+  return t.defined() && holds(t);
 }
+template <class Predicate>
+bool any(const Predicate& holds, const OptionalTensor& t) {
+  return t && any(holds, *t);
+}
+template <class Predicate>
+bool any(const Predicate& holds, at::TensorList list) {
+  return std::any_of(list.begin(), list.end(), [&](const Tensor& t) { return any(holds, t); });
+}
+
 template <class... Tensors>
 bool is_recorded(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (needs_gradient(tensors) || ...);
+  const auto holds = [](const Tensor& t) { return t.requires_grad(); };
+  return at::GradMode::is_enabled() && (any(holds, tensors) || ...);
+}
+
+// Whether one has a tangent of forward-mode differentiation.
+template <class... Tensors>
+bool is_dual(const Tensors&... tensors) {
+  const auto holds = [](const Tensor& t) { return t._fw_grad(0).defined(); };
+  return c10::AutogradState::get_tls_state().get_fw_grad_mode() && (any(holds, tensors) || ...);
 }
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-// Whether the backward pass under way is to be differentiated, or batched by torch.func.vmap.
-bool backward_is_transformed() { return at::GradMode::is_enabled() || torch_func_is_active(); }
-
 // Whether this backward pass is the last to read a saved CUDA tensor, which nobody has but the context and its caller.
 bool is_last_use(const Tensor& saved) {
-  return saved.is_cuda() && saved.numel() > 0 && saved.use_count() <= 2 && !torch_func_is_active() &&
-         !at::isTensorSubclassLike(saved) && !torch::autograd::get_current_graph_task_keep_graph();
+  return saved.is_cuda() && saved.numel() > 0 && saved.use_count() <= 2 && !at::GradMode::is_enabled() &&
+         !torch_func_is_active() && !at::isTensorSubclassLike(saved) &&
+         !torch::autograd::get_current_graph_task_keep_graph();
 }
+
+// PyTorch refuses a C++ Function at a level of torch.func, because one that calls operators in its forward would see
+// all levels at once. Those here only record, at the level for which the dispatcher called the kernel, as its own do:
+// in the lifetime of this object nothing is computed, and the levels are out of sight.
+class Recording {
+ public:
+  Recording() : levels_(std::move(at::functorch::functorchTLSAccessor())) {}
+  ~Recording() { at::functorch::functorchTLSAccessor() = std::move(levels_); }
+  Recording(const Recording&) = delete;
+  Recording& operator=(const Recording&) = delete;
+
+ private:
+  std::unique_ptr<at::functorch::FuncTorchTLSBase> levels_;
+};
+
+// What of a call has no gradient.
+struct Constants {
+  const Settings::Integers settings;
+  const Settings::Numbers numbers;
+  const std::vector<Tensor> controls;
+
+  Constants(Integers settings_, Numbers numbers_, at::TensorList controls_)
+      : settings(settings_.begin(), settings_.end()),
+        numbers(numbers_.begin(), numbers_.end()),
+        controls(controls_.vec()) {}
+
+  // As they were recorded.
+  Constants(AutogradContext* ctx, at::TensorList controls_)
+      : Constants(ctx->saved_data.at("settings").toIntVector(), ctx->saved_data.at("numbers").toDoubleVector(),
+                  controls_.empty() || !controls_[0].defined() ? at::TensorList() : controls_) {}
+
+  void record(AutogradContext* ctx, variable_list saved, size_t place) const {
+    variable_list all(Controls::count);
+    std::copy(controls.begin(), controls.end(), all.begin());
+    saved.insert(saved.begin() + place, all.begin(), all.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["settings"] = std::vector<int64_t>(settings.begin(), settings.end());
+    ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
+    ctx->set_materialize_grads(false);
+  }
+
+  bool has_cell() const { return has_cell_state(CellKind(settings[0])); }
+};
 
 py::object to_python(const Tensor& t) { return t.defined() ? py::cast(t) : py::none(); }
+py::object to_python(const OptionalTensor& t) { return t ? to_python(*t) : py::none(); }
 
-py::tuple to_python(at::ArrayRef<Tensor> tensors) {
-  py::tuple result(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) result[i] = to_python(tensors[i]);
+template <class Tensors>
+py::list list_of(const Tensors& tensors) {
+  py::list result;
+  for (const auto& t : tensors) result.append(to_python(t));
   return result;
 }
 
-// fused_rnn.ops.<function>(settings, needs, tensors): gradients that can be differentiated, None for one not needed.
-variable_list differentiable_backward(const char* function, const py::tuple& settings, const std::vector<bool>& needs,
-                                      const py::tuple& tensors) {
-  const py::tuple grads =
-      py::module_::import("fused_rnn.ops").attr(function)(settings, py::tuple(py::cast(needs)), tensors);
+variable_list from_python(const py::object& tensors) {
   variable_list result;
-  for (const py::handle& grad : grads) result.push_back(grad.is_none() ? Tensor() : grad.cast<Tensor>());
+  for (const py::handle& t : tensors) result.push_back(t.is_none() ? Tensor() : t.cast<Tensor>());
   return result;
+}
+
+// fused_rnn.ops.<function>(cell, settings, numbers, controls, ...), with the GIL.
+template <class... Arguments>
+variable_list call_formulas(const char* function, bool cell, const Constants& constants,
+                            const Arguments&... arguments) {
+  const auto cast = [](const auto& values) {
+    py::list list;
+    for (const auto& value : values) list.append(py::cast(value));
+    return list;
+  };
+  return from_python(py::module_::import("fused_rnn.ops")
+                         .attr(function)(cell, cast(constants.settings), cast(constants.numbers),
+                                         list_of(constants.controls), arguments...));
 }
 
 // t where torch.autograd.grad was given several gradients at once (is_grads_batched): those are tensors of PyTorch's
@@ -112,10 +187,10 @@ class Needs {
   void add(bool given) { values.push_back(given && ctx_->needs_input_grad(edge_++)); }
   std::vector<bool> values;
 
-  c10::List<bool> list(size_t count) const {
+  c10::List<bool> list() const {
     c10::List<bool> result;
-    result.reserve(count);
-    for (size_t i = 0; i < count; ++i) result.push_back(values[i]);
+    result.reserve(values.size());
+    for (const bool value : values) result.push_back(value);
     return result;
   }
 
@@ -124,56 +199,89 @@ class Needs {
   size_t edge_ = 0;
 };
 
-}  // namespace
+// The two kinds of calls. Results are `outputs` that have a gradient, the last of them only for a cell with a cell
+// state, and then what is saved; a backward pass gets the first output and what is saved, `kept` tensors together, and
+// a gradient for each output.
 
-// What of a call is no differentiable tensor.
-struct RnnCall {
-  at::TensorList dropout;
-  const OptionalTensor& batch_sizes;
-  const OptionalTensor& mask;
-  int64_t kind;
-  bool has_biases;
-  int64_t num_layers;
-  bool bidirectional, batch_first, recompute;
-  Tensor c_n, gates, cells, hidden;  // results without a gradient
+struct Layers {
+  using Results = ForwardResult;
+  static constexpr bool is_cell = false;
+  static constexpr size_t outputs = 3, kept = 4;
+
+  static Results forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
+                         const Constants& constants, bool save) {
+    return rnn_forward_operator().call(input, h, c, params, constants.controls, constants.settings, constants.numbers,
+                                       save);
+  }
+  static BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const OptionalTensor& h,
+                                 const OptionalTensor& c, at::TensorList params, const Tensor* saved,
+                                 const Constants& constants, const c10::List<bool>& needs, bool reuse_gates) {
+    return rnn_backward_operator().call(seeds[0], seeds[1], seeds[2], input, h, c, params, constants.controls, saved[0],
+                                        saved[1], saved[2], saved[3], constants.settings, constants.numbers, needs,
+                                        reuse_gates);
+  }
+  static variable_list list(Results&& r) {
+    auto& [output, h_n, c_n, gates, cells, hidden] = r;
+    return {std::move(output), std::move(h_n), std::move(c_n), std::move(gates), std::move(cells), std::move(hidden)};
+  }
+  static Results results(const variable_list& r) { return {r[0], r[1], r[2], r[3], r[4], r[5]}; }
 };
 
-// The name is what autograd shows as the grad_fn of a result, so it stands outside of the unnamed namespace.
-class RnnGradient : public torch::autograd::Function<RnnGradient> {
+struct Cell {
+  using Results = CellResult;
+  static constexpr bool is_cell = true;
+  static constexpr size_t outputs = 2, kept = 3;
+
+  static Results forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
+                         const Constants& constants, bool save) {
+    return cell_forward_operator().call(input, *h, c, params, constants.settings, constants.numbers, save);
+  }
+  static BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const OptionalTensor& h,
+                                 const OptionalTensor& c, at::TensorList params, const Tensor* saved,
+                                 const Constants& constants, const c10::List<bool>& needs, bool) {
+    return cell_backward_operator().call(seeds[0], seeds[1], input, *h, c, params, saved[0], saved[1], saved[2],
+                                         constants.settings, constants.numbers, needs);
+  }
+  static variable_list list(Results&& r) {
+    auto& [h_next, c_next, gates, cells] = r;
+    return {std::move(h_next), std::move(c_next), std::move(gates), std::move(cells)};
+  }
+  static Results results(const variable_list& r) { return {r[0], r[1], r[2], r[3]}; }
+};
+
+// Gradients as autograd has them: undefined where nobody asked.
+variable_list list_of_gradients(BackwardResult&& result) {
+  auto& [grad_input, grad_h, grad_c, grad_params] = result;
+  variable_list list{std::move(grad_input), std::move(grad_h), std::move(grad_c)};
+  list.insert(list.end(), std::make_move_iterator(grad_params.begin()), std::make_move_iterator(grad_params.end()));
+  return list;
+}
+
+}  // namespace
+
+// The names of the two classes are what autograd shows as grad_fn of a result, so they stand outside of the unnamed
+// namespace.
+template <class Call>
+class Gradient : public torch::autograd::Function<Gradient<Call>> {
  public:
   static constexpr bool is_traceable = true;  // by compiled autograd: backward calls operators only
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& h0,
-                               const OptionalTensor& c0, at::TensorList params, RnnCall& call) {
-    Tensor output, h_n;
-    {
-      at::AutoDispatchBelowADInplaceOrView below_autograd;
-      std::tie(output, h_n, call.c_n, call.gates, call.cells, call.hidden) = rnn_forward_operator().call(
-          input, h0, c0, params, call.dropout, call.batch_sizes, call.kind, call.has_biases, call.num_layers,
-          call.bidirectional, call.batch_first, true, call.recompute, call.mask);
-    }
-    variable_list saved{output,
-                        call.gates,
-                        call.cells,
-                        call.hidden,
-                        call.mask.value_or(Tensor()),
-                        input,
-                        h0.value_or(Tensor()),
-                        c0.value_or(Tensor())};
-    saved.insert(saved.end(), call.dropout.begin(), call.dropout.end());
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& h,
+                               const OptionalTensor& c, at::TensorList params, const Constants& constants,
+                               const variable_list& results) {
+    variable_list saved{results[0]};
+    saved.reserve(Call::kept + Controls::count + 3 + params.size());
+    saved.insert(saved.end(), results.begin() + Call::outputs, results.end());
+    saved.push_back(input);
+    saved.push_back(h.value_or(Tensor()));
+    saved.push_back(c.value_or(Tensor()));
     saved.insert(saved.end(), params.begin(), params.end());
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["settings"] =
-        std::vector<int64_t>{call.kind,          call.has_biases,  call.num_layers,
-                             call.bidirectional, call.batch_first, int64_t(call.dropout.size())};
-    if (call.batch_sizes) ctx->saved_data["batch_sizes"] = *call.batch_sizes;
-    ctx->set_materialize_grads(false);
-    if (has_cell_state(CellKind(call.kind))) return {output, h_n, call.c_n};
-    return {output, h_n};
+    constants.record(ctx, std::move(saved), Call::kept);
+    return {results.begin(), results.begin() + Call::outputs - (constants.has_cell() ? 0 : 1)};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    grads.resize(3);
+    grads.resize(Call::outputs);
     return for_each_example(grads,
                             [&](const variable_list& one, bool alone) { return backward_of_one(ctx, one, alone); });
   }
@@ -181,97 +289,68 @@ class RnnGradient : public torch::autograd::Function<RnnGradient> {
  private:
   static variable_list backward_of_one(AutogradContext* ctx, const variable_list& grads, bool alone) {
     const variable_list saved = ctx->get_saved_variables();
-    const std::vector<int64_t> settings = ctx->saved_data["settings"].toIntVector();
-    const auto batch_sizes = ctx->saved_data.find("batch_sizes");
-    const Tensor sizes = batch_sizes == ctx->saved_data.end() ? Tensor() : batch_sizes->second.toTensor();
-    const size_t dropout = settings[5];
-    const at::ArrayRef<Tensor> all(saved), inputs = all.slice(5, 3), params = all.slice(8 + dropout);
+    const at::ArrayRef<Tensor> all(saved), inputs = all.slice(Call::kept + Controls::count);
+    const Constants constants(ctx, all.slice(Call::kept, Controls::count));
     Needs needs(ctx);
     for (const Tensor& t : inputs) needs.add(t.defined());
-    for (const Tensor& t : params) needs.add(t.defined());
-    variable_list result;
-    if (backward_is_transformed()) {
-      py::gil_scoped_acquire gil;
-      std::vector<bool> with_dropout = needs.values;
-      with_dropout.insert(with_dropout.begin() + 3, dropout, false);
-      const py::tuple described = py::make_tuple(settings[0], bool(settings[1]), settings[2], bool(settings[3]),
-                                                 bool(settings[4]), dropout, to_python(sizes));
-      result = differentiable_backward("differentiable_rnn_backward", described, with_dropout,
-                                       py::tuple(to_python(grads) + to_python(all)));
-      result.erase(result.begin() + 3, result.begin() + 3 + dropout);
-    } else {
-      at::AutoDispatchBelowADInplaceOrView below_autograd;
-      auto [grad_input, grad_h0, grad_c0, grad_params] = rnn_backward_operator().call(
-          optional(grads[0]), optional(grads[1]), optional(grads[2]), inputs[0], optional(inputs[1]),
-          optional(inputs[2]), params, all.slice(8, dropout), optional(sizes), all[0], all[1], all[2], all[3],
-          settings[0], settings[1], settings[2], settings[3], settings[4], needs.list(needs.values.size()),
-          alone && is_last_use(all[1]), optional(all[4]));
-      result = {std::move(grad_input), std::move(grad_h0), std::move(grad_c0)};
-      for (Tensor& grad : grad_params) result.push_back(std::move(grad));
-      for (size_t i = 0; i < result.size(); ++i)
-        if (!needs.values[i]) result[i] = Tensor();
-    }
-    result.emplace_back();  // of the RnnCall
+    const OptionalTensor seeds[] = {optional(grads[0]), optional(grads[1]), optional(grads.back())};
+    const bool reuse_gates = !Call::is_cell && alone && is_last_use(all[1]);
+    variable_list result =
+        list_of_gradients(Call::backward(seeds, inputs[0], optional(inputs[1]), optional(inputs[2]), inputs.slice(3),
+                                         all.data(), constants, needs.list(), reuse_gates));
+    for (size_t i = 0; i < result.size(); ++i)
+      if (!needs.values[i]) result[i] = Tensor();
+    result.resize(result.size() + 2);  // of the constants and the results
     return result;
   }
 };
 
-struct CellCall {
-  int64_t kind;
-  Tensor c_next, gates, cells;  // results without a gradient
-};
-
-class CellGradient : public torch::autograd::Function<CellGradient> {
+// The gradient of a backward pass.
+template <class Call>
+class GradientOfBackward : public torch::autograd::Function<GradientOfBackward<Call>> {
  public:
-  static constexpr bool is_traceable = true;
-
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& h, const OptionalTensor& c,
-                               const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                               const OptionalTensor& b_hh, CellCall& call) {
-    Tensor h_next;
-    {
-      at::AutoDispatchBelowADInplaceOrView below_autograd;
-      std::tie(h_next, call.c_next, call.gates, call.cells) =
-          cell_forward_operator().call(input, h, c, w_ih, w_hh, b_ih, b_hh, call.kind, true);
-    }
-    ctx->save_for_backward({h_next, call.gates, call.cells, input, h, c.value_or(Tensor()), w_ih, w_hh,
-                            b_ih.value_or(Tensor()), b_hh.value_or(Tensor())});
-    ctx->saved_data["kind"] = call.kind;
-    ctx->set_materialize_grads(false);
-    if (has_cell_state(CellKind(call.kind))) return {h_next, call.c_next};
-    return {h_next};
+  static variable_list forward(AutogradContext* ctx, const OptionalTensor& seed0, const OptionalTensor& seed1,
+                               const OptionalTensor& seed2, const Tensor& input, const OptionalTensor& h,
+                               const OptionalTensor& c, at::TensorList params, const Constants& constants,
+                               const std::vector<bool>& needs, const variable_list& results) {
+    variable_list saved{seed0.value_or(Tensor()), seed1.value_or(Tensor()), seed2.value_or(Tensor())};
+    saved.push_back(input);
+    saved.push_back(h.value_or(Tensor()));
+    saved.push_back(c.value_or(Tensor()));
+    saved.insert(saved.end(), params.begin(), params.end());
+    constants.record(ctx, std::move(saved), 3);
+    c10::List<bool> needed;
+    for (const bool value : needs) needed.push_back(value);
+    ctx->saved_data["needs"] = needed;
+    variable_list unneeded;
+    for (size_t i = 0; i < results.size(); ++i)
+      if (results[i].numel() == 0) unneeded.push_back(results[i]);
+    ctx->mark_non_differentiable(unneeded);
+    return results;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    grads.resize(2);
     return for_each_example(grads, [&](const variable_list& one, bool) { return backward_of_one(ctx, one); });
   }
 
  private:
   static variable_list backward_of_one(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const int64_t kind = ctx->saved_data["kind"].toInt();
-    const at::ArrayRef<Tensor> all(saved), inputs = all.slice(3);
-    Needs needs(ctx);
-    for (const Tensor& t : inputs) needs.add(t.defined());
+    const at::ArrayRef<Tensor> all(saved), seeds = all.slice(0, 3), controls = all.slice(3, Controls::count),
+                                           inputs = all.slice(3 + Controls::count);
+    const c10::List<bool> needed = ctx->saved_data["needs"].toBoolList();
+    const Constants constants(ctx, controls);
     variable_list result;
-    if (backward_is_transformed()) {
+    {
       py::gil_scoped_acquire gil;
-      result = differentiable_backward("differentiable_cell_backward", py::make_tuple(kind), needs.values,
-                                       py::tuple(to_python(grads) + to_python(all)));
-    } else {
-      at::AutoDispatchBelowADInplaceOrView below_autograd;
-      auto [grad_input, grad_h, grad_c, grad_params] = cell_backward_operator().call(
-          optional(grads[0]), optional(grads[1]), inputs[0], inputs[1], optional(inputs[2]), inputs[3], inputs[4],
-          optional(inputs[5]), optional(inputs[6]), all[0], all[1], all[2], kind,
-          needs.list(inputs[5].defined() ? 7 : 5));
-      result = {std::move(grad_input), std::move(grad_h), std::move(grad_c)};
-      for (Tensor& grad : grad_params) result.push_back(std::move(grad));
-      result.resize(7);
-      for (size_t i = 0; i < result.size(); ++i)
-        if (!needs.values[i]) result[i] = Tensor();
+      py::list needs;
+      for (const bool value : needed) needs.append(value);
+      result = call_formulas("second_derivative", Call::is_cell, constants, needs,
+                             list_of(seeds.slice(0, Call::outputs)), list_of(inputs), list_of(grads));
     }
-    result.resize(8);  // the last is the CellCall's
+    // One for each seed, of which a cell has two, and for each input; then of what is no tensor.
+    if (Call::outputs == 2) result.insert(result.begin() + 2, Tensor());
+    result.resize(3 + inputs.size() + 3);
     return result;
   }
 };
@@ -280,48 +359,152 @@ namespace {
 
 Tensor nothing_like(const Tensor& t) { return at::empty({0}, t.options()); }
 
-ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                          at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
-                          int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
-                          bool save, bool recompute, const OptionalTensor& mask) {
-  if (!is_recorded(input, h0, c0, params)) {
+template <class Call>
+typename Call::Results forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
+                               at::TensorList params, const Constants& constants, bool save) {
+  const bool dual = is_dual(input, h, c, params);
+  if (!dual && !is_recorded(input, h, c, params)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rnn_forward_operator().call(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers,
-                                       bidirectional, batch_first, save, recompute, mask);
+    return Call::forward(input, h, c, params, constants, save);
   }
-  RnnCall call{dropout_masks, batch_sizes, mask, kind, has_biases, num_layers, bidirectional,
-               batch_first,   recompute,   {},   {},   {},         {}};
-  const variable_list results = RnnGradient::apply(input, h0, c0, params, call);
-  const Tensor& c_n = results.size() == 3 ? results[2] : call.c_n;
+  variable_list results;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    results = Call::list(Call::forward(input, h, c, params, constants, save || !dual));
+  }
+  if (dual) {
+    py::gil_scoped_acquire gil;
+    const variable_list outputs = call_formulas("forward_by_formulas", Call::is_cell, constants, to_python(input),
+                                                to_python(h), to_python(c), list_of(params));
+    std::copy_n(outputs.begin(), Call::outputs - (constants.has_cell() ? 0 : 1), results.begin());
+    return Call::results(results);
+  }
+  {
+    const Recording recording;
+    const variable_list recorded = Gradient<Call>::apply(input, h, c, params, constants, results);
+    std::copy(recorded.begin(), recorded.end(), results.begin());
+  }
   if (!save) {
-    call.gates = nothing_like(call.gates);
-    call.cells = nothing_like(call.cells);
-    call.hidden = nothing_like(call.hidden);
+    for (size_t i = Call::outputs; i < results.size(); ++i) results[i] = nothing_like(results[i]);
   }
-  return {results[0], results[1], c_n, call.gates, call.cells, call.hidden};
+  return Call::results(results);
 }
 
-CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c, const Tensor& w_ih,
-                        const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, int64_t kind,
-                        bool save) {
-  if (!is_recorded(input, h, c, w_ih, w_hh, b_ih, b_hh)) {
+// Gradients of input, h, c and params, through the formulas and PyTorch's own gradients of them: of tensors with
+// tangents. Recorded at the level of the operator's call, for a kernel may open no level of torch.func.
+template <class Call>
+variable_list backward_by_formulas(const OptionalTensor* seeds, const Tensor& input, const OptionalTensor& h,
+                                   const OptionalTensor& c, at::TensorList params, const Constants& constants,
+                                   const c10::List<bool>& needs, bool recorded) {
+  variable_list primals{input, h.value_or(Tensor()), c.value_or(Tensor())};
+  primals.insert(primals.end(), params.begin(), params.end());
+  variable_list wanted, outputs, given;
+  {
+    const at::AutoGradMode grad_mode(true);
+    for (size_t i = 0; i < primals.size(); ++i) {
+      if (!primals[i].defined() || !needs[i]) continue;
+      primals[i] = primals[i].view_as(primals[i]);  // keeps the tangent
+      primals[i].set_requires_grad(true);
+      wanted.push_back(primals[i]);
+    }
+    py::gil_scoped_acquire gil;
+    outputs =
+        call_formulas("forward_by_formulas", Call::is_cell, constants, to_python(primals[0]), to_python(primals[1]),
+                      to_python(primals[2]), list_of(at::ArrayRef<Tensor>(primals).slice(3)));
+  }
+  variable_list seeded;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!seeds[i]) continue;
+    seeded.push_back(outputs[i]);
+    given.push_back(*seeds[i]);
+  }
+  variable_list found(wanted.size());
+  if (!seeded.empty() && !wanted.empty()) {
+    found = torch::autograd::grad(seeded, wanted, given, /*retain_graph=*/std::nullopt, /*create_graph=*/recorded,
+                                  /*allow_unused=*/true);
+  }
+  variable_list gradients;
+  size_t next = 0;
+  for (size_t i = 0; i < primals.size(); ++i) {
+    const bool is_wanted = primals[i].defined() && needs[i];
+    if (!is_wanted) {
+      gradients.push_back(at::empty({0}, input.options()));
+    } else {
+      const Tensor& gradient = found[next++];
+      gradients.push_back(gradient.defined() ? gradient : at::zeros_like(primals[i]));
+    }
+  }
+  return gradients;
+}
+
+template <class Call>
+BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const OptionalTensor& h,
+                        const OptionalTensor& c, at::TensorList params, const Tensor* saved, const Constants& constants,
+                        const c10::List<bool>& needs, bool reuse_gates) {
+  const OptionalTensor last = Call::outputs == 3 ? seeds[2] : std::nullopt;
+  const bool dual = is_dual(seeds[0], seeds[1], last, input, h, c, params);
+  const bool recorded = is_recorded(seeds[0], seeds[1], last, input, h, c, params);
+  BackwardResult result;
+  if (!dual) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return cell_forward_operator().call(input, h, c, w_ih, w_hh, b_ih, b_hh, kind, save);
+    result = Call::backward(seeds, input, h, c, params, saved, constants, needs, reuse_gates && !recorded);
+    if (!recorded) return result;
   }
-  CellCall call{kind, {}, {}, {}};
-  const variable_list results = CellGradient::apply(input, h, c, w_ih, w_hh, b_ih, b_hh, call);
-  if (!save) {
-    call.gates = nothing_like(call.gates);
-    call.cells = nothing_like(call.cells);
+  variable_list gradients;
+  if (dual) {
+    gradients = backward_by_formulas<Call>(seeds, input, h, c, params, constants, needs, recorded);
+  } else {
+    gradients = list_of_gradients(std::move(result));
+    const std::vector<bool> needed(needs.begin(), needs.end());
+    const Recording recording;
+    gradients =
+        GradientOfBackward<Call>::apply(seeds[0], seeds[1], last, input, h, c, params, constants, needed, gradients);
   }
-  return {results[0], results.size() == 2 ? results[1] : call.c_next, call.gates, call.cells};
+  return {gradients[0], gradients[1], gradients[2], {gradients.begin() + 3, gradients.end()}};
+}
+
+ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+                          at::TensorList params, at::TensorList controls, Integers settings, Numbers numbers,
+                          bool save) {
+  Settings::restore(settings, numbers);
+  return forward<Layers>(input, h0, c0, params, Constants(settings, numbers, controls), save);
+}
+
+BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                            const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
+                            const OptionalTensor& c0, at::TensorList params, at::TensorList controls,
+                            const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                            Integers settings, Numbers numbers, const c10::List<bool>& needs, bool reuse_gates) {
+  Settings::restore(settings, numbers);
+  const OptionalTensor seeds[] = {grad_output, grad_h_n, grad_c_n};
+  const Tensor saved[] = {output, gates, cells, hidden};
+  return backward<Layers>(seeds, input, h0, c0, params, saved, Constants(settings, numbers, controls), needs,
+                          reuse_gates);
+}
+
+CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c, at::TensorList params,
+                        Integers settings, Numbers numbers, bool save) {
+  Settings::restore(settings, numbers);
+  return forward<Cell>(input, h, c, params, Constants(settings, numbers, {}), save);
+}
+
+BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
+                             const Tensor& h, const OptionalTensor& c, at::TensorList params, const Tensor& h_next,
+                             const Tensor& gates, const Tensor& cells, Integers settings, Numbers numbers,
+                             const c10::List<bool>& needs) {
+  Settings::restore(settings, numbers);
+  const OptionalTensor seeds[] = {grad_h, grad_c};
+  const Tensor saved[] = {h_next, gates, cells};
+  return backward<Cell>(seeds, input, h, c, params, saved, Constants(settings, numbers, {}), needs, false);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fused_rnn, Autograd, m) {
   m.impl("rnn_forward", &rnn_forward);
+  m.impl("rnn_backward", &rnn_backward);
   m.impl("cell_forward", &cell_forward);
+  m.impl("cell_backward", &cell_backward);
 }
 
 }  // namespace fused_rnn

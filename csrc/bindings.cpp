@@ -19,6 +19,7 @@
 #include "cpu/plan.h"
 #include "cpu/team.h"
 #include "cuda/plan.h"
+#include "settings.h"
 #if defined(FRNN_CUDA)
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -272,6 +273,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "Instruction sets that were compiled and run here, best first.");
   m.def("isa_used", [] { return std::string(kernels().isa); }, "The instruction set that runs.");
   m.def("set_isa", &set_isa, py::arg("name"), "Switches the instruction set; returns the name of the one before.");
+  m.def("integer_settings", &Settings::integer_names, "Names of the settings that operators take, in their order.");
   m.def("test_activation", &test_activation, py::arg("name"), py::arg("x"), py::arg("bfloat16") = false,
         "tanh or sigmoid as the kernels compute it, or those of a layer in bfloat16, which may be rougher.");
   m.def(

@@ -18,23 +18,59 @@ namespace fused_rnn {
 
 namespace {
 
+// A record of fused_rnn.settings.Settings, as far as a call needs it here.
+struct Record {
+  int64_t input_size = 0, hidden_size = 0, state_size = 0;
+  Settings::Integers integers;
+  Settings::Numbers numbers;
+
+  CellKind kind() const { return CellKind(integers[0]); }
+  bool has_cell() const { return has_cell_state(kind()); }
+  bool fits(const Tensor& w_hh) const {
+    return hidden_size >= 1 && w_hh.dim() == 2 && w_hh.size(1) == state_size &&
+           w_hh.size(0) == gate_count(kind()) * hidden_size;
+  }
+};
+
 // Arguments read from Python, as far as they are of the usual kind; `usual` turns false where one is not.
 class Arguments {
  public:
-  explicit Arguments(PyObject* const* args) : args_(args) {
+  Arguments() {
     usual = !at::impl::torch_function_mode_enabled() && !torch_func_is_active() && !torch::jit::tracer::isTracing() &&
             !at::autocast::is_autocast_enabled(at::kCPU);
   }
 
-  int64_t integer(int i) {
-    const int64_t value = PyLong_AsLongLong(args_[i]);
+  // The tuple's first three items are sizes, the following those that an operator gets, the rest is Python's.
+  Record settings(PyObject* tuple) {
+    static const size_t count = Settings::integer_names().size();
+    Record record;
+    if (!PyTuple_Check(tuple) || size_t(PyTuple_GET_SIZE(tuple)) < 3 + count) {
+      usual = false;
+      record.integers = Settings().integers();
+      return record;
+    }
+    const auto item = [&](size_t i) { return integer(PyTuple_GET_ITEM(tuple, Py_ssize_t(i))); };
+    record.input_size = item(0);
+    record.hidden_size = item(1);
+    record.state_size = item(2);
+    for (size_t i = 0; i < count; ++i) record.integers.push_back(item(3 + i));
+    if (record.integers[0] < 0 || record.integers[0] > int64_t(CellKind::gru)) {
+      usual = false;
+      record.integers[0] = 0;
+    }
+    return record;
+  }
+
+  int64_t integer(PyObject* object) {
+    if (object == Py_True) return 1;
+    if (object == Py_False) return 0;
+    const int64_t value = PyLong_AsLongLong(object);
     if (value == -1 && PyErr_Occurred()) {
       PyErr_Clear();
       usual = false;
     }
     return value;
   }
-  bool boolean(int i) const { return args_[i] == Py_True; }
 
   // A tensor of the CPU, of torch's own class, without a forward-mode tangent.
   Tensor tensor(PyObject* object) {
@@ -46,11 +82,9 @@ class Arguments {
     if (!t.is_cpu() || t.layout() != at::kStrided || t._fw_grad(0).defined()) usual = false;
     return t;
   }
-  Tensor tensor(int i) { return tensor(args_[i]); }
 
   // None, h, or the tuple (h, c) of a cell with a cell state.
-  void states(int i, bool has_cell, OptionalTensor& h, OptionalTensor& c) {
-    PyObject* object = args_[i];
+  void states(PyObject* object, bool has_cell, OptionalTensor& h, OptionalTensor& c) {
     if (object == Py_None) return;
     if (!has_cell) {
       h = tensor(object);
@@ -62,22 +96,19 @@ class Arguments {
     }
   }
 
-  std::vector<Tensor> list(int i) {
+  std::vector<Tensor> list(PyObject* object) {
     std::vector<Tensor> result;
-    if (!PyList_CheckExact(args_[i])) {
+    if (!PyList_CheckExact(object)) {
       usual = false;
       return result;
     }
-    const Py_ssize_t count = PyList_GET_SIZE(args_[i]);
+    const Py_ssize_t count = PyList_GET_SIZE(object);
     result.reserve(count);
-    for (Py_ssize_t k = 0; k < count && usual; ++k) result.push_back(tensor(PyList_GET_ITEM(args_[i], k)));
+    for (Py_ssize_t k = 0; k < count && usual; ++k) result.push_back(tensor(PyList_GET_ITEM(object, k)));
     return result;
   }
 
   bool usual;
-
- private:
-  PyObject* const* args_;
 };
 
 bool has_kernels_for(at::ScalarType dtype) {
@@ -103,26 +134,21 @@ PyObject* decline() { Py_RETURN_NONE; }
 
 PyObject* run_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 12, "run_layers: expected 12 arguments, got ", count);
-  Arguments read(args);
-  const int64_t kind = read.integer(0), I = read.integer(1), H = read.integer(2), P = read.integer(3);
-  const bool has_biases = read.boolean(4), bidirectional = read.boolean(6), batch_first = read.boolean(7);
-  const int64_t num_layers = read.integer(5);
-  const bool recompute = read.boolean(8);
-  const Tensor input = read.tensor(9);
-  if (!read.usual || input.dim() != 3 || input.size(2) != I || !has_kernels_for(input.scalar_type())) return decline();
-  OptionalTensor h, c;
-  read.states(10, has_cell_state(CellKind(kind)), h, c);
-  const std::vector<Tensor> params = read.list(11);
-  if (!read.usual || params.size() < 2 || params[1].dim() != 2 || params[1].size(1) != P ||
-      params[1].size(0) != gate_count(CellKind(kind)) * H)
+  TORCH_CHECK_TYPE(count == 4, "run_layers: expected 4 arguments, got ", count);
+  Arguments read;
+  const Record record = read.settings(args[0]);
+  const Tensor input = read.tensor(args[1]);
+  if (!read.usual || input.dim() != 3 || input.size(2) != record.input_size || !has_kernels_for(input.scalar_type()))
     return decline();
+  OptionalTensor h, c;
+  read.states(args[2], record.has_cell(), h, c);
+  const std::vector<Tensor> params = read.list(args[3]);
+  if (!read.usual || params.size() < 2 || !record.fits(params[1])) return decline();
   try {
     ForwardResult result;
     {
       py::gil_scoped_release no_gil;
-      result = rnn_forward_operator().call(input, h, c, params, {}, std::nullopt, kind, has_biases, num_layers,
-                                           bidirectional, batch_first, false, recompute, std::nullopt);
+      result = rnn_forward_operator().call(input, h, c, params, {}, record.integers, record.numbers, false);
     }
     return tuple_of({&std::get<0>(result), &std::get<1>(result), &std::get<2>(result)});
   } catch (const c10::Error&) {
@@ -133,30 +159,27 @@ PyObject* run_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* run_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 6, "run_cell: expected 6 arguments, got ", count);
-  Arguments read(args);
-  const int64_t kind = read.integer(0), I = read.integer(1), H = read.integer(2);
-  const Tensor input = read.tensor(3);
-  if (!read.usual || input.dim() != 2 || input.size(1) != I || I < 1 || H < 1 || !has_kernels_for(input.scalar_type()))
+  TORCH_CHECK_TYPE(count == 4, "run_cell: expected 4 arguments, got ", count);
+  Arguments read;
+  const Record record = read.settings(args[0]);
+  const Tensor input = read.tensor(args[1]);
+  if (!read.usual || input.dim() != 2 || input.size(1) != record.input_size || !has_kernels_for(input.scalar_type()))
     return decline();
-  const bool has_cell = has_cell_state(CellKind(kind));
+  const bool has_cell = record.has_cell();
   OptionalTensor h, c;
-  read.states(4, has_cell, h, c);
-  const std::vector<Tensor> params = read.list(5);
-  if (!read.usual || (params.size() != 2 && params.size() != 4)) return decline();
+  read.states(args[2], has_cell, h, c);
+  const std::vector<Tensor> params = read.list(args[3]);
+  if (!read.usual || params.size() < 2 || !record.fits(params[1])) return decline();
   if (!h) {
-    h = at::zeros({input.size(0), H}, input.options());
+    h = at::zeros({input.size(0), record.state_size}, input.options());
     if (has_cell) c = h;
   }
-  if (h->dim() != 2 || h->size(1) != H) return decline();
-  const bool has_biases = params.size() == 4;
+  if (h->dim() != 2) return decline();
   try {
     CellResult result;
     {
       py::gil_scoped_release no_gil;
-      result = cell_forward_operator().call(input, *h, c, params[0], params[1],
-                                            has_biases ? OptionalTensor(params[2]) : std::nullopt,
-                                            has_biases ? OptionalTensor(params[3]) : std::nullopt, kind, false);
+      result = cell_forward_operator().call(input, *h, c, params, record.integers, record.numbers, false);
     }
     return tuple_of({&std::get<0>(result), has_cell ? &std::get<1>(result) : nullptr});
   } catch (const c10::Error&) {
@@ -167,12 +190,11 @@ PyObject* run_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"run_layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_layers)), METH_FASTCALL,
-     "run_layers(kind, input_size, hidden_size, state_size, has_biases, num_layers, bidirectional, batch_first, "
-     "recompute, "
-     "input, hx, params): (output, h_n, c_n), or None where the call is not of the usual kind, or not valid."},
+     "run_layers(settings, input, hx, params): (output, h_n, c_n), or None where the call is not of the usual kind, or "
+     "not valid."},
     {"run_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_cell)), METH_FASTCALL,
-     "run_cell(kind, input_size, hidden_size, input, hx, params): (h, c), c None without a cell state; or None where "
-     "the call is not of the usual kind, or not valid."},
+     "run_cell(settings, input, hx, params): (h, c), c None without a cell state; or None where the call is not of the "
+     "usual kind, or not valid."},
     {nullptr, nullptr, 0, nullptr},
 };
 

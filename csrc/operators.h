@@ -41,11 +41,32 @@ inline at::ScalarType accumulation_dtype(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Whether the memory that the tensor's sizes speak of is there: not after its storage was freed, as sharding and
+// offloading do.
+inline bool has_memory(const Tensor& t) {
+  if (t.numel() == 0 || !t.has_storage()) return true;
+  int64_t last = t.storage_offset();
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return t.unsafeGetTensorImpl()->unsafe_storage().nbytes() >= size_t(last + 1) * t.element_size();
+}
+inline constexpr const char* without_memory = ": expected a tensor with memory, got one whose storage was freed";
+inline void check_memory(const Tensor& t, const char* name) { TORCH_CHECK(has_memory(t), name, without_memory); }
+
+// What a forward pass saved.
+inline void check_saved(const Tensor& t, const Tensor& input, at::IntArrayRef shape, at::ScalarType dtype,
+                        const char* name) {
+  TORCH_CHECK(t.device() == input.device() && t.scalar_type() == dtype && t.sizes() == shape && t.is_contiguous(), name,
+              ": expected those of this call, ", dtype, " ", shape, " on ", input.device(), ", got ", t.scalar_type(),
+              " ", t.sizes(), " on ", t.device());
+  check_memory(t, name);
+}
+
 inline void check_like(const Tensor& t, const Tensor& input, at::IntArrayRef shape, const char* name) {
   TORCH_CHECK(t.device() == input.device(), name, ": expected a tensor on ", input.device(), ", got ", t.device());
   TORCH_CHECK(t.scalar_type() == input.scalar_type(), name, ": expected ", input.scalar_type(), ", got ",
               t.scalar_type());
   TORCH_CHECK(t.sizes() == shape, name, ": expected ", shape, ", got ", t.sizes());
+  check_memory(t, name);
 }
 
 // Features must be contiguous; steps and rows may have any stride.
@@ -80,12 +101,9 @@ inline void* mutable_slice(const Tensor& t, int64_t index) { return slice(mutabl
 
 // Arguments that forward and backward share, checked.
 struct Stack {
-  CellKind kind;
-  bool has_biases;
-  int64_t num_layers;
+  Settings settings;
   int64_t D;
-  bool batch_first;
-  bool packed;
+  bool batch_first, packed;  // of the tensors here
   int64_t T, B, N, I, H, P;
   Tensor input;                // (T, B, I) view, or (N, I)
   std::vector<Tensor> params;  // contiguous
@@ -94,52 +112,54 @@ struct Stack {
   Tensor mask;                  // (T, B), or undefined
   Tensor h0, c0;
 
-  int64_t params_per_direction() const { return 2 + (has_biases ? 2 : 0) + (projects() ? 1 : 0); }
+  CellKind kind() const { return settings.kind; }
+  int64_t num_layers() const { return settings.num_layers; }
+  int64_t params_per_direction() const { return 2 + (settings.has_biases ? 2 : 0) + (projects() ? 1 : 0); }
   bool projects() const { return P != H; }
 
   Stack(const Tensor& input_, const OptionalTensor& h0_, const OptionalTensor& c0_, at::TensorList params_,
-        at::TensorList dropout_, const OptionalTensor& batch_sizes, int64_t kind_, bool has_biases_, int64_t layers,
-        bool bidirectional, bool batch_first_, const OptionalTensor& mask_)
-      : kind(CellKind(kind_)),
-        has_biases(has_biases_),
-        num_layers(layers),
-        D(bidirectional ? 2 : 1),
-        batch_first(batch_first_ && !batch_sizes),
-        packed(batch_sizes.has_value()) {
-    TORCH_CHECK(kind_ >= 0 && kind_ <= 3, "kind: expected 0 to 3, got ", kind_);
-    TORCH_CHECK(layers >= 1, "num_layers: expected at least 1, got ", layers);
+        const Controls& controls, const Settings& settings_)
+      : settings(settings_),
+        D(settings.num_directions()),
+        batch_first(settings.batch_first && !controls.batch_sizes),
+        packed(controls.batch_sizes.has_value()) {
     dtype_of(input_, "input");
+    check_memory(input_, "input");
     TORCH_CHECK(input_.dim() == (packed ? 2 : 3), "input: expected ", packed ? 2 : 3, " dimensions, got ",
                 input_.dim());
     input = with_contiguous_rows(batch_first ? input_.transpose(0, 1) : input_);
     I = input.size(-1);
-    read_steps(batch_sizes);
-    if (mask_) read_mask(*mask_);
+    // Before the steps, whose number is no more than that of the input's elements only then.
+    TORCH_CHECK(I >= 1, "input: expected at least 1 feature, got ", input_.sizes());
+    read_steps(controls.batch_sizes);
+    if (controls.mask) read_mask(*controls.mask);
 
-    const int64_t fewest = has_biases ? 4 : 2;
-    TORCH_CHECK(int64_t(params_.size()) >= fewest, "params: expected at least ", fewest, " tensors, got ",
-                params_.size());
+    const int64_t layers = num_layers(), fewest = settings.has_biases ? 4 : 2, given = int64_t(params_.size());
+    TORCH_CHECK(given >= fewest, "params: expected at least ", fewest, " tensors, got ", given);
     TORCH_CHECK(params_[1].dim() == 2, "params[1]: expected 2 dimensions, got ", params_[1].dim());
-    H = params_[1].size(0) / gate_count(kind);
+    H = params_[1].size(0) / gate_count(kind());
     P = params_[1].size(1);
-    TORCH_CHECK(I >= 1 && H >= 1 && P >= 1, "params[1]: expected at least 1 unit, got ", params_[1].sizes());
-    TORCH_CHECK(P == H || kind == CellKind::lstm, "params[1]: only an LSTM has a projection, got ", params_[1].sizes());
+    TORCH_CHECK(H >= 1 && P >= 1, "params[1]: expected at least 1 unit, got ", params_[1].sizes());
+    TORCH_CHECK(P == H || kind() == CellKind::lstm, "params[1]: only an LSTM has a projection, got ",
+                params_[1].sizes());
     const int64_t expected = layers * D * params_per_direction();
-    TORCH_CHECK(int64_t(params_.size()) == expected, "params: expected ", expected, " tensors, got ", params_.size());
+    TORCH_CHECK(given == expected, "params: expected ", expected, " tensors, got ", given);
     params.reserve(expected);
     for (int64_t l = 0; l < layers; ++l) {
       for (int64_t d = 0; d < D; ++d) read_params(params_, l);
     }
     h0 = initial(h0_, P, "h0");
+    TORCH_CHECK(!c0_ || has_cell_state(kind()), "c0: expected none without a cell state");
     c0 = initial(c0_, H, "c0");
-    TORCH_CHECK(dropout_.empty() || int64_t(dropout_.size()) == layers - 1, "dropout_masks: expected 0 or ", layers - 1,
-                " tensors, got ", dropout_.size());
-    for (const Tensor& factors : dropout_) {
-      TORCH_CHECK(factors.numel() == N * D * P, "dropout_masks: expected ", N * D * P, " elements, got ",
-                  factors.numel());
-      check_like(factors, input, factors.sizes(), "dropout_masks");
-      dropout.push_back(as_matrix(factors.reshape({N, D * P})));
-    }
+    if (controls.dropout) read_dropout(*controls.dropout);
+  }
+
+  void read_dropout(const Tensor& factors) {
+    std::vector<int64_t> shape = output_shape();
+    shape.insert(shape.begin(), num_layers() - 1);
+    check_like(factors, input, shape, "dropout");
+    for (int64_t l = 0; l < num_layers() - 1; ++l)
+      dropout.push_back(as_matrix(factors.select(0, l).reshape({N, D * P})));
   }
 
   void read_steps(const OptionalTensor& batch_sizes) {
@@ -150,6 +170,7 @@ struct Stack {
       TORCH_CHECK(T >= 1, "input: expected at least 1 step, got ", T);
       return;
     }
+    check_memory(*batch_sizes, "batch_sizes");
     TORCH_CHECK(batch_sizes->device().is_cpu() && batch_sizes->scalar_type() == at::kLong && batch_sizes->dim() == 1,
                 "batch_sizes: expected a 1-D int64 tensor on the CPU, got ", batch_sizes->scalar_type(), " with ",
                 batch_sizes->dim(), " dimensions on ", batch_sizes->device());
@@ -175,14 +196,16 @@ struct Stack {
                     given.sizes() == at::IntArrayRef({T, B}),
                 "mask: expected bool [", T, ", ", B, "] on ", input.device(), ", got ", given.scalar_type(), " ",
                 given.sizes(), " on ", given.device());
+    check_memory(given, "mask");
     mask = given.contiguous();
   }
 
   void read_params(at::TensorList given, int64_t layer) {
-    const int64_t G = gate_count(kind);
+    const int64_t G = gate_count(kind());
     const int64_t width = layer == 0 ? I : D * P;
     const auto read = [&](at::IntArrayRef shape) {
       const Tensor& t = given[params.size()];
+      TORCH_CHECK(has_memory(t), "params[", params.size(), "]", without_memory);
       TORCH_CHECK(t.device() == input.device() && t.scalar_type() == input.scalar_type() && t.sizes() == shape,
                   "params[", params.size(), "]: expected ", input.scalar_type(), " ", shape, " on ", input.device(),
                   ", got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
@@ -190,7 +213,7 @@ struct Stack {
     };
     read({G * H, width});
     read({G * H, P});
-    if (has_biases) {
+    if (settings.has_biases) {
       read({G * H});
       read({G * H});
     }
@@ -199,13 +222,13 @@ struct Stack {
 
   Tensor initial(const OptionalTensor& state, int64_t size, const char* name) const {
     if (!state) return {};
-    check_like(*state, input, {num_layers * D, B, size}, name);
+    check_like(*state, input, {num_layers() * D, B, size}, name);
     return state->contiguous();
   }
 
   LayerSizes layer_sizes(int64_t layer) const {
     LayerSizes s;
-    s.kind = kind;
+    s.kind = kind();
     s.dtype = dtype_of(input, "input");
     s.input_size = layer == 0 ? I : D * P;
     s.hidden_size = H;
@@ -233,7 +256,7 @@ struct Stack {
     Weights w;
     w.w_ih = p[0].const_data_ptr();
     w.w_hh = p[1].const_data_ptr();
-    if (has_biases) {
+    if (settings.has_biases) {
       w.b_ih = p[2].const_data_ptr();
       w.b_hh = p[3].const_data_ptr();
     }
@@ -313,13 +336,14 @@ struct Stack {
   int64_t layers_at_once(const Backend& backend, bool backward) const {
     if constexpr (Backend::wavefronts) {
       // Layers but the first are equal; above a first of other input they all could be, as its projection is apart.
-      if (num_layers > 1) return backend.layers_at_once(layer_sizes(num_layers - 1), num_layers, steps(), backward);
+      if (num_layers() > 1)
+        return backend.layers_at_once(layer_sizes(num_layers() - 1), num_layers(), steps(), backward);
     }
     return 1;
   }
 
   // Layers whose states are a tensor of their own: those below the output, which has none in masked steps.
-  int64_t hidden_layers() const { return mask.defined() ? num_layers : num_layers - 1; }
+  int64_t hidden_layers() const { return mask.defined() ? num_layers() : num_layers() - 1; }
 
   std::vector<int64_t> output_shape() const {
     return packed ? std::vector<int64_t>{N, D * P} : std::vector<int64_t>{T, B, D * P};
@@ -352,33 +376,46 @@ inline Tensor front(const Tensor& t, int64_t rows) {
   return t.flatten().narrow(0, 0, c10::multiply_integers(sizes)).view(sizes);
 }
 
+// Memory (entries, room, ...) of what a call saves for `rows` rows an entry, which stand at its front. The rest has
+// defined contents, because the operator returns it; and all of it where kernels skip masked steps.
+inline Tensor saved_rows(at::IntArrayRef shape, const at::TensorOptions& options, int64_t rows, bool skips) {
+  if (skips) return at::zeros(shape, options);
+  const Tensor t = at::empty(shape, options);
+  if (shape[1] > rows) {
+    const int64_t used = t.numel() / shape[1] * rows;
+    t.view(-1).narrow(0, used, t.numel() - used).zero_();
+  }
+  return t;
+}
+
 // The forward pass of a stack in order of time, packed or dense; what is saved has room for `room` rows.
 template <class Backend>
-ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, bool recompute, int64_t room) {
+ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64_t room) {
   const auto options = stack.input.options();
-  const int64_t L = stack.num_layers, D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
-  const int64_t saved = saved_gate_count(stack.kind);
-  const bool has_cell = has_cell_state(stack.kind), carries = stack.mask.defined();
+  const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
+  const int64_t saved = saved_gate_count(stack.kind());
+  const bool has_cell = has_cell_state(stack.kind()), carries = stack.mask.defined();
+  const bool recompute = stack.settings.recompute;
   const Tensor h_n = at::empty({L * D, B, P}, options);
   const Tensor c_n = at::empty(has_cell ? std::vector<int64_t>{L * D, B, H} : std::vector<int64_t>{0}, options);
-  Tensor all_gates = at::empty({0}, options),
-         all_cells = at::empty({0}, options.dtype(accumulation_dtype(stack.input)));
-  Tensor all_hidden = at::empty({0}, options);
-  if (save && !recompute && saved > 0) all_gates = at::empty({L * D, room, saved, H}, options);
-  if (save && has_cell) all_cells = at::empty({L * D, room, H}, all_cells.options());
+  const auto sums = options.dtype(accumulation_dtype(stack.input));
+  const auto nothing = [](const at::TensorOptions& o) { return at::empty({0}, o); };
+  Tensor all_gates = nothing(options), all_cells = nothing(sums), all_hidden = nothing(options);
+  if (save && !recompute && saved > 0) all_gates = saved_rows({L * D, room, saved, H}, options, N, carries);
+  if (save && has_cell) all_cells = saved_rows({L * D, room, H}, sums, N, carries);
   const int64_t below = stack.hidden_layers();
   // Layers whose gates are computed again go one by one in both passes: to have all gates at once is what they avoid.
   const int64_t at_once = N == 0 || (save && recompute) ? 1 : stack.layers_at_once(backend, false);
   // Without a backward pass only those outputs are there of which somebody reads, two at a time.
   const int64_t read = L / at_once + L % at_once - (L - below);
   const int64_t kept = save ? below : std::min<int64_t>(read, 2);
-  if (kept > 0) all_hidden = at::empty({kept, room, D * P}, options);
+  if (kept > 0) all_hidden = saved_rows({kept, room, D * P}, options, N, save && carries);
   const Tensor gates = front(all_gates, N), cells = front(all_cells, N), hidden = front(all_hidden, N);
   // Where kernels carry states over masked steps, those are not the output.
   Tensor output = carries && N > 0 ? Tensor() : at::empty(stack.output_shape(), options);
   const auto result = [&] {
     return ForwardResult(output, stack.with_idle(h_n, stack.h0), has_cell ? stack.with_idle(c_n, stack.c0) : c_n,
-                         all_gates, all_cells, save ? all_hidden : at::empty({0}, options));
+                         all_gates, all_cells, save ? all_hidden : nothing(options));
   };
   if (N == 0) return result();
 
@@ -429,23 +466,21 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, bool 
 
 template <class Backend>
 ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                          at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
-                          int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
-                          bool save, bool recompute, const OptionalTensor& mask) {
+                          at::TensorList params, at::TensorList controls, Integers settings, Numbers numbers,
+                          bool save) {
   Backend backend(input);
-  Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
-              batch_first, mask);
+  Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
   std::optional<LiveSteps> live;
   if constexpr (!Backend::masks_in_kernels) live = stack.take_mask();
   ForwardResult result;
   if (!live) {
-    result = run_forward(backend, stack, save, recompute, stack.N);
+    result = run_forward(backend, stack, save, stack.N);
   } else if constexpr (!Backend::masks_in_kernels) {
-    result = run_forward(backend, stack.packed_as(*live), save, recompute, stack.N);
+    result = run_forward(backend, stack.packed_as(*live), save, stack.N);
     auto& [output, h_n, c_n, gates, cells, hidden] = result;
     output = live->unpack(output);
     h_n = live->unpack_states(h_n, stack.h0);
-    if (has_cell_state(stack.kind)) c_n = live->unpack_states(c_n, stack.c0);
+    if (has_cell_state(stack.kind())) c_n = live->unpack_states(c_n, stack.c0);
   }
   if (stack.batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
   return result;
@@ -460,7 +495,7 @@ struct BackwardInput {
 template <class Backend>
 BackwardResult run_backward(Backend& backend, const Stack& stack, const BackwardInput& given,
                             const c10::List<bool>& needs, bool reuse_gates) {
-  const int64_t L = stack.num_layers, D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
+  const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
   const bool carries = stack.mask.defined();
   const auto options = stack.input.options();
   const auto make = [&](bool needed, at::IntArrayRef shape) {
@@ -471,7 +506,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   };
   const Tensor grad_input = needs[0] ? make_rows(stack.input.sizes()) : at::empty({0}, options);
   const Tensor grad_h0 = make(needs[1] && stack.h0.defined(), {L * D, B, P});
-  const Tensor grad_c0 = make(needs[2] && stack.c0.defined() && has_cell_state(stack.kind), {L * D, B, H});
+  const Tensor grad_c0 = make(needs[2] && stack.c0.defined() && has_cell_state(stack.kind()), {L * D, B, H});
   std::vector<Tensor> grad_params;
   grad_params.reserve(stack.params.size());
   for (size_t i = 0; i < stack.params.size(); ++i) grad_params.push_back(make(needs[3 + i], stack.params[i].sizes()));
@@ -492,7 +527,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   Tensor grad_y = rows_for<Backend>(stack.without_masked(given.grad_output));
   const Tensor h0 = stack.without_idle(stack.h0), c0 = stack.without_idle(stack.c0);
   const Steps steps = stack.steps();
-  const bool recomputes = given.gates.numel() == 0 && saved_gate_count(stack.kind) > 0;
+  const bool recomputes = given.gates.numel() == 0 && saved_gate_count(stack.kind()) > 0;
   const int64_t at_once = lowest < L && !recomputes ? stack.layers_at_once(backend, true) : 1;
   c10::SmallVector<LayerBackward, 1> together;  // highest first, until they run
   c10::SmallVector<Tensor, 4> inputs;           // theirs, which live until then
@@ -533,7 +568,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
       };
       dir.grad_w_ih = grad(0);
       dir.grad_w_hh = grad(1);
-      if (stack.has_biases) {
+      if (stack.settings.has_biases) {
         dir.grad_b_ih = grad(2);
         dir.grad_b_hh = grad(3);
       }
@@ -552,16 +587,13 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
 template <class Backend>
 BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                             const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
-                            const OptionalTensor& c0, at::TensorList params, at::TensorList dropout_masks,
-                            const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
-                            const Tensor& cells, const Tensor& hidden, int64_t kind, bool has_biases,
-                            int64_t num_layers, bool bidirectional, bool batch_first, c10::List<bool> needs,
-                            bool reuse_gates, const OptionalTensor& mask) {
+                            const OptionalTensor& c0, at::TensorList params, at::TensorList controls,
+                            const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                            Integers settings, Numbers numbers, const c10::List<bool>& needs, bool reuse_gates) {
   Backend backend(input);
-  Stack stack(input, h0, c0, params, dropout_masks, batch_sizes, kind, has_biases, num_layers, bidirectional,
-              batch_first, mask);
-  const int64_t L = num_layers, D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
-  const bool has_cell = has_cell_state(stack.kind);
+  Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
+  const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
+  const bool has_cell = has_cell_state(stack.kind());
   std::optional<LiveSteps> live;
   if constexpr (!Backend::masks_in_kernels) live = stack.take_mask();
   TORCH_CHECK(int64_t(needs.size()) == 3 + int64_t(params.size()), "needs: expected ", 3 + params.size(),
@@ -583,14 +615,14 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
                       gates,
                       cells,
                       hidden};
-  // Without gates the forward pass was told that they will be computed again.
-  TORCH_CHECK(
-      (gates.numel() == L * D * N * saved_gate_count(stack.kind) * H || gates.numel() == 0) && gates.is_contiguous(),
-      "gates: not those of this call");
-  TORCH_CHECK(cells.numel() == (has_cell ? L * D * N * H : 0) && cells.is_contiguous(),
-              "cells: not those of this call");
-  TORCH_CHECK(hidden.numel() == stack.hidden_layers() * N * D * P && hidden.is_contiguous(),
-              "hidden: not that of this call");
+  const auto saved = [&](const Tensor& t, bool there, at::IntArrayRef shape, at::ScalarType dtype, const char* name) {
+    check_saved(t, stack.input, there ? shape : at::IntArrayRef{0}, dtype, name);
+  };
+  const int64_t kept = saved_gate_count(stack.kind()), below = stack.hidden_layers();
+  const at::ScalarType dtype = stack.input.scalar_type();
+  saved(gates, kept > 0 && !stack.settings.recompute, {L * D, N, kept, H}, dtype, "gates");
+  saved(cells, has_cell, {L * D, N, H}, accumulation_dtype(stack.input), "cells");
+  saved(hidden, below > 0, {below, N, D * P}, dtype, "hidden");
 
   BackwardResult result;
   if (!live) {
@@ -622,16 +654,21 @@ struct Step {
   LayerSizes sizes;
   Steps steps;
 
-  Step(const Tensor& input_, const Tensor& h_, const OptionalTensor& c_, const Tensor& w_ih_, const Tensor& w_hh_,
-       const OptionalTensor& b_ih_, const OptionalTensor& b_hh_, int64_t kind) {
-    TORCH_CHECK(kind >= 0 && kind <= 3, "kind: expected 0 to 3, got ", kind);
-    sizes.kind = CellKind(kind);
+  Step(const Tensor& input_, const Tensor& h_, const OptionalTensor& c_, at::TensorList params,
+       const Settings& settings) {
+    sizes.kind = settings.kind;
     sizes.dtype = dtype_of(input_, "input");
+    check_memory(input_, "input");
     TORCH_CHECK(input_.dim() == 2, "input: expected 2 dimensions, got ", input_.dim());
-    TORCH_CHECK(w_hh_.dim() == 2, "w_hh: expected 2 dimensions, got ", w_hh_.dim());
-    const int64_t B = input_.size(0), I = input_.size(1), H = w_hh_.size(1), GH = gate_count(sizes.kind) * H;
-    TORCH_CHECK(I >= 1 && H >= 1, "w_hh: expected at least 1 unit, got ", w_hh_.sizes());
-    TORCH_CHECK(b_ih_.has_value() == b_hh_.has_value(), "b_hh: expected a bias exactly where b_ih is one");
+    const size_t expected = settings.has_biases ? 4 : 2;
+    TORCH_CHECK(params.size() == expected, "params: expected ", expected, " tensors, got ", params.size());
+    TORCH_CHECK(params[1].dim() == 2, "params[1]: expected 2 dimensions, got ", params[1].dim());
+    const int64_t B = input_.size(0), I = input_.size(1), H = params[1].size(1);
+    TORCH_CHECK(I >= 1 && H >= 1, "params[1]: expected at least 1 unit, got ", params[1].sizes());
+    // Before a product with H is made.
+    TORCH_CHECK(params[1].size(0) / gate_count(sizes.kind) == H, "params[1]: expected ", gate_count(sizes.kind),
+                " gates of ", H, " units, got ", params[1].sizes());
+    const int64_t GH = gate_count(sizes.kind) * H;
     TORCH_CHECK(c_.has_value() == has_cell_state(sizes.kind),
                 "c: expected one exactly where the cell has a cell state");
     const auto take = [&](const Tensor& t, at::IntArrayRef shape, const char* name) {
@@ -641,11 +678,11 @@ struct Step {
     input = with_contiguous_rows(input_);
     h = take(h_, {B, H}, "h");
     if (c_) c = take(*c_, {B, H}, "c");
-    w_ih = take(w_ih_, {GH, I}, "w_ih");
-    w_hh = take(w_hh_, {GH, H}, "w_hh");
-    if (b_ih_) {
-      b_ih = take(*b_ih_, {GH}, "b_ih");
-      b_hh = take(*b_hh_, {GH}, "b_hh");
+    w_ih = take(params[0], {GH, I}, "params[0]");
+    w_hh = take(params[1], {GH, H}, "params[1]");
+    if (settings.has_biases) {
+      b_ih = take(params[2], {GH}, "params[2]");
+      b_hh = take(params[3], {GH}, "params[3]");
     }
     sizes.input_size = I;
     sizes.hidden_size = sizes.state_size = H;
@@ -671,11 +708,10 @@ struct Step {
 };
 
 template <class Backend>
-CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c, const Tensor& w_ih,
-                        const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, int64_t kind,
-                        bool save) {
+CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c, at::TensorList params,
+                        Integers settings, Numbers numbers, bool save) {
   Backend backend(input);
-  const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
+  const Step step(input, h, c, params, Settings::restore(settings, numbers));
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;
   const int64_t saved = save ? saved_gate_count(step.sizes.kind) : 0;
   const bool has_cell = has_cell_state(step.sizes.kind);
@@ -708,19 +744,23 @@ CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTens
 
 template <class Backend>
 BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
-                             const Tensor& h, const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
-                             const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h_next,
-                             const Tensor& gates, const Tensor& cells, int64_t kind, c10::List<bool> needs) {
+                             const Tensor& h, const OptionalTensor& c, at::TensorList given, const Tensor& h_next,
+                             const Tensor& gates, const Tensor& cells, Integers settings, Numbers numbers,
+                             const c10::List<bool>& needs) {
   Backend backend(input);
-  const Step step(input, h, c, w_ih, w_hh, b_ih, b_hh, kind);
+  const Step step(input, h, c, given, Settings::restore(settings, numbers));
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;
   const bool has_cell = has_cell_state(step.sizes.kind);
   const size_t params = step.b_ih.defined() ? 4 : 2;
   TORCH_CHECK(needs.size() == 3 + params, "needs: expected ", 3 + params, " values, got ", needs.size());
   check_like(h_next, step.input, {B, H}, "h_next");
-  TORCH_CHECK(gates.numel() == B * saved_gate_count(step.sizes.kind) * H && gates.is_contiguous(),
-              "gates: not those of this call");
-  TORCH_CHECK(cells.numel() == (has_cell ? B * H : 0) && cells.is_contiguous(), "cells: not those of this call");
+  const int64_t saved = saved_gate_count(step.sizes.kind);
+  const int64_t none = 0;
+  const at::IntArrayRef nothing(none);
+  check_saved(gates, step.input, saved > 0 ? at::IntArrayRef{1, B, saved, H} : nothing, step.input.scalar_type(),
+              "gates");
+  check_saved(cells, step.input, has_cell ? at::IntArrayRef{1, B, H} : nothing, accumulation_dtype(step.input),
+              "cells");
   const auto seed = [&](const OptionalTensor& t, const char* name) {
     if (!t) return Tensor();
     check_like(*t, step.input, {B, H}, name);

@@ -34,25 +34,23 @@ struct Cpu {
 
 TORCH_LIBRARY(fused_rnn, m) {
   m.def(
-      "rnn_forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor[] dropout_masks, "
-      "Tensor? batch_sizes, int kind, bool has_biases, int num_layers, bool bidirectional, bool batch_first, "
-      "bool save, bool recompute, Tensor? mask=None) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, "
-      "Tensor cells, Tensor hidden)",
+      "rnn_forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor[] controls, int[] settings, "
+      "float[] numbers, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor "
+      "hidden)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, Tensor? c0, "
-      "Tensor[] params, Tensor[] dropout_masks, Tensor? batch_sizes, Tensor output, Tensor gates, Tensor cells, "
-      "Tensor hidden, int kind, bool has_biases, int num_layers, bool bidirectional, bool batch_first, bool[] needs, "
-      "bool reuse_gates, Tensor? mask=None) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] "
-      "grad_params)",
+      "Tensor[] params, Tensor[] controls, Tensor output, Tensor gates, Tensor cells, Tensor hidden, int[] settings, "
+      "float[] numbers, bool[] needs, bool reuse_gates) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, "
+      "Tensor[] grad_params)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "cell_forward(Tensor input, Tensor h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, int kind, "
-      "bool save) -> (Tensor h_next, Tensor c_next, Tensor gates, Tensor cells)",
+      "cell_forward(Tensor input, Tensor h, Tensor? c, Tensor[] params, int[] settings, float[] numbers, bool save) "
+      "-> (Tensor h_next, Tensor c_next, Tensor gates, Tensor cells)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor input, Tensor h, Tensor? c, Tensor w_ih, Tensor w_hh, "
-      "Tensor? b_ih, Tensor? b_hh, Tensor h_next, Tensor gates, Tensor cells, int kind, bool[] needs) "
+      "cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor input, Tensor h, Tensor? c, Tensor[] params, "
+      "Tensor h_next, Tensor gates, Tensor cells, int[] settings, float[] numbers, bool[] needs) "
       "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
       {at::Tag::pt2_compliant_tag});
 }

@@ -6,14 +6,12 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
-namespace fused_rnn {
+#include "settings.h"
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+namespace fused_rnn {
 
 // output, h_n, c_n, gates, cells, hidden
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -22,24 +20,23 @@ using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 // h_next, c_next, gates, cells
 using CellResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+using Integers = at::IntArrayRef;      // Settings::integers()
+using Numbers = at::ArrayRef<double>;  // Settings::numbers()
+
 using RnnForward = ForwardResult(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                                 at::TensorList params, at::TensorList dropout_masks, const OptionalTensor& batch_sizes,
-                                 int64_t kind, bool has_biases, int64_t num_layers, bool bidirectional,
-                                 bool batch_first, bool save, bool recompute, const OptionalTensor& mask);
+                                 at::TensorList params, at::TensorList controls, Integers settings, Numbers numbers,
+                                 bool save);
 using RnnBackward = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                    const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
-                                   const OptionalTensor& c0, at::TensorList params, at::TensorList dropout_masks,
-                                   const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
-                                   const Tensor& cells, const Tensor& hidden, int64_t kind, bool has_biases,
-                                   int64_t num_layers, bool bidirectional, bool batch_first, c10::List<bool> needs,
-                                   bool reuse_gates, const OptionalTensor& mask);
-using CellForward = CellResult(const Tensor& input, const Tensor& h, const OptionalTensor& c, const Tensor& w_ih,
-                               const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, int64_t kind,
-                               bool save);
+                                   const OptionalTensor& c0, at::TensorList params, at::TensorList controls,
+                                   const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                                   Integers settings, Numbers numbers, const c10::List<bool>& needs, bool reuse_gates);
+using CellForward = CellResult(const Tensor& input, const Tensor& h, const OptionalTensor& c, at::TensorList params,
+                               Integers settings, Numbers numbers, bool save);
 using CellBackward = BackwardResult(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
-                                    const Tensor& h, const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
-                                    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h_next,
-                                    const Tensor& gates, const Tensor& cells, int64_t kind, c10::List<bool> needs);
+                                    const Tensor& h, const OptionalTensor& c, at::TensorList params,
+                                    const Tensor& h_next, const Tensor& gates, const Tensor& cells, Integers settings,
+                                    Numbers numbers, const c10::List<bool>& needs);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> operator_named(const char* name) {

@@ -2,6 +2,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .settings import Settings
+
 def build_info() -> dict[str, Any]: ...
 def isa_supported() -> list[str]: ...
 def isa_used() -> str: ...
@@ -73,21 +75,6 @@ def cuda_allow(
     most_steps: int = 0,
     layers: int = 0,
 ) -> dict[str, Any]: ...
-def run_layers(
-    kind: int,
-    input_size: int,
-    hidden_size: int,
-    state_size: int,
-    has_biases: bool,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-    recompute: bool,
-    input: Any,
-    hx: Any,
-    params: Any,
-    /,
-) -> tuple[Tensor, Tensor, Tensor] | None: ...
-def run_cell(
-    kind: int, input_size: int, hidden_size: int, input: Any, hx: Any, params: Any, /
-) -> tuple[Tensor, Tensor | None] | None: ...
+def integer_settings() -> list[str]: ...
+def run_layers(settings: Settings, input: Any, hx: Any, params: Any, /) -> tuple[Tensor, Tensor, Tensor] | None: ...
+def run_cell(settings: Settings, input: Any, hx: Any, params: Any, /) -> tuple[Tensor, Tensor | None] | None: ...

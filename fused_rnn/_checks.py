@@ -4,14 +4,13 @@ Each error names the argument, what it got and what it needs. The exception type
 raises something sensible: ``ValueError`` for a wrong number of dimensions or the input's dtype, ``RuntimeError`` for
 sizes and for what belongs together but differs, ``TypeError`` for another kind of object.
 
-Letters in shapes: see :mod:`fused_rnn.reference`.
+Letters in shapes: see :mod:`fused_rnn.settings`.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .reference import CellKind
+from .settings import LAYER_OPTIONS, CellKind, Settings, Steps
 
 ParamSpec = tuple[str, tuple[int, ...]]
 
@@ -28,6 +27,7 @@ ParamSpec = tuple[str, tuple[int, ...]]
 
 
 def check_constructor(
+    options: Mapping[str, Any],
     *,
     input_size: Any,
     hidden_size: Any,
@@ -37,13 +37,10 @@ def check_constructor(
     dropout: Any,
     bidirectional: Any,
     proj_size: Any,
-    recompute: Any,
 ) -> None:
     """Arguments of a layer, all that ``torch.nn`` checks and what it leaves to fail later."""
-    flags = (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional), ("recompute", recompute))
-    for name, flag in flags:
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
+    for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+        check_flag(name, flag)
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
         if not isinstance(size, int):
             raise TypeError(f"{name}: expected an int, got {_describe(size)}")
@@ -51,6 +48,26 @@ def check_constructor(
             raise ValueError(f"{name}: expected at least 1, got {size}")
     check_counts(num_layers, proj_size, hidden_size)
     check_dropout(dropout)
+    check_names("a layer", options, LAYER_OPTIONS)
+    check_options(options)
+
+
+def check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}: expected a bool, got {_describe(flag)}")
+
+
+def check_names(what: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Keywords that nobody knows; the error is Python's own for such a call."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{name}: unexpected keyword argument of {what}, which has {', '.join(known)}")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Values of the options of layers that are given."""
+    if "recompute" in options:
+        check_flag("recompute", options["recompute"])
 
 
 def check_counts(num_layers: Any, proj_size: Any, hidden_size: int) -> None:
@@ -91,102 +108,60 @@ def check_cell_constructor(input_size: Any, hidden_size: Any) -> None:
 # What a call must look like
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a layer or cell expects of its arguments, worked out once for each set of sizes."""
-
-    kind: CellKind
-    input_size: int
-    hidden_size: int
-    state_size: int  # P
-    num_layers: int
-    bidirectional: bool
-    bias: bool
-    params: tuple[ParamSpec, ...]  # name and shape in the order of the flat list
-    num_states: int  # L*D
-    is_cell: bool
+# Those of every set of sizes in use, a few per model. Not functools.lru_cache: torch.compile warns of it.
+_param_specs: dict[Settings, tuple[ParamSpec, ...]] = {}
 
 
-# Every set of sizes in use, a few per model. Not functools.lru_cache: torch.compile warns of it.
-_specs: dict[tuple[Any, ...], Spec] = {}
+def param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
+    """Name and shape of every parameter, in the order of the flat list."""
+    if torch.compiler.is_compiling():
+        # The dictionary changes with every layer, and what is compiled would be compiled again.
+        return _make_param_specs(settings)
+    specs = _param_specs.get(settings)
+    if specs is None:
+        specs = _param_specs[settings] = _make_param_specs(settings)
+    return specs
 
 
-def layer_spec(*sizes: Any) -> Spec:
-    """A whole stack: kind, input_size, hidden_size, proj_size, num_layers, bidirectional, bias."""
-    spec = _specs.get(sizes)
-    if spec is None:
-        spec = _specs[sizes] = _make_layer_spec(*sizes)
-    return spec
+def _make_param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
+    """Names and order of a layer's parameters are ``torch.nn``'s."""
+    rows = settings.kind.num_gates * settings.hidden_size
+    state_size = settings.state_size
+    if settings.is_cell:
+        shapes = ((rows, settings.input_size), (rows, state_size), (rows,), (rows,))
+        return tuple(zip(settings.cell_names, shapes, strict=False))
+    specs: list[ParamSpec] = []
+    for layer in range(settings.num_layers):
+        columns = settings.input_size if layer == 0 else state_size * settings.num_directions
+        for suffix in (f"_l{layer}", f"_l{layer}_reverse") if settings.bidirectional else (f"_l{layer}",):
+            specs += [(f"weight_ih{suffix}", (rows, columns)), (f"weight_hh{suffix}", (rows, state_size))]
+            if settings.bias:
+                specs += [(f"bias_ih{suffix}", (rows,)), (f"bias_hh{suffix}", (rows,))]
+            if state_size != settings.hidden_size:
+                specs.append((f"weight_hr{suffix}", (state_size, settings.hidden_size)))
+    return tuple(specs)
 
 
-def _make_layer_spec(
-    kind: CellKind,
-    input_size: int,
-    hidden_size: int,
-    proj_size: int,
-    num_layers: int,
-    bidirectional: bool,
-    bias: bool,
-) -> Spec:
-    """Names and order of the parameters are ``torch.nn``'s."""
-    rows = kind.num_gates * hidden_size
-    state_size = proj_size or hidden_size
-    params: list[ParamSpec] = []
-    for layer in range(num_layers):
-        columns = input_size if layer == 0 else state_size * (2 if bidirectional else 1)
-        for suffix in (f"_l{layer}", f"_l{layer}_reverse") if bidirectional else (f"_l{layer}",):
-            params += [(f"weight_ih{suffix}", (rows, columns)), (f"weight_hh{suffix}", (rows, state_size))]
-            if bias:
-                params += [(f"bias_ih{suffix}", (rows,)), (f"bias_hh{suffix}", (rows,))]
-            if proj_size:
-                params.append((f"weight_hr{suffix}", (proj_size, hidden_size)))
-    return Spec(
-        kind=kind,
-        input_size=input_size,
-        hidden_size=hidden_size,
-        state_size=state_size,
-        num_layers=num_layers,
-        bidirectional=bool(bidirectional),
-        bias=bool(bias),
-        params=tuple(params),
-        num_states=num_layers * (2 if bidirectional else 1),
-        is_cell=False,
-    )
-
-
-def cell_spec(*sizes: Any) -> Spec:
-    """One cell: kind, input_size, hidden_size, and the names the caller has for w_ih, w_hh[, b_ih, b_hh]."""
-    spec = _specs.get(sizes)
-    if spec is None:
-        spec = _specs[sizes] = _make_cell_spec(*sizes)
-    return spec
-
-
-def _make_cell_spec(kind: CellKind, input_size: int, hidden_size: int, names: tuple[str, ...]) -> Spec:
-    rows = kind.num_gates * hidden_size
-    shapes = ((rows, input_size), (rows, hidden_size), (rows,), (rows,))
-    return Spec(
-        kind=kind,
-        input_size=input_size,
-        hidden_size=hidden_size,
-        state_size=hidden_size,
-        num_layers=1,
-        bidirectional=False,
-        bias=len(names) > 2,
-        params=tuple(zip(names, shapes, strict=False)),
-        num_states=1,
-        is_cell=True,
-    )
+def check_param_count(settings: Settings, params: Sequence[Any]) -> None:
+    """Before anything is worked out for each of so many layers."""
+    per_layer = settings.num_directions * (2 + 2 * settings.bias + (settings.state_size != settings.hidden_size))
+    expected = len(settings.cell_names) if settings.is_cell else settings.num_layers * per_layer
+    if len(params) == expected:
+        return
+    names = ""
+    if expected <= 16:
+        names = f" ({', '.join(name for name, _ in param_specs(settings))})"
+    raise RuntimeError(f"params: expected {expected} tensors{names}, got {len(params)}")
 
 
 # Calls: kinds of objects
 
 
-def raise_input_type(spec: Spec, input: Any) -> NoReturn:
+def raise_input_type(settings: Settings, input: Any) -> NoReturn:
     """``input`` is no Tensor."""
     hint = ""
     if isinstance(input, PackedSequence):
-        hint = "; a cell takes one step" if spec.is_cell else "; pass its data and batch_sizes"
+        hint = "; a cell takes one step" if settings.is_cell else "; pass its data and batch_sizes"
     raise TypeError(f"input: expected a Tensor, got {_describe(input)}{hint}")
 
 
@@ -211,12 +186,10 @@ def split_state(kind: CellKind, hx: Any) -> tuple[Tensor | None, Tensor | None]:
 # Calls: shapes and dtypes
 
 
-def check_params(spec: Spec, params: Sequence[Any], input: Tensor) -> None:
+def check_params(settings: Settings, params: Sequence[Any], input: Tensor) -> None:
     """Parameters against their names and shapes, and against the input's dtype and device."""
-    specs = spec.params
-    if len(params) != len(specs):
-        names = ", ".join(name for name, _ in specs)
-        raise RuntimeError(f"params: expected {len(specs)} tensors ({names}), got {len(params)}")
+    check_param_count(settings, params)
+    specs = param_specs(settings)
     if input.is_cpu:  # the short way: this is a good part of what a small call costs
         dtype = input.dtype
         try:
@@ -227,11 +200,11 @@ def check_params(spec: Spec, params: Sequence[Any], input: Tensor) -> None:
                 return
         except AttributeError:  # no Tensor
             pass
-    _check_params_in_turn(spec, params, input)
+    _check_params_in_turn(settings, params, input)
 
 
-def _check_params_in_turn(spec: Spec, params: Sequence[Any], input: Tensor) -> None:
-    specs = spec.params
+def _check_params_in_turn(settings: Settings, params: Sequence[Any], input: Tensor) -> None:
+    specs = param_specs(settings)
     for param, (name, shape) in zip(params, specs, strict=True):
         if not isinstance(param, Tensor):
             raise TypeError(f"{name}: expected a Tensor of shape {shape}, got {_describe(param)}")
@@ -249,14 +222,13 @@ def _check_params_in_turn(spec: Spec, params: Sequence[Any], input: Tensor) -> N
     convertible = input.is_floating_point() or input.is_complex()
     hint = f"; convert the input, input.to({dtype})" + (f", or the weights, .to({input.dtype})" if convertible else "")
     # torch.nn's layers check this themselves, its cells leave it to the matrix product
-    error = RuntimeError if spec.is_cell else ValueError
+    error = RuntimeError if settings.is_cell else ValueError
     raise error(f"input: expected {dtype} as the weights have, got {input.dtype}{hint}")
 
 
-def check_layer_input(
-    input: Tensor, input_size: int, batch_first: bool, batch_sizes: Tensor | None
-) -> tuple[int, int | None]:
+def check_layer_input(settings: Settings, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int | None]:
     """Shape of a layer's input. Returns T and B, B ``None`` for an unbatched input (T, I)."""
+    input_size, batch_first = settings.input_size, settings.batch_first
     shape = input.shape
     dims = len(shape)
     if batch_sizes is not None:
@@ -300,16 +272,22 @@ def check_batch_sizes(batch_sizes: Any, rows: int) -> tuple[int, int]:
     return len(sizes), sizes[0]
 
 
-def check_lengths_and_mask(
-    lengths: Any,
-    mask: Any,
-    input: Tensor,
-    num_steps: int,
-    batch: int | None,
-    batch_first: bool,
-    batch_sizes: Tensor | None,
-) -> None:
-    """``lengths`` and ``mask``, one of which is given; T and ``batch`` as :func:`check_layer_input` returned them."""
+def check_sorted_indices(packed: PackedSequence) -> None:
+    """The orders of a packed batch: each is one of its rows, of which ``batch_sizes`` says the number."""
+    batch_sizes = packed.batch_sizes
+    for name, order in (("sorted_indices", packed.sorted_indices), ("unsorted_indices", packed.unsorted_indices)):
+        if order is None or not isinstance(batch_sizes, Tensor) or batch_sizes.dim() != 1 or not batch_sizes.numel():
+            continue
+        if not _values_can_be_read(batch_sizes):
+            continue
+        batch = int(batch_sizes[0])
+        if order.dim() != 1 or order.numel() != batch:
+            raise RuntimeError(f"{name}: expected ({batch},), one for each row of the batch, got {_shape(order)}")
+
+
+def check_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int, batch: int | None) -> None:
+    """Which steps count; T and ``batch`` as :func:`check_layer_input` returned them."""
+    batch_sizes, lengths, mask = steps
     for name, value in (("lengths", lengths), ("mask", mask)):
         if value is None:
             continue
@@ -331,6 +309,7 @@ def check_lengths_and_mask(
         if batch is None:
             layout, expected = "T", (num_steps,)
         else:
+            batch_first = settings.batch_first
             layout, expected = ("B, T", (batch, num_steps)) if batch_first else ("T, B", (num_steps, batch))
         if mask.dtype is not torch.bool:
             raise RuntimeError(f"mask: expected torch.bool, got {mask.dtype}")
@@ -351,26 +330,29 @@ def _values_can_be_read(tensor: Tensor) -> bool:
     )
 
 
-def check_layer_states(spec: Spec, h: Tensor, c: Tensor | None, batch: int | None) -> None:
+def check_layer_states(settings: Settings, h: Tensor, c: Tensor | None, batch: int | None) -> None:
     """Shapes of a layer's initial states; ``batch`` as :func:`check_layer_input` returned it."""
-    sizes = (spec.num_states,) if batch is None else (spec.num_states, batch)
-    _check_state_shapes(h, c, (*sizes, spec.state_size), (*sizes, spec.hidden_size), spec.is_cell)
+    states = settings.num_layers * settings.num_directions
+    sizes = (states,) if batch is None else (states, batch)
+    _check_state_shapes(h, c, (*sizes, settings.state_size), (*sizes, settings.hidden_size), settings.is_cell)
 
 
-def check_cell_input(spec: Spec, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[int, ...]:
+def check_cell_input(settings: Settings, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[int, ...]:
     """Shapes of a cell's input and states. Returns the input's sizes before the last: (B,) or ()."""
     shape = input.shape
     if len(shape) not in (1, 2):
         raise ValueError(
-            f"input: expected 2 dimensions (B, {spec.input_size}), or 1 without a batch ({spec.input_size},), "
+            f"input: expected 2 dimensions (B, {settings.input_size}), or 1 without a batch ({settings.input_size},), "
             f"got {len(shape)}, {_shape(input)}"
         )
-    if shape[-1] != spec.input_size:
-        raise RuntimeError(f"input: expected input_size {spec.input_size} as its last dimension, got {_shape(input)}")
+    if shape[-1] != settings.input_size:
+        raise RuntimeError(
+            f"input: expected input_size {settings.input_size} as its last dimension, got {_shape(input)}"
+        )
     sizes = shape[:-1]
     if h is not None:
-        expected = (*sizes, spec.hidden_size)
-        _check_state_shapes(h, c, expected, expected, spec.is_cell)
+        expected = (*sizes, settings.hidden_size)
+        _check_state_shapes(h, c, expected, expected, settings.is_cell)
     return sizes
 
 

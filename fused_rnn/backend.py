@@ -13,7 +13,7 @@ from types import ModuleType, TracebackType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import formulas
 
 __all__ = ["use_backend"]
 
@@ -33,7 +33,7 @@ class use_backend:
 
     ``"auto"`` (the default): the kernels where they take the device and dtype, else the reference.
     ``"fused"``: the kernels; a call that they cannot take raises ``RuntimeError`` with the reason.
-    ``"reference"``: plain PyTorch, :mod:`fused_rnn.reference`.
+    ``"reference"``: plain PyTorch, :mod:`fused_rnn.formulas`.
 
     As a statement it sets the default of the process; in a ``with`` statement it holds for the block, in this thread or
     asyncio task only, and there it goes before the default. The environment variable ``FUSED_RNN_BACKEND`` gives the
@@ -146,8 +146,8 @@ def eager_kernels() -> ModuleType | None:
 
 
 def implementation(reason: str | None) -> ModuleType:
-    """The module that computes a call, by what :func:`why_reference` said: both have ``rnn`` and ``cell_step``."""
+    """The module that computes a call, by what :func:`why_reference` said: both have ``run_stack`` and ``run_step``."""
     if reason is not None:
-        return reference
+        return formulas
     assert ops is not None
     return ops

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import _checks, functional
-from .reference import CellKind
+from .settings import CellKind, Settings
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -33,12 +33,12 @@ class _Cell(nn.RNNCellBase):
             tensors = [getattr(self, name) for name in _NAMES]
         return functional.cell_params(*tensors)
 
-    def _spec(self, num_params: int) -> _checks.Spec:
-        return _checks.cell_spec(self._kind(), self.input_size, self.hidden_size, _NAMES[:num_params])
+    def _settings(self, num_params: int) -> Settings:
+        return functional.cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[:num_params])
 
-    def _run(self, input: Tensor, hx: Any) -> tuple[Tensor, Tensor | None]:
+    def _run(self, input: Tensor, hx: Any) -> Any:
         params = self._params()
-        return functional.run_cell(self._spec(len(params)), input, hx, params)
+        return functional.call_cell(self._settings(len(params)), input, hx, params)
 
 
 class LSTMCell(_Cell):
@@ -80,9 +80,7 @@ class LSTMCell(_Cell):
             ValueError: a wrong number of dimensions, or an input of another dtype than the parameters.
             RuntimeError: another size, dtype or device that does not fit.
         """
-        h, c = self._run(input, hx)
-        assert c is not None
-        return h, c
+        return self._run(input, hx)
 
 
 class GRUCell(_Cell):
@@ -101,7 +99,7 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: ``hx`` is h (B, H), or (H) without a batch, and so is the result. Errors: see :class:`LSTMCell`."""
-        return self._run(input, hx)[0]
+        return self._run(input, hx)
 
 
 class RNNCell(_Cell):
@@ -130,4 +128,4 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: ``hx`` is h (B, H), or (H) without a batch, and so is the result. Errors: see :class:`LSTMCell`."""
-        return self._run(input, hx)[0]
+        return self._run(input, hx)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import GRU, LSTM, RNN
+from .settings import StepOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Explanation", "explain"]
 
@@ -115,12 +119,7 @@ def _time(us: float) -> str:
 
 
 def explain(
-    module: nn.Module,
-    input: Tensor | PackedSequence,
-    hx: Any = None,
-    *,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
+    module: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **steps: Unpack[StepOptions]
 ) -> Explanation:
     """Which kernel ``module(input, hx)`` would run on, and why. Nothing is computed, and hooks do not run.
 
@@ -139,52 +138,46 @@ def explain(
     batch_sizes = None
     params: Sequence[Any]
     if isinstance(module, _LAYERS):
-        spec, params = module._spec(), module._params()
+        settings, params = module._settings(), module._params()
         if isinstance(input, PackedSequence):
             data, batch_sizes = input.data, input.batch_sizes
     elif isinstance(module, _CELLS):
-        if lengths is not None or mask is not None:
-            raise TypeError(
-                f"{'mask' if lengths is None else 'lengths'}: expected None for a cell, which takes one step"
-            )
+        given = [name for name, value in steps.items() if value is not None]
+        if given:
+            raise TypeError(f"{given[0]}: expected None for a cell, which takes one step")
         params = module._params()
-        spec = module._spec(len(params))
+        settings = module._settings(len(params))
     else:
         hint = "; fused_rnn.convert makes one" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""
         raise TypeError(f"module: expected a layer or cell of fused_rnn, got a {type(module).__name__}{hint}")
 
-    region = functional.autocast_region(spec, data)
+    region = functional.autocast_region(settings, data)
     if region is not None:
-        data, hx, params = functional.autocast(spec, region, data, hx, params)
+        data, hx, params = functional.autocast(settings, region, data, hx, params)
     if isinstance(module, _LAYERS):
-        call = functional.prepare_layers(spec, data, hx, params, module.batch_first, batch_sizes, lengths, mask)
+        call = functional.prepare_layers(settings, data, hx, params, functional.steps_of(batch_sizes, steps))
     else:
-        call = functional.prepare_cell(spec, data, hx, params)
+        call = functional.prepare_cell(settings, data, hx, params)
+    mask = call.controls.mask
 
     tensors = (call.input, call.h, call.c, *params)
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None)
     batch_size = 1 if call.batch is None else call.batch
     sizes = None if batch_sizes is None else batch_sizes.tolist()
-    live_steps = None if call.mask is None else int(call.mask.sum())
-    if call.mask is not None and live_steps != call.mask.numel() and call.input.device.type == "cpu":
-        sizes = _packed_sizes(call.mask)
+    live_steps = None if mask is None else int(mask.sum())
+    if mask is not None and live_steps != mask.numel() and call.input.device.type == "cpu":
+        sizes = _packed_sizes(mask)
     plan = None
     if call.why_reference is None:
         assert backend.ops is not None
         plan = backend.ops.plan(
-            spec.kind,
+            settings,
             T=call.num_steps if sizes is None else len(sizes),
             B=batch_size if sizes is None else sizes[0],
             batch_sizes=sizes,
-            input_size=spec.input_size,
-            hidden_size=spec.hidden_size,
-            proj_size=spec.state_size if spec.state_size != spec.hidden_size else 0,
-            num_layers=spec.num_layers,
-            bidirectional=spec.bidirectional,
             dtype=call.input.dtype,
             device=call.input.device,
             training=training,
-            recompute=getattr(module, "recompute", False),
         )
     return Explanation(
         module=repr(module),

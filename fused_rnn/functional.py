@@ -26,14 +26,29 @@ the argument.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _checks, backend
-from .reference import CellKind
+from .settings import (
+    CALL_OPTIONS,
+    EVERY_STEP,
+    LAYER_OPTIONS,
+    STEP_OPTIONS,
+    CallOptions,
+    CellKind,
+    Controls,
+    Settings,
+    Steps,
+    show_options,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -41,6 +56,7 @@ __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@show_options(CALL_OPTIONS)
 def lstm(
     input: Tensor,
     hx: Sequence[Tensor] | None,
@@ -54,9 +70,7 @@ def lstm(
     batch_first: bool = False,
     proj_size: int = 0,
     batch_sizes: Tensor | None = None,
-    recompute: bool = False,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
+    **options: Unpack[CallOptions],
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A stack of LSTM layers over a sequence (Hochreiter and Schmidhuber 1997; Gers 2000; projection: Sak 2014).
 
@@ -85,13 +99,13 @@ def lstm(
     Returns:
         ``(output, (h_n, c_n))``. With ``batch_first`` the output is a transposed view of (T, B, D*P) storage.
     """
-    spec = _spec_of_params(CellKind.LSTM, params, proj_size, num_layers, bidirectional, bias)
-    output, h_n, c_n = run_layers(
-        spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute, lengths, mask
+    settings = _settings_of_params(
+        CellKind.LSTM, params, proj_size, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
-    return output, (h_n, c_n)
+    return call_layers(settings, input, hx, params, _steps_of(batch_sizes, options))
 
 
+@show_options(CALL_OPTIONS)
 def gru(
     input: Tensor,
     hx: Tensor | None,
@@ -104,9 +118,7 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-    recompute: bool = False,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
+    **options: Unpack[CallOptions],
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers over a sequence (Cho 2014; reset gate after the product with W_hh).
 
@@ -116,13 +128,13 @@ def gru(
     Returns:
         ``(output, h_n)``.
     """
-    spec = _spec_of_params(CellKind.GRU, params, 0, num_layers, bidirectional, bias)
-    output, h_n, _ = run_layers(
-        spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute, lengths, mask
+    settings = _settings_of_params(
+        CellKind.GRU, params, 0, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
-    return output, h_n
+    return call_layers(settings, input, hx, params, _steps_of(batch_sizes, options))
 
 
+@show_options(CALL_OPTIONS)
 def rnn(
     input: Tensor,
     hx: Tensor | None,
@@ -136,9 +148,7 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-    recompute: bool = False,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
+    **options: Unpack[CallOptions],
 ) -> tuple[Tensor, Tensor]:
     """A stack of Elman layers over a sequence (Elman 1990).
 
@@ -149,11 +159,10 @@ def rnn(
     Returns:
         ``(output, h_n)``.
     """
-    spec = _spec_of_params(rnn_kind(nonlinearity), params, 0, num_layers, bidirectional, bias)
-    output, h_n, _ = run_layers(
-        spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute, lengths, mask
+    settings = _settings_of_params(
+        rnn_kind(nonlinearity), params, 0, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
-    return output, h_n
+    return call_layers(settings, input, hx, params, _steps_of(batch_sizes, options))
 
 
 def lstm_cell(
@@ -174,9 +183,7 @@ def lstm_cell(
     Returns:
         ``(h, c)`` after the step.
     """
-    h, c = _functional_cell(CellKind.LSTM, input, hx, w_ih, w_hh, b_ih, b_hh)
-    assert c is not None
-    return h, c
+    return _functional_cell(CellKind.LSTM, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def gru_cell(
@@ -188,7 +195,7 @@ def gru_cell(
     b_hh: Tensor | None = None,
 ) -> Tensor:
     """One step of a GRU: ``hx`` and the result are h, weights have 3*H rows, the rest is as for :func:`lstm_cell`."""
-    return _functional_cell(CellKind.GRU, input, hx, w_ih, w_hh, b_ih, b_hh)[0]
+    return _functional_cell(CellKind.GRU, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_cell(
@@ -201,7 +208,7 @@ def rnn_cell(
     nonlinearity: str = "tanh",
 ) -> Tensor:
     """One step of an Elman network, ``"tanh"`` or ``"relu"``: weights have H rows, the rest as for :func:`gru_cell`."""
-    return _functional_cell(rnn_kind(nonlinearity), input, hx, w_ih, w_hh, b_ih, b_hh)[0]
+    return _functional_cell(rnn_kind(nonlinearity), input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_kind(nonlinearity: str) -> CellKind:
@@ -209,16 +216,47 @@ def rnn_kind(nonlinearity: str) -> CellKind:
     return CellKind.RNN_TANH if nonlinearity == "tanh" else CellKind.RNN_RELU
 
 
-def _spec_of_params(
-    kind: CellKind, params: Sequence[Tensor], proj_size: int, num_layers: int, bidirectional: bool, bias: bool
-) -> _checks.Spec:
+def _settings_of_params(
+    kind: CellKind,
+    params: Sequence[Tensor],
+    proj_size: int,
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    options: CallOptions,
+) -> Settings:
     """Where no module says what the sizes are, the first input weight (G*H, I) does."""
     if not isinstance(params, (list, tuple)) or not params or not _is_matrix(params[0]):
         _checks.raise_first_weight(params)
     rows, input_size = params[0].shape
     hidden_size = rows // kind.num_gates
+    _checks.check_names("this function", options, CALL_OPTIONS)
     _checks.check_counts(num_layers, proj_size, hidden_size)
-    return _checks.layer_spec(kind, input_size, hidden_size, proj_size, num_layers, bidirectional, bias)
+    _checks.check_dropout(dropout)
+    flags = (("bias", bias), ("training", training), ("bidirectional", bidirectional), ("batch_first", batch_first))
+    for name, flag in flags:
+        _checks.check_flag(name, flag)
+    _checks.check_options(options)
+    layer_options: dict[str, Any] = {name: value for name, value in options.items() if name in LAYER_OPTIONS}
+    return Settings(
+        input_size,
+        hidden_size,
+        proj_size or hidden_size,
+        kind,
+        bias,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout=dropout if training else 0.0,
+        **layer_options,
+    )
+
+
+def _steps_of(batch_sizes: Tensor | None, options: CallOptions) -> Steps:
+    return steps_of(batch_sizes, {name: value for name, value in options.items() if name in STEP_OPTIONS})
 
 
 def _functional_cell(
@@ -229,13 +267,18 @@ def _functional_cell(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Any:
     if not _is_matrix(w_ih):
         _checks.raise_not_matrix("w_ih", w_ih)
     rows, input_size = w_ih.shape
     params = cell_params(w_ih, w_hh, b_ih, b_hh)
     names = ("w_ih", "w_hh", "b_ih", "b_hh")[: len(params)]
-    return run_cell(_checks.cell_spec(kind, input_size, rows // kind.num_gates, names), input, hx, params)
+    return call_cell(cell_settings(kind, input_size, rows // kind.num_gates, names), input, hx, params)
+
+
+def cell_settings(kind: CellKind, input_size: int, hidden_size: int, names: tuple[str, ...]) -> Settings:
+    """Of a cell whose caller has these names for w_ih, w_hh[, b_ih, b_hh]."""
+    return Settings(input_size, hidden_size, hidden_size, kind, len(names) > 2, cell_names=names)
 
 
 def cell_params(w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> list[Any]:
@@ -260,189 +303,186 @@ class Call(NamedTuple):
     input: Tensor
     h: Tensor | None
     c: Tensor | None
+    controls: Controls
     num_steps: int
     batch: int | None  # None: no batch dimension
     why_reference: str | None  # None: the kernels compute it
-    mask: Tensor | None  # (T, B), True where a row has a step; None: everywhere
 
 
-def prepare_layers(
-    spec: _checks.Spec,
-    input: Tensor,
-    hx: Any,
-    params: Sequence[Any],
-    batch_first: bool,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Call:
-    """Check a call of a whole stack."""
-    h, c = (None, None) if hx is None else _checks.split_state(spec.kind, hx)
-    num_steps, batch = _checks.check_layer_input(input, spec.input_size, batch_first, batch_sizes)
-    _checks.check_params(spec, params, input)
+def steps_of(batch_sizes: Tensor | None, given: Mapping[str, Any]) -> Steps:
+    """The record of what a caller says of its steps; :data:`EVERY_STEP` itself where that is nothing."""
+    if batch_sizes is None and not given:
+        return EVERY_STEP
+    _checks.check_names("this call", given, STEP_OPTIONS)
+    return Steps(batch_sizes, **given)
+
+
+def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
+    """A whole stack: ``(output, (h_n, c_n))`` of an LSTM, ``(output, h_n)`` of the others."""
+    results = None
+    if steps is EVERY_STEP and not (settings.dropout and settings.num_layers > 1):
+        # The operator checks what it is given, so the usual call need not be checked twice, which would take as long as
+        # a small one computes. What is wrong with a call that is not valid, prepare_layers says in the user's terms.
+        kernels = backend.eager_kernels()
+        if kernels is not None:
+            results = kernels.try_stack(settings, input, hx, params)
+    if results is None:
+        tensors = _tensors(input, hx, params, steps)
+        if _is_overridden(tensors):
+            return _call_override(settings, tensors, input, hx, params, steps)
+        results = _run_layers(settings, input, hx, params, steps)
+    output, h_n, c_n = results
+    return (output, (h_n, c_n)) if settings.kind == CellKind.LSTM else (output, h_n)
+
+
+def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) -> Any:
+    """One step of a cell: ``(h, c)`` of an LSTM, h of the others."""
+    kernels = backend.eager_kernels()  # as in call_layers
+    results = None if kernels is None else kernels.try_step(settings, input, hx, params)
+    if results is None:
+        tensors = _tensors(input, hx, params, EVERY_STEP)
+        if _is_overridden(tensors):
+            return _call_override(settings, tensors, input, hx, params, EVERY_STEP)
+        results = _run_cell(settings, input, hx, params)
+    return results if settings.kind == CellKind.LSTM else results[0]
+
+
+def _tensors(input: Any, hx: Any, params: Sequence[Any], steps: Steps) -> tuple[Any, ...]:
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    return (input, *states, *params, *steps)
+
+
+def _is_overridden(tensors: tuple[Any, ...]) -> bool:
+    """Whether one of these, or a mode, gives functions of tensors its own meaning. A tracer sees operators instead."""
+    return not torch.compiler.is_compiling() and has_torch_function(tensors)
+
+
+def _call_override(
+    settings: Settings, tensors: tuple[Any, ...], input: Any, hx: Any, params: Sequence[Any], steps: Steps
+) -> Any:
+    """The call as that of a public function, which ``__torch_function__`` of its tensors sees."""
+    function, also = _PUBLIC[settings.kind]
+    if settings.is_cell:
+        return handle_torch_function(_PUBLIC_CELLS[settings.kind], tensors, input, hx, *params, **also)
+    fields = settings._asdict() | steps._asdict()
+    names = (*_ARGUMENTS, *LAYER_OPTIONS, *Steps._fields)
+    arguments = {name: fields[name] for name in names if fields[name] is not _DEFAULTS[name]}
+    if settings.dropout:
+        arguments["training"] = True
+    if settings.state_size != settings.hidden_size:
+        arguments["proj_size"] = settings.state_size
+    return handle_torch_function(function, tensors, input, hx, params, **arguments, **also)
+
+
+def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps) -> Call:
+    """Check a call of a whole stack. What it draws at random it does not have yet."""
+    h, c = (None, None) if hx is None else _checks.split_state(settings.kind, hx)
+    num_steps, batch = _checks.check_layer_input(settings, input, steps.batch_sizes)
+    _checks.check_params(settings, params, input)
     if h is not None:
-        _checks.check_layer_states(spec, h, c, batch)
+        _checks.check_layer_states(settings, h, c, batch)
         _checks.check_states_like_input(input, h, c)
-    if lengths is not None or mask is not None:
-        _checks.check_lengths_and_mask(lengths, mask, input, num_steps, batch, batch_first, batch_sizes)
-        mask = _live_steps(lengths, mask, input, num_steps, batch, batch_first)
-    return Call(input, h, c, num_steps, batch, backend.why_reference(input), mask)
+    _checks.check_steps(settings, steps, input, num_steps, batch)
+    mask = _live_steps(settings, steps, input, num_steps, batch)
+    controls = Controls(steps.batch_sizes, mask)
+    return Call(input, h, c, controls, num_steps, batch, backend.why_reference(input))
 
 
-def _live_steps(
-    lengths: Tensor | None, mask: Tensor | None, input: Tensor, num_steps: int, batch: int | None, batch_first: bool
-) -> Tensor:
-    """``lengths`` and ``mask``, one of which is given, as one mask (T, B) in the order of memory."""
+def _live_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int, batch: int | None) -> Tensor | None:
+    """``lengths`` and ``mask`` as one mask (T, B) in the order of memory."""
+    _, lengths, mask = steps
     if mask is not None:
         if batch is None:
             mask = mask.unsqueeze(1)
-        elif batch_first:
+        elif settings.batch_first:
             mask = mask.transpose(0, 1)
     if lengths is not None:
-        steps = torch.arange(num_steps, device=input.device).unsqueeze(1)
+        step = torch.arange(num_steps, device=input.device).unsqueeze(1)
         # from the CPU to a GPU without waiting for it; the other way the values must have come before they are read
-        before_end = steps < lengths.to(input.device, non_blocking=input.is_cuda).reshape(-1)
+        before_end = step < lengths.to(input.device, non_blocking=input.is_cuda).reshape(-1)
         mask = before_end if mask is None else mask & before_end
-    assert mask is not None
-    return mask.contiguous()
+    return None if mask is None else mask.contiguous()
 
 
-def run_layers(
-    spec: _checks.Spec,
-    input: Tensor,
-    hx: Any,
-    params: Sequence[Any],
-    batch_first: bool,
-    dropout: float,
-    training: bool,
-    batch_sizes: Tensor | None,
-    recompute: bool,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
+def _run_layers(
+    settings: Settings, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A whole stack: ``(output, h_n, c_n)``, c_n empty unless it is an LSTM's."""
-    drops = False
-    if dropout:
-        _checks.check_dropout(dropout)
-        drops = training and spec.num_layers > 1
-    usual = batch_sizes is None and lengths is None and mask is None and not drops
-    # The operator checks what it is given, so the usual call need not be checked twice, which would take as long as a
-    # small one computes. What is wrong with a call that is not valid, prepare_layers says in the user's terms.
-    kernels = backend.eager_kernels() if usual else None
-    if kernels is not None:
-        done: tuple[Tensor, Tensor, Tensor] | None = kernels.try_rnn(
-            spec.kind,
-            spec.input_size,
-            spec.hidden_size,
-            spec.state_size,
-            spec.bias,
-            spec.num_layers,
-            spec.bidirectional,
-            batch_first,
-            recompute,
-            input,
-            hx,
-            params,
-        )
-        if done is not None:
-            return done
-    region = autocast_region(spec, input)
+    """``(output, h_n, c_n)``, c_n empty unless it is an LSTM's."""
+    region = autocast_region(settings, input)
     if region is not None:
-        input, hx, params = autocast(spec, region, input, hx, params, packed=batch_sizes is not None)
+        input, hx, params = autocast(settings, region, input, hx, params, packed=steps.batch_sizes is not None)
         with torch.autocast(region, enabled=False):
-            return run_layers(
-                spec, input, hx, params, batch_first, dropout, training, batch_sizes, recompute, lengths, mask
-            )
+            return _run_layers(settings, input, hx, params, steps)
 
-    input, h, c, _, batch, why_reference, mask = prepare_layers(
-        spec, input, hx, params, batch_first, batch_sizes, lengths, mask
-    )
-    if batch is None:
+    call = prepare_layers(settings, input, hx, params, steps)
+    input, h, c, controls = call[:4]
+    if call.batch is None:
         input = input.unsqueeze(1)
         h = None if h is None else h.unsqueeze(1)
         c = None if c is None else c.unsqueeze(1)
-    if batch is None or batch_sizes is not None:
-        batch_first = False
-    dropout_masks = _dropout_masks(spec, input, dropout, batch_first) if drops else []
-    output, h_n, c_n = backend.implementation(why_reference).rnn(
-        spec.kind,
-        input,
-        h,
-        c,
-        params,
-        dropout_masks,
-        batch_sizes,
-        has_biases=spec.bias,
-        num_layers=spec.num_layers,
-        bidirectional=spec.bidirectional,
-        batch_first=batch_first,
-        recompute=recompute,
-        mask=mask,
-    )
-    if batch is None:
-        return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if spec.kind == CellKind.LSTM else c_n
+    if call.batch is None or controls.batch_sizes is not None:
+        settings = settings._replace(batch_first=False)
+    if settings.dropout and settings.num_layers > 1:
+        controls = controls._replace(dropout=_dropout_factors(settings, input))
+    run = backend.implementation(call.why_reference).run_stack
+    output, h_n, c_n = run(settings, input, h, c, params, controls)
+    if call.batch is None:
+        return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if settings.kind == CellKind.LSTM else c_n
     return output, h_n, c_n
 
 
-def prepare_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]) -> Call:
+def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any]) -> Call:
     """Check a call of one cell. States that are not given are zeros afterwards."""
-    h, c = (None, None) if hx is None else _checks.split_state(spec.kind, hx)
-    sizes = _checks.check_cell_input(spec, input, h, c)
-    _checks.check_params(spec, params, input)
+    h, c = (None, None) if hx is None else _checks.split_state(settings.kind, hx)
+    sizes = _checks.check_cell_input(settings, input, h, c)
+    _checks.check_params(settings, params, input)
     if h is None:
-        h = input.new_zeros(*sizes, spec.hidden_size)
-        c = h if spec.kind == CellKind.LSTM else None
+        h = input.new_zeros(*sizes, settings.hidden_size)
+        c = h if settings.kind == CellKind.LSTM else None
     else:
         _checks.check_states_like_input(input, h, c)
-    is_empty = spec.hidden_size == 0 or spec.input_size == 0
+    is_empty = settings.hidden_size == 0 or settings.input_size == 0
     why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input)
-    return Call(input, h, c, 1, sizes[0] if sizes else None, why_reference, None)
+    return Call(input, h, c, Controls(), 1, sizes[0] if sizes else None, why_reference)
 
 
-def run_cell(spec: _checks.Spec, input: Tensor, hx: Any, params: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-    """One step of a cell: ``(h, c)``, c ``None`` unless it is an LSTM's."""
-    kernels = backend.eager_kernels()  # as in run_layers
-    if kernels is not None:
-        done: tuple[Tensor, Tensor | None] | None = kernels.try_cell_step(
-            spec.kind, spec.input_size, spec.hidden_size, input, hx, params
-        )
-        if done is not None:
-            return done
-    region = autocast_region(spec, input)
+def _run_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """``(h, c)``, c ``None`` unless it is an LSTM's."""
+    region = autocast_region(settings, input)
     if region is not None:
-        input, hx, params = autocast(spec, region, input, hx, params)
+        input, hx, params = autocast(settings, region, input, hx, params)
         with torch.autocast(region, enabled=False):
-            return run_cell(spec, input, hx, params)
+            return _run_cell(settings, input, hx, params)
 
-    input, h, c, _, batch, why_reference, _ = prepare_cell(spec, input, hx, params)
+    call = prepare_cell(settings, input, hx, params)
+    input, h, c = call[:3]
     assert h is not None
-    if batch is None:
+    if call.batch is None:
         input, h, c = input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)
-    weights = params if spec.bias else (*params, None, None)
-    h, c = backend.implementation(why_reference).cell_step(spec.kind, input, h, c, *weights)
-    if batch is None:
+    h, c = backend.implementation(call.why_reference).run_step(settings, input, h, c, params)
+    if call.batch is None:
         return h.squeeze(0), None if c is None else c.squeeze(0)
     return h, c
 
 
-def _dropout_masks(spec: _checks.Spec, input: Tensor, dropout: float, batch_first: bool) -> list[Tensor]:
+def _dropout_factors(settings: Settings, input: Tensor) -> Tensor:
     """A factor, 0 or 1 / (1 - dropout), for the output of every layer but the last, in order of time.
 
     Drawn as ``torch.nn`` draws: by :func:`torch.nn.functional.dropout` on a tensor of the output's shape, layer after
     layer, so that the same seed gives the same numbers.
     """
     sizes = input.shape[:-1]
-    if batch_first:
+    if settings.batch_first:
         sizes = sizes[::-1]
-    width = spec.state_size * (2 if spec.bidirectional else 1)
-    ones = input.new_ones(*sizes, width)
-    return [torch.nn.functional.dropout(ones, dropout, training=True) for _ in range(spec.num_layers - 1)]
+    ones = input.new_ones(*sizes, settings.state_size * settings.num_directions)
+    draws = [torch.nn.functional.dropout(ones, settings.dropout, training=True) for _ in range(settings.num_layers - 1)]
+    return draws[0].unsqueeze(0) if len(draws) == 1 else torch.stack(draws)
 
 
-def autocast_region(spec: _checks.Spec, input: Any) -> str | None:
+def autocast_region(settings: Settings, input: Any) -> str | None:
     """Device type of the autocast region that a call with this input stands in, if any."""
     if not isinstance(input, Tensor):
-        _checks.raise_input_type(spec, input)
+        _checks.raise_input_type(settings, input)
     if input.is_cpu:
         return "cpu" if torch.is_autocast_enabled("cpu") else None
     device_type: str = input.device.type
@@ -451,7 +491,7 @@ def autocast_region(spec: _checks.Spec, input: Any) -> str | None:
 
 
 def autocast(
-    spec: _checks.Spec, device_type: str, input: Tensor, hx: Any, params: Sequence[Any], packed: bool = False
+    settings: Settings, device_type: str, input: Tensor, hx: Any, params: Sequence[Any], packed: bool = False
 ) -> tuple[Tensor, Any, Sequence[Any]]:
     """The casts that ``torch.nn`` makes under autocast.
 
@@ -459,10 +499,10 @@ def autocast(
     RNN cell. The others keep the state's dtype on the CPU: ``torch.nn`` runs them op by op, with gates promoted
     to it.
     """
-    h, c = _checks.split_state(spec.kind, hx)
+    h, c = _checks.split_state(settings.kind, hx)
     state_dtype = input.dtype if h is None else h.dtype
     dtype = torch.get_autocast_dtype(device_type)
-    op_by_op = spec.kind == CellKind.GRU or (spec.kind == CellKind.LSTM and (spec.is_cell or packed))
+    op_by_op = settings.kind == CellKind.GRU or (settings.kind == CellKind.LSTM and (settings.is_cell or packed))
     if op_by_op and device_type == "cpu" and state_dtype in _AUTOCAST_FROM:
         dtype = torch.promote_types(state_dtype, dtype)
 
@@ -472,3 +512,20 @@ def autocast(
 
     hx = cast(h) if c is None else (cast(h), cast(c))
     return cast(input), hx, [cast(param) for param in params]
+
+
+# How :func:`_call_override` says a call: the function of each kind, and what else it is told.
+_PUBLIC: dict[CellKind, tuple[Callable[..., Any], dict[str, Any]]] = {
+    CellKind.LSTM: (lstm, {}),
+    CellKind.GRU: (gru, {}),
+    CellKind.RNN_TANH: (rnn, {}),
+    CellKind.RNN_RELU: (rnn, {"nonlinearity": "relu"}),
+}
+_PUBLIC_CELLS: dict[CellKind, Callable[..., Any]] = {
+    CellKind.LSTM: lstm_cell,
+    CellKind.GRU: gru_cell,
+    CellKind.RNN_TANH: rnn_cell,
+    CellKind.RNN_RELU: rnn_cell,
+}
+_ARGUMENTS = ("bias", "num_layers", "dropout", "bidirectional", "batch_first")
+_DEFAULTS: dict[str, Any] = Settings._field_defaults | Steps._field_defaults

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks, functional
-from .reference import CellKind
+from .settings import LAYER_OPTIONS, STEP_OPTIONS, CellKind, LayerOptions, Settings, StepOptions, show_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -35,9 +38,10 @@ class _Recurrent(nn.RNNBase):
         proj_size: int,
         device: Any,
         dtype: Any,
-        recompute: bool,
+        options: LayerOptions,
     ) -> None:
         _checks.check_constructor(
+            options,
             input_size=input_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
@@ -46,7 +50,6 @@ class _Recurrent(nn.RNNBase):
             dropout=dropout,
             bidirectional=bidirectional,
             proj_size=proj_size,
-            recompute=recompute,
         )
         super().__init__(
             mode,
@@ -61,12 +64,16 @@ class _Recurrent(nn.RNNBase):
             device,
             dtype,
         )
-        self.recompute = recompute
+        for name, default in LAYER_OPTIONS.items():
+            setattr(self, name, options.get(name, default))
 
-    recompute: bool = False  # of layers that were made, or pickled, without it
+    # Of layers that were made, or pickled, without it.
+    recompute: bool = False
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+        options = {name: getattr(self, name) for name in LAYER_OPTIONS}
+        changed = [f", {name}={value}" for name, value in options.items() if value != LAYER_OPTIONS[name]]
+        return super().extra_repr() + "".join(changed)
 
     # torch.nn keeps a list of its weights and has to notice when one is replaced. Here it is made when asked for; the
     # setter takes what RNNBase assigns.
@@ -81,15 +88,20 @@ class _Recurrent(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels need no particular placement of the parameters in memory."""
 
-    def _spec(self) -> _checks.Spec:
-        return _checks.layer_spec(
-            _KINDS[self.mode],
+    def _settings(self) -> Settings:
+        """Everything a call needs to know but its tensors. A small call feels what this costs."""
+        hidden_size = self.hidden_size
+        return Settings(
             self.input_size,
-            self.hidden_size,
-            self.proj_size,
+            hidden_size,
+            self.proj_size or hidden_size,
+            _KINDS[self.mode],
+            self.bias,
             self.num_layers,
             self.bidirectional,
-            self.bias,
+            self.batch_first,
+            self.recompute,
+            self.dropout if self.training else 0.0,
         )
 
     def _params(self) -> list[Tensor]:
@@ -101,40 +113,34 @@ class _Recurrent(nn.RNNBase):
         except KeyError:  # parametrized, or replaced by a plain tensor
             return [getattr(self, name) for name in names]
 
-    def _run(
-        self, input: Tensor, hx: Any, batch_sizes: Tensor | None, lengths: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return functional.run_layers(
-            self._spec(),
-            input,
-            hx,
-            self._params(),
-            self.batch_first,
-            self.dropout,
-            self.training,
-            batch_sizes,
-            self.recompute,
-            lengths,
-            mask,
-        )
+    def _run(self, input: Any, hx: Any, steps: StepOptions) -> Any:
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx, steps)
+        given = functional.steps_of(None, steps)
+        return functional.call_layers(self._settings(), input, hx, self._params(), given)
 
-    def _run_packed(
-        self, input: PackedSequence, hx: Any, lengths: Tensor | None, mask: Tensor | None
-    ) -> tuple[PackedSequence, Tensor, Tensor]:
+    def _run_packed(self, input: PackedSequence, hx: Any, steps: StepOptions) -> Any:
         """A packed batch. ``hx`` and the results' states are in the order the sequences had before they were sorted."""
+        settings = self._settings()
         data, batch_sizes, sorted_indices, unsorted_indices = input
+        _checks.check_sorted_indices(input)
         if hx is not None and sorted_indices is not None:
-            spec = self._spec()
-            h, c = _checks.split_state(spec.kind, hx)
+            h, c = _checks.split_state(settings.kind, hx)
             assert h is not None
-            _checks.check_layer_states(spec, h, c, sorted_indices.numel())
-            h = h.index_select(1, sorted_indices)
-            hx = h if c is None else (h, c.index_select(1, sorted_indices))
-        output, h_n, c_n = self._run(data, hx, batch_sizes, lengths, mask)
+            _checks.check_layer_states(settings, h, c, sorted_indices.numel())
+            hx = _rows(h if c is None else (h, c), sorted_indices)
+        given = functional.steps_of(batch_sizes, steps)
+        output, states = functional.call_layers(settings, data, hx, self._params(), given)
         if unsorted_indices is not None:
-            h_n = h_n.index_select(1, unsorted_indices)
-            c_n = c_n.index_select(1, unsorted_indices) if self.mode == "LSTM" else c_n
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n, c_n
+            states = _rows(states, unsorted_indices)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
+
+
+def _rows(states: Any, order: Tensor) -> Any:
+    """h, or the pair (h, c), with its batch rows in this order."""
+    if isinstance(states, tuple):
+        return tuple(state.index_select(1, order) for state in states)
+    return states.index_select(1, order)
 
 
 class LSTM(_Recurrent):
@@ -181,6 +187,7 @@ class LSTM(_Recurrent):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
+    @show_options(LAYER_OPTIONS)
     def __init__(
         self,
         input_size: int,
@@ -193,8 +200,7 @@ class LSTM(_Recurrent):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
-        *,
-        recompute: bool = False,
+        **options: Unpack[LayerOptions],
     ) -> None:
         super().__init__(
             "LSTM",
@@ -208,7 +214,7 @@ class LSTM(_Recurrent):
             proj_size,
             device,
             dtype,
-            recompute,
+            options,
         )
 
     @overload
@@ -216,9 +222,7 @@ class LSTM(_Recurrent):
         self,
         input: Tensor,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
-        lengths: Tensor | None = None,
-        mask: Tensor | None = None,
+        **steps: Unpack[StepOptions],
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
 
     @overload
@@ -226,7 +230,8 @@ class LSTM(_Recurrent):
         self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, mask: Any = None) -> Any:
+    @show_options(STEP_OPTIONS)
+    def forward(self, input: Any, hx: Any = None, **steps: Unpack[StepOptions]) -> Any:
         """Run the layers.
 
         Args:
@@ -251,11 +256,7 @@ class LSTM(_Recurrent):
             RuntimeError: another size, dtype or device that does not fit, a length that is out of range (not seen on
                 other devices than the CPU, and by :func:`torch.compile`), or an input of no step.
         """
-        if isinstance(input, PackedSequence):
-            packed, h_n, c_n = self._run_packed(input, hx, lengths, mask)
-            return packed, (h_n, c_n)
-        output, h_n, c_n = self._run(input, hx, None, lengths, mask)
-        return output, (h_n, c_n)
+        return self._run(input, hx, steps)
 
     # The public helper methods that torch.nn.LSTM has over RNNBase: code that subclasses it calls them.
 
@@ -293,15 +294,14 @@ class _SingleState(_Recurrent):
         self,
         input: Tensor,
         hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        mask: Tensor | None = None,
+        **steps: Unpack[StepOptions],
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, mask: Any = None) -> Any:
+    @show_options(STEP_OPTIONS)
+    def forward(self, input: Any, hx: Any = None, **steps: Unpack[StepOptions]) -> Any:
         """Run the layers.
 
         Args:
@@ -326,9 +326,7 @@ class _SingleState(_Recurrent):
             RuntimeError: another size, dtype or device that does not fit, a length that is out of range (not seen on
                 other devices than the CPU, and by :func:`torch.compile`), or an input of no step.
         """
-        if isinstance(input, PackedSequence):
-            return self._run_packed(input, hx, lengths, mask)[:2]
-        return self._run(input, hx, None, lengths, mask)[:2]
+        return self._run(input, hx, steps)
 
 
 class GRU(_SingleState):
@@ -355,6 +353,7 @@ class GRU(_SingleState):
     Differences from ``torch.nn.GRU``: see :class:`LSTM`.
     """
 
+    @show_options(LAYER_OPTIONS)
     def __init__(
         self,
         input_size: int,
@@ -367,8 +366,7 @@ class GRU(_SingleState):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
-        *,
-        recompute: bool = False,
+        **options: Unpack[LayerOptions],
     ) -> None:
         _checks.check_no_projection("GRU", proj_size)
         super().__init__(
@@ -383,7 +381,7 @@ class GRU(_SingleState):
             0,
             device,
             dtype,
-            recompute,
+            options,
         )
 
 
@@ -409,6 +407,7 @@ class RNN(_SingleState):
     Differences from ``torch.nn.RNN``: see :class:`LSTM`.
     """
 
+    @show_options(LAYER_OPTIONS)
     def __init__(
         self,
         input_size: int,
@@ -422,8 +421,7 @@ class RNN(_SingleState):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
-        *,
-        recompute: bool = False,
+        **options: Unpack[LayerOptions],
     ) -> None:
         _checks.check_no_projection("RNN", proj_size)
         _checks.check_nonlinearity(nonlinearity)
@@ -440,5 +438,5 @@ class RNN(_SingleState):
             0,
             device,
             dtype,
-            recompute,
+            options,
         )

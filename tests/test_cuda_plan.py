@@ -12,7 +12,7 @@ import torch
 
 from fused_rnn import _C, ops
 from fused_rnn.explain import _describe_pass
-from fused_rnn.reference import CellKind
+from fused_rnn.settings import CellKind, Settings
 
 DEVICES = {
     "A100": {"arch": 80, "sms": 108, "shared": 163, "l2": 40, "max_cluster": 1, "mhz": 1410},
@@ -205,19 +205,13 @@ def test_the_explanation_of_a_stack_names_its_wavefronts(recompute: bool, monkey
 
     def stack(num_layers: int, bidirectional: bool = False) -> dict[str, Any]:
         return ops.plan(
-            CellKind.LSTM,
+            Settings(40, 256, 256, CellKind.LSTM, True, num_layers, bidirectional, recompute=recompute),
             T=1024,
             B=16,
             batch_sizes=None,
-            input_size=40,
-            hidden_size=256,
-            proj_size=0,
-            num_layers=num_layers,
-            bidirectional=bidirectional,
             dtype=torch.bfloat16,
             device=torch.device("cuda", 0),
             training=True,
-            recompute=recompute,
         )
 
     one, five = stack(1), stack(5)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_rnn.reference import CellKind
+from fused_rnn.settings import CellKind
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))

@@ -14,7 +14,7 @@ from support import cuda_host
 from test_cuda_persistent import DTYPES, EXCHANGES, KINDS, PASSES, SHAPES
 from test_cuda_step import Problem, check_result
 
-from fused_rnn.reference import CellKind
+from fused_rnn.settings import CellKind
 
 pytestmark = pytest.mark.skipif(not cuda_host.find_nvcc(), reason="nvcc is not there")
 

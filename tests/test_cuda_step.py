@@ -14,9 +14,9 @@ from support import cuda_host
 from support.compare import assert_within
 from torch import Tensor
 
-from fused_rnn import reference
+from fused_rnn import formulas
 from fused_rnn.check import random_values
-from fused_rnn.reference import CellKind
+from fused_rnn.settings import CellKind
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CELLS = list(CellKind)
@@ -134,7 +134,7 @@ class Problem:
         return result
 
     def expected(self) -> list[dict[str, Tensor]]:
-        """The same by `fused_rnn.reference` and automatic differentiation, in float64.
+        """The same by `fused_rnn.formulas` and automatic differentiation, in float64.
 
         The reference multiplies its input by w_ih; the identity makes the projections its input.
         """
@@ -158,7 +158,7 @@ class Problem:
     def _layer(self, t: dict[str, Tensor], steps: list[Tensor], h0: Tensor, c0: Tensor | None, reverse: bool) -> Any:
         identity = torch.eye(self.kind.num_gates * self.H, dtype=torch.float64)
         weights = [identity, t["w_hh"], t.get("b_ih"), t.get("b_hh"), None]
-        return reference._layer(self.kind, steps, h0, c0, weights, reverse)
+        return formulas._layer(self.kind, steps, h0, c0, weights, reverse)
 
     def _run(self, t: dict[str, Tensor], *, reverse: bool) -> dict[str, Tensor]:
         h0, c0 = self._initial(t)

@@ -1,0 +1,148 @@
+"""What a call computes, as records that every level hands on whole.
+
+A setting is written down here and in ``csrc/settings.h``. The operators take it in lists, in the order of the fields:
+:meth:`Settings.flatten` and :meth:`Settings.restore` are the way between, :class:`Controls` is the same for tensors. An
+option that is added is a field here and there; no function between a layer and the kernel that acts on it names it.
+
+Letters in shapes, in the whole package: T steps, B batch rows, N rows of packed data, I input_size, H hidden_size, P
+proj_size (H without a projection), G gates per unit (LSTM 4, GRU 3, RNN 1), L layers, D directions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple, TypedDict, TypeVar
+
+from torch import Tensor
+
+
+class CellKind(IntEnum):
+    """Which cell a layer repeats; the values are those of the enumeration in ``csrc/problem.h``."""
+
+    RNN_TANH = 0
+    RNN_RELU = 1
+    LSTM = 2
+    GRU = 3
+
+    @property
+    def num_gates(self) -> int:
+        """G: rows of W_ih and W_hh per hidden unit."""
+        return (1, 1, 4, 3)[self.value]
+
+
+class LayerOptions(TypedDict, total=False):
+    """Keywords of a layer's constructor that ``torch.nn`` lacks; their defaults are those of :class:`Settings`."""
+
+    recompute: bool
+
+
+class StepOptions(TypedDict, total=False):
+    """Keywords of a layer's ``forward`` that ``torch.nn`` lacks: fields of :class:`Steps`."""
+
+    lengths: Tensor | None
+    mask: Tensor | None
+
+
+class CallOptions(LayerOptions, StepOptions, total=False):
+    """Keywords of a functional call that ``torch.nn`` lacks."""
+
+
+class Settings(NamedTuple):
+    """Everything about a call of a layer or cell that is no tensor.
+
+    After the sizes, the fields from ``kind`` on go to the operators; those from ``dropout`` on concern Python alone.
+    """
+
+    input_size: int
+    hidden_size: int
+    state_size: int  # P
+
+    kind: CellKind
+    bias: bool = True
+    num_layers: int = 1
+    bidirectional: bool = False
+    batch_first: bool = False
+    recompute: bool = False
+
+    dropout: float = 0.0  # between layers, in this call: 0 in eval mode
+    cell_names: tuple[str, ...] = ()  # of a cell: what its caller calls w_ih, w_hh[, b_ih, b_hh]
+
+    @property
+    def is_cell(self) -> bool:
+        return bool(self.cell_names)
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def flatten(self) -> tuple[list[int], list[float]]:
+        """The arguments ``settings`` and ``numbers`` of the operators."""
+        values: Any = self[_FIRST_INTEGER:_END_OF_INTEGERS]
+        return [int(value) for value in values], []
+
+    @staticmethod
+    def restore(integers: Sequence[int], numbers: Sequence[float], input: Tensor, params: Sequence[Tensor]) -> Settings:
+        """The settings that :meth:`flatten` made lists of; sizes are those of the tensors."""
+        kind = CellKind(integers[0])
+        rows, state_size = params[1].shape
+        values: Any = (kind, *integers[1:])
+        return Settings(input.shape[-1], rows // kind.num_gates, state_size, *values)
+
+
+_FIRST_INTEGER = Settings._fields.index("kind")
+_END_OF_INTEGERS = Settings._fields.index("dropout")
+
+# In the order of the operators' list.
+INTEGER_SETTINGS = Settings._fields[_FIRST_INTEGER:_END_OF_INTEGERS]
+# Keywords with their defaults.
+LAYER_OPTIONS: dict[str, Any] = {name: Settings._field_defaults[name] for name in LayerOptions.__annotations__}
+STEP_OPTIONS: dict[str, Any] = dict.fromkeys(StepOptions.__annotations__)
+CALL_OPTIONS = LAYER_OPTIONS | STEP_OPTIONS
+
+
+class Steps(NamedTuple):
+    """Which steps a call has, as its caller says it."""
+
+    batch_sizes: Tensor | None = None  # int64 (T) on the CPU: the batch is packed
+    lengths: Tensor | None = None
+    mask: Tensor | None = None
+
+
+EVERY_STEP = Steps()
+
+
+class Controls(NamedTuple):
+    """Tensors without a gradient that steer a call of a stack, as the operators take them: ``csrc/settings.h``."""
+
+    batch_sizes: Tensor | None = None  # int64 (T) on the CPU: the batch is packed
+    mask: Tensor | None = None  # bool (T, B): which steps are live
+    dropout: Tensor | None = None  # (L - 1, T, B, D * P) or (L - 1, N, D * P): factors of all outputs but the last
+
+    def flatten(self, input: Tensor) -> list[Tensor]:
+        """The argument ``controls`` of the operators."""
+        if all(t is None for t in self):
+            return []
+        return [input.new_empty(0) if t is None else t for t in self]
+
+    @staticmethod
+    def restore(controls: Sequence[Tensor]) -> Controls:
+        return Controls(*(None if tuple(t.shape) == (0,) else t for t in controls))
+
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def show_options(defaults: Mapping[str, Any]) -> Callable[[FunctionT], FunctionT]:
+    """Lets :func:`inspect.signature`, and with it ``help``, name the options that a function takes as keywords."""
+
+    def decorate(function: FunctionT) -> FunctionT:
+        signature = inspect.signature(function)
+        named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        keyword_only = inspect.Parameter.KEYWORD_ONLY
+        named += [inspect.Parameter(name, keyword_only, default=default) for name, default in defaults.items()]
+        function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
