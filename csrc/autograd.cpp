@@ -209,9 +209,8 @@ struct Layers {
   static constexpr size_t outputs = 3, kept = 4;
 
   static Results forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
-                         const Constants& constants, bool save) {
-    return rnn_forward_operator().call(input, h, c, params, constants.controls, constants.settings, constants.numbers,
-                                       save);
+                         at::TensorList controls, Integers settings, Numbers numbers, bool save) {
+    return rnn_forward_operator().call(input, h, c, params, controls, settings, numbers, save);
   }
   static BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const OptionalTensor& h,
                                  const OptionalTensor& c, at::TensorList params, const Tensor* saved,
@@ -233,8 +232,8 @@ struct Cell {
   static constexpr size_t outputs = 2, kept = 3;
 
   static Results forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
-                         const Constants& constants, bool save) {
-    return cell_forward_operator().call(input, *h, c, params, constants.settings, constants.numbers, save);
+                         at::TensorList, Integers settings, Numbers numbers, bool save) {
+    return cell_forward_operator().call(input, *h, c, params, settings, numbers, save);
   }
   static BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const OptionalTensor& h,
                                  const OptionalTensor& c, at::TensorList params, const Tensor* saved,
@@ -361,17 +360,16 @@ Tensor nothing_like(const Tensor& t) { return at::empty({0}, t.options()); }
 
 template <class Call>
 typename Call::Results forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
-                               at::TensorList params, const Constants& constants, bool save) {
+                               at::TensorList params, at::TensorList controls, Integers settings, Numbers numbers,
+                               bool save) {
   const bool dual = is_dual(input, h, c, params);
-  if (!dual && !is_recorded(input, h, c, params)) {
+  const auto compute = [&](bool saves) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return Call::forward(input, h, c, params, constants, save);
-  }
-  variable_list results;
-  {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    results = Call::list(Call::forward(input, h, c, params, constants, save || !dual));
-  }
+    return Call::forward(input, h, c, params, controls, settings, numbers, saves);
+  };
+  if (!dual && !is_recorded(input, h, c, params)) return compute(save);
+  variable_list results = Call::list(compute(save || !dual));
+  const Constants constants(settings, numbers, controls);
   if (dual) {
     py::gil_scoped_acquire gil;
     const variable_list outputs = call_formulas("forward_by_formulas", Call::is_cell, constants, to_python(input),
@@ -466,8 +464,7 @@ BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const 
 ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                           at::TensorList params, at::TensorList controls, Integers settings, Numbers numbers,
                           bool save) {
-  Settings::restore(settings, numbers);
-  return forward<Layers>(input, h0, c0, params, Constants(settings, numbers, controls), save);
+  return forward<Layers>(input, h0, c0, params, controls, settings, numbers, save);
 }
 
 BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -475,7 +472,6 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
                             const OptionalTensor& c0, at::TensorList params, at::TensorList controls,
                             const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
                             Integers settings, Numbers numbers, const c10::List<bool>& needs, bool reuse_gates) {
-  Settings::restore(settings, numbers);
   const OptionalTensor seeds[] = {grad_output, grad_h_n, grad_c_n};
   const Tensor saved[] = {output, gates, cells, hidden};
   return backward<Layers>(seeds, input, h0, c0, params, saved, Constants(settings, numbers, controls), needs,
@@ -484,15 +480,13 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
 
 CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTensor& c, at::TensorList params,
                         Integers settings, Numbers numbers, bool save) {
-  Settings::restore(settings, numbers);
-  return forward<Cell>(input, h, c, params, Constants(settings, numbers, {}), save);
+  return forward<Cell>(input, h, c, params, {}, settings, numbers, save);
 }
 
 BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
                              const Tensor& h, const OptionalTensor& c, at::TensorList params, const Tensor& h_next,
                              const Tensor& gates, const Tensor& cells, Integers settings, Numbers numbers,
                              const c10::List<bool>& needs) {
-  Settings::restore(settings, numbers);
   const OptionalTensor seeds[] = {grad_h, grad_c};
   const Tensor saved[] = {h_next, gates, cells};
   return backward<Cell>(seeds, input, h, c, params, saved, Constants(settings, numbers, {}), needs, false);

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks, functional
-from .settings import LAYER_OPTIONS, STEP_OPTIONS, CellKind, LayerOptions, Settings, StepOptions, show_options
+from .settings import (
+    EVERY_STEP,
+    LAYER_OPTIONS,
+    STEP_OPTIONS,
+    CellKind,
+    LayerOptions,
+    Settings,
+    StepOptions,
+    show_options,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,7 +125,7 @@ class _Recurrent(nn.RNNBase):
     def _run(self, input: Any, hx: Any, steps: StepOptions) -> Any:
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, steps)
-        given = functional.steps_of(None, steps)
+        given = functional.steps_of(None, steps) if steps else EVERY_STEP
         return functional.call_layers(self._settings(), input, hx, self._params(), given)
 
     def _run_packed(self, input: PackedSequence, hx: Any, steps: StepOptions) -> Any:
