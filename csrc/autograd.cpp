@@ -224,6 +224,11 @@ struct Layers {
     return {std::move(output), std::move(h_n), std::move(c_n), std::move(gates), std::move(cells), std::move(hidden)};
   }
   static Results results(const variable_list& r) { return {r[0], r[1], r[2], r[3], r[4], r[5]}; }
+
+  // What a backward pass gets of the first output.
+  static Tensor kept_output(const Tensor& output, Integers) { return output; }
+  static constexpr const char* if_changed =
+      " A backward pass through a layer needs its output as it was: change a copy of it, output.clone().";
 };
 
 struct Cell {
@@ -238,14 +243,20 @@ struct Cell {
   static BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const OptionalTensor& h,
                                  const OptionalTensor& c, at::TensorList params, const Tensor* saved,
                                  const Constants& constants, const c10::List<bool>& needs, bool) {
-    return cell_backward_operator().call(seeds[0], seeds[1], input, *h, c, params, saved[0], saved[1], saved[2],
-                                         constants.settings, constants.numbers, needs);
+    return cell_backward_operator().call(seeds[0], seeds[1], input, *h, c, params, optional(saved[0]), saved[1],
+                                         saved[2], constants.settings, constants.numbers, needs);
   }
   static variable_list list(Results&& r) {
     auto& [h_next, c_next, gates, cells] = r;
     return {std::move(h_next), std::move(c_next), std::move(gates), std::move(cells)};
   }
   static Results results(const variable_list& r) { return {r[0], r[1], r[2], r[3]}; }
+
+  // Nothing where gates are saved, else a copy: callers change the new state in place, h[done] = 0.
+  static Tensor kept_output(const Tensor& h, Integers settings) {
+    return saved_gate_count(CellKind(settings[0])) > 0 ? Tensor() : h.clone();
+  }
+  static constexpr const char* if_changed = "";
 };
 
 // Gradients as autograd has them: undefined where nobody asked.
@@ -258,6 +269,12 @@ variable_list list_of_gradients(BackwardResult&& result) {
 
 }  // namespace
 
+// What a forward pass computed, and what of its first output is kept for the backward pass.
+struct Computed {
+  Tensor kept_output;
+  variable_list results;
+};
+
 // The names of the two classes are what autograd shows as grad_fn of a result, so they stand outside of the unnamed
 // namespace.
 template <class Call>
@@ -267,8 +284,9 @@ class Gradient : public torch::autograd::Function<Gradient<Call>> {
 
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& h,
                                const OptionalTensor& c, at::TensorList params, const Constants& constants,
-                               const variable_list& results) {
-    variable_list saved{results[0]};
+                               const Computed& computed) {
+    const variable_list& results = computed.results;
+    variable_list saved{computed.kept_output};
     saved.reserve(Call::kept + Controls::count + 3 + params.size());
     saved.insert(saved.end(), results.begin() + Call::outputs, results.end());
     saved.push_back(input);
@@ -287,7 +305,12 @@ class Gradient : public torch::autograd::Function<Gradient<Call>> {
 
  private:
   static variable_list backward_of_one(AutogradContext* ctx, const variable_list& grads, bool alone) {
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list saved;
+    try {
+      saved = ctx->get_saved_variables();
+    } catch (const c10::Error& error) {
+      TORCH_CHECK(false, error.what_without_backtrace(), Call::if_changed);
+    }
     const at::ArrayRef<Tensor> all(saved), inputs = all.slice(Call::kept + Controls::count);
     const Constants constants(ctx, all.slice(Call::kept, Controls::count));
     Needs needs(ctx);
@@ -299,7 +322,7 @@ class Gradient : public torch::autograd::Function<Gradient<Call>> {
                                          all.data(), constants, needs.list(), reuse_gates));
     for (size_t i = 0; i < result.size(); ++i)
       if (!needs.values[i]) result[i] = Tensor();
-    result.resize(result.size() + 2);  // of the constants and the results
+    result.resize(result.size() + 2);  // of the constants and of what was computed
     return result;
   }
 };
@@ -368,7 +391,8 @@ typename Call::Results forward(const Tensor& input, const OptionalTensor& h, con
     return Call::forward(input, h, c, params, controls, settings, numbers, saves);
   };
   if (!dual && !is_recorded(input, h, c, params)) return compute(save);
-  variable_list results = Call::list(compute(save || !dual));
+  Computed computed;
+  variable_list& results = computed.results = Call::list(compute(save || !dual));
   const Constants constants(settings, numbers, controls);
   if (dual) {
     py::gil_scoped_acquire gil;
@@ -378,8 +402,12 @@ typename Call::Results forward(const Tensor& input, const OptionalTensor& h, con
     return Call::results(results);
   }
   {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    computed.kept_output = Call::kept_output(results[0], settings);
+  }
+  {
     const Recording recording;
-    const variable_list recorded = Gradient<Call>::apply(input, h, c, params, constants, results);
+    const variable_list recorded = Gradient<Call>::apply(input, h, c, params, constants, computed);
     std::copy(recorded.begin(), recorded.end(), results.begin());
   }
   if (!save) {
@@ -484,11 +512,11 @@ CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTens
 }
 
 BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
-                             const Tensor& h, const OptionalTensor& c, at::TensorList params, const Tensor& h_next,
-                             const Tensor& gates, const Tensor& cells, Integers settings, Numbers numbers,
-                             const c10::List<bool>& needs) {
+                             const Tensor& h, const OptionalTensor& c, at::TensorList params,
+                             const OptionalTensor& h_next, const Tensor& gates, const Tensor& cells, Integers settings,
+                             Numbers numbers, const c10::List<bool>& needs) {
   const OptionalTensor seeds[] = {grad_h, grad_c};
-  const Tensor saved[] = {h_next, gates, cells};
+  const Tensor saved[] = {h_next.value_or(Tensor()), gates, cells};
   return backward<Cell>(seeds, input, h, c, params, saved, Constants(settings, numbers, {}), needs, false);
 }
 

@@ -744,17 +744,19 @@ CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTens
 
 template <class Backend>
 BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
-                             const Tensor& h, const OptionalTensor& c, at::TensorList given, const Tensor& h_next,
-                             const Tensor& gates, const Tensor& cells, Integers settings, Numbers numbers,
-                             const c10::List<bool>& needs) {
+                             const Tensor& h, const OptionalTensor& c, at::TensorList given,
+                             const OptionalTensor& h_next, const Tensor& gates, const Tensor& cells, Integers settings,
+                             Numbers numbers, const c10::List<bool>& needs) {
   Backend backend(input);
   const Step step(input, h, c, given, Settings::restore(settings, numbers));
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;
   const bool has_cell = has_cell_state(step.sizes.kind);
   const size_t params = step.b_ih.defined() ? 4 : 2;
   TORCH_CHECK(needs.size() == 3 + params, "needs: expected ", 3 + params, " values, got ", needs.size());
-  check_like(h_next, step.input, {B, H}, "h_next");
   const int64_t saved = saved_gate_count(step.sizes.kind);
+  // Where gates are saved nobody reads it, and any tensor of its shape will do.
+  TORCH_CHECK(h_next || saved > 0, "h_next: expected a tensor, for a cell that saves no gates");
+  if (h_next) check_like(*h_next, step.input, {B, H}, "h_next");
   const int64_t none = 0;
   const at::IntArrayRef nothing(none);
   check_saved(gates, step.input, saved > 0 ? at::IntArrayRef{1, B, saved, H} : nothing, step.input.scalar_type(),
@@ -766,7 +768,8 @@ BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
     check_like(*t, step.input, {B, H}, name);
     return t->contiguous();
   };
-  const Tensor seed_h = seed(grad_h, "grad_h"), seed_c = seed(grad_c, "grad_c"), y = h_next.contiguous();
+  const Tensor seed_h = seed(grad_h, "grad_h"), seed_c = seed(grad_c, "grad_c"),
+               y = h_next ? h_next->contiguous() : step.h;
   const auto options = step.input.options();
   const auto make = [&](bool needed, const Tensor& like) {
     if (!needed || !like.defined()) return at::empty({0}, options);

@@ -50,7 +50,7 @@ TORCH_LIBRARY(fused_rnn, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor input, Tensor h, Tensor? c, Tensor[] params, "
-      "Tensor h_next, Tensor gates, Tensor cells, int[] settings, float[] numbers, bool[] needs) "
+      "Tensor? h_next, Tensor gates, Tensor cells, int[] settings, float[] numbers, bool[] needs) "
       "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
       {at::Tag::pt2_compliant_tag});
 }

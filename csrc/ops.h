@@ -35,8 +35,8 @@ using CellForward = CellResult(const Tensor& input, const Tensor& h, const Optio
                                Integers settings, Numbers numbers, bool save);
 using CellBackward = BackwardResult(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
                                     const Tensor& h, const OptionalTensor& c, at::TensorList params,
-                                    const Tensor& h_next, const Tensor& gates, const Tensor& cells, Integers settings,
-                                    Numbers numbers, const c10::List<bool>& needs);
+                                    const OptionalTensor& h_next, const Tensor& gates, const Tensor& cells,
+                                    Integers settings, Numbers numbers, const c10::List<bool>& needs);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
