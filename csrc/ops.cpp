@@ -4,6 +4,7 @@
 #include "cpu/kernels.h"
 #include "cpu/team.h"
 #include "operators.h"
+#include "profile.h"
 
 namespace fused_rnn {
 
@@ -15,6 +16,11 @@ void run_layer(const Layer& layer, Run run, bool backward) {
   const int bytes = kernels().vector_bytes;
   const int threads = team_is_late() ? 1 : usable_threads(at::get_num_threads());
   const Plan plan = make_plan(layer.sizes, layer.steps, threads, bytes, backward);
+  const Range range([&] {
+    const int count = plan.threads();
+    return describe_layer(layer.sizes, layer.steps, backward) + " " + kernels().isa + " " + std::to_string(count) +
+           (count > 1 ? " threads" : " thread");
+  });
   if (run(layer, plan)) return;
   TORCH_CHECK(plan.threads() > 1 && run(layer, make_plan(layer.sizes, layer.steps, 1, bytes, backward)),
               "fused_rnn: out of memory for packed weights and buffers");

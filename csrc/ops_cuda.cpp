@@ -19,6 +19,7 @@
 #include "cuda/cuda.h"
 #include "operators.h"
 #include "ops_cuda_stream.h"
+#include "profile.h"
 
 namespace fused_rnn {
 
@@ -265,6 +266,14 @@ class Cuda {
   Tensor steps_;
 };
 
+// What a profiler shows.
+std::string describe(const LayerSizes& sizes, const Steps& steps, const cuda::Plan& plan, bool backward) {
+  std::string text = describe_layer(sizes, steps, backward);
+  if (plan.variant == cuda::Variant::none) return text + " step by step";
+  text += std::string(" persistent ") + cuda::name(plan.variant);
+  return plan.layers > 1 ? text + " " + std::to_string(plan.layers) + " layers" : text;
+}
+
 // One layer, or several in a wavefront, of which the lowest alone has projections.
 void Cuda::forward(const LayerForward* layers, int64_t count) {
   const LayerForward& lowest = layers[0];
@@ -272,6 +281,7 @@ void Cuda::forward(const LayerForward* layers, int64_t count) {
   const Products product(lowest.sizes.dtype, tf32_);
   Projections projections = make_projections(lowest, cell);
   const cuda::Plan chosen = plan(layers[count - 1].sizes, count, lowest.steps, false);
+  const Range range([&] { return describe(lowest.sizes, lowest.steps, chosen, false); });
   if (chosen.variant == cuda::Variant::none) {
     steps_forward(lowest, cell, product, projections);
   } else {
@@ -459,6 +469,7 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
   const int64_t H = s.hidden_size, P = s.state_size, N = given[0].steps.total_rows(), width = cell.grad_gates * H;
   const int D = s.num_directions;
   const cuda::Plan chosen = plan(s, count, given[0].steps, true);
+  const Range range([&] { return describe(given[0].sizes, given[0].steps, chosen, true); });
 
   LayerBackward recomputed;
   Tensor gates[2];

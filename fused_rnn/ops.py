@@ -27,6 +27,7 @@ operators call :func:`forward_by_formulas` and :func:`second_derivative`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,10 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _C, formulas
 from ._C import clear_packed, packed_bytes_held, packed_bytes_limit, set_packed_bytes_limit
-from .settings import CellKind, Controls, Settings
+from .settings import INTEGER_SETTINGS, CellKind, Controls, Settings
 
 __all__ = [
     "clear_packed",
@@ -459,3 +461,49 @@ def _(  # type: ignore[no-untyped-def]
         _gradient_like(input, c, needs[2]),
         [_gradient_like(input, p, needed) for p, needed in zip(params, needs[3:], strict=True)],
     )
+
+
+# --- Floating-point operations, as torch.utils.flop_counter counts them -----------------------------------------------
+# Those of matrix products, a multiply-add is 2. The arguments are shapes; masked steps count.
+
+
+def _forward_flops(input: Sequence[int], params: Sequence[Sequence[int]]) -> int:
+    return 2 * math.prod(input[:-1]) * sum(math.prod(shape) for shape in params if len(shape) == 2)
+
+
+def _backward_flops(
+    input: Sequence[int],
+    params: Sequence[Sequence[int]],
+    gates: Sequence[int],
+    integers: Sequence[int],
+    needs: Sequence[bool],
+) -> int:
+    """For each matrix a product for the gradient of what it multiplied, and one for its own where that is asked for."""
+    matrices = [(i, math.prod(shape)) for i, shape in enumerate(params) if len(shape) == 2]
+    sum_of_products = sum(elements * (1 + needs[3 + i]) for i, elements in matrices)
+    kind = CellKind(integers[0])
+    if not needs[0]:  # the input's gradient is that of the lowest W_ih, in each direction
+        directions = 2 if integers[INTEGER_SETTINGS.index("bidirectional")] else 1
+        sum_of_products -= directions * math.prod(params[0])
+    again = _NUM_SAVED[kind] > 0 and math.prod(gates) == 0
+    return 2 * math.prod(input[:-1]) * sum_of_products + (_forward_flops(input, params) if again else 0)
+
+
+@register_flop_formula([torch.ops.fused_rnn.rnn_forward, torch.ops.fused_rnn.cell_forward])
+def _(input, h, c, params, *_, **__):  # type: ignore[no-untyped-def]
+    return _forward_flops(input, params)
+
+
+@register_flop_formula(torch.ops.fused_rnn.rnn_backward)
+def _(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, controls, output, gates, cells, hidden, integers, numbers,
+    needs, *_, **__,
+):  # fmt: skip
+    return _backward_flops(input, params, gates, integers, needs)
+
+
+@register_flop_formula(torch.ops.fused_rnn.cell_backward)
+def _(  # type: ignore[no-untyped-def]
+    grad_h, grad_c, input, h, c, params, h_next, gates, cells, integers, numbers, needs, *_, **__,
+):  # fmt: skip
+    return _backward_flops(input, params, gates, integers, needs)
