@@ -1,4 +1,4 @@
-"""Results that a program changes in place before the backward pass: right gradients, or an error that says what to do."""
+"""Results changed in place before the backward pass: right gradients, or an error that says what to do."""
 
 from __future__ import annotations
 
@@ -46,6 +46,10 @@ def gradients(module: nn.Module, case: CellCase, change: Callable[[Tensor], obje
     return found | {f"x{i}": x.grad for i, x in enumerate(inputs)}  # type: ignore[return-value]
 
 
+def named(module: nn.Module, values: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return dict(zip((name for name, _ in module.named_parameters()), values, strict=True))
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_cells_new_state_may_be_changed_in_place(cell: str, change: str) -> None:
@@ -70,7 +74,7 @@ def test_a_compiled_cells_new_state_may_be_changed_in_place(cell: str) -> None:
     parameters = list(module.parameters())
     expected = torch.autograd.grad(loss(x), parameters)
     found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), parameters)
-    assert_close_to_twin(dict(enumerate(found)), dict(enumerate(expected)))  # type: ignore[arg-type]
+    assert_close_to_twin(named(module, found), named(module, expected))
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
@@ -88,7 +92,7 @@ def test_a_layers_final_states_may_be_changed_in_place(name: str) -> None:
         return sum(state[:, 1:].square().sum() for state in states)
 
     found, expected = (torch.autograd.grad(loss(in_place), parameters) for in_place in (True, False))
-    assert_close_to_twin(dict(enumerate(found)), dict(enumerate(expected)))  # type: ignore[arg-type]
+    assert_close_to_twin(named(layer, found), named(layer, expected))
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
