@@ -1,14 +1,10 @@
-"""Exchange ``torch.nn``'s recurrent modules for the fused ones, in a model that exists or in one being built."""
+"""Exchange ``torch.nn``'s recurrent modules of a model for the fused ones, and back."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +14,11 @@ from torch.nn.utils import parametrize
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import GRU, LSTM, RNN
 
-__all__ = ["ConversionWarning", "convert", "patch", "revert"]
+__all__ = ["ConversionWarning", "convert", "revert"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: LSTM,
     nn.GRU: GRU,
     nn.RNN: RNN,
@@ -30,7 +26,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: GRUCell,
     nn.RNNCell: RNNCell,
 }
-_TORCH = {fused: original for original, fused in _FUSED.items()}
+_TORCH = {fused: original for original, fused in FUSED.items()}
 
 _log = logging.getLogger("fused_rnn")
 
@@ -76,7 +72,7 @@ def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> 
         model = _copy_sharing_tensors(model)
     left_alone = {}
     for name, module in model.named_modules():
-        target = _FUSED.get(_own_class(module))
+        target = FUSED.get(_own_class(module))
         reason = _why_left_alone(module, target)
         if reason is not None:
             left_alone[name] = reason
@@ -158,9 +154,9 @@ def _why_left_alone(module: nn.Module, target: type[nn.Module] | None) -> str | 
     if target is not None:
         return "its forward was replaced on the object" if "forward" in vars(module) else None
     if isinstance(module, torch.jit.ScriptModule):
-        scripted = module.original_name in {original.__name__ for original in _FUSED}
+        scripted = module.original_name in {original.__name__ for original in FUSED}
         return f"it is a scripted {module.original_name}" if scripted else None
-    for original in _FUSED:
+    for original in FUSED:
         if isinstance(module, original):
             return f"it is a {_own_class(module).__qualname__}, a subclass of torch.nn.{original.__name__}"
     return None
@@ -178,42 +174,3 @@ def _copy_sharing_tensors(model: ModelT) -> ModelT:
         for held in (module._parameters, module._buffers, vars(module)):
             memo.update((id(value), value) for value in held.values() if isinstance(value, Tensor))
     return copy.deepcopy(model, memo)
-
-
-# torch.nn's classes are looked up in these three places.
-_PLACES: tuple[ModuleType, ...] = (nn, nn.modules, nn.modules.rnn)
-_patch_lock = threading.Lock()
-_patch_depth = 0
-_patched: list[tuple[ModuleType, str, Any]] = []
-
-
-@contextmanager
-def patch() -> Iterator[None]:
-    """Let ``torch.nn.LSTM``, ``GRU``, ``RNN`` and the cells mean the fused ones while code builds its model.
-
-    ::
-
-        with fused_rnn.patch():
-            model = SomebodyElsesModel()  # says nn.LSTM(...) inside
-
-    It holds for the whole process, other threads included, until the last block that is open ends. It reaches code that
-    looks the class up when it runs, as ``nn.LSTM`` or ``torch.nn.LSTM``; a name that was bound before, by ``from
-    torch.nn import LSTM`` or ``class MyLSTM(nn.LSTM)``, it cannot reach: use :func:`convert` for such a model. In the
-    block ``isinstance(module, nn.LSTM)`` is true of fused layers only.
-    """
-    global _patch_depth
-    with _patch_lock:
-        if _patch_depth == 0:
-            for place in _PLACES:
-                for original, fused in _FUSED.items():
-                    _patched.append((place, original.__name__, getattr(place, original.__name__)))
-                    setattr(place, original.__name__, fused)
-        _patch_depth += 1
-    try:
-        yield
-    finally:
-        with _patch_lock:
-            _patch_depth -= 1
-            if _patch_depth == 0:
-                while _patched:
-                    setattr(*_patched.pop())
