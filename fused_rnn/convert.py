@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import GRU, LSTM, RNN
+from .weights import OF_ASSIGNMENT
 
 __all__ = ["ConversionWarning", "convert", "revert"]
 
@@ -77,11 +78,16 @@ def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> 
         if reason is not None:
             left_alone[name] = reason
         elif target is not None:
-            # torch.nn's list of weights, which the fused layers work out when asked for it
-            module.__dict__.pop("_flat_weights", None)
-            _change_class(module, target)
-            if recompute and isinstance(module, nn.RNNBase):
-                module.recompute = True
+            if isinstance(module, nn.RNNBase):
+                module._update_flat_weights()
+                # the list that torch.nn's layers compute with: what a program wrote into it goes on to count
+                weights = module.__dict__.pop("_flat_weights")
+                _change_class(module, target)
+                module._flat_weights = weights
+                if recompute:
+                    module.recompute = True
+            else:
+                _change_class(module, target)
             _log.info("converted %s to %s", _quote(name), module)
     if left_alone:
         warnings.warn(ConversionWarning(left_alone), stacklevel=2)
@@ -118,10 +124,17 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
         model = _copy_sharing_tensors(model)
     for name in found:
         module = model.get_submodule(name)
-        _change_class(module, _TORCH[_own_class(module)])
+        target = _TORCH[_own_class(module)]
         if isinstance(module, nn.RNNBase):
-            module.__dict__.pop("recompute", None)  # of the kernels, no part of what the module computes
+            weights = None if module._assigned_weights is None else list(module._flat_weights)
+            for own in (*OF_ASSIGNMENT, "recompute"):  # of the kernels, no part of what the module computes
+                module.__dict__.pop(own, None)
+            _change_class(module, target)
             module._init_flat_weights()
+            if weights is not None:
+                module._flat_weights = weights
+        else:
+            _change_class(module, target)
     return model
 
 

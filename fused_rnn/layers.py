@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any, overload
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks, functional
 from .reference import CellKind
+from .weights import FlatWeightsMixin
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 _KINDS = {kind.name: kind for kind in CellKind}
 
 
-class _Recurrent(nn.RNNBase):
+class _Recurrent(FlatWeightsMixin):
     """What the three layers share.
 
     Derives from ``RNNBase`` and not from ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, at whose instances Dynamo breaks the
@@ -67,16 +68,6 @@ class _Recurrent(nn.RNNBase):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
-
-    # torch.nn keeps a list of its weights and has to notice when one is replaced. Here it is made when asked for; the
-    # setter takes what RNNBase assigns.
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor | None]) -> None:
-        pass
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels need no particular placement of the parameters in memory."""
