@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from . import _checks, functional
 from .reference import CellKind
+from .weights import ByAttribute
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(ByAttribute, nn.RNNCellBase):
     """What the three cells share; ``RNNCellBase`` creates and initialises the parameters."""
 
     def __init__(self, kind: CellKind, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any) -> None:
@@ -32,6 +33,9 @@ class _Cell(nn.RNNCellBase):
         except KeyError:  # parametrized, or replaced by a plain tensor
             tensors = [getattr(self, name) for name in _NAMES]
         return functional.cell_params(*tensors)
+
+    def _params_by_attribute(self) -> list[Any]:
+        return functional.cell_params(*[getattr(self, name) for name in _NAMES])
 
     def _spec(self, num_params: int) -> _checks.Spec:
         return _checks.cell_spec(self._kind(), self.input_size, self.hidden_size, _NAMES[:num_params])

@@ -9,14 +9,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks, functional
 from .reference import CellKind
-from .weights import FlatWeightsMixin
+from .weights import ByAttribute, FlatWeightsMixin
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 _KINDS = {kind.name: kind for kind in CellKind}
 
 
-class _Recurrent(FlatWeightsMixin):
+class _Recurrent(ByAttribute, FlatWeightsMixin):
     """What the three layers share.
 
     Derives from ``RNNBase`` and not from ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, at whose instances Dynamo breaks the
@@ -73,8 +73,12 @@ class _Recurrent(FlatWeightsMixin):
         """Does nothing: the kernels need no particular placement of the parameters in memory."""
 
     def _spec(self) -> _checks.Spec:
+        try:
+            kind = _KINDS[self.mode]
+        except (KeyError, TypeError):
+            raise ValueError(f"mode: expected one of {', '.join(map(repr, _KINDS))}, got {self.mode!r}") from None
         return _checks.layer_spec(
-            _KINDS[self.mode],
+            kind,
             self.input_size,
             self.hidden_size,
             self.proj_size,
@@ -91,6 +95,9 @@ class _Recurrent(FlatWeightsMixin):
             return [parameters[name] for name in names]
         except KeyError:  # parametrized, or replaced by a plain tensor
             return [getattr(self, name) for name in names]
+
+    def _params_by_attribute(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
 
     def _run(
         self, input: Tensor, hx: Any, batch_sizes: Tensor | None, lengths: Tensor | None, mask: Tensor | None

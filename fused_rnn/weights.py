@@ -1,7 +1,8 @@
-"""The weights that a program assigns to a layer past its Parameters."""
+"""How layers and cells find their weights where the usual way, the module's dictionary of Parameters, is not theirs."""
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -9,6 +10,35 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from . import _checks
+
+_WEIGHT = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?")
+
+
+class ByAttribute:
+    """Lets classes with an attribute lookup of their own find the weights by it, as ``torch.nn``'s modules do.
+
+    The dictionary of Parameters is faster to read, which small calls feel, but passes by whatever a class does when its
+    attributes are read: Pyro registers and samples them there. Told apart once for each class, not in each call.
+    """
+
+    def _params(self) -> list[Any]:
+        raise NotImplementedError
+
+    def _params_by_attribute(self) -> list[Any]:
+        raise NotImplementedError
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if _looks_up_weights_itself(cls):
+            cls._params = cls._params_by_attribute  # type: ignore[method-assign]
+
+
+def _looks_up_weights_itself(cls: Any) -> bool:
+    return (
+        cls.__getattr__ is not nn.Module.__getattr__
+        or cls.__getattribute__ is not object.__getattribute__
+        or any(_WEIGHT.fullmatch(name) for base in cls.__mro__ for name in vars(base))
+    )
 
 
 class _Assigned(NamedTuple):
