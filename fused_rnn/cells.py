@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import _checks, functional
 from .reference import CellKind
+from .twin import HasTwin
 from .weights import ByAttribute
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -15,7 +16,7 @@ __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(ByAttribute, nn.RNNCellBase):
+class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
     """What the three cells share; ``RNNCellBase`` creates and initialises the parameters."""
 
     def __init__(self, kind: CellKind, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any) -> None:
@@ -61,6 +62,8 @@ class LSTMCell(_Cell):
     ``bias_ih`` and ``bias_hh`` (4*H), or ``None``. Rows in the order i, f, g, o.
     """
 
+    _torch_class = nn.LSTMCell
+
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
@@ -95,6 +98,8 @@ class GRUCell(_Cell):
     Arguments, errors and parameters: see :class:`LSTMCell`, with 3*H rows in the order r, z, n.
     """
 
+    _torch_class = nn.GRUCell
+
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
@@ -115,6 +120,8 @@ class RNNCell(_Cell):
     """
 
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
+
+    _torch_class = nn.RNNCell
 
     def __init__(
         self,

@@ -9,25 +9,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import GRU, LSTM, RNN
-from .weights import OF_ASSIGNMENT
+from .twin import HasTwin, become_torch_nn, change_class, own_class, why_not_torch_nn
 
 __all__ = ["ConversionWarning", "convert", "revert"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LSTM: LSTM,
-    nn.GRU: GRU,
-    nn.RNN: RNN,
-    nn.LSTMCell: LSTMCell,
-    nn.GRUCell: GRUCell,
-    nn.RNNCell: RNNCell,
+    fused._torch_class: fused for fused in (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
 }
-_TORCH = {fused: original for original, fused in FUSED.items()}
 
 _log = logging.getLogger("fused_rnn")
 
@@ -73,7 +66,7 @@ def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> 
         model = _copy_sharing_tensors(model)
     left_alone = {}
     for name, module in model.named_modules():
-        target = FUSED.get(_own_class(module))
+        target = FUSED.get(own_class(module))
         reason = _why_left_alone(module, target)
         if reason is not None:
             left_alone[name] = reason
@@ -82,12 +75,12 @@ def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> 
                 module._update_flat_weights()
                 # the list that torch.nn's layers compute with: what a program wrote into it goes on to count
                 weights = module.__dict__.pop("_flat_weights")
-                _change_class(module, target)
+                change_class(module, target)
                 module._flat_weights = weights
                 if recompute:
                     module.recompute = True
             else:
-                _change_class(module, target)
+                change_class(module, target)
             _log.info("converted %s to %s", _quote(name), module)
     if left_alone:
         warnings.warn(ConversionWarning(left_alone), stacklevel=2)
@@ -112,10 +105,9 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
     found = []
     refused = []
     for name, module in model.named_modules():
-        if any(isinstance(module, fused) for fused in _TORCH):
-            target = _TORCH.get(_own_class(module))
-            reason = _why_not_revertible(module, target)
+        if isinstance(module, HasTwin):
             found.append(name)
+            reason = why_not_torch_nn(module)
             if reason is not None:
                 refused.append(f"{_quote(name)}: {reason}")
     if refused:
@@ -123,18 +115,7 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
     if not inplace:
         model = _copy_sharing_tensors(model)
     for name in found:
-        module = model.get_submodule(name)
-        target = _TORCH[_own_class(module)]
-        if isinstance(module, nn.RNNBase):
-            weights = None if module._assigned_weights is None else list(module._flat_weights)
-            for own in (*OF_ASSIGNMENT, "recompute"):  # of the kernels, no part of what the module computes
-                module.__dict__.pop(own, None)
-            _change_class(module, target)
-            module._init_flat_weights()
-            if weights is not None:
-                module._flat_weights = weights
-        else:
-            _change_class(module, target)
+        become_torch_nn(model.get_submodule(name))
     return model
 
 
@@ -147,22 +128,6 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got an object of type {type(model).__name__}")
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
-    """The class a module was made from: a parametrized one has a subclass of its own, with a property per tensor."""
-    cls = type(module)
-    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
-
-
-def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
-    cls = type(module)
-    if parametrize.is_parametrized(module):
-        members = {
-            name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "__doc__")
-        }
-        target = type(cls.__name__, (target,), members)
-    module.__class__ = target
-
-
 def _why_left_alone(module: nn.Module, target: type[nn.Module] | None) -> str | None:
     if target is not None:
         return "its forward was replaced on the object" if "forward" in vars(module) else None
@@ -171,14 +136,8 @@ def _why_left_alone(module: nn.Module, target: type[nn.Module] | None) -> str | 
         return f"it is a scripted {module.original_name}" if scripted else None
     for original in FUSED:
         if isinstance(module, original):
-            return f"it is a {_own_class(module).__qualname__}, a subclass of torch.nn.{original.__name__}"
+            return f"it is a {own_class(module).__qualname__}, a subclass of torch.nn.{original.__name__}"
     return None
-
-
-def _why_not_revertible(module: nn.Module, target: type[nn.Module] | None) -> str | None:
-    if target is None:
-        return f"it is a {_own_class(module).__qualname__}, a subclass of a fused_rnn module"
-    return "its forward was replaced on the object" if "forward" in vars(module) else None
 
 
 def _copy_sharing_tensors(model: ModelT) -> ModelT:

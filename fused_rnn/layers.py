@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks, functional
 from .reference import CellKind
+from .twin import HasTwin
 from .weights import ByAttribute, FlatWeightsMixin
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -16,7 +17,7 @@ __all__ = ["GRU", "LSTM", "RNN"]
 _KINDS = {kind.name: kind for kind in CellKind}
 
 
-class _Recurrent(ByAttribute, FlatWeightsMixin):
+class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
     """What the three layers share.
 
     Derives from ``RNNBase`` and not from ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, at whose instances Dynamo breaks the
@@ -178,6 +179,8 @@ class LSTM(_Recurrent):
         >>> output.shape, h_n.shape
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
+
+    _torch_class = nn.LSTM
 
     def __init__(
         self,
@@ -353,6 +356,8 @@ class GRU(_SingleState):
     Differences from ``torch.nn.GRU``: see :class:`LSTM`.
     """
 
+    _torch_class = nn.GRU
+
     def __init__(
         self,
         input_size: int,
@@ -406,6 +411,8 @@ class RNN(_SingleState):
 
     Differences from ``torch.nn.RNN``: see :class:`LSTM`.
     """
+
+    _torch_class = nn.RNN
 
     def __init__(
         self,
