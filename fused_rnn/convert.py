@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import GRU, LSTM, RNN
+from .subclasses import fused_subclass, names_of_ours, why_no_fused_subclass
 from .twin import HasTwin, become_torch_nn, change_class, own_class, why_not_torch_nn
 
 __all__ = ["ConversionWarning", "convert", "revert"]
@@ -45,9 +46,12 @@ def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> 
     the model and every other reference to it are what they were. An optimizer made before goes on working, also in the
     middle of training.
 
-    Left alone are subclasses of ``torch.nn``'s modules (what their ``forward`` does is theirs to say), modules whose
-    ``forward`` was replaced on the object, and scripted ones; a :class:`ConversionWarning` names them with the reason.
-    The names of converted modules go to the logger ``"fused_rnn"`` at level INFO.
+    A subclass of ``torch.nn``'s classes is converted where it has no ``forward`` of its own, or one that calls
+    ``super().forward``, and overrides nothing that ``forward`` calls: its objects get a class that derives from the
+    subclass and computes ``forward`` with the kernels (:func:`torch.compile` breaks the graph there, as it does at
+    ``torch.nn.LSTM``). Left alone are other subclasses, modules whose ``forward`` was replaced on the object, and
+    scripted ones; a :class:`ConversionWarning` names them with the reason. The names of converted modules go to the
+    logger ``"fused_rnn"`` at level INFO.
 
     Args:
         model: any module, a recurrent one included.
@@ -66,21 +70,18 @@ def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> 
         model = _copy_sharing_tensors(model)
     left_alone = {}
     for name, module in model.named_modules():
-        target = FUSED.get(own_class(module))
-        reason = _why_left_alone(module, target)
+        cls = own_class(module)
+        original = next((base for base in cls.__mro__ if base in FUSED), None)
+        reason = _why_left_alone(module, cls, original)
         if reason is not None:
             left_alone[name] = reason
-        elif target is not None:
-            if isinstance(module, nn.RNNBase):
-                module._update_flat_weights()
-                # the list that torch.nn's layers compute with: what a program wrote into it goes on to count
-                weights = module.__dict__.pop("_flat_weights")
-                change_class(module, target)
-                module._flat_weights = weights
-                if recompute:
-                    module.recompute = True
-            else:
-                change_class(module, target)
+        elif original is not None and not isinstance(module, HasTwin):
+            target = FUSED[original]
+            if cls is not original:
+                target = fused_subclass(cls, original, target)
+            _become_fused(module, target)
+            if recompute and isinstance(module, nn.RNNBase):
+                module.recompute = True
             _log.info("converted %s to %s", _quote(name), module)
     if left_alone:
         warnings.warn(ConversionWarning(left_alone), stacklevel=2)
@@ -128,16 +129,32 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got an object of type {type(model).__name__}")
 
 
-def _why_left_alone(module: nn.Module, target: type[nn.Module] | None) -> str | None:
-    if target is not None:
-        return "its forward was replaced on the object" if "forward" in vars(module) else None
+def _why_left_alone(module: nn.Module, cls: type[nn.Module], original: type[nn.Module] | None) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         scripted = module.original_name in {original.__name__ for original in FUSED}
         return f"it is a scripted {module.original_name}" if scripted else None
-    for original in FUSED:
-        if isinstance(module, original):
-            return f"it is a {own_class(module).__qualname__}, a subclass of torch.nn.{original.__name__}"
-    return None
+    if original is None or isinstance(module, HasTwin):
+        return None
+    if "forward" in vars(module):
+        return "its forward was replaced on the object"
+    fused = FUSED[original]
+    if taken := names_of_ours(original, fused) & set(vars(module)):
+        return f"it has an attribute {sorted(taken)[0]}, a name that the fused module needs"
+    if cls is original:
+        return None
+    reason = why_no_fused_subclass(cls, original, fused)
+    return reason and f"it is a {cls.__qualname__}, a subclass of torch.nn.{original.__name__} {reason}"
+
+
+def _become_fused(module: Any, target: type[nn.Module]) -> None:
+    if not isinstance(module, nn.RNNBase):
+        change_class(module, target)
+        return
+    module._update_flat_weights()
+    # the list that torch.nn's layers compute with: what a program wrote into it goes on to count
+    weights = vars(module).pop("_flat_weights")
+    change_class(module, target)
+    module._flat_weights = weights
 
 
 def _copy_sharing_tensors(model: ModelT) -> ModelT:

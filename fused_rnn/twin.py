@@ -30,8 +30,9 @@ class HasTwin:
             RuntimeError: there is none; the message has the reason.
         """
         assert isinstance(self, nn.Module)
-        if not type(self).forward.__module__.startswith(f"{__package__}."):
-            return self  # the forward of a subclass is as fit for TorchScript as its author made it
+        is_subclass = "_torch_class" not in vars(own_class(self))
+        if is_subclass and not type(self).forward.__module__.startswith(f"{__package__}."):
+            return self  # its forward is as fit for TorchScript as its author made it
         reason = why_not_torch_nn(self) or _why_not_scriptable(self)
         if reason is not None:
             raise RuntimeError(f"torch.jit.script: cannot express the fused_rnn module {self}: {reason}")
@@ -60,7 +61,7 @@ def change_class(module: nn.Module, target: type[nn.Module]) -> None:
             name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "__doc__")
         }
         target = type(cls.__name__, (target,), members)
-    module.__class__ = target
+    object.__setattr__(module, "__class__", target)
 
 
 def why_not_torch_nn(module: Any) -> str | None:
