@@ -9,7 +9,7 @@ model that exists, :class:`patch` in those that are being built. :mod:`fused_rnn
 from . import functional, packed_weights, reference
 from .backend import use_backend
 from .cells import GRUCell, LSTMCell, RNNCell
-from .convert import ConversionWarning, convert, revert
+from .convert import ConversionReport, ConversionWarning, convert, revert
 from .explain import Explanation, explain
 from .layers import GRU, LSTM, RNN
 from .patching import patch, unpatch
@@ -23,6 +23,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "ConversionReport",
     "ConversionWarning",
     "Explanation",
     "convert",

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from .cells import GRUCell, LSTMCell, RNNCell
+from .class_tests import methods_that_test_for
 from .layers import GRU, LSTM, RNN
 from .subclasses import fused_subclass, names_of_ours, why_no_fused_subclass
 from .twin import HasTwin, become_torch_nn, change_class, own_class, why_not_torch_nn
 
-__all__ = ["ConversionWarning", "convert", "revert"]
+__all__ = ["ConversionReport", "ConversionWarning", "convert", "revert"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -26,20 +28,60 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
 _log = logging.getLogger("fused_rnn")
 
 
+@dataclass
+class ConversionReport:
+    """What :func:`convert` did with a model; print it.
+
+    Attributes:
+        converted: the class, for the name in the model (``""`` is the model itself) of each module that was converted.
+        left_alone: why, for the name of each recurrent module that was not.
+        notes: which methods of the model ask for ``torch.nn``'s classes, which converted modules are not.
+    """
+
+    converted: dict[str, str] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"converted {_quote(name)}: {cls}" for name, cls in self.converted.items()]
+        lines += [f"left alone {_quote(name)}: {reason}" for name, reason in self.left_alone.items()]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines) or "no recurrent modules"
+
+
 class ConversionWarning(UserWarning):
-    """Recurrent modules that :func:`convert` left as they were.
+    """Recurrent modules that :func:`convert` left as they were, and what may miss those that it converted.
 
     Attributes:
         left_alone: why, for each module's name in the model (``""`` is the model itself).
+        notes: as in :class:`ConversionReport`.
     """
 
-    def __init__(self, left_alone: dict[str, str]) -> None:
+    def __init__(self, left_alone: dict[str, str], notes: list[str] | None = None) -> None:
         self.left_alone = left_alone
-        lines = [f"{_quote(name)}: {reason}" for name, reason in left_alone.items()]
-        super().__init__("fused_rnn.convert left alone " + "; ".join(lines))
+        self.notes = notes or []
+        parts = []
+        if left_alone:
+            lines = [f"{_quote(name)}: {reason}" for name, reason in left_alone.items()]
+            parts.append("fused_rnn.convert left alone " + "; ".join(lines))
+        if self.notes:
+            parts.append("after fused_rnn.convert: " + "; ".join(self.notes))
+        super().__init__(". ".join(parts))
 
 
-def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> ModelT:
+@overload
+def convert(
+    model: ModelT, *, inplace: bool = True, recompute: bool = False, return_report: Literal[False] = False
+) -> ModelT: ...
+
+
+@overload
+def convert(
+    model: ModelT, *, inplace: bool = True, recompute: bool = False, return_report: Literal[True]
+) -> tuple[ModelT, ConversionReport]: ...
+
+
+def convert(model: Any, *, inplace: bool = True, recompute: bool = False, return_report: bool = False) -> Any:
     """Make every ``torch.nn`` LSTM, GRU, RNN and cell of a model a fused one.
 
     A module stays the same object, of another class: its Parameters, hooks, training flag, parametrizations, place in
@@ -53,14 +95,20 @@ def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> 
     scripted ones; a :class:`ConversionWarning` names them with the reason. The names of converted modules go to the
     logger ``"fused_rnn"`` at level INFO.
 
+    ``isinstance(module, nn.LSTM)`` is false of a converted ``nn.LSTM`` (``nn.RNNBase`` and ``nn.RNNCellBase`` are right
+    for both). Where methods of the model ask so, the warning says it; what is called from outside, it cannot know: give
+    the weights their first values before the conversion, where that goes by ``model.apply``, and :func:`revert` before
+    ``quantize_dynamic``, which passes fused layers by.
+
     Args:
         model: any module, a recurrent one included.
         inplace: ``False`` leaves ``model`` as it is and converts a copy of its modules. The copy holds the very
             Parameters and buffers of ``model``; for independent ones convert ``copy.deepcopy(model)``.
         recompute: the option of :class:`fused_rnn.LSTM` for the layers that are converted: less memory in training.
+        return_report: return a :class:`ConversionReport` as well, and warn of nothing that is in it.
 
     Returns:
-        ``model``, or the copy.
+        ``model``, or the copy; with ``return_report`` the pair ``(model, report)``.
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
@@ -68,23 +116,31 @@ def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> 
     _check_model(model)
     if not inplace:
         model = _copy_sharing_tensors(model)
-    left_alone = {}
+    report = ConversionReport()
+    replaced: dict[type, type] = {}
     for name, module in model.named_modules():
         cls = own_class(module)
         original = next((base for base in cls.__mro__ if base in FUSED), None)
         reason = _why_left_alone(module, cls, original)
         if reason is not None:
-            left_alone[name] = reason
+            report.left_alone[name] = reason
         elif original is not None and not isinstance(module, HasTwin):
             target = FUSED[original]
-            if cls is not original:
+            if cls is original:
+                replaced[original] = target
+            else:
                 target = fused_subclass(cls, original, target)
             _become_fused(module, target)
             if recompute and isinstance(module, nn.RNNBase):
                 module.recompute = True
+            report.converted[name] = cls.__name__
             _log.info("converted %s to %s", _quote(name), module)
-    if left_alone:
-        warnings.warn(ConversionWarning(left_alone), stacklevel=2)
+    if replaced:
+        report.notes += _notes_on_class_tests(model, replaced)
+    if return_report:
+        return model, report
+    if report.left_alone or report.notes:
+        warnings.warn(ConversionWarning(report.left_alone, report.notes), stacklevel=2)
     return model
 
 
@@ -155,6 +211,21 @@ def _become_fused(module: Any, target: type[nn.Module]) -> None:
     weights = vars(module).pop("_flat_weights")
     change_class(module, target)
     module._flat_weights = weights
+
+
+def _notes_on_class_tests(model: nn.Module, replaced: dict[type, type]) -> list[str]:
+    seen: set[str] = set()
+    notes = []
+    for name, module in model.named_modules():
+        for method, classes in methods_that_test_for(type(module), replaced).items():
+            if method not in seen:
+                seen.add(method)
+                asked_for = ", ".join(f"torch.nn.{cls.__name__}" for cls in classes)
+                notes.append(
+                    f"{_quote(name)}: {method} asks for {asked_for}, which converted modules are not; ask for their "
+                    "base nn.RNNBase or nn.RNNCellBase there, or build the model under fused_rnn.patch()"
+                )
+    return notes
 
 
 def _copy_sharing_tensors(model: ModelT) -> ModelT:
