@@ -71,7 +71,12 @@ def why_not_torch_nn(module: Any) -> str | None:
     """
     cls = own_class(module)
     if "_torch_class" not in vars(cls):
-        return f"it is a {cls.__qualname__}, a subclass of a fused_rnn module"
+        is_ours = cls.__module__.startswith(f"{__package__}.")
+        return (
+            f"torch.nn has no {cls.__name__}"
+            if is_ours
+            else f"it is a {cls.__qualname__}, a subclass of a fused_rnn module"
+        )
     return "its forward was replaced on the object" if "forward" in vars(module) else None
 
 

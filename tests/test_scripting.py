@@ -264,3 +264,10 @@ def test_forward_replaced_on_the_object_is_refused_with_the_reason() -> None:
     layer.forward = lambda *given: None
     with pytest.raises(RuntimeError, match="its forward was replaced on the object"):
         torch.jit.script(layer)
+
+
+def test_class_that_torch_nn_has_no_counterpart_of_says_so() -> None:
+    new = type("Minimal", (fused_rnn.GRU,), {"__module__": "fused_rnn.layers"})
+    for function in (torch.jit.script, fused_rnn.revert):
+        with pytest.raises((RuntimeError, ValueError), match="torch.nn has no Minimal"):
+            function(nn.Sequential(new(3, 4)))
