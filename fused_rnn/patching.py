@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType, TracebackType
@@ -19,11 +21,13 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 # torch.nn's classes are looked up in these three places.
 _PLACES: tuple[ModuleType, ...] = (nn, nn.modules, nn.modules.rnn)
 
-_lock = threading.Lock()
-_standing: set[patch] = set()  # those that no `with` statement has taken for its own
+_COMPILER = "torch._dynamo.config"
+
+_lock = threading.RLock()  # __del__ may run anywhere
+_statements = 0
 _open_blocks = 0
 _times_undone = 0  # a block that unpatch() has ended must not count when it is left
-_replaced: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, what was there, what is there now
+_replaced: dict[tuple[ModuleType, str], tuple[Any, Any]] = {}  # what was there, and what is there now
 
 
 class patch(contextlib.ContextDecorator):
@@ -43,20 +47,37 @@ class patch(contextlib.ContextDecorator):
     While it holds, ``isinstance(module, nn.LSTM)`` is true of fused layers only: make or convert a program's layers
     while it holds, and test them while it holds. ``torch.nn``'s own layers cannot be pickled meanwhile, because their
     class is not found by its name. For :func:`torch.compile`, which breaks the graph at ``torch.nn.LSTM`` by that test,
-    ``torch._dynamo.config.allow_rnn`` is true as long.
+    the statement sets ``torch._dynamo.config.allow_rnn`` as long; a block does where the compiler is loaded already.
     """
 
     def __init__(self) -> None:
-        # Nothing tells here whether a `with` follows, so this stands until __enter__ takes it back.
+        global _statements
         self._entered_after: list[int] = []
+        # Nothing tells here whether a `with` follows, so this is a statement until __enter__ takes it back.
         with _lock:
-            _standing.add(self)
+            self._stated_after: int | None = _times_undone
+            _statements += 1
             _update()
+
+    def _take_back(self) -> None:
+        global _statements
+        if self._stated_after == _times_undone:
+            _statements -= 1
+        self._stated_after = None
+
+    def __del__(self) -> None:
+        # The object of a statement goes at once, that of a block has been entered by then. Loading the compiler takes a
+        # second, for which a block that only builds a model should not wait.
+        if self._stated_after is not None and not sys.is_finalizing():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(_COMPILER)
+            with _lock:
+                _update()
 
     def __enter__(self) -> patch:
         global _open_blocks
         with _lock:
-            _standing.discard(self)
+            self._take_back()
             self._entered_after.append(_times_undone)
             _open_blocks += 1
             _update()
@@ -74,7 +95,7 @@ class patch(contextlib.ContextDecorator):
     def __call__(self, function: FunctionT) -> FunctionT:
         """As a decorator: the block is each call of ``function``."""
         with _lock:
-            _standing.discard(self)
+            self._take_back()
             _update()
         return super().__call__(function)
 
@@ -85,33 +106,30 @@ def unpatch() -> None:
     A block that is still open, in whichever thread, is over with this; that it is left later changes nothing. Layers
     that were made meanwhile stay what they are (:func:`revert` changes them). Harmless where nothing is patched.
     """
-    global _open_blocks, _times_undone
+    global _statements, _open_blocks, _times_undone
     with _lock:
-        _standing.clear()
-        _open_blocks = 0
+        _statements = _open_blocks = 0
         _times_undone += 1
         _update()
 
 
 def _update() -> None:
     """Make the names mean what they should, by the statements and blocks that count. The caller holds the lock."""
-    wanted = bool(_standing) or _open_blocks > 0
-    if wanted and not _replaced:
+    if _statements + _open_blocks > 0:
         for place in _PLACES:
             for original, fused in FUSED.items():
                 _replace(place, original.__name__, fused)
         # Dynamo asks isinstance(module, torch.nn.LSTM) when it compiles, which is now true of layers that it can trace.
-        with contextlib.suppress(ImportError):
-            import torch._dynamo.config as compiler
-
-            _replace(compiler, "allow_rnn", True)
-    elif not wanted:
+        if _COMPILER in sys.modules:
+            _replace(sys.modules[_COMPILER], "allow_rnn", True)
+    else:
         while _replaced:
-            owner, name, before, ours = _replaced.pop()
+            (owner, name), (before, ours) = _replaced.popitem()
             if getattr(owner, name) is ours:  # and not what somebody else has put there since
                 setattr(owner, name, before)
 
 
-def _replace(owner: Any, name: str, ours: Any) -> None:
-    _replaced.append((owner, name, getattr(owner, name), ours))
-    setattr(owner, name, ours)
+def _replace(owner: ModuleType, name: str, ours: Any) -> None:
+    if (owner, name) not in _replaced:
+        _replaced[owner, name] = getattr(owner, name), ours
+        setattr(owner, name, ours)

@@ -57,9 +57,8 @@ def change_class(module: nn.Module, target: type[nn.Module]) -> None:
     """Make ``module`` an object of ``target``, with the properties of its parametrized tensors."""
     cls = type(module)
     if parametrize.is_parametrized(module):
-        members = {
-            name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "__doc__")
-        }
+        made_anew = ("__dict__", "__weakref__", "__doc__", "_params")
+        members = {name: value for name, value in vars(cls).items() if name not in made_anew}
         target = type(cls.__name__, (target,), members)
     object.__setattr__(module, "__class__", target)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 
@@ -187,3 +189,34 @@ def test_compiler_goes_on_tracing_fused_layers_without_a_graph_break() -> None:
     fused_rnn.unpatch()
     torch.testing.assert_close(compiled(sequence), model(sequence))
     assert not sys.modules["torch._dynamo.config"].allow_rnn
+
+
+def test_block_does_not_wait_for_the_compiler_to_load() -> None:
+    program = """
+        import sys, fused_rnn
+        with fused_rnn.patch():
+            assert "torch._dynamo" not in sys.modules
+        assert "torch._dynamo" not in sys.modules
+        fused_rnn.patch()
+        assert sys.modules["torch._dynamo.config"].allow_rnn
+        fused_rnn.unpatch()
+        assert not sys.modules["torch._dynamo.config"].allow_rnn
+        with fused_rnn.patch():
+            assert sys.modules["torch._dynamo.config"].allow_rnn
+        assert not sys.modules["torch._dynamo.config"].allow_rnn
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_statement_whose_object_is_kept_stays_too() -> None:
+    kept = fused_rnn.patch()
+    assert is_patched()
+    with kept:
+        assert is_patched()
+    assert not is_patched()
+    kept = fused_rnn.patch()
+    fused_rnn.unpatch()
+    with kept:
+        assert is_patched()
+    assert not is_patched()
