@@ -1,7 +1,7 @@
 """Recurrent layers for PyTorch with kernels of their own, drop-in for those of :mod:`torch.nn`.
 
 :class:`LSTM`, :class:`GRU`, :class:`RNN` and the cells take the place of ``torch.nn``'s; :func:`convert` puts them in a
-model that exists, :func:`patch` in one that is being built. :mod:`fused_rnn.functional` has the same as functions,
+model that exists, :class:`patch` in those that are being built. :mod:`fused_rnn.functional` has the same as functions,
 :mod:`fused_rnn.reference` in plain PyTorch; :func:`use_backend` chooses, :func:`explain` says what runs,
 :mod:`fused_rnn.packed_weights` what memory inference keeps.
 """
@@ -9,9 +9,10 @@ model that exists, :func:`patch` in one that is being built. :mod:`fused_rnn.fun
 from . import functional, packed_weights, reference
 from .backend import use_backend
 from .cells import GRUCell, LSTMCell, RNNCell
-from .convert import ConversionWarning, convert, patch, revert
+from .convert import ConversionReport, ConversionWarning, convert, revert
 from .explain import Explanation, explain
 from .layers import GRU, LSTM, RNN
+from .patching import patch, unpatch
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "ConversionReport",
     "ConversionWarning",
     "Explanation",
     "convert",
@@ -31,5 +33,6 @@ __all__ = [
     "patch",
     "reference",
     "revert",
+    "unpatch",
     "use_backend",
 ]

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from . import _checks, functional
 from .settings import CellKind, Settings
+from .twin import HasTwin
+from .weights import ByAttribute
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
     """What the three cells share; ``RNNCellBase`` creates and initialises the parameters."""
 
     def __init__(self, kind: CellKind, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any) -> None:
@@ -32,6 +34,9 @@ class _Cell(nn.RNNCellBase):
         except KeyError:  # parametrized, or replaced by a plain tensor
             tensors = [getattr(self, name) for name in _NAMES]
         return functional.cell_params(*tensors)
+
+    def _params_by_attribute(self) -> list[Any]:
+        return functional.cell_params(*[getattr(self, name) for name in _NAMES])
 
     def _settings(self, num_params: int) -> Settings:
         return functional.cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[:num_params])
@@ -56,6 +61,8 @@ class LSTMCell(_Cell):
     Parameters, drawn uniformly between plus and minus 1 / sqrt(H): ``weight_ih`` (4*H, I), ``weight_hh`` (4*H, H),
     ``bias_ih`` and ``bias_hh`` (4*H), or ``None``. Rows in the order i, f, g, o.
     """
+
+    _torch_class = nn.LSTMCell
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
@@ -89,6 +96,8 @@ class GRUCell(_Cell):
     Arguments, errors and parameters: see :class:`LSTMCell`, with 3*H rows in the order r, z, n.
     """
 
+    _torch_class = nn.GRUCell
+
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
@@ -109,6 +118,8 @@ class RNNCell(_Cell):
     """
 
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
+
+    _torch_class = nn.RNNCell
 
     def __init__(
         self,

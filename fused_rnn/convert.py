@@ -1,94 +1,155 @@
-"""Exchange ``torch.nn``'s recurrent modules for the fused ones, in a model that exists or in one being built."""
+"""Exchange ``torch.nn``'s recurrent modules of a model for the fused ones, and back."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from . import _checks
 from .cells import GRUCell, LSTMCell, RNNCell
+from .class_tests import methods_that_test_for
 from .layers import GRU, LSTM, RNN
+from .settings import LAYER_OPTIONS, LayerOptions, show_options
+from .subclasses import fused_subclass, names_of_ours, why_no_fused_subclass
+from .twin import HasTwin, become_torch_nn, change_class, own_class, why_not_torch_nn
 
-__all__ = ["ConversionWarning", "convert", "patch", "revert"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["ConversionReport", "ConversionWarning", "convert", "revert"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LSTM: LSTM,
-    nn.GRU: GRU,
-    nn.RNN: RNN,
-    nn.LSTMCell: LSTMCell,
-    nn.GRUCell: GRUCell,
-    nn.RNNCell: RNNCell,
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    fused._torch_class: fused for fused in (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
 }
-_TORCH = {fused: original for original, fused in _FUSED.items()}
 
 _log = logging.getLogger("fused_rnn")
 
 
+@dataclass
+class ConversionReport:
+    """What :func:`convert` did with a model; print it.
+
+    Attributes:
+        converted: the class, for the name in the model (``""`` is the model itself) of each module that was converted.
+        left_alone: why, for the name of each recurrent module that was not.
+        notes: which methods of the model ask for ``torch.nn``'s classes, which converted modules are not.
+    """
+
+    converted: dict[str, str] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"converted {_quote(name)}: {cls}" for name, cls in self.converted.items()]
+        lines += [f"left alone {_quote(name)}: {reason}" for name, reason in self.left_alone.items()]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines) or "no recurrent modules"
+
+
 class ConversionWarning(UserWarning):
-    """Recurrent modules that :func:`convert` left as they were.
+    """Recurrent modules that :func:`convert` left as they were, and what may miss those that it converted.
 
     Attributes:
         left_alone: why, for each module's name in the model (``""`` is the model itself).
+        notes: as in :class:`ConversionReport`.
     """
 
-    def __init__(self, left_alone: dict[str, str]) -> None:
+    def __init__(self, left_alone: dict[str, str], notes: list[str] | None = None) -> None:
         self.left_alone = left_alone
-        lines = [f"{_quote(name)}: {reason}" for name, reason in left_alone.items()]
-        super().__init__("fused_rnn.convert left alone " + "; ".join(lines))
+        self.notes = notes or []
+        parts = []
+        if left_alone:
+            lines = [f"{_quote(name)}: {reason}" for name, reason in left_alone.items()]
+            parts.append("fused_rnn.convert left alone " + "; ".join(lines))
+        if self.notes:
+            parts.append("after fused_rnn.convert: " + "; ".join(self.notes))
+        super().__init__(". ".join(parts))
 
 
-def convert(model: ModelT, *, inplace: bool = True, recompute: bool = False) -> ModelT:
+@overload
+def convert(
+    model: ModelT, *, inplace: bool = True, return_report: Literal[False] = False, **options: Unpack[LayerOptions]
+) -> ModelT: ...
+
+
+@overload
+def convert(
+    model: ModelT, *, inplace: bool = True, return_report: Literal[True], **options: Unpack[LayerOptions]
+) -> tuple[ModelT, ConversionReport]: ...
+
+
+@show_options(LAYER_OPTIONS)
+def convert(model: Any, *, inplace: bool = True, return_report: bool = False, **options: Unpack[LayerOptions]) -> Any:
     """Make every ``torch.nn`` LSTM, GRU, RNN and cell of a model a fused one.
 
     A module stays the same object, of another class: its Parameters, hooks, training flag, parametrizations, place in
     the model and every other reference to it are what they were. An optimizer made before goes on working, also in the
     middle of training.
 
-    Left alone are subclasses of ``torch.nn``'s modules (what their ``forward`` does is theirs to say), modules whose
-    ``forward`` was replaced on the object, and scripted ones; a :class:`ConversionWarning` names them with the reason.
-    The names of converted modules go to the logger ``"fused_rnn"`` at level INFO.
+    A subclass of ``torch.nn``'s classes is converted where it has no ``forward`` of its own, or one that calls
+    ``super().forward``, and overrides nothing that ``forward`` calls: its objects get a class that derives from the
+    subclass and computes ``forward`` with the kernels (:func:`torch.compile` breaks the graph there, as it does at
+    ``torch.nn.LSTM``). Left alone are other subclasses, modules whose ``forward`` was replaced on the object, and
+    scripted ones; a :class:`ConversionWarning` names them with the reason. The names of converted modules go to the
+    logger ``"fused_rnn"`` at level INFO.
+
+    ``isinstance(module, nn.LSTM)`` is false of a converted ``nn.LSTM`` (``nn.RNNBase`` and ``nn.RNNCellBase`` are right
+    for both). Where methods of the model ask so, the warning says it; what is called from outside, it cannot know: give
+    the weights their first values before the conversion, where that goes by ``model.apply``, and :func:`revert` before
+    ``quantize_dynamic``, which passes fused layers by.
 
     Args:
         model: any module, a recurrent one included.
         inplace: ``False`` leaves ``model`` as it is and converts a copy of its modules. The copy holds the very
             Parameters and buffers of ``model``; for independent ones convert ``copy.deepcopy(model)``.
-        recompute: the option of :class:`fused_rnn.LSTM` for the layers that are converted: less memory in training.
+        options: those of :class:`fused_rnn.LSTM` that ``torch.nn`` lacks, for the layers that are converted.
+        return_report: return a :class:`ConversionReport` as well, and warn of nothing that is in it.
 
     Returns:
-        ``model``, or the copy.
+        ``model``, or the copy; with ``return_report`` the pair ``(model, report)``.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError, ValueError: ``model`` is no ``torch.nn.Module``; an option is unknown, or out of range.
     """
     _check_model(model)
+    _checks.check_names("convert", options, LAYER_OPTIONS)
+    _checks.check_options(options)
     if not inplace:
         model = _copy_sharing_tensors(model)
-    left_alone = {}
+    report = ConversionReport()
+    replaced: dict[type, type] = {}
     for name, module in model.named_modules():
-        target = _FUSED.get(_own_class(module))
-        reason = _why_left_alone(module, target)
+        cls = own_class(module)
+        original = next((base for base in cls.__mro__ if base in FUSED), None)
+        reason = _why_left_alone(module, cls, original)
         if reason is not None:
-            left_alone[name] = reason
-        elif target is not None:
-            # torch.nn's list of weights, which the fused layers work out when asked for it
-            module.__dict__.pop("_flat_weights", None)
-            _change_class(module, target)
-            if recompute and isinstance(module, nn.RNNBase):
-                module.recompute = True
+            report.left_alone[name] = reason
+        elif original is not None and not isinstance(module, HasTwin):
+            target = FUSED[original]
+            if cls is original:
+                replaced[original] = target
+            else:
+                target = fused_subclass(cls, original, target)
+            _become_fused(module, target)
+            if isinstance(module, nn.RNNBase):
+                for option, value in options.items():
+                    setattr(module, option, value)
+            report.converted[name] = cls.__name__
             _log.info("converted %s to %s", _quote(name), module)
-    if left_alone:
-        warnings.warn(ConversionWarning(left_alone), stacklevel=2)
+    if replaced:
+        report.notes += _notes_on_class_tests(model, replaced)
+    if return_report:
+        return model, report
+    if report.left_alone or report.notes:
+        warnings.warn(ConversionWarning(report.left_alone, report.notes), stacklevel=2)
     return model
 
 
@@ -110,10 +171,9 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
     found = []
     refused = []
     for name, module in model.named_modules():
-        if any(isinstance(module, fused) for fused in _TORCH):
-            target = _TORCH.get(_own_class(module))
-            reason = _why_not_revertible(module, target)
+        if isinstance(module, HasTwin):
             found.append(name)
+            reason = why_not_torch_nn(module)
             if reason is not None:
                 refused.append(f"{_quote(name)}: {reason}")
     if refused:
@@ -121,11 +181,7 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
     if not inplace:
         model = _copy_sharing_tensors(model)
     for name in found:
-        module = model.get_submodule(name)
-        _change_class(module, _TORCH[_own_class(module)])
-        if isinstance(module, nn.RNNBase):
-            module.__dict__.pop("recompute", None)  # of the kernels, no part of what the module computes
-            module._init_flat_weights()
+        become_torch_nn(model.get_submodule(name))
     return model
 
 
@@ -138,38 +194,47 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got an object of type {type(model).__name__}")
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
-    """The class a module was made from: a parametrized one has a subclass of its own, with a property per tensor."""
-    cls = type(module)
-    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
-
-
-def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
-    cls = type(module)
-    if parametrize.is_parametrized(module):
-        members = {
-            name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "__doc__")
-        }
-        target = type(cls.__name__, (target,), members)
-    module.__class__ = target
-
-
-def _why_left_alone(module: nn.Module, target: type[nn.Module] | None) -> str | None:
-    if target is not None:
-        return "its forward was replaced on the object" if "forward" in vars(module) else None
+def _why_left_alone(module: nn.Module, cls: type[nn.Module], original: type[nn.Module] | None) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
-        scripted = module.original_name in {original.__name__ for original in _FUSED}
+        scripted = module.original_name in {original.__name__ for original in FUSED}
         return f"it is a scripted {module.original_name}" if scripted else None
-    for original in _FUSED:
-        if isinstance(module, original):
-            return f"it is a {_own_class(module).__qualname__}, a subclass of torch.nn.{original.__name__}"
-    return None
+    if original is None or isinstance(module, HasTwin):
+        return None
+    if "forward" in vars(module):
+        return "its forward was replaced on the object"
+    fused = FUSED[original]
+    if taken := names_of_ours(original, fused) & set(vars(module)):
+        return f"it has an attribute {sorted(taken)[0]}, a name that the fused module needs"
+    if cls is original:
+        return None
+    reason = why_no_fused_subclass(cls, original, fused)
+    return reason and f"it is a {cls.__qualname__}, a subclass of torch.nn.{original.__name__} {reason}"
 
 
-def _why_not_revertible(module: nn.Module, target: type[nn.Module] | None) -> str | None:
-    if target is None:
-        return f"it is a {_own_class(module).__qualname__}, a subclass of a fused_rnn module"
-    return "its forward was replaced on the object" if "forward" in vars(module) else None
+def _become_fused(module: Any, target: type[nn.Module]) -> None:
+    if not isinstance(module, nn.RNNBase):
+        change_class(module, target)
+        return
+    module._update_flat_weights()
+    # the list that torch.nn's layers compute with: what a program wrote into it goes on to count
+    weights = vars(module).pop("_flat_weights")
+    change_class(module, target)
+    module._flat_weights = weights
+
+
+def _notes_on_class_tests(model: nn.Module, replaced: dict[type, type]) -> list[str]:
+    seen: set[str] = set()
+    notes = []
+    for name, module in model.named_modules():
+        for method, classes in methods_that_test_for(type(module), replaced).items():
+            if method not in seen:
+                seen.add(method)
+                asked_for = ", ".join(f"torch.nn.{cls.__name__}" for cls in classes)
+                notes.append(
+                    f"{_quote(name)}: {method} asks for {asked_for}, which converted modules are not; ask for their "
+                    "base nn.RNNBase or nn.RNNCellBase there, or build the model under fused_rnn.patch()"
+                )
+    return notes
 
 
 def _copy_sharing_tensors(model: ModelT) -> ModelT:
@@ -178,42 +243,3 @@ def _copy_sharing_tensors(model: ModelT) -> ModelT:
         for held in (module._parameters, module._buffers, vars(module)):
             memo.update((id(value), value) for value in held.values() if isinstance(value, Tensor))
     return copy.deepcopy(model, memo)
-
-
-# torch.nn's classes are looked up in these three places.
-_PLACES: tuple[ModuleType, ...] = (nn, nn.modules, nn.modules.rnn)
-_patch_lock = threading.Lock()
-_patch_depth = 0
-_patched: list[tuple[ModuleType, str, Any]] = []
-
-
-@contextmanager
-def patch() -> Iterator[None]:
-    """Let ``torch.nn.LSTM``, ``GRU``, ``RNN`` and the cells mean the fused ones while code builds its model.
-
-    ::
-
-        with fused_rnn.patch():
-            model = SomebodyElsesModel()  # says nn.LSTM(...) inside
-
-    It holds for the whole process, other threads included, until the last block that is open ends. It reaches code that
-    looks the class up when it runs, as ``nn.LSTM`` or ``torch.nn.LSTM``; a name that was bound before, by ``from
-    torch.nn import LSTM`` or ``class MyLSTM(nn.LSTM)``, it cannot reach: use :func:`convert` for such a model. In the
-    block ``isinstance(module, nn.LSTM)`` is true of fused layers only.
-    """
-    global _patch_depth
-    with _patch_lock:
-        if _patch_depth == 0:
-            for place in _PLACES:
-                for original, fused in _FUSED.items():
-                    _patched.append((place, original.__name__, getattr(place, original.__name__)))
-                    setattr(place, original.__name__, fused)
-        _patch_depth += 1
-    try:
-        yield
-    finally:
-        with _patch_lock:
-            _patch_depth -= 1
-            if _patch_depth == 0:
-                while _patched:
-                    setattr(*_patched.pop())

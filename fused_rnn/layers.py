@@ -18,6 +18,8 @@ from .settings import (
     StepOptions,
     show_options,
 )
+from .twin import HasTwin
+from .weights import ByAttribute, FlatWeightsMixin
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +29,7 @@ __all__ = ["GRU", "LSTM", "RNN"]
 _KINDS = {kind.name: kind for kind in CellKind}
 
 
-class _Recurrent(nn.RNNBase):
+class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
     """What the three layers share.
 
     Derives from ``RNNBase`` and not from ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, at whose instances Dynamo breaks the
@@ -84,27 +86,21 @@ class _Recurrent(nn.RNNBase):
         changed = [f", {name}={value}" for name, value in options.items() if value != LAYER_OPTIONS[name]]
         return super().extra_repr() + "".join(changed)
 
-    # torch.nn keeps a list of its weights and has to notice when one is replaced. Here it is made when asked for; the
-    # setter takes what RNNBase assigns.
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor | None]) -> None:
-        pass
-
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels need no particular placement of the parameters in memory."""
 
     def _settings(self) -> Settings:
         """Everything a call needs to know but its tensors. A small call feels what this costs."""
+        try:
+            kind = _KINDS[self.mode]
+        except (KeyError, TypeError):
+            raise ValueError(f"mode: expected one of {', '.join(map(repr, _KINDS))}, got {self.mode!r}") from None
         hidden_size = self.hidden_size
         return Settings(
             self.input_size,
             hidden_size,
             self.proj_size or hidden_size,
-            _KINDS[self.mode],
+            kind,
             self.bias,
             self.num_layers,
             self.bidirectional,
@@ -121,6 +117,9 @@ class _Recurrent(nn.RNNBase):
             return [parameters[name] for name in names]
         except KeyError:  # parametrized, or replaced by a plain tensor
             return [getattr(self, name) for name in names]
+
+    def _params_by_attribute(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
 
     def _run(self, input: Any, hx: Any, steps: StepOptions) -> Any:
         if isinstance(input, PackedSequence):
@@ -195,6 +194,8 @@ class LSTM(_Recurrent):
         >>> output.shape, h_n.shape
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
+
+    _torch_class = nn.LSTM
 
     @show_options(LAYER_OPTIONS)
     def __init__(
@@ -362,6 +363,8 @@ class GRU(_SingleState):
     Differences from ``torch.nn.GRU``: see :class:`LSTM`.
     """
 
+    _torch_class = nn.GRU
+
     @show_options(LAYER_OPTIONS)
     def __init__(
         self,
@@ -415,6 +418,8 @@ class RNN(_SingleState):
 
     Differences from ``torch.nn.RNN``: see :class:`LSTM`.
     """
+
+    _torch_class = nn.RNN
 
     @show_options(LAYER_OPTIONS)
     def __init__(
