@@ -19,6 +19,7 @@ from support.pairwise import Row, pairwise
 import fused_rnn
 from fused_rnn import functional
 from fused_rnn.check import scaled_errors
+from fused_rnn.settings import Settings
 
 pytestmark = [
     pytest.mark.kernels,
@@ -349,13 +350,13 @@ def test_dropout_inside_a_wavefront_matches_the_float64_reference(
     case = _stack(cell, num_layers, packing=packing, dropout=0.5, batch_first=True)
     generator = torch.Generator().manual_seed(3)
 
-    def same_masks(spec: Any, input: torch.Tensor, dropout: float, batch_first: bool) -> list[torch.Tensor]:
+    def same_factors(settings: Settings, input: torch.Tensor) -> torch.Tensor:
         """Whatever the dtype; bits as bfloat16 holds them."""
-        shape = (input.shape[:-1][::-1] if batch_first else input.shape[:-1]) + (case.hidden_size,)
+        rows = input.shape[:-1][::-1] if settings.batch_first else input.shape[:-1]
         generator.manual_seed(3)
-        return [2 * torch.randint(2, shape, generator=generator).to(input) for _ in range(num_layers - 1)]
+        return 2 * torch.randint(2, (num_layers - 1, *rows, case.hidden_size), generator=generator).to(input)
 
-    monkeypatch.setattr(functional, "_dropout_masks", same_masks)
+    monkeypatch.setattr(functional, "_dropout_factors", same_factors)
     _allow("cluster", team_blocks=4, layers=layers)
     found = run(case.build(fused_rnn), case.data())
     launches = torch.ops.fused_rnn_host.launches()
