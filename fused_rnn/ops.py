@@ -383,6 +383,17 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _check_devices(input: Tensor, batch_sizes: Tensor | None = None, **given: Any) -> None:
+    """A fake kernel is called wherever one tensor is on the meta device, whatever the others are on."""
+    if batch_sizes is not None and batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"batch_sizes: expected a 1-D int64 tensor on the CPU, got one on {batch_sizes.device}")
+    for name, value in given.items():
+        for index, t in enumerate(value if isinstance(value, (list, tuple)) else (value,)):
+            if t is not None and t.device != input.device:
+                label = f"{name}[{index}]" if isinstance(value, (list, tuple)) else name
+                raise RuntimeError(f"{label}: expected a tensor on {input.device}, got {t.device}")
+
+
 def _gradient_like(input: Tensor, t: Tensor | None, needed: bool) -> Tensor:
     return input.new_empty(t.shape if needed and t is not None else 0)
 
@@ -390,7 +401,8 @@ def _gradient_like(input: Tensor, t: Tensor | None, needed: bool) -> Tensor:
 @torch.library.register_fake("fused_rnn::rnn_forward")
 def _(input, h0, c0, params, controls, integers, numbers, save):  # type: ignore[no-untyped-def]
     settings = Settings.restore(integers, numbers, input, params)
-    batch_sizes, mask, _ = Controls.restore(controls)
+    batch_sizes, mask, dropout = Controls.restore(controls)
+    _check_devices(input, batch_sizes, h0=h0, c0=c0, params=params, mask=mask, dropout=dropout)
     kind, L, D = settings.kind, settings.num_layers, settings.num_directions
     H, P = settings.hidden_size, settings.state_size
     if batch_sizes is not None:
@@ -424,8 +436,12 @@ def _(  # type: ignore[no-untyped-def]
     needs, reuse_gates,
 ):  # fmt: skip
     settings = Settings.restore(integers, numbers, input, params)
+    batch_sizes, mask, dropout = Controls.restore(controls)
+    gradients = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
+    saved = {"output": output, "gates": gates, "cells": cells, "hidden": hidden}
+    _check_devices(input, batch_sizes, **gradients, h0=h0, c0=c0, params=params, mask=mask, dropout=dropout, **saved)
     grad_input = _gradient_like(input, input, needs[0])
-    if needs[0] and settings.batch_first and Controls.restore(controls).batch_sizes is None:
+    if needs[0] and settings.batch_first and batch_sizes is None:
         grad_input = input.new_empty(input.shape[1], input.shape[0], input.shape[2]).transpose(0, 1)
     return (
         grad_input,
@@ -438,6 +454,7 @@ def _(  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fused_rnn::cell_forward")
 def _(input, h, c, params, integers, numbers, save):  # type: ignore[no-untyped-def]
     settings = Settings.restore(integers, numbers, input, params)
+    _check_devices(input, h=h, c=c, params=params)
     B, H = h.shape
     has_cell = settings.kind == CellKind.LSTM
     saved = _NUM_SAVED[settings.kind] if save else 0
@@ -453,6 +470,8 @@ def _(input, h, c, params, integers, numbers, save):  # type: ignore[no-untyped-
 def _(  # type: ignore[no-untyped-def]
     grad_h, grad_c, input, h, c, params, h_next, gates, cells, integers, numbers, needs,
 ):  # fmt: skip
+    gradients = {"grad_h": grad_h, "grad_c": grad_c}
+    _check_devices(input, **gradients, h=h, c=c, params=params, h_next=h_next, gates=gates, cells=cells)
     return (
         _gradient_like(input, input, needs[0]),
         _gradient_like(input, h, needs[1]),
