@@ -99,6 +99,10 @@ def lstm(
     Returns:
         ``(output, (h_n, c_n))``. With ``batch_first`` the output is a transposed view of (T, B, D*P) storage.
     """
+    if not _gives_sizes(params):
+        given = {"bias": bias, "num_layers": num_layers, "dropout": dropout, "training": training}
+        given |= {"bidirectional": bidirectional, "batch_first": batch_first, "proj_size": proj_size}
+        return _call_without_sizes(lstm, input, hx, params, given | {"batch_sizes": batch_sizes} | options)
     settings = _settings_of_params(
         CellKind.LSTM, params, proj_size, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
@@ -128,6 +132,10 @@ def gru(
     Returns:
         ``(output, h_n)``.
     """
+    if not _gives_sizes(params):
+        given = {"bias": bias, "num_layers": num_layers, "dropout": dropout, "training": training}
+        given |= {"bidirectional": bidirectional, "batch_first": batch_first}
+        return _call_without_sizes(gru, input, hx, params, given | {"batch_sizes": batch_sizes} | options)
     settings = _settings_of_params(
         CellKind.GRU, params, 0, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
@@ -159,6 +167,10 @@ def rnn(
     Returns:
         ``(output, h_n)``.
     """
+    if not _gives_sizes(params):
+        given = {"nonlinearity": nonlinearity, "bias": bias, "num_layers": num_layers, "dropout": dropout}
+        given |= {"training": training, "bidirectional": bidirectional, "batch_first": batch_first}
+        return _call_without_sizes(rnn, input, hx, params, given | {"batch_sizes": batch_sizes} | options)
     settings = _settings_of_params(
         rnn_kind(nonlinearity), params, 0, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
@@ -255,6 +267,23 @@ def _settings_of_params(
     )
 
 
+def _gives_sizes(params: Any) -> bool:
+    return isinstance(params, (list, tuple)) and len(params) > 0 and _is_matrix(params[0])
+
+
+def _call_without_sizes(
+    function: Callable[..., Any], input: Any, hx: Any, params: Any, given: Mapping[str, Any]
+) -> Any:
+    """A call whose first weight has no sizes to tell: one for ``__torch_function__``, of a graph's node, or wrong."""
+    states, weights = (v if isinstance(v, (tuple, list)) else (v,) for v in (hx, params))
+    tensors = (input, *states, *weights, *(given[name] for name in Steps._fields if name in given))
+    if not _is_overridden(tensors):
+        _checks.raise_first_weight(params)
+    defaults = CALL_OPTIONS | (function.__kwdefaults__ or {})
+    changed = {name: value for name, value in given.items() if name not in defaults or value is not defaults[name]}
+    return handle_torch_function(function, tensors, input, hx, params, **changed)
+
+
 def _steps_of(batch_sizes: Tensor | None, options: CallOptions) -> Steps:
     return steps_of(batch_sizes, {name: value for name, value in options.items() if name in STEP_OPTIONS})
 
@@ -269,7 +298,11 @@ def _functional_cell(
     b_hh: Tensor | None,
 ) -> Any:
     if not _is_matrix(w_ih):
-        _checks.raise_not_matrix("w_ih", w_ih)
+        tensors = (*(hx if isinstance(hx, (tuple, list)) else (hx,)), input, w_ih, w_hh, b_ih, b_hh)
+        if not _is_overridden(tensors):
+            _checks.raise_not_matrix("w_ih", w_ih)
+        also = {"nonlinearity": "relu"} if kind == CellKind.RNN_RELU else {}
+        return handle_torch_function(_PUBLIC_CELLS[kind], tensors, input, hx, w_ih, w_hh, b_ih, b_hh, **also)
     rows, input_size = w_ih.shape
     params = cell_params(w_ih, w_hh, b_ih, b_hh)
     names = ("w_ih", "w_hh", "b_ih", "b_hh")[: len(params)]
