@@ -241,10 +241,10 @@ def _settings_of_params(
     options: CallOptions,
 ) -> Settings:
     """Where no module says what the sizes are, the first input weight (G*H, I) does."""
-    if not isinstance(params, (list, tuple)) or not params or not _is_matrix(params[0]):
-        _checks.raise_first_weight(params)
     rows, input_size = params[0].shape
     hidden_size = rows // kind.num_gates
+    if hidden_size < 1 or input_size < 1:
+        _checks.raise_first_weight_empty(kind, params[0])
     _checks.check_names("this function", options, CALL_OPTIONS)
     _checks.check_counts(num_layers, proj_size, hidden_size)
     _checks.check_dropout(dropout)
@@ -458,7 +458,7 @@ def _run_layers(
     if settings.dropout and settings.num_layers > 1:
         controls = controls._replace(dropout=_dropout_factors(settings, input))
     run = backend.implementation(call.why_reference).run_stack
-    output, h_n, c_n = run(settings, input, h, c, params, controls)
+    output, h_n, c_n = _compute(run, settings, call, params, input, h, c, params, controls)
     if call.batch is None:
         return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if settings.kind == CellKind.LSTM else c_n
     return output, h_n, c_n
@@ -492,10 +492,25 @@ def _run_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any])
     assert h is not None
     if call.batch is None:
         input, h, c = input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)
-    h, c = backend.implementation(call.why_reference).run_step(settings, input, h, c, params)
+    run = backend.implementation(call.why_reference).run_step
+    h, c = _compute(run, settings, call, params, input, h, c, params)
     if call.batch is None:
         return h.squeeze(0), None if c is None else c.squeeze(0)
     return h, c
+
+
+def _compute(run: Callable[..., Any], settings: Settings, call: Call, params: Sequence[Any], *arguments: Any) -> Any:
+    """``run(settings, *arguments)``, where a tensor whose memory is gone is an error with the caller's name of it."""
+    if torch.compiler.is_compiling():
+        return run(settings, *arguments)
+    given = (settings, call.input, call.h if call.c is None else (call.h, call.c), params)
+    if call.why_reference is not None:  # PyTorch's own operations read such a tensor, and crash
+        _checks.check_memory(*given)
+    try:
+        return run(settings, *arguments)
+    except RuntimeError:
+        _checks.check_memory(*given)
+        raise
 
 
 def _dropout_factors(settings: Settings, input: Tensor) -> Tensor:
@@ -543,6 +558,7 @@ def autocast(
         eligible = isinstance(tensor, Tensor) and tensor.dtype in _AUTOCAST_FROM
         return tensor.to(dtype) if eligible else tensor
 
+    _checks.check_memory(settings, input, hx, params)  # a cast reads them
     hx = cast(h) if c is None else (cast(h), cast(c))
     return cast(input), hx, [cast(param) for param in params]
 
