@@ -17,6 +17,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "cpu/plan.h"
 #include "ops.h"
@@ -446,7 +447,14 @@ variable_list backward_by_formulas(const OptionalTensor* seeds, const Tensor& in
   }
   variable_list found(wanted.size());
   if (!seeded.empty() && !wanted.empty()) {
-    found = torch::autograd::grad(seeded, wanted, given, /*retain_graph=*/std::nullopt, /*create_graph=*/recorded,
+    // Without a graph autograd turns recording off in this thread, and with it at the levels of torch.func below this
+    // one, which may need it; what is recorded at this one goes with the level.
+    const bool create_graph = recorded || torch_func_is_active();
+    // Called from a mode in Python, as while torch.compile traces, this thread has the GIL, with which the engine
+    // refuses to run.
+    std::optional<py::gil_scoped_release> no_gil;
+    if (PyGILState_Check()) no_gil.emplace();
+    found = torch::autograd::grad(seeded, wanted, given, /*retain_graph=*/std::nullopt, create_graph,
                                   /*allow_unused=*/true);
   }
   variable_list gradients;

@@ -19,6 +19,7 @@ class LiveSteps {
  public:
   // mask (T, B), contiguous, on the CPU.
   explicit LiveSteps(const Tensor& mask) : T_(mask.size(0)), B_(mask.size(1)) {
+    if (B_ == 0) return;  // of any number of steps: a tensor without elements may claim more than can be counted
     const uint8_t* bytes = static_cast<const uint8_t*>(mask.const_data_ptr());  // True may be any but 0
     std::vector<int64_t> counts(B_);
     for (int64_t t = 0; t < T_; ++t)

@@ -183,6 +183,9 @@ struct Stack {
     for (int64_t t = 0; t < T; ++t) {
       TORCH_CHECK(sizes[t] >= 1 && (t == 0 || sizes[t] <= sizes[t - 1]),
                   "batch_sizes: expected positive sizes that never increase, got ", sizes[t], " at step ", t);
+      // Before they are added, which could overflow.
+      TORCH_CHECK(sizes[t] <= input.size(0) - offsets.back(), "batch_sizes: expected a sum of ", input.size(0),
+                  ", got more");
       offsets.push_back(offsets.back() + sizes[t]);
     }
     B = sizes[0];
@@ -599,6 +602,8 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   TORCH_CHECK(int64_t(needs.size()) == 3 + int64_t(params.size()), "needs: expected ", 3 + params.size(),
               " values, got ", needs.size());
   const auto rows_first = [&](const Tensor& t, const char* name) {
+    TORCH_CHECK(t.dim() == (stack.packed ? 2 : 3), name, ": expected ", stack.packed ? 2 : 3, " dimensions, got ",
+                t.dim());
     const Tensor time_major = stack.batch_first ? t.transpose(0, 1) : t;
     check_like(time_major, stack.input, stack.output_shape(), name);
     return with_contiguous_rows(time_major);
@@ -608,6 +613,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
     check_like(*t, stack.input, {L * D, B, size}, name);
     return t->contiguous();
   };
+  TORCH_CHECK(has_cell || !grad_c_n, "grad_c_n: expected none without a cell state");
   BackwardInput given{grad_output ? rows_first(*grad_output, "grad_output") : Tensor(),
                       final_gradient(grad_h_n, P, "grad_h_n"),
                       final_gradient(grad_c_n, H, "grad_c_n"),
@@ -768,6 +774,7 @@ BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
     check_like(*t, step.input, {B, H}, name);
     return t->contiguous();
   };
+  TORCH_CHECK(has_cell || !grad_c, "grad_c: expected none without a cell state");
   const Tensor seed_h = seed(grad_h, "grad_h"), seed_c = seed(grad_c, "grad_c"),
                y = h_next ? h_next->contiguous() : step.h;
   const auto options = step.input.options();

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from .settings import LAYER_OPTIONS, CellKind, Settings, Steps
@@ -262,6 +263,7 @@ def check_batch_sizes(batch_sizes: Any, rows: int) -> tuple[int, int]:
             "batch_sizes: expected int64 of 1 dimension on the CPU, "
             f"got {batch_sizes.dtype} {_shape(batch_sizes)} on {batch_sizes.device}"
         )
+    _check_memory("batch_sizes", batch_sizes)
     sizes = batch_sizes.tolist()
     if not sizes:
         raise RuntimeError("batch_sizes: expected at least one step, got none")
@@ -273,16 +275,37 @@ def check_batch_sizes(batch_sizes: Any, rows: int) -> tuple[int, int]:
 
 
 def check_sorted_indices(packed: PackedSequence) -> None:
-    """The orders of a packed batch: each is one of its rows, of which ``batch_sizes`` says the number."""
-    batch_sizes = packed.batch_sizes
+    """The orders of a packed batch: each has every row, of which ``batch_sizes`` says the number, once."""
+    data, batch_sizes = packed.data, packed.batch_sizes
+    if not isinstance(batch_sizes, Tensor) or batch_sizes.dim() != 1 or not batch_sizes.numel():
+        return  # said where the batch is checked
+    if not isinstance(data, Tensor) or not _values_can_be_read(batch_sizes):
+        return
+    _check_memory("batch_sizes", batch_sizes)
+    batch = int(batch_sizes[0])
+    orders = []
     for name, order in (("sorted_indices", packed.sorted_indices), ("unsorted_indices", packed.unsorted_indices)):
-        if order is None or not isinstance(batch_sizes, Tensor) or batch_sizes.dim() != 1 or not batch_sizes.numel():
+        if order is None:
             continue
-        if not _values_can_be_read(batch_sizes):
-            continue
-        batch = int(batch_sizes[0])
+        if not isinstance(order, Tensor):
+            raise TypeError(f"{name}: expected a Tensor or None, got {_describe(order)}")
+        if order.dtype not in (torch.int64, torch.int32):
+            raise RuntimeError(f"{name}: expected int64, got {order.dtype}")
         if order.dim() != 1 or order.numel() != batch:
             raise RuntimeError(f"{name}: expected ({batch},), one for each row of the batch, got {_shape(order)}")
+        if order.device != data.device:
+            raise RuntimeError(f"{name}: expected on {data.device} as the data is, got {order.device}")
+        _check_memory(name, order)
+        if _values_can_be_read(order):
+            values = order.tolist()
+            if sorted(values) != list(range(batch)):
+                raise RuntimeError(f"{name}: expected each of 0 to {batch - 1} once, got {_shorten(values)}")
+            orders.append(values)
+    if len(orders) == 2 and any(orders[0][row] != place for place, row in enumerate(orders[1])):
+        raise RuntimeError(
+            f"unsorted_indices: expected the inverse of sorted_indices, {_shorten(orders[0])}, "
+            f"got {_shorten(orders[1])}"
+        )
 
 
 def check_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int, batch: int | None) -> None:
@@ -301,6 +324,9 @@ def check_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int,
             raise RuntimeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
         if lengths.shape != expected:
             raise RuntimeError(f"lengths: expected {expected}, one for each row, got {_shape(lengths)}")
+        if lengths.device.type == "meta" and input.device.type != "meta":
+            raise RuntimeError(f"lengths: expected values, as the input on {input.device} has, got a Tensor on meta")
+        _check_memory("lengths", lengths)
         if _values_can_be_read(lengths):
             for value in lengths.reshape(-1).tolist():
                 if not 0 <= value <= num_steps:
@@ -317,6 +343,7 @@ def check_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int,
             raise RuntimeError(f"mask: expected {expected}, ({layout}), got {_shape(mask)}")
         if mask.device != input.device:
             raise RuntimeError(f"mask: expected on {input.device} as the input is, got {mask.device}")
+        _check_memory("mask", mask)
 
 
 def _values_can_be_read(tensor: Tensor) -> bool:
@@ -328,6 +355,39 @@ def _values_can_be_read(tensor: Tensor) -> bool:
         and type(tensor) is Tensor
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
+
+
+def check_memory(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) -> None:
+    """That the memory of these tensors is there. The kernels check it themselves, but know no names."""
+    check_param_count(settings, params)  # before names are made
+    _check_memory("input", input)
+    check_state_memory(hx)
+    for param, (name, _) in zip(params, param_specs(settings)):
+        _check_memory(name, param)
+
+
+def check_state_memory(hx: Any) -> None:
+    if isinstance(hx, (tuple, list)):
+        for index, state in enumerate(hx):
+            _check_memory(f"hx[{index}]", state)
+    else:
+        _check_memory("hx", hx)
+
+
+def _check_memory(name: str, tensor: Any) -> None:
+    """That a tensor's storage holds what its sizes speak of: one that was freed, as sharding and offloading do, does
+    not, and whoever reads it crashes. What is no plain tensor with values is left to others."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or tensor.layout is not torch.strided:
+        return
+    if tensor.device.type == "meta" or not tensor.numel() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return
+    last = tensor.storage_offset() + sum((n - 1) * d for n, d in zip(tensor.shape, tensor.stride()))
+    needed, found = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if found < needed:
+        raise RuntimeError(
+            f"{name}: expected a tensor with memory, {needed} bytes of it, got one whose storage was freed or cut "
+            f"to {found} bytes"
+        )
 
 
 def check_layer_states(settings: Settings, h: Tensor, c: Tensor | None, batch: int | None) -> None:
@@ -388,6 +448,12 @@ def raise_first_weight(params: Any) -> NoReturn:
     if not params:
         raise RuntimeError("params: expected at least weight_ih_l0 and weight_hh_l0, got an empty list")
     raise_not_matrix("weight_ih_l0", params[0])
+
+
+def raise_first_weight_empty(kind: CellKind, weight: Tensor) -> NoReturn:
+    raise RuntimeError(
+        f"weight_ih_l0: expected at least ({kind.num_gates}, 1), a unit and a feature, got {_shape(weight)}"
+    )
 
 
 def raise_not_matrix(name: str, weight: Any) -> NoReturn:

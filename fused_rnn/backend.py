@@ -145,6 +145,11 @@ def eager_kernels() -> ModuleType | None:
     return ops
 
 
+def traced_kernels() -> ModuleType | None:
+    """The same for a call that the compiler's tracer sees."""
+    return ops if torch.compiler.is_compiling() and _seen_by_compiler != "reference" else None
+
+
 def implementation(reason: str | None) -> ModuleType:
     """The module that computes a call, by what :func:`why_reference` said: both have ``run_stack`` and ``run_step``."""
     if reason is not None:

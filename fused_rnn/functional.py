@@ -99,6 +99,10 @@ def lstm(
     Returns:
         ``(output, (h_n, c_n))``. With ``batch_first`` the output is a transposed view of (T, B, D*P) storage.
     """
+    if not _gives_sizes(params):
+        given = {"bias": bias, "num_layers": num_layers, "dropout": dropout, "training": training}
+        given |= {"bidirectional": bidirectional, "batch_first": batch_first, "proj_size": proj_size}
+        return _call_without_sizes(lstm, input, hx, params, given | {"batch_sizes": batch_sizes} | options)
     settings = _settings_of_params(
         CellKind.LSTM, params, proj_size, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
@@ -128,6 +132,10 @@ def gru(
     Returns:
         ``(output, h_n)``.
     """
+    if not _gives_sizes(params):
+        given = {"bias": bias, "num_layers": num_layers, "dropout": dropout, "training": training}
+        given |= {"bidirectional": bidirectional, "batch_first": batch_first}
+        return _call_without_sizes(gru, input, hx, params, given | {"batch_sizes": batch_sizes} | options)
     settings = _settings_of_params(
         CellKind.GRU, params, 0, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
@@ -159,6 +167,10 @@ def rnn(
     Returns:
         ``(output, h_n)``.
     """
+    if not _gives_sizes(params):
+        given = {"nonlinearity": nonlinearity, "bias": bias, "num_layers": num_layers, "dropout": dropout}
+        given |= {"training": training, "bidirectional": bidirectional, "batch_first": batch_first}
+        return _call_without_sizes(rnn, input, hx, params, given | {"batch_sizes": batch_sizes} | options)
     settings = _settings_of_params(
         rnn_kind(nonlinearity), params, 0, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
@@ -229,10 +241,10 @@ def _settings_of_params(
     options: CallOptions,
 ) -> Settings:
     """Where no module says what the sizes are, the first input weight (G*H, I) does."""
-    if not isinstance(params, (list, tuple)) or not params or not _is_matrix(params[0]):
-        _checks.raise_first_weight(params)
     rows, input_size = params[0].shape
     hidden_size = rows // kind.num_gates
+    if hidden_size < 1 or input_size < 1:
+        _checks.raise_first_weight_empty(kind, params[0])
     _checks.check_names("this function", options, CALL_OPTIONS)
     _checks.check_counts(num_layers, proj_size, hidden_size)
     _checks.check_dropout(dropout)
@@ -255,6 +267,23 @@ def _settings_of_params(
     )
 
 
+def _gives_sizes(params: Any) -> bool:
+    return isinstance(params, (list, tuple)) and len(params) > 0 and _is_matrix(params[0])
+
+
+def _call_without_sizes(
+    function: Callable[..., Any], input: Any, hx: Any, params: Any, given: Mapping[str, Any]
+) -> Any:
+    """A call whose first weight has no sizes to tell: one for ``__torch_function__``, of a graph's node, or wrong."""
+    states, weights = (v if isinstance(v, (tuple, list)) else (v,) for v in (hx, params))
+    tensors = (input, *states, *weights, *(given[name] for name in Steps._fields if name in given))
+    if not _is_overridden(tensors):
+        _checks.raise_first_weight(params)
+    defaults = CALL_OPTIONS | (function.__kwdefaults__ or {})
+    changed = {name: value for name, value in given.items() if name not in defaults or value is not defaults[name]}
+    return handle_torch_function(function, tensors, input, hx, params, **changed)
+
+
 def _steps_of(batch_sizes: Tensor | None, options: CallOptions) -> Steps:
     return steps_of(batch_sizes, {name: value for name, value in options.items() if name in STEP_OPTIONS})
 
@@ -269,7 +298,11 @@ def _functional_cell(
     b_hh: Tensor | None,
 ) -> Any:
     if not _is_matrix(w_ih):
-        _checks.raise_not_matrix("w_ih", w_ih)
+        tensors = (*(hx if isinstance(hx, (tuple, list)) else (hx,)), input, w_ih, w_hh, b_ih, b_hh)
+        if not _is_overridden(tensors):
+            _checks.raise_not_matrix("w_ih", w_ih)
+        also = {"nonlinearity": "relu"} if kind == CellKind.RNN_RELU else {}
+        return handle_torch_function(_PUBLIC_CELLS[kind], tensors, input, hx, w_ih, w_hh, b_ih, b_hh, **also)
     rows, input_size = w_ih.shape
     params = cell_params(w_ih, w_hh, b_ih, b_hh)
     names = ("w_ih", "w_hh", "b_ih", "b_hh")[: len(params)]
@@ -326,6 +359,8 @@ def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], 
         kernels = backend.eager_kernels()
         if kernels is not None:
             results = kernels.try_stack(settings, input, hx, params)
+        elif (kernels := backend.traced_kernels()) is not None:
+            results = kernels.trace_stack(settings, input, hx, params)
     if results is None:
         tensors = _tensors(input, hx, params, steps)
         if _is_overridden(tensors):
@@ -337,8 +372,12 @@ def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], 
 
 def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) -> Any:
     """One step of a cell: ``(h, c)`` of an LSTM, h of the others."""
+    results = None
     kernels = backend.eager_kernels()  # as in call_layers
-    results = None if kernels is None else kernels.try_step(settings, input, hx, params)
+    if kernels is not None:
+        results = kernels.try_step(settings, input, hx, params)
+    elif (kernels := backend.traced_kernels()) is not None:
+        results = kernels.trace_step(settings, input, hx, params)
     if results is None:
         tensors = _tensors(input, hx, params, EVERY_STEP)
         if _is_overridden(tensors):
@@ -425,7 +464,7 @@ def _run_layers(
     if settings.dropout and settings.num_layers > 1:
         controls = controls._replace(dropout=_dropout_factors(settings, input))
     run = backend.implementation(call.why_reference).run_stack
-    output, h_n, c_n = run(settings, input, h, c, params, controls)
+    output, h_n, c_n = _compute(run, settings, call, params, input, h, c, params, controls)
     if call.batch is None:
         return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if settings.kind == CellKind.LSTM else c_n
     return output, h_n, c_n
@@ -459,10 +498,25 @@ def _run_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any])
     assert h is not None
     if call.batch is None:
         input, h, c = input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)
-    h, c = backend.implementation(call.why_reference).run_step(settings, input, h, c, params)
+    run = backend.implementation(call.why_reference).run_step
+    h, c = _compute(run, settings, call, params, input, h, c, params)
     if call.batch is None:
         return h.squeeze(0), None if c is None else c.squeeze(0)
     return h, c
+
+
+def _compute(run: Callable[..., Any], settings: Settings, call: Call, params: Sequence[Any], *arguments: Any) -> Any:
+    """``run(settings, *arguments)``, where a tensor whose memory is gone is an error with the caller's name of it."""
+    if torch.compiler.is_compiling():
+        return run(settings, *arguments)
+    given = (settings, call.input, call.h if call.c is None else (call.h, call.c), params)
+    if call.why_reference is not None:  # PyTorch's own operations read such a tensor, and crash
+        _checks.check_memory(*given)
+    try:
+        return run(settings, *arguments)
+    except RuntimeError:
+        _checks.check_memory(*given)
+        raise
 
 
 def _dropout_factors(settings: Settings, input: Tensor) -> Tensor:
@@ -510,6 +564,7 @@ def autocast(
         eligible = isinstance(tensor, Tensor) and tensor.dtype in _AUTOCAST_FROM
         return tensor.to(dtype) if eligible else tensor
 
+    _checks.check_memory(settings, input, hx, params)  # a cast reads them
     hx = cast(h) if c is None else (cast(h), cast(c))
     return cast(input), hx, [cast(param) for param in params]
 

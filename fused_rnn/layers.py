@@ -136,6 +136,7 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             h, c = _checks.split_state(settings.kind, hx)
             assert h is not None
             _checks.check_layer_states(settings, h, c, sorted_indices.numel())
+            _checks.check_state_memory(hx)
             hx = _rows(h if c is None else (h, c), sorted_indices)
         given = functional.steps_of(batch_sizes, steps)
         output, states = functional.call_layers(settings, data, hx, self._params(), given)

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _C, formulas
+from . import _C, _checks, formulas
 from ._C import clear_packed, packed_bytes_held, packed_bytes_limit, set_packed_bytes_limit
 from .settings import INTEGER_SETTINGS, CellKind, Controls, Settings
 
@@ -59,6 +59,38 @@ __all__ = [
 # for one that is not valid, which is no loss of time where it matters. They are opaque to torch.compile.
 try_stack = _C.run_layers
 try_step = _C.run_cell
+
+
+def trace_stack(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What :data:`try_stack` is in eager mode, for the compiler's tracer: the usual call as the operator alone.
+
+    A compiled call asks each time whether all still holds that its trace has seen, and the checks of arguments would be
+    most of it. The operator's fake kernel makes them, once, when the call is traced.
+    """
+    if not isinstance(input, Tensor) or input.dim() != 3 or not _is_traced_alone(input):
+        return None
+    h, c = hx if settings.kind == CellKind.LSTM and isinstance(hx, tuple) and len(hx) == 2 else (hx, None)
+    if (h is not None and not isinstance(h, Tensor)) or (c is None) != (h is None or settings.kind != CellKind.LSTM):
+        return None
+    result = _rnn_forward(input, h, c, list(params), [], *settings.flatten(), False)
+    return result[:3]
+
+
+def trace_step(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
+    """:func:`trace_stack` for a cell; states that are not given are for the long way."""
+    if not isinstance(input, Tensor) or input.dim() != 2 or not _is_traced_alone(input):
+        return None
+    h, c = hx if settings.kind == CellKind.LSTM and isinstance(hx, tuple) and len(hx) == 2 else (hx, None)
+    if not isinstance(h, Tensor) or (settings.kind == CellKind.LSTM) != isinstance(c, Tensor):
+        return None
+    h_next, c_next = _cell_forward(input, h, c, list(params), *settings.flatten(), False)[:2]
+    return h_next, c_next if c is not None else None
+
+
+def _is_traced_alone(input: Tensor) -> bool:
+    device = input.device.type
+    return device in ("cpu", "cuda") and not torch.is_autocast_enabled(device) and why_not_fused(input) is None
+
 
 _rnn_forward = torch.ops.fused_rnn.rnn_forward.default
 _rnn_backward = torch.ops.fused_rnn.rnn_backward.default
@@ -385,14 +417,44 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _check_devices(input: Tensor, batch_sizes: Tensor | None = None, **given: Any) -> None:
+    """A fake kernel is called wherever one tensor is on the meta device, whatever the others are on."""
+    if batch_sizes is not None and batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"batch_sizes: expected a 1-D int64 tensor on the CPU, got one on {batch_sizes.device}")
+    for name, value in given.items():
+        for index, t in enumerate(value if isinstance(value, (list, tuple)) else (value,)):
+            if t is not None and t.device != input.device:
+                label = f"{name}[{index}]" if isinstance(value, (list, tuple)) else name
+                raise RuntimeError(f"{label}: expected a tensor on {input.device}, got {t.device}")
+
+
 def _gradient_like(input: Tensor, t: Tensor | None, needed: bool) -> Tensor:
     return input.new_empty(t.shape if needed and t is not None else 0)
+
+
+def _check_sizes(
+    settings: Settings, input: Tensor, h: Tensor | None, c: Tensor | None, params: Sequence[Tensor], packed: bool
+) -> None:
+    """What the tracer's short way leaves to the operator, in the words of a user."""
+    if params[0].dim() == 2:  # a layer's own size, where the input's may be wrong
+        settings = settings._replace(input_size=params[0].shape[1])
+    if settings.is_cell:
+        _checks.check_cell_input(settings, input, h, c)
+    elif not packed:
+        batch = _checks.check_layer_input(settings, input, None)[1]
+        if h is not None:
+            _checks.check_layer_states(settings, h, c, batch)
+    _checks.check_params(settings, params, input)
+    if h is not None:
+        _checks.check_states_like_input(input, h, c)
 
 
 @torch.library.register_fake("fused_rnn::rnn_forward")
 def _(input, h0, c0, params, controls, integers, numbers, save):  # type: ignore[no-untyped-def]
     settings = Settings.restore(integers, numbers, input, params)
-    batch_sizes, mask, _ = Controls.restore(controls)
+    batch_sizes, mask, dropout = Controls.restore(controls)
+    _check_sizes(settings, input, h0, c0, params, batch_sizes is not None)
+    _check_devices(input, batch_sizes, h0=h0, c0=c0, params=params, mask=mask, dropout=dropout)
     kind, L, D = settings.kind, settings.num_layers, settings.num_directions
     H, P = settings.hidden_size, settings.state_size
     if batch_sizes is not None:
@@ -426,8 +488,12 @@ def _(  # type: ignore[no-untyped-def]
     needs, reuse_gates,
 ):  # fmt: skip
     settings = Settings.restore(integers, numbers, input, params)
+    batch_sizes, mask, dropout = Controls.restore(controls)
+    gradients = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
+    saved = {"output": output, "gates": gates, "cells": cells, "hidden": hidden}
+    _check_devices(input, batch_sizes, **gradients, h0=h0, c0=c0, params=params, mask=mask, dropout=dropout, **saved)
     grad_input = _gradient_like(input, input, needs[0])
-    if needs[0] and settings.batch_first and Controls.restore(controls).batch_sizes is None:
+    if needs[0] and settings.batch_first and batch_sizes is None:
         grad_input = input.new_empty(input.shape[1], input.shape[0], input.shape[2]).transpose(0, 1)
     return (
         grad_input,
@@ -440,6 +506,9 @@ def _(  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fused_rnn::cell_forward")
 def _(input, h, c, params, integers, numbers, save):  # type: ignore[no-untyped-def]
     settings = Settings.restore(integers, numbers, input, params)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: len(params)]
+    _check_sizes(settings._replace(cell_names=names), input, h, c, params, False)
+    _check_devices(input, h=h, c=c, params=params)
     B, H = h.shape
     has_cell = settings.kind == CellKind.LSTM
     saved = _NUM_SAVED[settings.kind] if save else 0
@@ -455,6 +524,8 @@ def _(input, h, c, params, integers, numbers, save):  # type: ignore[no-untyped-
 def _(  # type: ignore[no-untyped-def]
     grad_h, grad_c, input, h, c, params, h_next, gates, cells, integers, numbers, needs,
 ):  # fmt: skip
+    gradients = {"grad_h": grad_h, "grad_c": grad_c}
+    _check_devices(input, **gradients, h=h, c=c, params=params, h_next=h_next, gates=gates, cells=cells)
     return (
         _gradient_like(input, input, needs[0]),
         _gradient_like(input, h, needs[1]),
