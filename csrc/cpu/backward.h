@@ -15,10 +15,18 @@ namespace FRNN_ISA {
 // Rows of all steps of a chunk: long sums for the weight gradients, while their operands stay in the shared cache.
 inline constexpr int64_t gradient_chunk_rows = 768;
 
-template <class Cell, class S>
+// Weight gradients of a single chunk are written at once, instead of being summed first, where the chunk's rows take no
+// more bytes than this: they are read once for each tile of rows, from the second-level cache.
+inline constexpr size_t most_operand_bytes = 512 * 1024;
+
+// Those that caches do not keep go past them, which saves reading what is overwritten: 0.76 to 0.92 of the time of the
+// backward pass with 3 rows. With 64 the products take longer than the stores, and 1.01 to 1.12 was measured.
+inline constexpr int64_t most_rows_past_caches = 16;
+
+// Gate gradients are kept, and multiplied, as E.
+template <class Cell, class S, class E>
 class BackwardPass {
   using A = typename Accumulator<S>::type;
-  using E = typename ProductElement<S>::type;
   using V = typename Simd<A>::V;
   using Columns = ColumnPanels<E>;
   static constexpr int width = Simd<A>::width;
@@ -43,9 +51,17 @@ class BackwardPass {
         grad_stride_(round_up(GG * H_, width) + 32),
         recomputation_(layer, plan.threads()) {}
 
+  // Whether weights are read where they stand.
+  static bool in_place(const LayerBackward& layer) {
+    const bool recomputes = Cell::saved > 0 && !layer.direction[0].gates;
+    return !recomputes && !layer.direction[0].weights.w_hr && reads_weights_in_place(layer.sizes, layer.steps);
+  }
+
   bool run() {
+    packs_ = !in_place(layer_);
     const int64_t all = layer_.steps.total_rows();
     chunk_rows_ = B_ > gradient_chunk_rows ? B_ : gradient_chunk_rows < all ? gradient_chunk_rows : all;
+    one_chunk_ = chunk_rows_ >= all;
     depth_ = round_up(chunk_rows_, width * Operand<E>::group) + 16;
     Layout measure;
     lay_out(measure);
@@ -63,9 +79,10 @@ class BackwardPass {
   // shape.
   struct WeightGradient {
     void* result = nullptr;  // null: not needed
-    A* sums = nullptr;
+    A* sums = nullptr;       // null: one chunk holds all rows, and few enough, so that results are written as they come
     int64_t stride = 0;
-    E* operand = nullptr;  // the chunk's rows, packed in columns
+    bool past_caches = false;  // results, where they are written as they come
+    E* operand = nullptr;      // the chunk's rows, packed in columns
   };
   struct DirectionScratch {
     E *w_ih, *w_hh, *w_hr;
@@ -82,6 +99,8 @@ class BackwardPass {
     A* grad_hidden;  // (B, unit_stride) gradient of h before its projection
     A* tile;         // (chunk_rows, padded I): the gradient of the input before it is stored
     E* transposed;   // (rows_together, depth)
+    A* results;      // (tile_rows, widest weight gradient): those that are not summed elsewhere
+    A* block;        // of product_of_columns
     const E** a_rows;
     const S** b_rows;
   };
@@ -90,8 +109,8 @@ class BackwardPass {
     for (int d = 0; d < D_; ++d) {
       const DirectionBackward& dir = layer_.direction[d];
       DirectionScratch& s = direction_[d];
-      s.w_ih = layout.take<E>(wants_x_ ? int64_t(Columns::elements(G * H_, I_)) : 0);
-      s.w_hh = layout.take<E>(int64_t(Columns::elements(G * H_, P_)));
+      s.w_ih = layout.take<E>(packs_ && wants_x_ ? int64_t(Columns::elements(G * H_, I_)) : 0);
+      s.w_hh = layout.take<E>(packs_ && wants_state(d) ? int64_t(Columns::elements(G * H_, P_)) : 0);
       s.w_hr = layout.take<E>(projects_ ? int64_t(Columns::elements(P_, H_)) : 0);
       s.grad_state = layout.take<A>(B_ * state_stride_);
       s.grad_cell = layout.take<A>(Cell::has_cell ? B_ * unit_stride_ : 0);
@@ -112,9 +131,14 @@ class BackwardPass {
     for (int i = 0; i < plan_.threads(); ++i) {
       ThreadScratch t;
       t.grad_hidden = layout.take<A>(projects_ ? B_ * unit_stride_ : 0);
-      t.tile = layout.take<A>(wants_x_ ? (chunk_rows_ / plan_.threads() + 1) * Columns::padded_columns(I_) : 0);
+      t.tile = layout.take<A>(!wants_x_ ? 0
+                              : packs_  ? (chunk_rows_ / plan_.threads() + 1) * Columns::padded_columns(I_)
+                                        : chunk_rows_ * own_input_columns());
       t.transposed = layout.take<E>(rows_together * depth_);
-      t.a_rows = layout.take<const E*>(chunk_rows_ > longest ? chunk_rows_ : longest);
+      const int64_t widest = I_ > longest ? I_ : longest;
+      t.results = layout.take<A>(tile_rows<Columns::NV>() * Columns::padded_columns(widest));
+      t.block = layout.take<A>(packs_ ? 0 : column_block_elements<A>);
+      t.a_rows = layout.take<const E*>(2 * chunk_rows_ > longest ? 2 * chunk_rows_ : longest);
       const int64_t b_rows = chunk_rows_ > G * H_ ? chunk_rows_ : G * H_;
       t.b_rows = layout.take<const S*>(b_rows > P_ ? b_rows : P_);
       if (threads_) threads_[i] = t;
@@ -126,7 +150,14 @@ class BackwardPass {
     if (!result) return w;
     w.result = result;
     w.stride = Columns::padded_columns(N);
-    w.operand = layout.take<E>(int64_t(Columns::elements(chunk_rows_, N)));
+    const size_t elements = Columns::elements(chunk_rows_, N);
+    w.operand = layout.take<E>(int64_t(elements));
+    if (one_chunk_ && elements * sizeof(E) <= most_operand_bytes) {
+      w.past_caches = chunk_rows_ <= most_rows_past_caches &&
+                      G * H_ * (I_ + P_) * int64_t(sizeof(S)) > past_caches_bytes && N % width == 0 &&
+                      reinterpret_cast<uintptr_t>(result) % FRNN_VECTOR_BYTES == 0;
+      return w;
+    }
     if constexpr (sizeof(S) == sizeof(A)) {
       if (w.stride == N) {
         w.sums = static_cast<A*>(result);
@@ -135,6 +166,14 @@ class BackwardPass {
     }
     w.sums = layout.take<A>(M * w.stride);
     return w;
+  }
+
+  // Whether anything wants gradients of a state before some step.
+  bool wants_state(int d) const { return T_ > 1 || layer_.direction[d].grad_h0; }
+
+  // Columns of the gradient of the input that a thread computes where it reads the weights in place, padded.
+  int64_t own_input_columns() const {
+    return (Columns::count(I_) + plan_.threads() - 1) / plan_.threads() * panel_columns + 16;
   }
 
   static void task(void* self, int thread) { static_cast<BackwardPass*>(self)->work(thread); }
@@ -175,6 +214,7 @@ class BackwardPass {
       everyone_->wait();
     }
     for (int d = 0; d < D_; ++d) store_weight_gradients(d, thread);
+    wait_for_stores_past_caches();
     for (int d = own.direction_begin; d < own.direction_end; ++d) {
       if (own.unit_group == 0) end_rows(d, r0, r1);
     }
@@ -229,6 +269,7 @@ class BackwardPass {
   }
 
   void pack(int thread, ThreadScratch& mine) {
+    if (!packs_) return;
     for (int d = 0; d < D_; ++d) {
       const Weights& w = layer_.direction[d].weights;
       DirectionScratch& s = direction_[d];
@@ -240,7 +281,7 @@ class BackwardPass {
         const Share share(Columns::count(N), thread, plan_.threads());
         for (int64_t p = share.begin; p < share.end; ++p) pack_columns<E>(mine.b_rows, G * H_, N, p, data);
       };
-      pack_weight(w.w_hh, Cell::hidden_grads, P_, s.w_hh);
+      if (wants_state(d)) pack_weight(w.w_hh, Cell::hidden_grads, P_, s.w_hh);
       if (wants_x_) pack_weight(w.w_ih, Cell::input_grads, I_, s.w_ih);
       if (projects_) {
         for (int64_t k = 0; k < P_; ++k) mine.b_rows[k] = rows_of<S>(w.w_hr) + k * H_;
@@ -289,12 +330,34 @@ class BackwardPass {
       }
       gradients_of_rows(d, t, r0, rows, unit_panels, row, mine);
       barrier.wait();
-      for (int64_t r = 0; r < rows; ++r)
-        mine.a_rows[r] = s.grads + (row + r0 + r) * grad_stride_ + Cell::hidden_grads.first * H_;
-      product_columns<E>(rows, mine.a_rows, w_hh, state_panels.begin, state_panels.end,
-                         s.grad_state + r0 * state_stride_, state_stride_, !projects_, step % 2 == 1);
+      A* grad_state = s.grad_state + r0 * state_stride_;
+      if (step + 1 == T_ && !layer_.direction[d].grad_h0) {
+        // Nobody asks for the gradient of the initial state.
+      } else if (packs_) {
+        for (int64_t r = 0; r < rows; ++r)
+          mine.a_rows[r] = s.grads + (row + r0 + r) * grad_stride_ + Cell::hidden_grads.first * H_;
+        product_columns<E>(rows, mine.a_rows, w_hh, state_panels.begin, state_panels.end, grad_state, state_stride_,
+                           !projects_, step % 2 == 1);
+      } else {
+        multiply_in_place(rows, s.grads + (row + r0) * grad_stride_, layer_.direction[d].weights.w_hh,
+                          Cell::hidden_grads, P_, state_panels, grad_state + state_panels.begin * panel_columns,
+                          state_stride_, true, mine);
+      }
       // With a projection every thread reads all of grad_state in the next step.
       row += all;
+    }
+  }
+
+  // c (+)= rows of gate gradients times columns of a weight that is not packed; N: all of its columns.
+  void multiply_in_place(int64_t rows, const E* grads, const void* weight, const GateGrads& order, int64_t N,
+                         Share panels, A* c, int64_t c_stride, bool accumulate, ThreadScratch& mine) {
+    if constexpr (std::is_same_v<E, A>) {
+      const A** a_block = mine.a_rows + rows;
+      for (int64_t r = 0; r < rows; ++r) mine.a_rows[r] = grads + r * grad_stride_ + order.first * H_;
+      for (int j = 0; j < G; ++j) {
+        product_of_columns<A>(rows, H_, mine.a_rows, j * H_, rows_of<S>(weight) + order.gate[j] * H_ * N, N,
+                              panels.begin, panels.end, c, c_stride, accumulate || j > 0, mine.block, a_block);
+      }
     }
   }
 
@@ -404,6 +467,7 @@ class BackwardPass {
 
   // The chunk's rows of grad_x: gate gradients times w_ih, the rows divided over the whole team.
   void input_gradient(int d, int64_t begin, int64_t end, int thread, ThreadScratch& mine) {
+    if (!packs_) return input_gradient_in_place(d, begin, end, thread, mine);
     const DirectionScratch& s = direction_[d];
     const Share share(chunk_row(d, begin, end), thread, plan_.threads());
     for (int64_t r = share.begin; r < share.end; ++r)
@@ -411,18 +475,35 @@ class BackwardPass {
     const ColumnPanels<E> w_ih{s.w_ih, G * H_, I_};
     const int64_t stride = Columns::padded_columns(I_);
     product_columns<E>(share.end - share.begin, mine.a_rows, w_ih, 0, Columns::count(I_), mine.tile, stride, false);
+    each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
+      if (row >= share.begin && row < share.end)
+        store_input_gradient(t, b, 0, I_, mine.tile + (row - share.begin) * stride);
+    });
+  }
+
+  // The same with w_ih where it stands: its columns are divided, so that a thread reads its share of it.
+  void input_gradient_in_place(int d, int64_t begin, int64_t end, int thread, ThreadScratch& mine) {
+    const Share panels(Columns::count(I_), thread, plan_.threads());
+    const int64_t stride = own_input_columns(), first = panels.begin * panel_columns;
+    const int64_t last = panels.end * panel_columns < I_ ? panels.end * panel_columns : I_;
+    multiply_in_place(chunk_row(d, begin, end), direction_[d].grads, layer_.direction[d].weights.w_ih,
+                      Cell::input_grads, I_, panels, mine.tile, stride, false, mine);
+    each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
+      store_input_gradient(t, b, first, last, mine.tile + row * stride);
+    });
+  }
+
+  // Features [first, last) of one row of grad_x.
+  void store_input_gradient(int64_t t, int64_t b, int64_t first, int64_t last, const A* src) {
     const Sequence& x = layer_.grad_x;
     const bool add = D_ > 1;  // grad_x holds zeros before the first direction
-    each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
-      if (row < share.begin || row >= share.end) return;
-      S* dst = rows_of<S>(x.data) + layer_.steps.step(x, t) + b * x.batch_stride;
-      const A* src = mine.tile + (row - share.begin) * stride;
-      for (int64_t i = 0; i < I_; i += width) {
-        V v = Simd<A>::load(src + i);
-        if (add) v = v + Simd<A>::load_n(dst + i, I_ - i);
-        Simd<A>::store_n(dst + i, v, I_ - i);
-      }
-    });
+    S* dst = rows_of<S>(x.data) + layer_.steps.step(x, t) + b * x.batch_stride + first;
+    const int64_t n = last - first;
+    for (int64_t i = 0; i < n; i += width) {
+      V v = Simd<A>::load(src + i);
+      if (add) v = v + Simd<A>::load_n(dst + i, n - i);
+      Simd<A>::store_n(dst + i, v, n - i);
+    }
   }
 
   // The B operands of the weight gradients: the chunk's inputs, previous states and unprojected states.
@@ -499,8 +580,35 @@ class BackwardPass {
     const int64_t count = rows.end - rows.begin;
     for (int64_t m = 0; m < count; ++m) mine.a_rows[m] = mine.transposed + m * depth_;
     const ColumnPanels<E> b{w.operand, K, N};
+    if (!w.sums) return write_outer_product(w, b, N, first_row + rows.begin, count, mine);
     product_columns<E>(count, mine.a_rows, b, 0, Columns::count(N), w.sums + (first_row + rows.begin) * w.stride,
                        w.stride, begun);
+  }
+
+  // Rows [first, first + count) of a weight gradient to which nothing will be added, a tile of rows after the other, so
+  // that memory is written in order.
+  void write_outer_product(const WeightGradient& w, const ColumnPanels<E>& b, int64_t N, int64_t first, int64_t count,
+                           ThreadScratch& mine) {
+    constexpr int64_t most = tile_rows<Columns::NV>();
+    const bool directly = std::is_same_v<S, A> && w.stride == N && !w.past_caches;
+    for (int64_t m = 0; m < count; m += most) {
+      const int64_t rows = count - m < most ? count - m : most;
+      S* result = rows_of<S>(w.result) + (first + m) * N;
+      A* sums = directly ? reinterpret_cast<A*>(result) : mine.results;
+      product_columns<E>(rows, mine.a_rows + m, b, 0, Columns::count(N), sums, w.stride, false);
+      if (directly) continue;
+      for (int64_t i = 0; i < rows; ++i) store_row(sums + i * w.stride, result + i * N, N, w.past_caches);
+    }
+  }
+
+  static void store_row(const A* src, S* dst, int64_t n, bool past_caches) {
+    if constexpr (std::is_same_v<S, A>) {
+      if (past_caches) {
+        for (int64_t i = 0; i < n; i += width) Simd<A>::store_past_caches(dst + i, Simd<A>::load(src + i));
+        return;
+      }
+    }
+    copy_row<A>(src, dst, n);
   }
 
   void add_sums(A* sums, int64_t first_row, Share rows, int64_t K, bool begun, const ThreadScratch& mine) {
@@ -532,7 +640,7 @@ class BackwardPass {
   }
 
   void store_sums(const WeightGradient& w, int64_t N, int64_t begin, int64_t end) {
-    if (!w.result || w.sums == w.result) return;
+    if (!w.sums || w.sums == w.result) return;
     for (int64_t m = begin; m < end; ++m) copy_row<A>(w.sums + m * w.stride, rows_of<S>(w.result) + m * N, N);
   }
 
@@ -545,6 +653,8 @@ class BackwardPass {
   const int64_t state_stride_, unit_stride_, grad_stride_;
   GateRecomputation<Cell, S> recomputation_;
   friend class GateRecomputation<Cell, S>;
+  bool packs_ = true;
+  bool one_chunk_ = false;  // all rows of all steps
   int64_t chunk_rows_ = 0, depth_ = 0;
   DirectionScratch direction_[2];
   ThreadScratch* threads_ = nullptr;

@@ -10,7 +10,7 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "fingerprint.h"
-#include "pack.h"
+#include "in_place.h"
 #include "packed.h"
 #include "plan.h"
 #include "team.h"
@@ -36,9 +36,6 @@ template <class S>
 FRNN_INLINE S* rows_of(void* p) {
   return static_cast<S*>(p);
 }
-
-// With no more rows than this over all steps, weights are read as they are instead of being packed first.
-inline constexpr int64_t most_unpacked_rows = 12;
 
 // Where packed weights are kept for the next inference call: not if they are fewer bytes, which are packed as fast as
 // they are seen to be unchanged, nor with more steps or more rows over all steps, beside which packing is no cost, and
@@ -142,7 +139,9 @@ class ForwardPass {
       if (n > own_rows_) own_rows_ = n;
     }
     const int64_t all = layer_.steps.total_rows();
-    packs_ = all > most_unpacked_rows;
+    // Weights in bfloat16 that were packed for an earlier call are multiplied in less time than it takes to read them.
+    const bool finds_packed = layer_.inference && std::is_same_v<E, BFloat16> && all > most_rows_in_place_of_any_steps;
+    packs_ = finds_packed || !reads_weights_in_place(layer_.sizes, layer_.steps);
     const int64_t weight_bytes = panels_ * panel_columns * (I_ + P_) * int64_t(sizeof(E));
     const int64_t chunk_bytes =
         weight_bytes > large_weight_bytes ? large_projection_chunk_bytes : projection_chunk_bytes;
@@ -154,7 +153,7 @@ class ForwardPass {
     output_past_caches_ = all * D_ * P_ * int64_t(sizeof(S)) > past_caches_bytes &&
                           (y.time_stride | y.batch_stride | P_) % width == 0 &&
                           reinterpret_cast<uintptr_t>(y.data) % FRNN_VECTOR_BYTES == 0;
-    chunk_rows_ = wanted < own_rows_ ? own_rows_ : wanted < all ? wanted : all;
+    chunk_rows_ = wanted < own_rows_ ? own_rows_ : wanted < all && packs_ ? wanted : all;
 
     const bool brief = T_ <= most_kept_steps && all <= most_kept_rows;
     if (!packs_ || !layer_.inference || !brief || kept_bytes() < least_kept_bytes) return launch();
@@ -205,6 +204,7 @@ class ForwardPass {
     A* sums;        // (own_rows, one panel), or a few panels of one or two rows
     A* state_sums;  // (own_rows, P padded): the projection of h
     E* x;           // (chunk_rows, x_stride) inputs, where they are not multiplied in their storage type
+    LaneScratch<A> lanes;
     const E** x_rows;
     const E** state_rows[2];
     const E** hidden_rows;
@@ -240,11 +240,20 @@ class ForwardPass {
       t.sums = layout.take<A>((own_rows_ + 2 * panels_together) * panel_columns);
       t.state_sums = layout.take<A>(projects_ ? own_rows_ * ColumnPanels<E>::padded_columns(P_) : 0);
       t.x = layout.take<E>(converts_x ? chunk_rows_ * x_stride() : 0);
+      lay_out_lanes(layout, t.lanes);
       t.x_rows = layout.take<const E*>(chunk_rows_);
       for (const E**& rows : t.state_rows) rows = layout.take<const E*>(own_rows_);
       t.hidden_rows = layout.take<const E*>(projects_ ? own_rows_ : 0);
       if (threads_) threads_[i] = t;
     }
+  }
+
+  void lay_out_lanes(Layout& layout, LaneScratch<A>& lanes) {
+    const int64_t longest = I_ > P_ ? I_ : P_;
+    const bool needed = !packs_ && chunk_rows_ >= least_rows_in_lanes<A>;
+    lanes.rows = layout.take<A>(needed ? LaneScratch<A>::row_elements(chunk_rows_, longest) : 0);
+    lanes.weights = layout.take<A>(needed && sizeof(S) != sizeof(A) ? width * (round_up(longest, width) + 16) : 0);
+    lanes.sums = layout.take<A>(needed ? LaneScratch<A>::sum_elements(chunk_rows_) : 0);
   }
 
   static constexpr bool converts_x = sizeof(S) != sizeof(E);
@@ -475,17 +484,24 @@ class ForwardPass {
       }
     }
     const DirectionScratch& s = direction_[d];
-    multiply_panels<0>(rows, I_, mine.x_rows, s.w_ih, layer_.direction[d].weights.w_ih, panels.begin,
+    spread_over_lanes(rows, I_, mine.x_rows, mine);
+    multiply_panels<0>(mine, rows, I_, mine.x_rows, s.w_ih, layer_.direction[d].weights.w_ih, panels.begin,
                        panels.end - panels.begin, mine.projected, own_panels_ * panel_columns,
                        {s.input_bias + panels.begin * panel_columns, 0, nullptr},
                        s.w_hh + panels.begin * padded_depth<E>(P_) * panel_columns);
     return step;
   }
 
+  // Rows that will be multiplied in lanes go where product_in_lanes finds them.
+  void spread_over_lanes(int64_t rows, int64_t K, const E* const* a, const ThreadScratch& mine) {
+    if (!packs_ && rows >= least_rows_in_lanes<A>) pack_transposed<A>(a, rows, K, mine.lanes.rows);
+  }
+
   // c = rows times panels [p, p + count) of a weight, packed or not, plus an addend.
   template <int apart>
-  FRNN_INLINE void multiply_panels(int64_t rows, int64_t K, const E* const* a, const E* packed, const void* weight,
-                                   int64_t p, int64_t count, A* c, int64_t c_stride, Addend<A> addend, const E* then) {
+  FRNN_INLINE void multiply_panels(const ThreadScratch& mine, int64_t rows, int64_t K, const E* const* a,
+                                   const E* packed, const void* weight, int64_t p, int64_t count, A* c,
+                                   int64_t c_stride, Addend<A> addend, const E* then) {
     if (packs_) {
       const int64_t stride = padded_depth<E>(K) * panel_columns;
       const E* panel = packed + p * stride;
@@ -500,11 +516,15 @@ class ForwardPass {
       }
       return product<E, NV, apart>(rows, K, a, panel, count, stride, c, c_stride, addend, then);
     }
+    const S* w = rows_of<S>(weight);
     for (int64_t q = 0; q < count; ++q) {
       const int64_t column = q * panel_columns;
-      product_unpacked<E, G, U, apart>(
-          rows, K, a, rows_of<S>(weight), H_, p + q, c + column, c_stride,
-          {addend.from + column, addend.stride, apart > 0 ? addend.apart + column : nullptr});
+      const Addend<A> here{addend.from + column, addend.stride, apart > 0 ? addend.apart + column : nullptr};
+      if (rows >= least_rows_in_lanes<A>) {
+        product_in_lanes<A, G, U, apart>(rows, K, w, H_, p + q, c + column, c_stride, here, mine.lanes);
+      } else {
+        product_by_dots<E, G, U, apart>(rows, K, a, w, H_, p + q, c + column, c_stride, here);
+      }
     }
   }
 
@@ -517,14 +537,15 @@ class ForwardPass {
     const int64_t groups = (panels.end - panels.begin + together - 1) / together;
     const bool descending = now == 1;  // every second step (product.h)
     const E* w_hh = s.w_hh;
+    spread_over_lanes(rows, P_, mine.state_rows[now], mine);
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t p = panels.begin + (descending ? groups - 1 - i : i) * together;
       const int64_t count = panels.end - p < together ? panels.end - p : together;
       const int64_t next = descending ? p - together : p + together;
       const E* then = i + 1 < groups ? w_hh + next * padded_depth<E>(P_) * panel_columns : nullptr;
       const A* projected = mine.projected + chunk_row * stride + (p - panels.begin) * panel_columns;
-      multiply_panels<vectors_apart>(rows, P_, mine.state_rows[now], w_hh, layer_.direction[d].weights.w_hh, p, count,
-                                     mine.sums, together * panel_columns,
+      multiply_panels<vectors_apart>(mine, rows, P_, mine.state_rows[now], w_hh, layer_.direction[d].weights.w_hh, p,
+                                     count, mine.sums, together * panel_columns,
                                      {projected, stride, s.hidden_bias + p * panel_columns}, then);
       gates_of_panels(d, t, r0, rows, p, count, projected, mine.sums, together * panel_columns, now);
     }

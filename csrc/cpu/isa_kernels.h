@@ -25,7 +25,10 @@ bool run_forward(const LayerForward& layer, const Plan& plan) {
 
 template <class Cell, class S>
 bool run_backward(const LayerBackward& layer, const Plan& plan) {
-  return BackwardPass<Cell, S>(layer, plan).run();
+  // In place weights are multiplied in the accumulation type whatever they are stored in.
+  using InPlace = BackwardPass<Cell, S, typename Accumulator<S>::type>;
+  if (InPlace::in_place(layer)) return InPlace(layer, plan).run();
+  return BackwardPass<Cell, S, typename ProductElement<S>::type>(layer, plan).run();
 }
 
 template <class S>

@@ -141,37 +141,6 @@ FRNN_INLINE typename Simd<A>::V sum_lanes(typename Simd<A>::V* v) {
   return v[0];
 }
 
-// The product of panel p without a packed weight, for so few rows that packing would cost more than it saves: one dot
-// product along k for every unit and gate, `width` units at a time. Arguments as pack_gates and product.
-template <class E, int G, int U, int NA, class S>
-void product_unpacked(int64_t rows, int64_t K, const E* const* a, const S* w, int64_t H, int64_t p,
-                      typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend) {
-  using A = typename Operand<E>::Acc;
-  using V = typename Simd<A>::V;
-  constexpr int width = Simd<A>::width;
-  for (int g = 0; g < G; ++g) {
-    for (int u = 0; u < U; ++u) {
-      const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
-      const S* row[width];
-      // Lanes past the last unit repeat it: their sums are never stored.
-      for (int i = 0; i < width; ++i) row[i] = w + (g * H + (unit + i < H ? unit + i : H - 1)) * K;
-      for (int64_t r = 0; r < rows; ++r) {
-        V acc[width];
-#pragma GCC unroll 16
-        for (int i = 0; i < width; ++i) acc[i] = V{};
-        for (int64_t k = 0; k < K; k += width) {
-          const int64_t left = K - k;
-          const V x = Simd<A>::load_n(a[r] + k, left);
-#pragma GCC unroll 16
-          for (int i = 0; i < width; ++i) acc[i] = acc[i] + x * Simd<A>::load_n(row[i] + k, left);
-        }
-        const A* begin = g * U + u >= G * U - NA ? addend.apart : addend.from + r * addend.stride;
-        Simd<A>::store(c + r * c_stride + column, sum_lanes<A>(acc) + Simd<A>::load(begin + column));
-      }
-    }
-  }
-}
-
 // Panels of columns, four vectors wide; the last one is as wide as there are vectors left.
 template <class E>
 struct ColumnPanels {

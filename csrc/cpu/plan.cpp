@@ -23,6 +23,20 @@ constexpr double stream_share = 0.7;           // of the streaming time, what mu
 constexpr double activation_cycles = 22;       // one vector of tanh or sigmoid
 constexpr double launch_cycles = 14000;        // waking the other threads of the team
 
+// Where weights are read in place, which saves reading, writing and reading them once more. Every step reads w_hh anew,
+// from memory where it is large and packing it costs much, otherwise from a cache, from which packed panels come
+// faster: with 4 steps both take the same time, with 8 only large weights gain (0.6 to 0.95 of the time). The gain ends
+// at some 256 rows over all steps, beside whose products packing is no cost, and small layers have none. bfloat16 is
+// multiplied in float32 in place, and packed by an instruction that does twice as much: 16 rows gain, 32 only with
+// large weights, 128 lose (docs/performance.md).
+constexpr int64_t most_rows_in_place = 256;
+constexpr int64_t most_bfloat16_rows_in_place = 16;
+constexpr int64_t most_bfloat16_rows_of_large_in_place = 64;
+constexpr int64_t most_steps_in_place = 4;
+constexpr int64_t most_steps_of_large_in_place = 8;
+constexpr int64_t large_recurrent_elements = 1 << 20;
+constexpr int64_t least_units_in_place = 96;
+
 template <class F>
 auto with_cell(CellKind kind, F f) {
   switch (kind) {
@@ -72,6 +86,17 @@ bool has_cell_state(CellKind kind) {
   return with_cell(kind, [](auto cell) { return bool(decltype(cell)::has_cell); });
 }
 
+bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps) {
+  const int64_t rows = steps.total_rows();
+  if (rows <= most_rows_in_place_of_any_steps) return true;
+  if (sizes.hidden_size < least_units_in_place) return false;
+  const bool large = gate_count(sizes.kind) * sizes.hidden_size * sizes.state_size >= large_recurrent_elements;
+  const int64_t most_rows = sizes.dtype != DType::bfloat16 ? most_rows_in_place
+                            : large                        ? most_bfloat16_rows_of_large_in_place
+                                                           : most_bfloat16_rows_in_place;
+  return rows <= most_rows && steps.T <= (large ? most_steps_of_large_in_place : most_steps_in_place);
+}
+
 Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward) {
   const int64_t D = sizes.num_directions;
   const double T = double(steps.T);
@@ -94,6 +119,8 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
     if (plan.threads() > 1) total += launch_cycles;
     return total / cycles_per_us;
   };
+  // Threads with other rows would each read all of the weights.
+  const bool in_place = sizes.hidden_size >= least_units_in_place && reads_weights_in_place(sizes, steps);
   Plan best;
   best.predicted_us = best.serial_us = cost(best);
   // A team is woken as a whole, so it has either one thread or all of them.
@@ -108,6 +135,7 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
       plan.unit_groups = units;
       plan.row_groups = threads / directions / units;
       if (plan.row_groups > 1 && plan.row_groups > steps.B) continue;
+      if (plan.row_groups > 1 && in_place) continue;
       plan.serial_us = best.serial_us;
       plan.predicted_us = cost(plan);
       if (plan.predicted_us < best.predicted_us) best = plan;

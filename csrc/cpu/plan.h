@@ -16,6 +16,13 @@ struct Plan {
   FRNN_HOST_DEVICE int threads() const { return direction_groups * row_groups * unit_groups; }
 };
 
+// A call of no more rows than this over all steps reads its weights where they stand whatever else it is like.
+inline constexpr int64_t most_rows_in_place_of_any_steps = 12;
+
+// Whether a call reads its weights where they stand, because it has so few rows and steps that packing them would cost
+// more than it saves (in_place.h). The same on any number of threads.
+bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps);
+
 // `threads`: at most so many; `vector_bytes`: of the instruction set in use; `backward`: which pass.
 Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward);
 

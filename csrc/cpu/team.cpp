@@ -70,8 +70,10 @@ double now_us() { return clock_us(CLOCK_MONOTONIC); }
 // worked for `own` on a processor, took longer than that thread alone would have with a processor, about n * own; and
 // where it would not have had one either, it loses its share of time and not the waiting.
 //
-// After two such teams within a few calls, calls do without a team for a time that is long compared with what was lost,
-// and doubles whenever the first team after it is late again.
+// Single late teams say nothing: a thread wakes up slowly, an interruption comes in between. So what teams lose is
+// added up and what they gain is taken off again, never below zero, and calls do without a team only while the losses
+// of many stand against no gains: for a time that is long compared with what was lost, and doubles whenever the teams
+// after it lose still.
 class Crowding {
  public:
   bool alone() { return until_us_ > 0 && now_us() < until_us_; }
@@ -80,15 +82,17 @@ class Crowding {
   bool watches() const { return watches_; }
 
   void judge(int threads, double wall_us, double own_us) {
-    const double lost_us = wall_us - threads * own_us;
     watches_ = wall_us >= shortest_us;
-    if (wall_us < shortest_us || lost_us < 0.1 * wall_us) {
-      lateness_ = std::max(lateness_ - 1, 0);
-      if (lateness_ == 0) alone_us_ = 0;
-      return;
-    }
-    lateness_ = std::min(lateness_ + 4, 8);
-    if (lateness_ <= 4) return;  // one late team is an accident
+    // The runtime has to start threads, or to end some.
+    const bool first = threads != threads_;
+    threads_ = threads;
+    if (first) return;
+    const double lost_us = wall_us - threads * own_us;
+    const bool late = watches_ && lost_us >= least_lost_share * wall_us;
+    lost_us_ += late ? std::min(lost_us, most_lost_by_one_us) : std::min(lost_us, 0.0);
+    lost_us_ = std::min(std::max(lost_us_, 0.0), most_lost_us);
+    if (lost_us_ == 0) alone_us_ = 0;
+    if (!late || lost_us_ < enough_lost_us) return;
     alone_us_ = std::min(std::max(2 * alone_us_, 16 * lost_us), longest_alone_us);
     until_us_ = now_us() + alone_us_;
   }
@@ -96,14 +100,67 @@ class Crowding {
  private:
   // Waking a thread that sleeps takes tens of microseconds on an idle machine.
   static constexpr double shortest_us = 200;
-  static constexpr double longest_alone_us = 250e3;  // a late team costs some 10 ms
+  // Threads that have unequal shares of the work lose less; teams of a crowd lose most of their time.
+  static constexpr double least_lost_share = 0.25;
+  // A late team costs some 10 ms on a crowded machine, a time slice; on an idle one an interruption may, too. So one
+  // counts as a part of that, and four of them without a gain in between are evidence.
+  static constexpr double most_lost_by_one_us = 4e3;
+  static constexpr double enough_lost_us = 14e3;
+  // Gains of as much as this make a crowd be forgotten.
+  static constexpr double most_lost_us = 20e3;
+  static constexpr double longest_alone_us = 250e3;
   bool watches_ = false;
-  int lateness_ = 0;
-  double alone_us_ = 0, until_us_ = 0;
+  int threads_ = 0;
+  double lost_us_ = 0, alone_us_ = 0, until_us_ = 0;
 };
 
 thread_local Crowding crowding;
 thread_local double waited_us = 0;  // by this thread at barriers, past their spinning
+
+// While one lives, its thread takes denormal numbers, those below the smallest normal one, for zero: as operands, and
+// as results. Processors compute with them in microcode, tens of times more slowly, and a sequence that carries a state
+// or a gradient which fades away meets them in every step. Afterwards the thread has the mode it had. float16's
+// subnormal numbers are normal ones of float32, and conversions between the two keep them in this mode too.
+class DenormalsAreZero {
+ public:
+  DenormalsAreZero() : before_(mode()) {
+    if ((before_ | bits) != before_) set_mode(before_ | bits);
+  }
+  ~DenormalsAreZero() {
+    if ((before_ | bits) != before_) set_mode(before_);
+  }
+  DenormalsAreZero(const DenormalsAreZero&) = delete;
+  DenormalsAreZero& operator=(const DenormalsAreZero&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  using Mode = unsigned;
+  static constexpr Mode bits = 0x8000u | 0x0040u;  // of MXCSR: results are flushed, and operands
+  static Mode mode() { return _mm_getcsr(); }
+  static void set_mode(Mode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+  using Mode = uint64_t;
+  static constexpr Mode bits = Mode(1) << 24;  // FZ of FPCR
+  static Mode mode() {
+    Mode mode;
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+  }
+  static void set_mode(Mode mode) { __asm__ __volatile__("msr fpcr, %0" : : "r"(mode)); }
+#else
+  using Mode = unsigned;
+  static constexpr Mode bits = 0;
+  static Mode mode() { return 0; }
+  static void set_mode(Mode) {}
+#endif
+  const Mode before_;
+};
+
+// Wherever a task runs, it runs here.
+void run_task(void (*task)(void*, int), void* context, int thread) {
+  const DenormalsAreZero denormals_are_zero;
+  task(context, thread);
+}
 
 struct Scratch {
   void* memory = nullptr;
@@ -160,7 +217,7 @@ void expect_teams_in_time() { crowding = Crowding(); }
 
 bool run_team(int threads, void (*task)(void*, int), void* context) {
   if (threads == 1) {
-    task(context, 0);
+    run_task(task, context, 0);
     return true;
   }
   bool complete = false;
@@ -176,7 +233,7 @@ bool run_team(int threads, void (*task)(void*, int), void* context) {
   {
     // Every thread sees the same number, so either all run the task or none does.
     if (omp_get_num_threads() == threads) {
-      task(context, omp_get_thread_num());
+      run_task(task, context, omp_get_thread_num());
       finish.wait();
       if (omp_get_thread_num() == 0) {
         complete = true;

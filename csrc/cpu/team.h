@@ -52,7 +52,7 @@ void judge_team(int threads, double wall_us, double own_us);
 void expect_teams_in_time();
 
 // Runs task(context, thread) on `threads` threads at once and returns true; returns false, having run nothing, where
-// the runtime does not give that many.
+// the runtime does not give that many. In a task denormal numbers are zero.
 bool run_team(int threads, void (*task)(void* context, int thread), void* context);
 
 // Memory for packed weights and buffers, aligned to 64 bytes or to a huge page; free() gives it back. Null when there

@@ -71,6 +71,11 @@ TABLE = (
     Shape("call", 1, 1, 8, 8, quick=True),
     Shape("call", 1, 1, 8, 8, single_step=True, quick=True),
     Shape("call", 64, 1, 256, 256, single_step=True),
+    # More weights than caches keep, each used by a few rows: reading them, and writing their gradients, is the limit.
+    Shape("call", 3, 1, 1024, 1024, single_step=True),
+    Shape("call", 64, 1, 1024, 1024, single_step=True),
+    Shape("call", 3, 1, 1536, 1024),
+    Shape("call", 32, 1, 1536, 1024),
 )
 
 # What models of these kinds ask of their recurrent layers. In the order of the fields: group, B, T, I, H.
@@ -97,6 +102,10 @@ _SWEPT = {
     "B": ((1, 2, 3, 5, 17, 33, 96), lambda size: Shape("B", size, 20, 128, 128)),
     "H": ((1, 7, 31, 33, 100, 127, 200, 257, 400, 650, 1024), lambda size: Shape("H", 8, 20, size, size)),
     "T": ((1, 2, 5, 20, 100, 1000), lambda size: Shape("T", 4, size, 64, 64)),
+    "H of a cell": (
+        (64, 128, 256, 384, 512, 768, 1024, 1500, 2048),
+        lambda size: Shape("H of a cell", 16, 1, size, size, single_step=True),
+    ),
 }
 SWEEPS = tuple(
     dataclasses.replace(shape_of(size), part="sweeps") for sizes, shape_of in _SWEPT.values() for size in sizes

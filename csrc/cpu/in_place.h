@@ -1,0 +1,218 @@
+// Products for calls of few rows, which read the weights where they stand: each weight is used once or a few times, and
+// packing it would cost more than the product.
+//
+//   product_by_dots     forward, a few rows: dot products along k
+//   product_in_lanes    forward, more rows: the rows stand in the lanes, and every weight is one broadcast
+//   product_of_columns  backward: gradients times a weight, whose rows are added up
+#pragma once
+
+#include "pack.h"
+
+namespace fused_rnn {
+namespace FRNN_ISA {
+
+// From this many rows on the rows stand in the lanes. With fewer, lanes are idle and dot products take 0.55 to 0.85 of
+// the time; with more, those have as many multiply-adds and add up the lanes of their sums besides.
+template <class A>
+inline constexpr int64_t least_rows_in_lanes = Simd<A>::width;
+
+// Rows (null: none) of K numbers as columns: panels of a K x N matrix as ColumnPanels describes them.
+template <class A, class S>
+void pack_transposed(const S* const* row, int64_t N, int64_t K, A* data) {
+  using P = ColumnPanels<A>;
+  using V = typename Simd<A>::V;
+  constexpr int width = Simd<A>::width;
+  for (int64_t n = 0; n < N; n += width) {
+    const int64_t panel = n / (P::NV * width), column = n % (P::NV * width);
+    const int64_t left = round_up(N - panel * P::NV * width, width);
+    const int64_t stride = left < P::NV * width ? left : P::NV * width;
+    A* dst = data + panel * P::panel_stride(K) + column;
+    for (int64_t k = 0; k < K; k += width) {
+      V block[width];
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) {
+        block[i] = V{};
+        if (n + i < N) block[i] = Simd<A>::load_n(row[n + i] + k, K - k);
+      }
+      transpose_square<A>(block);
+      for (int i = 0; i < width && k + i < K; ++i) Simd<A>::store(dst + (k + i) * stride, block[i]);
+    }
+  }
+}
+
+// What product_in_lanes works in, of one thread.
+template <class A>
+struct LaneScratch {
+  A* rows;     // the rows, packed by pack_transposed
+  A* weights;  // (width, K) weights in another type than A
+  A* sums;     // (width, padded rows)
+
+  static int64_t row_elements(int64_t rows, int64_t K) { return int64_t(ColumnPanels<A>::elements(K, rows)); }
+  static int64_t sum_elements(int64_t rows) { return Simd<A>::width * (round_up(rows, Simd<A>::width) + 16); }
+};
+
+// The product of panel p with `rows` rows that stand in scratch.rows. Arguments as product_by_dots.
+template <class A, int G, int U, int NA, class S>
+void product_in_lanes(int64_t rows, int64_t K, const S* w, int64_t H, int64_t p, A* c, int64_t c_stride,
+                      Addend<A> addend, const LaneScratch<A>& scratch) {
+  using V = typename Simd<A>::V;
+  constexpr int width = Simd<A>::width;
+  const int64_t stride = round_up(rows, width) + 16;
+  const ColumnPanels<A> lanes{scratch.rows, K, rows};
+  for (int g = 0; g < G; ++g) {
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
+      const int64_t units = H - unit < width ? H - unit : width;
+      if (units <= 0) continue;
+      const A* weight[width];
+      for (int64_t i = 0; i < units; ++i) {
+        const S* row = w + (g * H + unit + i) * K;
+        if constexpr (sizeof(S) == sizeof(A)) {
+          weight[i] = row;
+        } else {
+          A* copy = scratch.weights + i * (round_up(K, width) + 16);
+          for (int64_t k = 0; k < K; k += width) Simd<A>::store(copy + k, Simd<A>::load_n(row + k, K - k));
+          weight[i] = copy;
+        }
+      }
+      product_columns<A>(units, weight, lanes, 0, ColumnPanels<A>::count(rows), scratch.sums, stride, false);
+      const bool apart = g * U + u >= G * U - NA;
+      for (int64_t r = 0; r < rows; r += width) {
+        V block[width];
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) block[i] = Simd<A>::load(scratch.sums + i * stride + r);
+        transpose_square<A>(block);
+        for (int i = 0; i < width && r + i < rows; ++i) {
+          const A* added = apart ? addend.apart : addend.from + (r + i) * addend.stride;
+          Simd<A>::store(c + (r + i) * c_stride + column, block[i] + Simd<A>::load(added + column));
+        }
+      }
+    }
+  }
+}
+
+// NR rows times NW = width / NR rows of a weight, all sums in registers; c: those of row 0. `rows`: those of the NR
+// that are wanted.
+template <class E, int NR, class S>
+FRNN_INLINE void dots(int64_t rows, int64_t K, const E* const* a, const S* const* w, typename Operand<E>::Acc* c,
+                      int64_t c_stride) {
+  using A = typename Operand<E>::Acc;
+  using V = typename Simd<A>::V;
+  constexpr int width = Simd<A>::width;
+  constexpr int NW = width / NR;
+  V acc[width];
+#pragma GCC unroll 16
+  for (int i = 0; i < width; ++i) acc[i] = V{};
+  const auto multiply = [&](auto load, int64_t k) __attribute__((always_inline)) {
+    V x[NR];
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) x[r] = load(a[r] + k);
+#pragma GCC unroll 16
+    for (int i = 0; i < NW; ++i) {
+      __builtin_prefetch(w[i] + NW * K + k, 0, 2);  // the rows that follow
+      const V weight = load(w[i] + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < NR; ++r) acc[r * NW + i] = acc[r * NW + i] + x[r] * weight;
+    }
+  };
+  int64_t k = 0;
+  for (; k + width <= K; k += width)
+    multiply([](const auto* p) __attribute__((always_inline)) { return Simd<A>::load(p); }, k);
+  if (k < K) multiply([&](const auto* p) __attribute__((always_inline)) { return Simd<A>::load_n(p, K - k); }, k);
+  alignas(64) A sums[width];
+  Simd<A>::store(sums, sum_lanes<A>(acc));
+  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(c + r * c_stride, sums + r * NW, NW * sizeof(A));
+}
+
+// All rows times `width` rows of a weight, NR and width / NR at a time: what a part of a weight is multiplied with
+// next finds it in the first-level cache.
+template <class E, int NR, class S>
+FRNN_INLINE void all_dots(int64_t rows, int64_t K, const E* const* a, const S* const* w, typename Operand<E>::Acc* c,
+                          int64_t c_stride) {
+  constexpr int width = Simd<typename Operand<E>::Acc>::width;
+  constexpr int NW = width / NR;
+  for (int first = 0; first < width; first += NW) {
+    for (int64_t r = 0; r < rows; r += NR) {
+      const int64_t left = rows - r < NR ? rows - r : NR;
+      const E* row[NR];
+      for (int i = 0; i < NR; ++i) row[i] = a[r + (i < left ? i : left - 1)];
+      dots<E, NR>(left, K, row, w + first, c + r * c_stride + first, c_stride);
+    }
+  }
+}
+
+// The product of panel p of a forward weight (pack_gates) without packing it. Arguments as pack_gates and product.
+template <class E, int G, int U, int NA, class S>
+void product_by_dots(int64_t rows, int64_t K, const E* const* a, const S* w, int64_t H, int64_t p,
+                     typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend) {
+  using A = typename Operand<E>::Acc;
+  constexpr int width = Simd<A>::width;
+  for (int g = 0; g < G; ++g) {
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
+      const S* weight[width];
+      // Lanes past the last unit repeat it: their sums are never stored.
+      for (int i = 0; i < width; ++i) weight[i] = w + (g * H + (unit + i < H ? unit + i : H - 1)) * K;
+      A* sums = c + column;
+      if (rows == 1) {
+        all_dots<E, 1>(rows, K, a, weight, sums, c_stride);
+      } else if (rows == 2 || width < 4) {
+        all_dots<E, 2>(rows, K, a, weight, sums, c_stride);
+      } else {
+        all_dots < E, width<4 ? 2 : 4>(rows, K, a, weight, sums, c_stride);
+      }
+      const bool apart = g * U + u >= G * U - NA;
+      for (int64_t r = 0; r < rows; ++r) {
+        const A* added = apart ? addend.apart : addend.from + r * addend.stride;
+        Simd<A>::store(sums + r * c_stride, Simd<A>::load(sums + r * c_stride) + Simd<A>::load(added + column));
+      }
+    }
+  }
+}
+
+// Rows of a weight that product_of_columns takes together. Their part of one panel is copied into the first-level cache
+// for all rows that it is multiplied with: in place, rows of a power of two would share its sets.
+inline constexpr int64_t rows_of_block = 64;
+
+template <class A>
+inline constexpr int64_t column_block_elements = rows_of_block * ColumnPanels<A>::NV * Simd<A>::width;
+
+// C = A B, or C + A B, for column panels [first, last) of B, which stands as K x N; c points at the first of them. Row
+// r of A begins at a[r] + a_first. block: of column_block_elements; a_block: of as many pointers as there are rows.
+template <class A, class S>
+void product_of_columns(int64_t rows, int64_t K, const A* const* a, int64_t a_first, const S* b, int64_t N,
+                        int64_t first, int64_t last, A* c, int64_t c_stride, bool accumulate, A* block,
+                        const A** a_block) {
+  using P = ColumnPanels<A>;
+  constexpr int width = Simd<A>::width;
+  constexpr int64_t columns = P::NV * width;
+  if (rows <= 0) return;
+  for (int64_t k = 0; k < K; k += rows_of_block) {
+    const int64_t depth = K - k < rows_of_block ? K - k : rows_of_block;
+    for (int64_t r = 0; r < rows; ++r) a_block[r] = a[r] + a_first + k;
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t column = p * columns;
+      const int64_t left = N - column < columns ? N - column : columns;
+      const int64_t stride = round_up(left, width);
+      for (int64_t i = 0; i < depth; ++i) {
+        const S* row = b + (k + i) * N + column;
+        for (int64_t v = 0; v < left; v += width) {
+          __builtin_prefetch(row + columns + v, 0, 2);
+          Simd<A>::store(block + i * stride + v, Simd<A>::load_n(row + v, left - v));
+        }
+      }
+      A* target = c + (p - first) * columns;
+      const Addend<A> addend =
+          accumulate || k > 0 ? Addend<A>{target, c_stride, nullptr} : Addend<A>{nullptr, 0, nullptr};
+      switch (stride / width) {
+        case 1: product<A, 1>(rows, depth, a_block, block, 1, 0, target, c_stride, addend); break;
+        case 2: product<A, 2>(rows, depth, a_block, block, 1, 0, target, c_stride, addend); break;
+        case 3: product<A, 3>(rows, depth, a_block, block, 1, 0, target, c_stride, addend); break;
+        default: product<A, 4>(rows, depth, a_block, block, 1, 0, target, c_stride, addend); break;
+      }
+    }
+  }
+}
+
+}  // namespace FRNN_ISA
+}  // namespace fused_rnn
