@@ -283,7 +283,7 @@ def check_sorted_indices(packed: PackedSequence) -> None:
         return
     _check_memory("batch_sizes", batch_sizes)
     batch = int(batch_sizes[0])
-    orders = []
+    values: dict[str, list[int]] = {}
     for name, order in (("sorted_indices", packed.sorted_indices), ("unsorted_indices", packed.unsorted_indices)):
         if order is None:
             continue
@@ -297,14 +297,18 @@ def check_sorted_indices(packed: PackedSequence) -> None:
             raise RuntimeError(f"{name}: expected on {data.device} as the data is, got {order.device}")
         _check_memory(name, order)
         if _values_can_be_read(order):
-            values = order.tolist()
-            if sorted(values) != list(range(batch)):
-                raise RuntimeError(f"{name}: expected each of 0 to {batch - 1} once, got {_shorten(values)}")
-            orders.append(values)
-    if len(orders) == 2 and any(orders[0][row] != place for place, row in enumerate(orders[1])):
+            values[name] = order.tolist()
+    places = list(range(batch))
+    if len(values) == 2:  # the usual call: if one undoes the other, each has every row
+        forth, back = values.values()
+        if batch and min(back) >= 0 and max(back) < batch and [forth[row] for row in back] == places:
+            return
+    for name, rows in values.items():
+        if sorted(rows) != places:
+            raise RuntimeError(f"{name}: expected each of 0 to {batch - 1} once, got {_shorten(rows)}")
+    if len(values) == 2:
         raise RuntimeError(
-            f"unsorted_indices: expected the inverse of sorted_indices, {_shorten(orders[0])}, "
-            f"got {_shorten(orders[1])}"
+            f"unsorted_indices: expected the inverse of sorted_indices, {_shorten(forth)}, got {_shorten(back)}"
         )
 
 
@@ -377,9 +381,11 @@ def check_state_memory(hx: Any) -> None:
 def _check_memory(name: str, tensor: Any) -> None:
     """That a tensor's storage holds what its sizes speak of: one that was freed, as sharding and offloading do, does
     not, and whoever reads it crashes. What is no plain tensor with values is left to others."""
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or tensor.layout is not torch.strided:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) not in (Tensor, Parameter):
         return
-    if tensor.device.type == "meta" or not tensor.numel() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if tensor.layout is not torch.strided or tensor.device.type == "meta" or not tensor.numel():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return
     last = tensor.storage_offset() + sum((n - 1) * d for n, d in zip(tensor.shape, tensor.stride()))
     needed, found = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
