@@ -257,9 +257,11 @@ for case in (Case(num_layers=2, hx=True), Case("GRU", hx=True), CellCase("LSTM")
         freed = {"input": x, "state": states[0], "parameter": list(module.parameters())[1], "output": output}[which]
         print(case, which, flush=True)
         freed.untyped_storage().resize_(0)
+        needed = which != "output" or not isinstance(case, CellCase)  # a cell's new state may also be changed in place
         try:
             loss.backward()
-            print("FAULT accepted", flush=True)
+            if needed:
+                print("FAULT accepted", flush=True)
         except RuntimeError as error:
             if "whose storage was freed" not in str(error):
                 print("FAULT says", str(error)[:200], flush=True)
