@@ -4,14 +4,16 @@
 #   PYTHON  the Python that .venv is made with          TORCH  what pip is asked for as PyTorch
 #   RESULT  where bench writes its result, and figures reads one (out/bench.json)
 #   ARGS    further arguments of the program that a target runs (demo, test, bench, check)
-#   JOBS    processes that share the tests (test, test-asan); those of several threads follow, by themselves
+#   JOBS    processes that share the tests (test, test-asan): as many as there are processors; those of several threads
+#           follow, by themselves. JOBS=1: one after the other in one process, for debugging
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 RESULT ?= out/bench.json
 ARGS ?=
-JOBS ?=
+# A debugger works in one process only.
+JOBS ?= $(if $(filter --pdb --trace,$(ARGS)),1,$(shell nproc))
 GPU_PYTHON ?= python3
 
 SHELL := /bin/bash
@@ -36,11 +38,12 @@ demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS
 
 # $(call run_tests,command that pytest's arguments follow,marker expression). Status 5: there was none of these tests.
 define run_tests
-	$(if $(JOBS),$(1) -m '$(if $(2),$(2) and )not alone' -n $(JOBS) --dist worksteal $(ARGS) || test $$? = 5)
-	$(if $(JOBS),$(1) -m '$(if $(2),$(2) and )alone' $(ARGS) || test $$? = 5,$(1) $(if $(2),-m $(2)) $(ARGS))
+	$(if $(PARALLEL),$(1) -m '$(if $(2),$(2) and )not alone' -n $(JOBS) --dist worksteal $(ARGS) || test $$? = 5)
+	$(if $(PARALLEL),$(1) -m '$(if $(2),$(2) and )alone' $(ARGS) || test $$? = 5,$(1) $(if $(2),-m $(2)) $(ARGS))
 endef
+PARALLEL := $(filter-out 1,$(JOBS))
 
-test: build  ## run the tests (ARGS="-k lstm"; JOBS=2: in two processes)
+test: build  ## run the tests on all processors (ARGS="-k lstm"; JOBS=1: in one process)
 	$(call run_tests,$(RUN) -m pytest tests)
 
 # Instrumented kernels, apart from the normal build. Python itself is not instrumented, so the sanitizers' runtimes have

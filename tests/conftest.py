@@ -20,8 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "asan: the short subset that `make test-asan` runs under the sanitizers")
     config.addinivalue_line(
         "markers",
-        "alone: for tests of several threads, which the suite does not run beside others (`make test JOBS=2`)",
+        "alone: for tests of several threads, which the suite does not run beside others (`make test`)",
     )
+    config.addinivalue_line("markers", "compiles: runs what a compiler makes first; such tests begin before the others")
     config.addinivalue_line(
         "markers", "kernels: needs the compiled kernels (skipped under FUSED_RNN_BACKEND=reference)"
     )
@@ -31,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "threads" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.alone)
+    # Several processes share the tests: the one that compiles is not to begin when the others have ended.
+    items.sort(key=lambda item: item.get_closest_marker("compiles") is None)
     if why := why_no_cuda():
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from support import cuda_host
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.mark.parametrize("variant", ["plain", "thread"])
 def test_every_device_function_does_what_its_comment_says(variant: str) -> None:

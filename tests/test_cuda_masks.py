@@ -27,6 +27,7 @@ from test_masks import (
 import fused_rnn
 
 pytestmark = [
+    pytest.mark.compiles,
     pytest.mark.kernels,
     pytest.mark.filterwarnings("ignore:.*verriding a previously registered kernel"),
 ]

@@ -22,6 +22,7 @@ from fused_rnn.check import scaled_errors
 from fused_rnn.settings import Settings
 
 pytestmark = [
+    pytest.mark.compiles,
     pytest.mark.kernels,
     pytest.mark.filterwarnings("ignore:.*verriding a previously registered kernel"),
 ]

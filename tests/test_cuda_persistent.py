@@ -14,6 +14,8 @@ import zlib
 import pytest
 from support import cuda_host
 
+pytestmark = pytest.mark.compiles
+
 PASSES = ["forward", "backward"]
 KINDS = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
 DTYPES = ["bfloat16", "float16", "tf32", "float32"]

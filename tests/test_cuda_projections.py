@@ -20,7 +20,10 @@ from fused_rnn.settings import CellKind
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
-pytestmark = pytest.mark.skipif(not shutil.which(COMPILER[0]), reason=f"no compiler: {COMPILER[0]} is not on PATH")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(not shutil.which(COMPILER[0]), reason=f"no compiler: {COMPILER[0]} is not on PATH"),
+]
 
 # Reads lines of kind, dtype, T, B, H and answers each.
 PROGRAM = """

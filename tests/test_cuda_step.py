@@ -18,6 +18,8 @@ from fused_rnn import formulas
 from fused_rnn.check import random_values
 from fused_rnn.settings import CellKind
 
+pytestmark = pytest.mark.compiles
+
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CELLS = list(CellKind)
 # Of the gradients that the kernels give per unit, by index: those of the gates of w_ih, and of w_hh.

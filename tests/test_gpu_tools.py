@@ -88,18 +88,41 @@ def test_last(): pass
 """
 
 
-@pytest.mark.slow
-def test_tests_go_on_after_one_that_hangs_and_one_that_loses_the_context(tmp_path: Path) -> None:
-    import gpu as runner
-    import torch
+# What the plugin asks of PyTorch and of fused_rnn: four processes would load them, and a hang is one only when it takes
+# longer than that. A failed test takes the context along.
+TORCH = """
+class cuda:
+    def synchronize():
+        raise RuntimeError("CUDA error")
+"""
+FUSED_RNN = """
+import sys, types
 
-    if torch.cuda.is_available():
-        pytest.skip("a failed test must take the context along: without a GPU each does")
+class _C:
+    def cuda_allow(**variants):
+        print("allowed:", variants)
+
+fused_rnn = types.ModuleType("fused_rnn")
+fused_rnn._C = _C
+gpu_cases = types.ModuleType("fused_rnn.bench.gpu_cases")
+gpu_cases.allowed_without = lambda variants: dict.fromkeys(variants, False)
+sys.modules |= {"fused_rnn": fused_rnn, "fused_rnn.bench": types.ModuleType("bench"), gpu_cases.__name__: gpu_cases}
+"""
+
+
+@pytest.mark.slow
+def test_tests_go_on_after_one_that_hangs_and_one_that_loses_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu as runner
+
     (tmp_path / "test_it.py").write_text(TESTS_THAT_END_A_RUN)
-    # The plugin takes a variant away from the kernels; these here have none.
-    (tmp_path / "conftest.py").write_text("from fused_rnn import _C\n_C.cuda_allow = lambda **variants: None\n")
+    (tmp_path / "conftest.py").write_text(FUSED_RNN)
+    (tmp_path / "stand_ins").mkdir()
+    (tmp_path / "stand_ins" / "torch.py").write_text(TORCH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stand_ins"))
     command = [sys.executable, "-m", "pytest", "-p", "gpu_tests", "--gpu-log", str(tmp_path / "begun.txt"), "-v"]
-    tests = runner.Phase("tests", [*command, str(tmp_path)], 200, stall=25, resumes=True)
+    tests = runner.Phase("tests", [*command, str(tmp_path)], 200, stall=8, resumes=True)
     runner.run(tests, tmp_path, 200, without=["cluster"])
     log = (tmp_path / "log.txt").read_text()
     assert tests.verdict == "lost the CUDA context 2 times, hung, ok"
@@ -108,6 +131,7 @@ def test_tests_go_on_after_one_that_hangs_and_one_that_loses_the_context(tmp_pat
         "test_takes_it_along_too (call)",
     ]
     assert "HUNG" in "".join(tests.failures) and "AssertionError: seen" in log
+    assert log.count("allowed: {'cluster': False}") == 4
     begun = (tmp_path / "begun.txt").read_text().splitlines()
     assert [name.partition("::")[2] for name in begun] == [
         "test_first",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from support import compiled
 from support.backends import available_isas
 from support.cases import CELLS, Case, run
 from support.compare import assert_within
@@ -18,17 +16,18 @@ from torch import nn
 import fused_rnn
 from fused_rnn.check import instruction_set
 
-ROOT = Path(__file__).resolve().parent.parent
-COMPILER = shlex.split(os.environ.get("CXX", "g++"))
+TILES = compiled.ROOT / "tests" / "tiles"
+COMPILER = compiled.COMPILER[0]
 
 
-@pytest.mark.skipif(not shutil.which(COMPILER[0]), reason=f"no compiler: {COMPILER[0]} is not on PATH")
-def test_product_on_emulated_tiles_equals_the_sums_written_down(tmp_path: Path) -> None:
-    program = tmp_path / "product"
-    emulation = f'-DFRNN_EMULATE_TILES="{ROOT}/tests/tiles/emulated_tiles.h"'
-    source = ROOT / "tests" / "tiles" / "product.cpp"
-    command = [*COMPILER, "-std=c++17", "-O1", emulation, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
-    subprocess.run(command, check=True, timeout=300)
+@pytest.mark.compiles
+@pytest.mark.skipif(not shutil.which(COMPILER), reason=f"no compiler: {COMPILER} is not on PATH")
+def test_product_on_emulated_tiles_equals_the_sums_written_down() -> None:
+    emulation = f'-DFRNN_EMULATE_TILES="{TILES}/emulated_tiles.h"'
+    flags = ("-std=c++17", "-O1", emulation, f"-I{compiled.ROOT / 'csrc'}")
+    (program,) = compiled.make(
+        [compiled.Step(compiled.BUILD / "tiles", (*compiled.COMPILER, *flags, str(TILES / "product.cpp")))]
+    )
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
 

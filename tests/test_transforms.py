@@ -103,7 +103,15 @@ def test_a_batch_of_gradients_at_once_equals_one_after_the_other(case: Case | Ce
         assert torch.equal(gradient, torch.stack(one))
 
 
-@pytest.mark.parametrize("case", [Case(steps=2, batch=2, dtype=torch.float64), CellCase("GRU", dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Small, for there is a call for each element of the result; no two of the batches are of one size.
+        Case(input_size=2, hidden_size=3, steps=2, batch=2, dtype=torch.float64),
+        CellCase("GRU", input_size=2, hidden_size=3, batch=2, dtype=torch.float64),
+    ],
+    ids=str,
+)
 def test_vectorized_jacobian_of_a_vectorized_jacobian(case: Case | CellCase) -> None:
     """What the inner one records must not be mixed up with the outer one's batch."""
     module = case.build(fused_rnn).requires_grad_(False)

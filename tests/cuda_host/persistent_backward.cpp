@@ -4,8 +4,7 @@
 //   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
 //   dropout (between layers) in_place (gradients of the gates go where the gates are) initial (h0, c0 and their
 //   gradients) final (gradients of h_n, c_n) output (gradients of y)
-#include "cuda/persistent_backward.cuh"
-
+#include "cuda/persistent.cuh"
 #include "cuda/plan.cpp"
 #include "persistent.h"
 
@@ -92,8 +91,9 @@ struct Backward {
       std::vector<char> workspace = unwritten<char>(plan.workspace_bytes);
       for (int64_t i = 0; i < plan.counters * 4; ++i) workspace[size_t(i)] = 0;
       a.workspace = workspace.data();
-      const BackwardKernel kernel = layers > 1 ? backward_kernel<multiply, true>(sizes.kind, plan.shape)
-                                               : backward_kernel<multiply, false>(sizes.kind, plan.shape);
+      BackwardKernel kernel = backward_kernel<multiply, false>(sizes.kind, plan.shape);
+      if constexpr (multiply != Multiply::float32)
+        if (layers > 1) kernel = backward_kernel<multiply, true>(sizes.kind, plan.shape);
       launch(launch_of(plan, seed), [&] { kernel(a); });
 
       Error gates_error, h_error, c_error;

@@ -3,8 +3,7 @@
 //   kind dtype (tf32: float32 with its product in TF32) T B H directions layers (in a wavefront) ragged masked
 //   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
 //   dropout (between layers) in_place (the projections are where the gates go, or y) save initial bias
-#include "cuda/persistent_forward.cuh"
-
+#include "cuda/persistent.cuh"
 #include "cuda/plan.cpp"
 #include "persistent.h"
 
@@ -103,8 +102,9 @@ struct Forward {
       std::vector<char> workspace = unwritten<char>(plan.workspace_bytes);
       for (int64_t i = 0; i < plan.counters * 4; ++i) workspace[size_t(i)] = 0;
       a.workspace = workspace.data();
-      const ForwardKernel kernel = layers > 1 ? forward_kernel<multiply, true>(sizes.kind, plan.shape)
-                                              : forward_kernel<multiply, false>(sizes.kind, plan.shape);
+      ForwardKernel kernel = forward_kernel<multiply, false>(sizes.kind, plan.shape);
+      if constexpr (multiply != Multiply::float32)
+        if (layers > 1) kernel = forward_kernel<multiply, true>(sizes.kind, plan.shape);
       launch(launch_of(plan, seed), [&] { kernel(a); });
 
       Error y_error, h_error, c_error, gates_error, cells_error;

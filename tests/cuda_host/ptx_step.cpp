@@ -1,4 +1,4 @@
 // step with what nvcc made of the kernels: the file of environment variable FRNN_PTX.
 #define FRNN_INTERPRETED
-#include "ptx.cpp"
+#include "ptx.h"
 #include "step.cpp"

@@ -6,7 +6,7 @@
 
 #include "device_functions.cuh"
 #include "engine.h"
-#include "ptx.cpp"
+#include "ptx.h"
 
 using namespace fused_rnn;
 using namespace fused_rnn::cuda_host;

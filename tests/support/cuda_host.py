@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
+import functools
 import os
-import shlex
 import shutil
 import subprocess
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from . import compiled
+from .compiled import ROOT, Step
+
 SOURCES = ROOT / "tests" / "cuda_host"
+KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_host"
 
 COMMON = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-DFRNN_CUDA_ON_HOST", f"-I{ROOT / 'csrc'}", f"-I{SOURCES}"]
+# The objects of kernels and of the engine are parts of programs and of a library alike.
+SHARED = ["-fPIC", "-fno-semantic-interposition"]
 # How kernels and test programs are compiled; the engine itself is never instrumented.
 VARIANTS = {
     "plain": ["-O1"],
@@ -31,19 +33,50 @@ VARIANTS = {
 }
 # The exit status of a program in which ThreadSanitizer found a race.
 RACE = 66
+# Programs with the persistent kernels in them, and what those of small sizes (``few_registers``) are compiled without.
+PERSISTENT = ("persistent", "ptx_forward", "ptx_backward")
+ALL_REGISTERS = "-DFRNN_ALL_REGISTERS"
 
 
+@functools.cache
 def build(name: str, variant: str = "plain") -> Path:
-    """The program of tests/cuda_host/<name>.cpp, compiled if a file that it includes is newer."""
-    folder = BUILD / variant
-    folder.mkdir(parents=True, exist_ok=True)
-    engine_flags = ["-O2", "-fno-tree-loop-distribute-patterns"]
-    if variant == "thread":
-        engine_flags.append("-DFRNN_HOST_TSAN")
-    engine = _compile(folder / "engine.o", [*engine_flags, "-c", str(SOURCES / "engine.cpp")])
+    """The program of tests/cuda_host/<name>.cpp, compiled where something that it is made of is not as it was."""
+    flags = VARIANTS[variant]
+    objects = [compile_step(BUILD / variant / f"{name}.o", [*flags, str(SOURCES / f"{name}.cpp")]), engine(variant)]
+    if "ptx" in name:
+        objects.append(compile_step(BUILD / variant / "ptx.o", [*flags, str(SOURCES / "ptx.cpp")]))
+    if name.startswith(PERSISTENT):
+        objects += persistent_kernels(variant, all_registers=name.endswith("_full") or "ptx" in name)
     # Kernels of a program are found by name (ptx.h).
-    arguments = [*VARIANTS[variant], str(SOURCES / f"{name}.cpp"), str(engine), "-rdynamic", "-ldl"]
-    return _compile(folder / name, arguments, [engine])
+    return link(BUILD / variant / name, [*flags, "-rdynamic", "-ldl"], objects)
+
+
+def engine(variant: str = "plain") -> Step:
+    flags = ["-O2", "-fno-tree-loop-distribute-patterns"]
+    if variant == "thread":
+        flags.append("-DFRNN_HOST_TSAN")
+    folder = BUILD / ("thread" if variant == "thread" else "plain")
+    return compile_step(folder / "engine.o", [*flags, str(SOURCES / "engine.cpp")])
+
+
+def persistent_kernels(variant: str = "plain", *, all_registers: bool = False) -> list[Step]:
+    """Objects of all persistent kernels, those of several layers as well."""
+    folder = BUILD / (f"{variant}_full" if all_registers else variant)
+    flags = [*VARIANTS[variant], *([ALL_REGISTERS] if all_registers else []), "-x", "c++"]
+    sources = sorted(KERNELS.glob("persistent_*.cu"))
+    return [compile_step(folder / f"{source.stem}.o", [*flags, str(source)]) for source in sources]
+
+
+def compile_step(result: Path, arguments: list[str]) -> Step:
+    return Step(result, (*compiled.COMPILER, *COMMON, *SHARED, "-c", *arguments))
+
+
+def link(result: Path, arguments: list[str], objects: list[Step]) -> Path:
+    """The program or library of these objects, which are brought up to date first."""
+    compiled.make(objects)
+    inputs = tuple(step.result for step in objects)
+    command = (*compiled.COMPILER, *map(str, inputs), *arguments)
+    return compiled.make([Step(result, command, inputs)])[0]
 
 
 def find_nvcc() -> str | None:
@@ -52,38 +85,13 @@ def find_nvcc() -> str | None:
 
 def translate(source: Path, arch: str = "90a", csrc: Path = ROOT / "csrc", to: str = "ptx") -> Path:
     """What nvcc makes of a CUDA source for one architecture: PTX, or (``to="cubin"``) machine code."""
-    folder = BUILD / "nvcc"
-    folder.mkdir(parents=True, exist_ok=True)
     nvcc = find_nvcc()
     assert nvcc, "nvcc is not there"
     # As in tools/cuda_build.py.
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", f"-{to}"]
-    name = f"{source.stem}.{zlib.crc32(str(csrc).encode()):08x}.{arch}.{to}"
-    return _make(folder / name, [nvcc, *flags, f"-I{csrc}", f"-I{SOURCES}", str(source)])
-
-
-def _compile(result: Path, arguments: list[str], needs: Sequence[Path] = ()) -> Path:
-    return _make(result, [*shlex.split(os.environ.get("CXX", "g++")), *COMMON, *arguments], needs)
-
-
-def _make(result: Path, command: list[str], needs: Sequence[Path] = ()) -> Path:
-    dependencies = Path(f"{result}.d")
-    # Tests may run in several processes.
-    with Path(f"{result}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_current(result, dependencies, needs):
-            command = [*command, "-MMD", "-MF", str(dependencies), "-o", str(result)]
-            process = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert process.returncode == 0, f"{shlex.join(command)}\n{process.stderr}"
-    return result
-
-
-def _is_current(result: Path, dependencies: Path, needs: Sequence[Path]) -> bool:
-    if not result.exists() or not dependencies.exists():
-        return False
-    files = [Path(file) for file in dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()]
-    made = result.stat().st_mtime
-    return all(file.exists() and file.stat().st_mtime <= made for file in [*files, *needs, Path(__file__)])
+    folder = BUILD / "nvcc" / ("" if csrc == ROOT / "csrc" else csrc.parent.name)
+    command = (nvcc, *flags, f"-I{csrc}", f"-I{SOURCES}", str(source))
+    return compiled.make([Step(folder / f"{source.stem}.{arch}.{to}", command)])[0]
 
 
 def run(

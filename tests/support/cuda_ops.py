@@ -10,6 +10,7 @@ import torch
 from torch.utils import cpp_extension
 
 from . import cuda_host
+from .compiled import Step
 
 CSRC = cuda_host.ROOT / "csrc"
 
@@ -20,27 +21,19 @@ def load() -> None:
     import fused_rnn.ops  # noqa: F401  (the schemas are copied from its operators)
 
     folder = cuda_host.BUILD / f"ops-{sysconfig.get_config_var('SOABI')}-torch-{torch.__version__}"
-    folder.mkdir(parents=True, exist_ok=True)
-    shared = ["-fPIC", "-O1"]
-    with_torch = [*shared, "-std=c++20"]
+    with_torch = ["-O1", "-std=c++20"]
     with_torch += [part for path in cpp_extension.include_paths() for part in ("-isystem", path)]
-    objects: list[Path] = []
 
-    def compile(source: Path, flags: list[str]) -> None:
-        objects.append(cuda_host._compile(folder / f"{source.stem}.o", [*flags, "-c", str(source)]))
+    def step(source: Path, name: str, flags: list[str]) -> Step:
+        return cuda_host.compile_step(folder / f"{name}.o", [*flags, str(source)])
 
-    compile(cuda_host.SOURCES / "engine.cpp", ["-fPIC", "-O2", "-fno-tree-loop-distribute-patterns"])
-    compile(cuda_host.SOURCES / "ops_on_host.cpp", with_torch)
-    compile(CSRC / "ops_cuda.cpp", with_torch)
-    for kernels in sorted((CSRC / "cuda").glob("persistent_*.cu")):
-        compile(kernels, [*shared, "-x", "c++"])
-    for name in ("cuda", "cpu"):
-        source = CSRC / name / "plan.cpp"
-        objects.append(cuda_host._compile(folder / f"{name}_plan.o", [*shared, "-c", str(source)]))
+    objects = [
+        step(cuda_host.SOURCES / "ops_on_host.cpp", "ops_on_host", with_torch),
+        step(CSRC / "ops_cuda.cpp", "ops_cuda", with_torch),
+        *cuda_host.persistent_kernels(),
+        *(step(CSRC / name / "plan.cpp", f"{name}_plan", ["-O1"]) for name in ("cuda", "cpu")),
+        cuda_host.engine(),
+    ]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    library = cuda_host._compile(
-        folder / "ops.so",
-        ["-shared", *map(str, objects), *libraries, "-lc10", "-ltorch", "-ltorch_cpu"],
-        objects,
-    )
-    torch.ops.load_library(str(library))
+    libraries += ["-lc10", "-ltorch", "-ltorch_cpu"]
+    torch.ops.load_library(str(cuda_host.link(folder / "ops.so", ["-shared", *libraries], objects)))
