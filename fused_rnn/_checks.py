@@ -115,8 +115,8 @@ _param_specs: dict[Settings, tuple[ParamSpec, ...]] = {}
 
 def param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
     """Name and shape of every parameter, in the order of the flat list."""
-    if torch.compiler.is_compiling():
-        # The dictionary changes with every layer, and what is compiled would be compiled again.
+    if torch.compiler.is_compiling() or any(type(size) is not int for size in settings[:3]):
+        # The dictionary changes with every layer, and what is compiled would be compiled again; symbols have no hash.
         return _make_param_specs(settings)
     specs = _param_specs.get(settings)
     if specs is None:
