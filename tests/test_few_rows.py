@@ -15,6 +15,7 @@ from support.pairwise import pairwise
 from torch import Tensor, nn
 
 import fused_rnn
+from fused_rnn.reference import CellKind
 
 # Both sides of every count of rows from which they are multiplied in another way, of 4 to 16 lanes, and of every tail.
 LAYER_FACTORS = {
@@ -88,6 +89,28 @@ def test_every_team_gives_the_same_bits(case: Case | CellCase, count: int, threa
         expected = run(module, case.data())
         torch.set_num_threads(count)
         assert_same(run(module, case.data()), expected)
+    finally:
+        _C.set_processors(previous)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("kind", [CellKind.RNN_TANH, CellKind.LSTM, CellKind.GRU], ids=str)
+def test_a_team_shares_weights_that_come_from_memory_and_none_is_woken_for_small_ones(
+    kind: CellKind, backward: bool, threads: None
+) -> None:
+    """One row has next to no arithmetic: what counts is how long the weights take to arrive."""
+    from fused_rnn import _C
+
+    def team(size: int) -> tuple[int, int]:
+        plan = _C.plan(int(kind), 1, 1, None, size, size, size, 1, 0, backward)
+        return plan["threads"], plan["unit_groups"]
+
+    previous = _C.set_processors(2)
+    try:
+        torch.set_num_threads(2)
+        assert team(384) == (2, 2)
+        assert team(32) == (1, 1)
     finally:
         _C.set_processors(previous)
 

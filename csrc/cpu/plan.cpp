@@ -17,6 +17,7 @@ constexpr double fma_per_cycle = 2;            // vector instructions
 constexpr double bytes_per_cycle_l2 = 60;      // streaming packed weights that stay in this core's L2
 constexpr double bytes_per_cycle_shared = 30;  // the same from the shared cache
 constexpr double l2_bytes = 900e3;             // of 1 MiB, the rest being states and gates
+constexpr double bytes_per_cycle_memory = 7;   // weights in place, 27 GB/s, and their gradients
 constexpr double barrier_cycles = 900;         // arrival and wake-up
 constexpr double exchange_cycles = 300;        // the cache misses on one row of the state that others wrote
 constexpr double stream_share = 0.7;           // of the streaming time, what multiplying does not hide, forward
@@ -72,6 +73,17 @@ double step_cycles(const LayerSizes& sizes, double rows, double units, double di
   return directions * (products + gates);
 }
 
+// Cycles for which one thread alone would read the weights in place and, backward, write their gradients, each line of
+// which is read first.
+double in_place_cycles(const LayerSizes& sizes, const Steps& steps, bool backward) {
+  const double stored = sizes.dtype == DType::float64 ? 8 : sizes.dtype == DType::float32 ? 4 : 2;
+  const double rows = gate_count(sizes.kind) * double(sizes.hidden_size) * double(sizes.num_directions);
+  const double once = rows * double(sizes.input_size + sizes.state_size) * stored;
+  const double again = rows * double(sizes.state_size) * stored * double(steps.T - 1);
+  const double touched = once * (backward ? 3 : 1);
+  return (touched + again) / (touched <= l2_bytes ? bytes_per_cycle_shared : bytes_per_cycle_memory);
+}
+
 }  // namespace
 
 int gate_count(CellKind kind) {
@@ -101,6 +113,8 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
   const int64_t D = sizes.num_directions;
   const double T = double(steps.T);
   const double rows = steps.T > 0 ? double(steps.total_rows()) / T : 0;  // of a mean step
+  // Threads with other rows would each read all of the weights.
+  const bool in_place = sizes.hidden_size >= least_units_in_place && reads_weights_in_place(sizes, steps);
   const auto cost = [&](const Plan& plan) {
     const double own_rows = std::max(1.0, double(int64_t(rows / plan.row_groups + 0.999)));
     const double own_units = double(sizes.hidden_size) / plan.unit_groups;
@@ -116,11 +130,10 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
         backward ? gates * (2 * input_size + state_size) + 2 * projection : gates * input_size + projection;
     const double even_cycles = rows * double(D) * even / multiply_adds_per_cycle(sizes.dtype, vector_bytes);
     double total = T * (cycles + even_cycles / plan.threads());
+    if (in_place) total = std::max(total, in_place_cycles(sizes, steps, backward) / plan.threads());
     if (plan.threads() > 1) total += launch_cycles;
     return total / cycles_per_us;
   };
-  // Threads with other rows would each read all of the weights.
-  const bool in_place = sizes.hidden_size >= least_units_in_place && reads_weights_in_place(sizes, steps);
   Plan best;
   best.predicted_us = best.serial_us = cost(best);
   // A team is woken as a whole, so it has either one thread or all of them.
