@@ -15,7 +15,7 @@ from support.pairwise import pairwise
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn.reference import CellKind
+from fused_rnn.settings import CellKind
 
 # Both sides of every count of rows from which they are multiplied in another way, of 4 to 16 lanes, and of every tail.
 LAYER_FACTORS = {
