@@ -4,7 +4,9 @@
 
 #include <ATen/record_function.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "problem.h"
 
@@ -26,12 +28,15 @@ inline std::string describe_layer(const LayerSizes& sizes, const Steps& steps, b
 class Range {
  public:
   template <class Describe>
-  explicit Range(const Describe& describe) : function_(at::RecordScope::USER_SCOPE) {
-    if (function_.isActive()) function_.before(describe());
+  explicit Range(const Describe& describe) {
+    auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE);
+    if (!callbacks) return;
+    function_.emplace(std::move(*callbacks));
+    if (function_->isActive()) function_->before(describe());
   }
 
  private:
-  at::RecordFunction function_;
+  std::optional<at::RecordFunction> function_;
 };
 
 }  // namespace fused_rnn

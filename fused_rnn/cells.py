@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import _checks, functional
-from .settings import CellKind, Settings
+from .settings import CellKind, Settings, cell_settings
 from .twin import HasTwin
 from .weights import ByAttribute
 
@@ -39,7 +39,7 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
         return functional.cell_params(*[getattr(self, name) for name in _NAMES])
 
     def _settings(self, num_params: int) -> Settings:
-        return functional.cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[:num_params])
+        return cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[:num_params])
 
     def _run(self, input: Tensor, hx: Any) -> Any:
         params = self._params()

@@ -44,6 +44,7 @@ from .settings import (
     Controls,
     Settings,
     Steps,
+    cell_settings,
     show_options,
 )
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 # What autocast casts; float64 and complex tensors it leaves alone.
+_LSTM = CellKind.LSTM
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -309,11 +311,6 @@ def _functional_cell(
     return call_cell(cell_settings(kind, input_size, rows // kind.num_gates, names), input, hx, params)
 
 
-def cell_settings(kind: CellKind, input_size: int, hidden_size: int, names: tuple[str, ...]) -> Settings:
-    """Of a cell whose caller has these names for w_ih, w_hh[, b_ih, b_hh]."""
-    return Settings(input_size, hidden_size, hidden_size, kind, len(names) > 2, cell_names=names)
-
-
 def cell_params(w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> list[Any]:
     """Parameters of a cell as a list of four, or of two without biases; a bias missing beside the other is zeros."""
     if b_ih is None and b_hh is None:
@@ -367,7 +364,7 @@ def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], 
             return _call_override(settings, tensors, input, hx, params, steps)
         results = _run_layers(settings, input, hx, params, steps)
     output, h_n, c_n = results
-    return (output, (h_n, c_n)) if settings.kind == CellKind.LSTM else (output, h_n)
+    return (output, (h_n, c_n)) if settings.kind is _LSTM else (output, h_n)
 
 
 def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) -> Any:
@@ -383,7 +380,7 @@ def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) ->
         if _is_overridden(tensors):
             return _call_override(settings, tensors, input, hx, params, EVERY_STEP)
         results = _run_cell(settings, input, hx, params)
-    return results if settings.kind == CellKind.LSTM else results[0]
+    return results if settings.kind is _LSTM else results[0]
 
 
 def _tensors(input: Any, hx: Any, params: Sequence[Any], steps: Steps) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from .settings import (
     LayerOptions,
     Settings,
     StepOptions,
+    new_settings,
     show_options,
 )
 from .twin import HasTwin
@@ -96,7 +97,7 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
         except (KeyError, TypeError):
             raise ValueError(f"mode: expected one of {', '.join(map(repr, _KINDS))}, got {self.mode!r}") from None
         hidden_size = self.hidden_size
-        return Settings(
+        fields = (
             self.input_size,
             hidden_size,
             self.proj_size or hidden_size,
@@ -107,7 +108,9 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             self.batch_first,
             self.recompute,
             self.dropout if self.training else 0.0,
+            (),
         )
+        return new_settings(Settings, fields)
 
     def _params(self) -> list[Tensor]:
         """The parameters as they are now: parametrizations, pruning and ``functional_call`` exchange them."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
 
 
@@ -91,6 +92,9 @@ class Settings(NamedTuple):
         return Settings(input.shape[-1], rows // kind.num_gates, state_size, *values)
 
 
+# Settings from the tuple of all fields: what a small call of a layer feels less than Settings(...).
+new_settings: Callable[[type[Settings], tuple[Any, ...]], Settings] = tuple.__new__
+
 _FIRST_INTEGER = Settings._fields.index("kind")
 _END_OF_INTEGERS = Settings._fields.index("dropout")
 
@@ -100,6 +104,23 @@ INTEGER_SETTINGS = Settings._fields[_FIRST_INTEGER:_END_OF_INTEGERS]
 LAYER_OPTIONS: dict[str, Any] = {name: Settings._field_defaults[name] for name in LayerOptions.__annotations__}
 STEP_OPTIONS: dict[str, Any] = dict.fromkeys(StepOptions.__annotations__)
 CALL_OPTIONS = LAYER_OPTIONS | STEP_OPTIONS
+
+# Every set of sizes in use, a few per model: a cell's step feels the making of a record.
+_of_cells: dict[tuple[Any, ...], Settings] = {}
+
+
+def cell_settings(*cell: Any) -> Settings:
+    """Of a cell: kind, input_size, hidden_size, and the names that its caller has for w_ih, w_hh[, b_ih, b_hh]."""
+    if torch.compiler.is_compiling():  # what changes with every cell is no condition of what is compiled
+        return _make_cell_settings(*cell)
+    settings = _of_cells.get(cell)
+    if settings is None:
+        settings = _of_cells[cell] = _make_cell_settings(*cell)
+    return settings
+
+
+def _make_cell_settings(kind: CellKind, input_size: int, hidden_size: int, names: tuple[str, ...]) -> Settings:
+    return Settings(input_size, hidden_size, hidden_size, kind, len(names) > 2, cell_names=names)
 
 
 class Steps(NamedTuple):

@@ -194,3 +194,15 @@ def test_controls_come_out_of_the_operators_list_as_they_went_in(there: tuple[bo
     assert len(flat) == (3 if any(there) else 0)
     restored = Controls.restore(flat) if flat else Controls()
     assert all(a is b for a, b in zip(restored, given, strict=True))
+
+
+@pytest.mark.parametrize("module", [fused_rnn.LSTM(3, 4, proj_size=2), fused_rnn.GRUCell(3, 4, bias=False)], ids=repr)
+def test_settings_of_modules_have_all_fields_in_their_places(module: Any) -> None:
+    found = module._settings() if isinstance(module, torch.nn.RNNBase) else module._settings(2)
+    sizes = {"input_size": 3, "hidden_size": 4}
+    if isinstance(module, torch.nn.RNNBase):
+        expected = Settings(**sizes, state_size=2, kind=CellKind.LSTM)
+    else:
+        names = ("weight_ih", "weight_hh")
+        expected = Settings(**sizes, state_size=4, kind=CellKind.GRU, bias=False, cell_names=names)
+    assert found == expected and type(found) is Settings
