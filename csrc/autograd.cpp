@@ -93,7 +93,7 @@ struct Constants {
 
   // As they were recorded.
   Constants(AutogradContext* ctx, at::TensorList controls_)
-      : Constants(ctx->saved_data.at("settings").toIntVector(), ctx->saved_data.at("numbers").toDoubleVector(),
+      : Constants(ctx->saved_data.at("settings").toIntVector(), recorded_numbers(ctx),
                   controls_.empty() || !controls_[0].defined() ? at::TensorList() : controls_) {}
 
   void record(AutogradContext* ctx, variable_list saved, size_t place) const {
@@ -102,11 +102,17 @@ struct Constants {
     saved.insert(saved.begin() + place, all.begin(), all.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["settings"] = std::vector<int64_t>(settings.begin(), settings.end());
-    ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
+    if (!numbers.empty()) ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
     ctx->set_materialize_grads(false);
   }
 
   bool has_cell() const { return has_cell_state(CellKind(settings[0])); }
+
+ private:
+  static std::vector<double> recorded_numbers(AutogradContext* ctx) {
+    const auto found = ctx->saved_data.find("numbers");
+    return found == ctx->saved_data.end() ? std::vector<double>() : found->second.toDoubleVector();
+  }
 };
 
 py::object to_python(const Tensor& t) { return t.defined() ? py::cast(t) : py::none(); }
