@@ -5,6 +5,7 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -111,6 +112,14 @@ class Arguments {
   bool usual;
 };
 
+// The operators' Autograd kernels have nothing to do for a call of the usual kind that is not recorded.
+struct BelowAutograd {
+  BelowAutograd() {
+    if (!at::GradMode::is_enabled()) guard.emplace();
+  }
+  std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+};
+
 bool has_kernels_for(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
@@ -148,6 +157,7 @@ PyObject* run_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     ForwardResult result;
     {
       py::gil_scoped_release no_gil;
+      const BelowAutograd below_autograd;
       result = rnn_forward_operator().call(input, h, c, params, {}, record.integers, record.numbers, false);
     }
     return tuple_of({&std::get<0>(result), &std::get<1>(result), &std::get<2>(result)});
@@ -179,6 +189,7 @@ PyObject* run_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
     CellResult result;
     {
       py::gil_scoped_release no_gil;
+      const BelowAutograd below_autograd;
       result = cell_forward_operator().call(input, *h, c, params, record.integers, record.numbers, false);
     }
     return tuple_of({&std::get<0>(result), has_cell ? &std::get<1>(result) : nullptr});

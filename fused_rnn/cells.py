@@ -38,12 +38,14 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
     def _params_by_attribute(self) -> list[Any]:
         return functional.cell_params(*[getattr(self, name) for name in _NAMES])
 
-    def _settings(self, num_params: int) -> Settings:
-        return cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[:num_params])
+    def _settings(self) -> Settings:
+        """Everything a call needs to know but its tensors."""
+        return cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[: len(self._params())])
 
     def _run(self, input: Tensor, hx: Any) -> Any:
         params = self._params()
-        return functional.call_cell(self._settings(len(params)), input, hx, params)
+        settings = cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[: len(params)])
+        return functional.call_cell(settings, input, hx, params)
 
 
 class LSTMCell(_Cell):

@@ -145,8 +145,7 @@ def explain(
         given = [name for name, value in steps.items() if value is not None]
         if given:
             raise TypeError(f"{given[0]}: expected None for a cell, which takes one step")
-        params = module._params()
-        settings = module._settings(len(params))
+        settings, params = module._settings(), module._params()
     else:
         hint = "; fused_rnn.convert makes one" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""
         raise TypeError(f"module: expected a layer or cell of fused_rnn, got a {type(module).__name__}{hint}")

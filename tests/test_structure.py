@@ -198,7 +198,7 @@ def test_controls_come_out_of_the_operators_list_as_they_went_in(there: tuple[bo
 
 @pytest.mark.parametrize("module", [fused_rnn.LSTM(3, 4, proj_size=2), fused_rnn.GRUCell(3, 4, bias=False)], ids=repr)
 def test_settings_of_modules_have_all_fields_in_their_places(module: Any) -> None:
-    found = module._settings() if isinstance(module, torch.nn.RNNBase) else module._settings(2)
+    found = module._settings()
     sizes = {"input_size": 3, "hidden_size": 4}
     if isinstance(module, torch.nn.RNNBase):
         expected = Settings(**sizes, state_size=2, kind=CellKind.LSTM)
