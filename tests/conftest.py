@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -44,6 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("kernels"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of tests and all of PyTorch stay to the end: every full collection would look at them again.
+    gc.freeze()
 
 
 def pytest_report_header() -> str:
