@@ -78,8 +78,8 @@ struct Settings {
 struct Controls {
   OptionalTensor batch_sizes;  // int64 (T) on the CPU: the batch is packed
   OptionalTensor mask;         // bool (T, B): which steps are live
-  OptionalTensor
-      dropout;  // (L - 1, T, B, D * P) or (L - 1, N, D * P): factors of the outputs of all layers but the last
+  // Factors of the outputs of all layers but the last: (L - 1, T, B, D * P) or (L - 1, N, D * P).
+  OptionalTensor dropout;
 
   static constexpr size_t count = 3;
 

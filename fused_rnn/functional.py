@@ -341,9 +341,9 @@ class Call(NamedTuple):
 
 def steps_of(batch_sizes: Tensor | None, given: Mapping[str, Any]) -> Steps:
     """The record of what a caller says of its steps; :data:`EVERY_STEP` itself where that is nothing."""
-    if batch_sizes is None and not given:
-        return EVERY_STEP
     _checks.check_names("this call", given, STEP_OPTIONS)
+    if batch_sizes is None and all(value is None for value in given.values()):
+        return EVERY_STEP
     return Steps(batch_sizes, **given)
 
 

@@ -74,6 +74,11 @@ def test_the_usual_call_takes_the_short_way(case: Case | CellCase, taken: list[b
     assert taken == [True] * 3
 
 
+def test_steps_that_are_not_given_by_name_take_the_short_way_too(taken: list[bool]) -> None:
+    fused_rnn.GRU(3, 4)(torch.zeros(5, 2, 3), lengths=None, mask=None)
+    assert taken == [True]
+
+
 class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
