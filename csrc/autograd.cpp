@@ -57,6 +57,9 @@ bool is_dual(const Tensors&... tensors) {
   return c10::AutogradState::get_tls_state().get_fw_grad_mode() && (any(holds, tensors) || ...);
 }
 
+// Whether no transform, mode or tracer is at work in this thread.
+bool is_plain_mode() { return c10::impl::tls_local_dispatch_key_set().included_ == c10::default_included_set; }
+
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 // Whether this backward pass is the last to read a saved CUDA tensor, which nobody has but the context and its caller.
@@ -91,28 +94,31 @@ struct Constants {
         numbers(numbers_.begin(), numbers_.end()),
         controls(controls_.vec()) {}
 
-  // As they were recorded.
-  Constants(AutogradContext* ctx, at::TensorList controls_)
-      : Constants(ctx->saved_data.at("settings").toIntVector(), recorded_numbers(ctx),
-                  controls_.empty() || !controls_[0].defined() ? at::TensorList() : controls_) {}
-
-  void record(AutogradContext* ctx, variable_list saved, size_t place) const {
-    variable_list all(Controls::count);
-    std::copy(controls.begin(), controls.end(), all.begin());
-    saved.insert(saved.begin() + place, all.begin(), all.end());
+  // With other tensors to save, before the controls.
+  void record(AutogradContext* ctx, variable_list saved) const {
+    saved.insert(saved.end(), controls.begin(), controls.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["settings"] = std::vector<int64_t>(settings.begin(), settings.end());
+    std::vector<int64_t> integers(settings.begin(), settings.end());
+    integers.push_back(int64_t(controls.size()));
+    ctx->saved_data["integers"] = std::move(integers);
     if (!numbers.empty()) ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
     ctx->set_materialize_grads(false);
   }
 
-  bool has_cell() const { return has_cell_state(CellKind(settings[0])); }
-
- private:
-  static std::vector<double> recorded_numbers(AutogradContext* ctx) {
+  // As they were recorded; takes the controls off what was saved.
+  static Constants recorded(AutogradContext* ctx, variable_list& saved) {
+    std::vector<int64_t> integers = ctx->saved_data.at("integers").toIntVector();
+    const auto count = size_t(integers.back());
+    integers.pop_back();
     const auto found = ctx->saved_data.find("numbers");
-    return found == ctx->saved_data.end() ? std::vector<double>() : found->second.toDoubleVector();
+    const std::vector<double> numbers =
+        found == ctx->saved_data.end() ? std::vector<double>() : found->second.toDoubleVector();
+    Constants constants(integers, numbers, at::TensorList(saved).slice(saved.size() - count));
+    saved.resize(saved.size() - count);
+    return constants;
   }
+
+  bool has_cell() const { return has_cell_state(CellKind(settings[0])); }
 };
 
 py::object to_python(const Tensor& t) { return t.defined() ? py::cast(t) : py::none(); }
@@ -207,8 +213,8 @@ class Needs {
 };
 
 // The two kinds of calls. Results are `outputs` that have a gradient, the last of them only for a cell with a cell
-// state, and then what is saved; a backward pass gets the first output and what is saved, `kept` tensors together, and
-// a gradient for each output.
+// state, and then what is saved; a backward pass gets what is saved, for layers the first output before it, `kept`
+// tensors together, and a gradient for each output.
 
 struct Layers {
   using Results = ForwardResult;
@@ -231,9 +237,6 @@ struct Layers {
     return {std::move(output), std::move(h_n), std::move(c_n), std::move(gates), std::move(cells), std::move(hidden)};
   }
   static Results results(const variable_list& r) { return {r[0], r[1], r[2], r[3], r[4], r[5]}; }
-
-  // What a backward pass gets of the first output.
-  static Tensor kept_output(const Tensor& output, Integers) { return output; }
   static constexpr const char* if_changed =
       " A backward pass through a layer needs its output as it was: change a copy of it, output.clone().";
 };
@@ -241,7 +244,7 @@ struct Layers {
 struct Cell {
   using Results = CellResult;
   static constexpr bool is_cell = true;
-  static constexpr size_t outputs = 2, kept = 3;
+  static constexpr size_t outputs = 2, kept = 2;
 
   static Results forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
                          at::TensorList, Integers settings, Numbers numbers, bool save) {
@@ -250,8 +253,8 @@ struct Cell {
   static BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const OptionalTensor& h,
                                  const OptionalTensor& c, at::TensorList params, const Tensor* saved,
                                  const Constants& constants, const c10::List<bool>& needs, bool) {
-    return cell_backward_operator().call(seeds[0], seeds[1], input, *h, c, params, optional(saved[0]), saved[1],
-                                         saved[2], constants.settings, constants.numbers, needs);
+    return cell_backward_operator().call(seeds[0], seeds[1], input, *h, c, params, saved[0], saved[1],
+                                         constants.settings, constants.numbers, needs);
   }
   static variable_list list(Results&& r) {
     auto& [h_next, c_next, gates, cells] = r;
@@ -259,10 +262,6 @@ struct Cell {
   }
   static Results results(const variable_list& r) { return {r[0], r[1], r[2], r[3]}; }
 
-  // Nothing where gates are saved, else a copy: callers change the new state in place, h[done] = 0.
-  static Tensor kept_output(const Tensor& h, Integers settings) {
-    return saved_gate_count(CellKind(settings[0])) > 0 ? Tensor() : h.clone();
-  }
   static constexpr const char* if_changed = "";
 };
 
@@ -274,33 +273,27 @@ variable_list list_of_gradients(BackwardResult&& result) {
   return list;
 }
 
-}  // namespace
-
-// What a forward pass computed, and what of its first output is kept for the backward pass.
+// What a forward pass computed: hidden from apply(), which takes any tensor among its arguments for an input.
 struct Computed {
-  Tensor kept_output;
   variable_list results;
 };
 
-// The names of the two classes are what autograd shows as grad_fn of a result, so they stand outside of the unnamed
-// namespace.
 template <class Call>
-class Gradient : public torch::autograd::Function<Gradient<Call>> {
+class Gradient {
  public:
-  static constexpr bool is_traceable = true;  // by compiled autograd: backward calls operators only
-
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& h,
                                const OptionalTensor& c, at::TensorList params, const Constants& constants,
                                const Computed& computed) {
     const variable_list& results = computed.results;
-    variable_list saved{computed.kept_output};
-    saved.reserve(Call::kept + Controls::count + 3 + params.size());
+    variable_list saved;
+    saved.reserve(Call::kept + 3 + params.size() + constants.controls.size());
+    if (!Call::is_cell) saved.push_back(results[0]);
     saved.insert(saved.end(), results.begin() + Call::outputs, results.end());
     saved.push_back(input);
     saved.push_back(h.value_or(Tensor()));
     saved.push_back(c.value_or(Tensor()));
     saved.insert(saved.end(), params.begin(), params.end());
-    constants.record(ctx, std::move(saved), Call::kept);
+    constants.record(ctx, std::move(saved));
     return {results.begin(), results.begin() + Call::outputs - (constants.has_cell() ? 0 : 1)};
   }
 
@@ -318,15 +311,19 @@ class Gradient : public torch::autograd::Function<Gradient<Call>> {
     } catch (const c10::Error& error) {
       TORCH_CHECK(false, error.what_without_backtrace(), Call::if_changed);
     }
-    const at::ArrayRef<Tensor> all(saved), inputs = all.slice(Call::kept + Controls::count);
-    const Constants constants(ctx, all.slice(Call::kept, Controls::count));
+    const Constants constants = Constants::recorded(ctx, saved);
+    const at::ArrayRef<Tensor> all(saved), inputs = all.slice(Call::kept);
     Needs needs(ctx);
     for (const Tensor& t : inputs) needs.add(t.defined());
     const OptionalTensor seeds[] = {optional(grads[0]), optional(grads[1]), optional(grads.back())};
     const bool reuse_gates = !Call::is_cell && alone && is_last_use(all[1]);
-    variable_list result =
-        list_of_gradients(Call::backward(seeds, inputs[0], optional(inputs[1]), optional(inputs[2]), inputs.slice(3),
-                                         all.data(), constants, needs.list(), reuse_gates));
+    const OptionalTensor h = optional(inputs[1]), c = optional(inputs[2]);
+    // The operator's Autograd kernel has nothing to do for a plain backward pass.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+    if (is_plain_mode() && !at::GradMode::is_enabled() && !is_dual(seeds[0], seeds[1], seeds[2], inputs))
+      below_autograd.emplace();
+    variable_list result = list_of_gradients(
+        Call::backward(seeds, inputs[0], h, c, inputs.slice(3), all.data(), constants, needs.list(), reuse_gates));
     for (size_t i = 0; i < result.size(); ++i)
       if (!needs.values[i]) result[i] = Tensor();
     result.resize(result.size() + 2);  // of the constants and of what was computed
@@ -334,9 +331,8 @@ class Gradient : public torch::autograd::Function<Gradient<Call>> {
   }
 };
 
-// The gradient of a backward pass.
 template <class Call>
-class GradientOfBackward : public torch::autograd::Function<GradientOfBackward<Call>> {
+class GradientOfBackward {
  public:
   static variable_list forward(AutogradContext* ctx, const OptionalTensor& seed0, const OptionalTensor& seed1,
                                const OptionalTensor& seed2, const Tensor& input, const OptionalTensor& h,
@@ -347,7 +343,7 @@ class GradientOfBackward : public torch::autograd::Function<GradientOfBackward<C
     saved.push_back(h.value_or(Tensor()));
     saved.push_back(c.value_or(Tensor()));
     saved.insert(saved.end(), params.begin(), params.end());
-    constants.record(ctx, std::move(saved), 3);
+    constants.record(ctx, std::move(saved));
     c10::List<bool> needed;
     for (const bool value : needs) needed.push_back(value);
     ctx->saved_data["needs"] = needed;
@@ -364,11 +360,10 @@ class GradientOfBackward : public torch::autograd::Function<GradientOfBackward<C
 
  private:
   static variable_list backward_of_one(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const at::ArrayRef<Tensor> all(saved), seeds = all.slice(0, 3), controls = all.slice(3, Controls::count),
-                                           inputs = all.slice(3 + Controls::count);
+    variable_list saved = ctx->get_saved_variables();
+    const Constants constants = Constants::recorded(ctx, saved);
+    const at::ArrayRef<Tensor> all(saved), seeds = all.slice(0, 3), inputs = all.slice(3);
     const c10::List<bool> needed = ctx->saved_data["needs"].toBoolList();
-    const Constants constants(ctx, controls);
     variable_list result;
     {
       py::gil_scoped_acquire gil;
@@ -384,6 +379,19 @@ class GradientOfBackward : public torch::autograd::Function<GradientOfBackward<C
   }
 };
 
+}  // namespace
+
+// What autograd shows as grad_fn of a result, and spells out for every pass: short, and outside of the unnamed
+// namespace.
+struct RnnGradient : Gradient<Layers>, torch::autograd::Function<RnnGradient> {
+  static constexpr bool is_traceable = true;  // by compiled autograd: backward calls operators only
+};
+struct CellGradient : Gradient<Cell>, torch::autograd::Function<CellGradient> {
+  static constexpr bool is_traceable = true;
+};
+struct RnnSecondGradient : GradientOfBackward<Layers>, torch::autograd::Function<RnnSecondGradient> {};
+struct CellSecondGradient : GradientOfBackward<Cell>, torch::autograd::Function<CellSecondGradient> {};
+
 namespace {
 
 Tensor nothing_like(const Tensor& t) { return at::empty({0}, t.options()); }
@@ -398,8 +406,8 @@ typename Call::Results forward(const Tensor& input, const OptionalTensor& h, con
     return Call::forward(input, h, c, params, controls, settings, numbers, saves);
   };
   if (!dual && !is_recorded(input, h, c, params)) return compute(save);
-  Computed computed;
-  variable_list& results = computed.results = Call::list(compute(save || !dual));
+  Computed computed{Call::list(compute(save || !dual))};
+  variable_list& results = computed.results;
   const Constants constants(settings, numbers, controls);
   if (dual) {
     py::gil_scoped_acquire gil;
@@ -409,12 +417,9 @@ typename Call::Results forward(const Tensor& input, const OptionalTensor& h, con
     return Call::results(results);
   }
   {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    computed.kept_output = Call::kept_output(results[0], settings);
-  }
-  {
     const Recording recording;
-    const variable_list recorded = Gradient<Call>::apply(input, h, c, params, constants, computed);
+    using Gradient = std::conditional_t<Call::is_cell, CellGradient, RnnGradient>;
+    const variable_list recorded = Gradient::apply(input, h, c, params, constants, computed);
     std::copy(recorded.begin(), recorded.end(), results.begin());
   }
   if (!save) {
@@ -497,8 +502,8 @@ BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const 
     gradients = list_of_gradients(std::move(result));
     const std::vector<bool> needed(needs.begin(), needs.end());
     const Recording recording;
-    gradients =
-        GradientOfBackward<Call>::apply(seeds[0], seeds[1], last, input, h, c, params, constants, needed, gradients);
+    using SecondGradient = std::conditional_t<Call::is_cell, CellSecondGradient, RnnSecondGradient>;
+    gradients = SecondGradient::apply(seeds[0], seeds[1], last, input, h, c, params, constants, needed, gradients);
   }
   return {gradients[0], gradients[1], gradients[2], {gradients.begin() + 3, gradients.end()}};
 }
@@ -526,11 +531,10 @@ CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTens
 }
 
 BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
-                             const Tensor& h, const OptionalTensor& c, at::TensorList params,
-                             const OptionalTensor& h_next, const Tensor& gates, const Tensor& cells, Integers settings,
-                             Numbers numbers, const c10::List<bool>& needs) {
+                             const Tensor& h, const OptionalTensor& c, at::TensorList params, const Tensor& gates,
+                             const Tensor& cells, Integers settings, Numbers numbers, const c10::List<bool>& needs) {
   const OptionalTensor seeds[] = {grad_h, grad_c};
-  const Tensor saved[] = {h_next.value_or(Tensor()), gates, cells};
+  const Tensor saved[] = {gates, cells};
   return backward<Cell>(seeds, input, h, c, params, saved, Constants(settings, numbers, {}), needs, false);
 }
 

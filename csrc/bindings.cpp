@@ -274,6 +274,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa_used", [] { return std::string(kernels().isa); }, "The instruction set that runs.");
   m.def("set_isa", &set_isa, py::arg("name"), "Switches the instruction set; returns the name of the one before.");
   m.def("integer_settings", &Settings::integer_names, "Names of the settings that operators take, in their order.");
+  m.attr("operators_version") = operators_version;
   m.def("test_activation", &test_activation, py::arg("name"), py::arg("x"), py::arg("bfloat16") = false,
         "tanh or sigmoid as the kernels compute it, or those of a layer in bfloat16, which may be rougher.");
   m.def(

@@ -55,6 +55,7 @@ class Arguments {
     record.hidden_size = item(1);
     record.state_size = item(2);
     for (size_t i = 0; i < count; ++i) record.integers.push_back(item(3 + i));
+    record.integers.push_back(operators_version);
     if (record.integers[0] < 0 || record.integers[0] > int64_t(CellKind::gru)) {
       usual = false;
       record.integers[0] = 0;
@@ -181,7 +182,7 @@ PyObject* run_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const std::vector<Tensor> params = read.list(args[3]);
   if (!read.usual || params.size() < 2 || !record.fits(params[1])) return decline();
   if (!h) {
-    h = at::zeros({input.size(0), record.state_size}, input.options());
+    h = make_zeros({input.size(0), record.state_size}, input.options());
     if (has_cell) c = h;
   }
   if (h->dim() != 2) return decline();

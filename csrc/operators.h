@@ -9,6 +9,7 @@
 //   forward(layer), backward(layer)
 //   one_matrix                         whether x, y and their gradients must be matrices of N rows at one distance
 //   adds_into_grad_x                   whether the directions of a layer add into grad_x, which then holds zeros
+//   copy(to, from)                     of one size, both contiguous
 //   masks_in_kernels                   whether steps may have a mask; the others get the packed batch of its live steps
 //   wavefronts                         whether it may run several layers at once; with
 //     layers_at_once(sizes, layers, steps, backward)     how many of so many equal layers
@@ -382,8 +383,8 @@ inline Tensor front(const Tensor& t, int64_t rows) {
 // Memory (entries, room, ...) of what a call saves for `rows` rows an entry, which stand at its front. The rest has
 // defined contents, because the operator returns it; and all of it where kernels skip masked steps.
 inline Tensor saved_rows(at::IntArrayRef shape, const at::TensorOptions& options, int64_t rows, bool skips) {
-  if (skips) return at::zeros(shape, options);
-  const Tensor t = at::empty(shape, options);
+  if (skips) return make_zeros(shape, options);
+  const Tensor t = make_empty(shape, options);
   if (shape[1] > rows) {
     const int64_t used = t.numel() / shape[1] * rows;
     t.view(-1).narrow(0, used, t.numel() - used).zero_();
@@ -399,10 +400,10 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
   const int64_t saved = saved_gate_count(stack.kind());
   const bool has_cell = has_cell_state(stack.kind()), carries = stack.mask.defined();
   const bool recompute = stack.settings.recompute;
-  const Tensor h_n = at::empty({L * D, B, P}, options);
-  const Tensor c_n = at::empty(has_cell ? std::vector<int64_t>{L * D, B, H} : std::vector<int64_t>{0}, options);
+  const Tensor h_n = make_empty({L * D, B, P}, options);
+  const Tensor c_n = make_empty(has_cell ? std::vector<int64_t>{L * D, B, H} : std::vector<int64_t>{0}, options);
   const auto sums = options.dtype(accumulation_dtype(stack.input));
-  const auto nothing = [](const at::TensorOptions& o) { return at::empty({0}, o); };
+  const auto nothing = [](const at::TensorOptions& o) { return make_empty({0}, o); };
   Tensor all_gates = nothing(options), all_cells = nothing(sums), all_hidden = nothing(options);
   if (save && !recompute && saved > 0) all_gates = saved_rows({L * D, room, saved, H}, options, N, carries);
   if (save && has_cell) all_cells = saved_rows({L * D, room, H}, sums, N, carries);
@@ -415,7 +416,7 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
   if (kept > 0) all_hidden = saved_rows({kept, room, D * P}, options, N, save && carries);
   const Tensor gates = front(all_gates, N), cells = front(all_cells, N), hidden = front(all_hidden, N);
   // Where kernels carry states over masked steps, those are not the output.
-  Tensor output = carries && N > 0 ? Tensor() : at::empty(stack.output_shape(), options);
+  Tensor output = carries && N > 0 ? Tensor() : make_empty(stack.output_shape(), options);
   const auto result = [&] {
     return ForwardResult(output, stack.with_idle(h_n, stack.h0), has_cell ? stack.with_idle(c_n, stack.c0) : c_n,
                          all_gates, all_cells, save ? all_hidden : nothing(options));
@@ -502,12 +503,12 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   const bool carries = stack.mask.defined();
   const auto options = stack.input.options();
   const auto make = [&](bool needed, at::IntArrayRef shape) {
-    return needed ? (N == 0 ? at::zeros(shape, options) : at::empty(shape, options)) : at::empty({0}, options);
+    return needed ? (N == 0 ? make_zeros(shape, options) : make_empty(shape, options)) : make_empty({0}, options);
   };
   const auto make_rows = [&](at::IntArrayRef shape) {
-    return (D > 1 && Backend::adds_into_grad_x) || N == 0 ? at::zeros(shape, options) : at::empty(shape, options);
+    return (D > 1 && Backend::adds_into_grad_x) || N == 0 ? make_zeros(shape, options) : make_empty(shape, options);
   };
-  const Tensor grad_input = needs[0] ? make_rows(stack.input.sizes()) : at::empty({0}, options);
+  const Tensor grad_input = needs[0] ? make_rows(stack.input.sizes()) : make_empty({0}, options);
   const Tensor grad_h0 = make(needs[1] && stack.h0.defined(), {L * D, B, P});
   const Tensor grad_c0 = make(needs[2] && stack.c0.defined() && has_cell_state(stack.kind()), {L * D, B, H});
   std::vector<Tensor> grad_params;
@@ -719,15 +720,15 @@ CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTens
   Backend backend(input);
   const Step step(input, h, c, params, Settings::restore(settings, numbers));
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;
-  const int64_t saved = save ? saved_gate_count(step.sizes.kind) : 0;
-  const bool has_cell = has_cell_state(step.sizes.kind);
+  const int64_t values = saved_gate_count(step.sizes.kind), saved = save ? values : 0;
+  const bool has_cell = has_cell_state(step.sizes.kind), saves_state = save && values == 0;
   const auto options = step.input.options();
-  const Tensor h_next = at::empty({B, H}, options);
+  const Tensor h_next = make_empty({B, H}, options);
   // An operator must not return one tensor twice, so each that is empty is its own.
-  const Tensor c_next = has_cell ? at::empty({B, H}, options) : at::empty({0}, options);
-  const Tensor gates = saved > 0 ? at::empty({1, B, saved, H}, options) : at::empty({0}, options);
-  const Tensor cells = save && has_cell ? at::empty({1, B, H}, options.dtype(accumulation_dtype(input)))
-                                        : at::empty({0}, options.dtype(accumulation_dtype(input)));
+  const Tensor c_next = has_cell ? make_empty({B, H}, options) : make_empty({0}, options);
+  const Tensor gates = save ? make_empty({1, B, saves_state ? 1 : values, H}, options) : make_empty({0}, options);
+  const Tensor cells = save && has_cell ? make_empty({1, B, H}, options.dtype(accumulation_dtype(input)))
+                                        : make_empty({0}, options.dtype(accumulation_dtype(input)));
   if (B > 0) {
     LayerForward layer;
     layer.sizes = step.sizes;
@@ -744,15 +745,15 @@ CellResult cell_forward(const Tensor& input, const Tensor& h, const OptionalTens
     if (saved > 0) dir.gates = gates.mutable_data_ptr();
     if (save && has_cell) dir.cells = cells.mutable_data_ptr();
     backend.forward(layer);
+    if (saves_state) backend.copy(gates, h_next);
   }
   return {h_next, c_next, gates, cells};
 }
 
 template <class Backend>
 BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
-                             const Tensor& h, const OptionalTensor& c, at::TensorList given,
-                             const OptionalTensor& h_next, const Tensor& gates, const Tensor& cells, Integers settings,
-                             Numbers numbers, const c10::List<bool>& needs) {
+                             const Tensor& h, const OptionalTensor& c, at::TensorList given, const Tensor& gates,
+                             const Tensor& cells, Integers settings, Numbers numbers, const c10::List<bool>& needs) {
   Backend backend(input);
   const Step step(input, h, c, given, Settings::restore(settings, numbers));
   const int64_t B = step.steps.B, H = step.sizes.hidden_size;
@@ -760,13 +761,9 @@ BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
   const size_t params = step.b_ih.defined() ? 4 : 2;
   TORCH_CHECK(needs.size() == 3 + params, "needs: expected ", 3 + params, " values, got ", needs.size());
   const int64_t saved = saved_gate_count(step.sizes.kind);
-  // Where gates are saved nobody reads it, and any tensor of its shape will do.
-  TORCH_CHECK(h_next || saved > 0, "h_next: expected a tensor, for a cell that saves no gates");
-  if (h_next) check_like(*h_next, step.input, {B, H}, "h_next");
   const int64_t none = 0;
   const at::IntArrayRef nothing(none);
-  check_saved(gates, step.input, saved > 0 ? at::IntArrayRef{1, B, saved, H} : nothing, step.input.scalar_type(),
-              "gates");
+  check_saved(gates, step.input, {1, B, std::max<int64_t>(saved, 1), H}, step.input.scalar_type(), "gates");
   check_saved(cells, step.input, has_cell ? at::IntArrayRef{1, B, H} : nothing, accumulation_dtype(step.input),
               "cells");
   const auto seed = [&](const OptionalTensor& t, const char* name) {
@@ -775,12 +772,11 @@ BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
     return t->contiguous();
   };
   TORCH_CHECK(has_cell || !grad_c, "grad_c: expected none without a cell state");
-  const Tensor seed_h = seed(grad_h, "grad_h"), seed_c = seed(grad_c, "grad_c"),
-               y = h_next ? h_next->contiguous() : step.h;
+  const Tensor seed_h = seed(grad_h, "grad_h"), seed_c = seed(grad_c, "grad_c");
   const auto options = step.input.options();
   const auto make = [&](bool needed, const Tensor& like) {
-    if (!needed || !like.defined()) return at::empty({0}, options);
-    return B > 0 ? at::empty(like.sizes(), options) : at::zeros(like.sizes(), options);
+    if (!needed || !like.defined()) return make_empty({0}, options);
+    return B > 0 ? make_empty(like.sizes(), options) : make_zeros(like.sizes(), options);
   };
   const Tensor grad_input = make(needs[0], step.input), grad_h0 = make(needs[1], step.h);
   const Tensor grad_c0 = make(needs[2], step.c);
@@ -795,14 +791,16 @@ BackwardResult cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
     layer.steps = step.steps;
     const Tensor x = rows_for<Backend>(step.input);
     layer.x = Step::sequence(x);
-    layer.y = Step::sequence(y);
+    // Where gates are saved no kernel reads the new state, and they stand for it.
+    layer.y.data = const_cast<void*>(gates.const_data_ptr());
+    layer.y.batch_stride = H;
     if (seed_h.defined()) layer.grad_y = Step::sequence(seed_h);
     if (needs[0]) layer.grad_x = Step::sequence(grad_input);
     DirectionBackward& dir = layer.direction[0];
     dir.weights = step.weights();
     dir.h0 = step.h.const_data_ptr();
     dir.c0 = data_or_null(step.c);
-    dir.gates = gates.const_data_ptr();
+    if (saved > 0) dir.gates = gates.const_data_ptr();
     dir.cells = cells.const_data_ptr();
     dir.grad_c_n = data_or_null(seed_c);
     const auto target = [](const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };

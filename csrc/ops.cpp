@@ -32,6 +32,9 @@ struct Cpu {
   static constexpr bool masks_in_kernels = false;
   static constexpr bool wavefronts = false;
   explicit Cpu(const Tensor&) {}
+  static void copy(const Tensor& to, const Tensor& from) {
+    std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), to.nbytes());
+  }
   void forward(const LayerForward& layer) { run_layer(layer, kernels().forward, false); }
   void backward(const LayerBackward& layer) { run_layer(layer, kernels().backward, true); }
 };
@@ -56,7 +59,7 @@ TORCH_LIBRARY(fused_rnn, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor input, Tensor h, Tensor? c, Tensor[] params, "
-      "Tensor? h_next, Tensor gates, Tensor cells, int[] settings, float[] numbers, bool[] needs) "
+      "Tensor gates, Tensor cells, int[] settings, float[] numbers, bool[] needs) "
       "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
       {at::Tag::pt2_compliant_tag});
 }

@@ -2,10 +2,12 @@
 // torch.compile see every call. Schemas stand in ops.cpp.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -35,8 +37,8 @@ using CellForward = CellResult(const Tensor& input, const Tensor& h, const Optio
                                Integers settings, Numbers numbers, bool save);
 using CellBackward = BackwardResult(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
                                     const Tensor& h, const OptionalTensor& c, at::TensorList params,
-                                    const OptionalTensor& h_next, const Tensor& gates, const Tensor& cells,
-                                    Integers settings, Numbers numbers, const c10::List<bool>& needs);
+                                    const Tensor& gates, const Tensor& cells, Integers settings, Numbers numbers,
+                                    const c10::List<bool>& needs);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
@@ -58,6 +60,18 @@ inline const c10::TypedOperatorHandle<CellForward>& cell_forward_operator() {
 inline const c10::TypedOperatorHandle<CellBackward>& cell_backward_operator() {
   static const auto handle = operator_named<CellBackward>("fused_rnn::cell_backward");
   return handle;
+}
+
+// at::empty, and at::zeros, for the CPU without the dispatcher, whose way a small call would notice.
+inline Tensor make_empty(at::IntArrayRef shape, const at::TensorOptions& options) {
+  if (!options.device().is_cpu()) return at::empty(shape, options);
+  return Tensor(at::detail::empty_cpu(shape, c10::typeMetaToScalarType(options.dtype())));
+}
+inline Tensor make_zeros(at::IntArrayRef shape, const at::TensorOptions& options) {
+  if (!options.device().is_cpu()) return at::zeros(shape, options);
+  const Tensor t = make_empty(shape, options);
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, t.nbytes());
+  return t;
 }
 
 // Whether a transform of torch.func is at work.

@@ -179,6 +179,7 @@ class Cuda {
     sum_size_ = int64_t(c10::elementSize(sum_dtype_));
   }
 
+  static void copy(const Tensor& to, const Tensor& from) { to.copy_(from.view(to.sizes())); }
   int64_t layers_at_once(const LayerSizes& sizes, int64_t layers, const Steps& steps, bool backward) const {
     return cuda_wavefront(sizes, layers, steps, stream_.device(), backward, tf32_).layers;
   }

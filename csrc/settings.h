@@ -17,6 +17,11 @@ namespace fused_rnn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Stands last in the list of integers, and so in every compiled or exported program: what PyTorch's caches and files
+// keep of an operator is its name and its arguments, and calls of another version must not look the same. To be raised
+// with every change of a schema, or of what an operator computes (tests/test_operators.py).
+inline constexpr int64_t operators_version = 2;
+
 struct Settings {
   CellKind kind = CellKind::lstm;
   bool has_biases = true;
@@ -33,6 +38,7 @@ struct Settings {
   Integers integers() const {
     Integers list;
     each_integer(*this, [&](const char*, const auto& field, int64_t, int64_t) { list.push_back(int64_t(field)); });
+    list.push_back(operators_version);
     return list;
   }
   // No setting is a real number yet.
@@ -41,6 +47,10 @@ struct Settings {
   static Settings restore(at::IntArrayRef integers, at::ArrayRef<double> numbers) {
     Settings settings;
     size_t next = 0;
+    TORCH_CHECK(!integers.empty() && integers.back() == operators_version, "settings: expected those of version ",
+                operators_version, " of the operators, got ", integers,
+                ": compile or export the model again with this version of fused_rnn");
+    integers = integers.slice(0, integers.size() - 1);
     each_integer(settings, [&](const char* name, auto& field, int64_t least, int64_t most) {
       TORCH_CHECK(next < integers.size(), "settings: ", name, " is missing, got ", integers.size(), " values");
       const int64_t value = integers[next++];

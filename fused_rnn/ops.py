@@ -17,7 +17,8 @@ step.
 ``rnn_backward``          gradients of input, h0, c0 and params; (0,) for those that ``needs`` does not ask for. With
                           ``reuse_gates`` it may write over ``gates``, which its schema does not say (as PyTorch's own
                           for cuDNN with its reserve): only for a tensor that nobody reads afterwards
-``cell_forward``          one step: h (B, H), c (B, H) or (0,), gates (1, B, S, H), cells (1, B, H)
+``cell_forward``          one step: h (B, H), c (B, H) or (0,), gates (1, B, S, H), cells (1, B, H); gates of a cell
+                          that saves none (S = 0) are (1, B, 1, H), a copy of h, which callers change in place
 ``cell_backward``         its gradients
 ========================= =============================================================================================
 
@@ -511,7 +512,7 @@ def _(input, h, c, params, integers, numbers, save):  # type: ignore[no-untyped-
     _check_devices(input, h=h, c=c, params=params)
     B, H = h.shape
     has_cell = settings.kind == CellKind.LSTM
-    saved = _NUM_SAVED[settings.kind] if save else 0
+    saved = max(_NUM_SAVED[settings.kind], 1) if save else 0
     return (
         h.new_empty(B, H),
         h.new_empty((B, H) if has_cell else 0),
@@ -522,10 +523,10 @@ def _(input, h, c, params, integers, numbers, save):  # type: ignore[no-untyped-
 
 @torch.library.register_fake("fused_rnn::cell_backward")
 def _(  # type: ignore[no-untyped-def]
-    grad_h, grad_c, input, h, c, params, h_next, gates, cells, integers, numbers, needs,
+    grad_h, grad_c, input, h, c, params, gates, cells, integers, numbers, needs,
 ):  # fmt: skip
     gradients = {"grad_h": grad_h, "grad_c": grad_c}
-    _check_devices(input, **gradients, h=h, c=c, params=params, h_next=h_next, gates=gates, cells=cells)
+    _check_devices(input, **gradients, h=h, c=c, params=params, gates=gates, cells=cells)
     return (
         _gradient_like(input, input, needs[0]),
         _gradient_like(input, h, needs[1]),
@@ -575,6 +576,6 @@ def _(  # type: ignore[no-untyped-def]
 
 @register_flop_formula(torch.ops.fused_rnn.cell_backward)
 def _(  # type: ignore[no-untyped-def]
-    grad_h, grad_c, input, h, c, params, h_next, gates, cells, integers, numbers, needs, *_, **__,
+    grad_h, grad_c, input, h, c, params, gates, cells, integers, numbers, needs, *_, **__,
 ):  # fmt: skip
     return _backward_flops(input, params, gates, integers, needs)

@@ -18,6 +18,9 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
+# csrc/settings.h
+OPERATORS_VERSION = 2
+
 
 class CellKind(IntEnum):
     """Which cell a layer repeats; the values are those of the enumeration in ``csrc/problem.h``."""
@@ -81,14 +84,19 @@ class Settings(NamedTuple):
     def flatten(self) -> tuple[list[int], list[float]]:
         """The arguments ``settings`` and ``numbers`` of the operators."""
         values: Any = self[_FIRST_INTEGER:_END_OF_INTEGERS]
-        return [int(value) for value in values], []
+        return [*map(int, values), OPERATORS_VERSION], []
 
     @staticmethod
     def restore(integers: Sequence[int], numbers: Sequence[float], input: Tensor, params: Sequence[Tensor]) -> Settings:
         """The settings that :meth:`flatten` made lists of; sizes are those of the tensors."""
+        if integers[-1] != OPERATORS_VERSION:
+            raise ValueError(
+                f"settings: expected those of version {OPERATORS_VERSION} of the operators, got {list(integers)}: "
+                "compile or export the model again with this version of fused_rnn"
+            )
         kind = CellKind(integers[0])
         rows, state_size = params[1].shape
-        values: Any = (kind, *integers[1:])
+        values: Any = (kind, *integers[1:-1])
         return Settings(input.shape[-1], rows // kind.num_gates, state_size, *values)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import fused_rnn
+from fused_rnn import settings
 
 pytestmark = pytest.mark.kernels
 
@@ -58,6 +60,36 @@ def test_every_registered_operator_is_known_here() -> None:
         if name.startswith("fused_rnn::")
     }
     assert registered == set(NAMES)
+
+
+def test_the_version_rises_with_every_change_of_a_schema() -> None:
+    """PyTorch keeps compiled programs on disk under the operators' names and arguments. One that this version of the
+    schemas cannot run must not be found by it: a new digest belongs to a new OPERATORS_VERSION, here and in
+    csrc/settings.h."""
+    schemas = "\n".join(str(getattr(torch.ops.fused_rnn, name).default._schema) for name in NAMES)
+    digests = {2: "91f25e30f6ddf1f1b348abe33ab170a9da92bc94dcc9dc5fe42ad006d1610767"}
+    assert digests == {settings.OPERATORS_VERSION: hashlib.sha256(schemas.encode()).hexdigest()}
+
+
+def test_programs_of_another_version_are_refused_by_name() -> None:
+    layer, x = fused_rnn.LSTM(3, 4), torch.randn(5, 2, 3)
+    seen: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(node.args for node in graph.graph.nodes if node.target is torch.ops.fused_rnn.rnn_forward.default)
+        return graph
+
+    torch.compile(layer, backend=backend)(x)
+    (args,) = seen
+    assert args[5][-1] == settings.OPERATORS_VERSION  # so that what is compiled is found by this version alone
+    older = [*args[5][:-1], settings.OPERATORS_VERSION - 1]
+    params = list(layer.parameters())
+    for device in ("cpu", "meta"):
+        arguments = [t.to(device) for t in params]
+        with pytest.raises(
+            (RuntimeError, ValueError), match=r"^settings: expected those of version .* compile or export"
+        ):
+            torch.ops.fused_rnn.rnn_forward(x.to(device), None, None, arguments, [], older, [], False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -146,6 +146,7 @@ def test_both_sides_have_the_same_settings_in_the_same_order() -> None:
     from fused_rnn import _C
 
     assert tuple(_C.integer_settings()) == INTEGER_SETTINGS
+    assert _C.operators_version == settings.OPERATORS_VERSION
 
 
 @pytest.mark.kernels

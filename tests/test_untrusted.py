@@ -36,6 +36,7 @@ def test_every_argument_of_every_operator_is_checked(calls: str) -> None:
 
 LARGE = """
 import torch, fused_rnn
+from fused_rnn.settings import OPERATORS_VERSION
 ops = torch.ops.fused_rnn
 x = torch.zeros(5, 2, 3)
 one, none = torch.zeros(1), torch.zeros(0)
@@ -47,12 +48,14 @@ def params(G, H, I, P=None):
     return [giant(G * H, I), giant(G * H, P or H), giant(G * H), giant(G * H)]
 
 def forward(input, params, controls=(), settings=(2, 1, 1, 0, 0, 0), h0=None, c0=None, save=False):
-    return ops.rnn_forward(input, h0, c0, params, list(controls), list(settings), [], save)
+    return ops.rnn_forward(input, h0, c0, params, list(controls), [*settings, OPERATORS_VERSION], [], save)
 
 def step(input, h, c, params, kind):
-    return ops.cell_forward(input, h, c, params, [kind, 1, 1, 0, 0, 0], [], True)
+    return ops.cell_forward(input, h, c, params, [kind, 1, 1, 0, 0, 0, OPERATORS_VERSION], [], True)
 
 small = params(4, 4, 3)
+forward(x, small)  # what all calls below would be but for their size
+step(x[0], torch.zeros(2, 4), torch.zeros(2, 4), small, 2)
 calls = {
     "layers": lambda: forward(x, small, settings=(2, 1, 2**62 + 1, 0, 0, 0)),
     "layers of a power": lambda: forward(x, small, settings=(2, 1, 2**62, 0, 0, 0)),
