@@ -67,10 +67,13 @@ def test_large_recurrent_weights_match_float64(cell: str, batch: int, steps: int
     assert_within(run(case.build(fused_rnn), case.data()), reference(case))
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 768), (torch.bfloat16, 1056)], ids=str)
 @pytest.mark.parametrize("batch", [3, 16, 17])
-def test_weight_gradients_that_go_past_the_caches_match_float64(batch: int, isa: str) -> None:
-    """More than 16 MiB of weights, in whole vectors."""
-    case = CellCase(input_size=768, hidden_size=768, batch=batch)
+def test_weight_gradients_that_go_past_the_caches_match_float64(
+    batch: int, dtype: torch.dtype, size: int, isa: str
+) -> None:
+    """More than 16 MiB of weights, in whole lines."""
+    case = CellCase(input_size=size, hidden_size=size, batch=batch, dtype=dtype)
     assert_within(run(case.build(fused_rnn), case.data()), reference(case))
 
 

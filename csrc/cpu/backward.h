@@ -99,8 +99,8 @@ class BackwardPass {
     A* grad_hidden;  // (B, unit_stride) gradient of h before its projection
     A* tile;         // (chunk_rows, padded I): the gradient of the input before it is stored
     E* transposed;   // (rows_together, depth)
-    A* results;      // (tile_rows, widest weight gradient): those that are not summed elsewhere
-    A* block;        // of product_of_columns
+    A* results;      // (rows_at_once, widest weight gradient): those that are not summed elsewhere
+    E* block;        // of product_of_columns
     const E** a_rows;
     const S** b_rows;
   };
@@ -136,10 +136,11 @@ class BackwardPass {
                                         : chunk_rows_ * own_input_columns());
       t.transposed = layout.take<E>(rows_together * depth_);
       const int64_t widest = I_ > longest ? I_ : longest;
-      t.results = layout.take<A>(tile_rows<Columns::NV>() * Columns::padded_columns(widest));
-      t.block = layout.take<A>(packs_ ? 0 : column_block_elements<A>);
-      t.a_rows = layout.take<const E*>(2 * chunk_rows_ > longest ? 2 * chunk_rows_ : longest);
-      const int64_t b_rows = chunk_rows_ > G * H_ ? chunk_rows_ : G * H_;
+      t.results = layout.take<A>(rows_at_once<E, Columns::NV>() * Columns::padded_columns(widest));
+      t.block = layout.take<E>(packs_ ? 0 : column_block_elements<E>);
+      const int64_t a_rows = 2 * most_operand_rows();
+      t.a_rows = layout.take<const E*>(a_rows > longest ? a_rows : longest);
+      const int64_t b_rows = most_operand_rows() > G * H_ ? most_operand_rows() : G * H_;
       t.b_rows = layout.take<const S*>(b_rows > P_ ? b_rows : P_);
       if (threads_) threads_[i] = t;
     }
@@ -150,11 +151,12 @@ class BackwardPass {
     if (!result) return w;
     w.result = result;
     w.stride = Columns::padded_columns(N);
-    const size_t elements = Columns::elements(chunk_rows_, N);
+    const size_t elements = Columns::elements(most_operand_rows(), N);
     w.operand = layout.take<E>(int64_t(elements));
     if (one_chunk_ && elements * sizeof(E) <= most_operand_bytes) {
       w.past_caches = chunk_rows_ <= most_rows_past_caches &&
-                      G * H_ * (I_ + P_) * int64_t(sizeof(S)) > past_caches_bytes && N % width == 0 &&
+                      G * H_ * (I_ + P_) * int64_t(sizeof(S)) > past_caches_bytes &&
+                      N * int64_t(sizeof(S)) % FRNN_VECTOR_BYTES == 0 &&
                       reinterpret_cast<uintptr_t>(result) % FRNN_VECTOR_BYTES == 0;
       return w;
     }
@@ -167,6 +169,9 @@ class BackwardPass {
     w.sums = layout.take<A>(M * w.stride);
     return w;
   }
+
+  // A chunk's rows as the depth of a product, for which zeros may stand behind them.
+  int64_t most_operand_rows() const { return round_up(chunk_rows_, width * Operand<E>::group); }
 
   // Whether anything wants gradients of a state before some step.
   bool wants_state(int d) const { return T_ > 1 || layer_.direction[d].grad_h0; }
@@ -351,12 +356,17 @@ class BackwardPass {
   // c (+)= rows of gate gradients times columns of a weight that is not packed; N: all of its columns.
   void multiply_in_place(int64_t rows, const E* grads, const void* weight, const GateGrads& order, int64_t N,
                          Share panels, A* c, int64_t c_stride, bool accumulate, ThreadScratch& mine) {
-    if constexpr (std::is_same_v<E, A>) {
-      const A** a_block = mine.a_rows + rows;
-      for (int64_t r = 0; r < rows; ++r) mine.a_rows[r] = grads + r * grad_stride_ + order.first * H_;
-      for (int j = 0; j < G; ++j) {
-        product_of_columns<A>(rows, H_, mine.a_rows, j * H_, rows_of<S>(weight) + order.gate[j] * H_ * N, N,
-                              panels.begin, panels.end, c, c_stride, accumulate || j > 0, mine.block, a_block);
+    const E** a_block = mine.a_rows + rows;
+    for (int64_t r = 0; r < rows; ++r) mine.a_rows[r] = grads + r * grad_stride_ + order.first * H_;
+    for (int j = 0; j < G; ++j) {
+      const S* b = rows_of<S>(weight) + order.gate[j] * H_ * N;
+      const bool adds = accumulate || j > 0;
+      if constexpr (packs_as_it_goes<E>) {
+        packed_product_of_columns<E>(rows, H_, mine.a_rows, j * H_, b, N, panels.begin, panels.end, c, c_stride, adds,
+                                     mine.block, a_block, mine.b_rows);
+      } else {
+        product_of_columns<A>(rows, H_, mine.a_rows, j * H_, b, N, panels.begin, panels.end, c, c_stride, adds,
+                              mine.block, a_block);
       }
     }
   }
@@ -509,10 +519,11 @@ class BackwardPass {
   // The B operands of the weight gradients: the chunk's inputs, previous states and unprojected states.
   void pack_operands(int d, int64_t begin, int64_t end, int thread, ThreadScratch& mine) {
     const DirectionScratch& s = direction_[d];
-    const int64_t K = chunk_row(d, begin, end);
+    const int64_t K = chunk_row(d, begin, end), depth = depth_of_product<E>(K);
     const auto pack_shared = [&](E* operand, int64_t N, auto rows) {
       const Share share(Columns::count(N), thread, plan_.threads());
-      for (int64_t p = share.begin; p < share.end; ++p) pack_columns<E>(rows, K, N, p, operand);
+      for (int64_t row = K; row < depth; ++row) rows[row] = nullptr;
+      for (int64_t p = share.begin; p < share.end; ++p) pack_columns<E>(rows, depth, N, p, operand);
     };
     if (s.ih.result) {
       const Sequence& x = layer_.x;
@@ -579,7 +590,7 @@ class BackwardPass {
     if (!w.result) return;
     const int64_t count = rows.end - rows.begin;
     for (int64_t m = 0; m < count; ++m) mine.a_rows[m] = mine.transposed + m * depth_;
-    const ColumnPanels<E> b{w.operand, K, N};
+    const ColumnPanels<E> b{w.operand, depth_of_product<E>(K), N};
     if (!w.sums) return write_outer_product(w, b, N, first_row + rows.begin, count, mine);
     product_columns<E>(count, mine.a_rows, b, 0, Columns::count(N), w.sums + (first_row + rows.begin) * w.stride,
                        w.stride, begun);
@@ -589,7 +600,7 @@ class BackwardPass {
   // that memory is written in order.
   void write_outer_product(const WeightGradient& w, const ColumnPanels<E>& b, int64_t N, int64_t first, int64_t count,
                            ThreadScratch& mine) {
-    constexpr int64_t most = tile_rows<Columns::NV>();
+    constexpr int64_t most = rows_at_once<E, Columns::NV>();
     const bool directly = std::is_same_v<S, A> && w.stride == N && !w.past_caches;
     for (int64_t m = 0; m < count; m += most) {
       const int64_t rows = count - m < most ? count - m : most;
@@ -605,6 +616,13 @@ class BackwardPass {
     if constexpr (std::is_same_v<S, A>) {
       if (past_caches) {
         for (int64_t i = 0; i < n; i += width) Simd<A>::store_past_caches(dst + i, Simd<A>::load(src + i));
+        return;
+      }
+    }
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      if (past_caches) {
+        for (int64_t i = 0; i < n; i += 2 * width)
+          Simd<A>::store_past_caches(dst + i, Simd<A>::load(src + i), Simd<A>::load(src + i + width));
         return;
       }
     }

@@ -139,9 +139,7 @@ class ForwardPass {
       if (n > own_rows_) own_rows_ = n;
     }
     const int64_t all = layer_.steps.total_rows();
-    // Weights in bfloat16 that were packed for an earlier call are multiplied in less time than it takes to read them.
-    const bool finds_packed = layer_.inference && std::is_same_v<E, BFloat16> && all > most_rows_in_place_of_any_steps;
-    packs_ = finds_packed || !reads_weights_in_place(layer_.sizes, layer_.steps);
+    packs_ = !reads_weights_in_place(layer_.sizes, layer_.steps);
     const int64_t weight_bytes = panels_ * panel_columns * (I_ + P_) * int64_t(sizeof(E));
     const int64_t chunk_bytes =
         weight_bytes > large_weight_bytes ? large_projection_chunk_bytes : projection_chunk_bytes;
@@ -205,6 +203,7 @@ class ForwardPass {
     A* state_sums;  // (own_rows, P padded): the projection of h
     E* x;           // (chunk_rows, x_stride) inputs, where they are not multiplied in their storage type
     LaneScratch<A> lanes;
+    E* panel;  // one of a weight, where it is packed as it goes
     const E** x_rows;
     const E** state_rows[2];
     const E** hidden_rows;
@@ -241,6 +240,8 @@ class ForwardPass {
       t.state_sums = layout.take<A>(projects_ ? own_rows_ * ColumnPanels<E>::padded_columns(P_) : 0);
       t.x = layout.take<E>(converts_x ? chunk_rows_ * x_stride() : 0);
       lay_out_lanes(layout, t.lanes);
+      const bool as_it_goes = !packs_ && packs_as_it_goes<E> && chunk_rows_ >= least_rows_in_lanes<A>;
+      t.panel = layout.take<E>(as_it_goes ? padded_depth<E>(I_ > P_ ? I_ : P_) * panel_columns : 0);
       t.x_rows = layout.take<const E*>(chunk_rows_);
       for (const E**& rows : t.state_rows) rows = layout.take<const E*>(own_rows_);
       t.hidden_rows = layout.take<const E*>(projects_ ? own_rows_ : 0);
@@ -250,7 +251,7 @@ class ForwardPass {
 
   void lay_out_lanes(Layout& layout, LaneScratch<A>& lanes) {
     const int64_t longest = I_ > P_ ? I_ : P_;
-    const bool needed = !packs_ && chunk_rows_ >= least_rows_in_lanes<A>;
+    const bool needed = !packs_ && chunk_rows_ >= least_rows_in_lanes<A> && !packs_as_it_goes<E>;
     lanes.rows = layout.take<A>(needed ? LaneScratch<A>::row_elements(chunk_rows_, longest) : 0);
     lanes.weights = layout.take<A>(needed && sizeof(S) != sizeof(A) ? width * (round_up(longest, width) + 16) : 0);
     lanes.sums = layout.take<A>(needed ? LaneScratch<A>::sum_elements(chunk_rows_) : 0);
@@ -369,8 +370,8 @@ class ForwardPass {
       DirectionScratch& s = direction_[d];
       for (int64_t p = share.begin; p < share.end; ++p) {
         if (packs_ && matrices) {
-          pack_panel(w.w_ih, I_, p, s.w_ih);
-          pack_panel(w.w_hh, P_, p, s.w_hh);
+          pack_panel(w.w_ih, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
+          pack_panel(w.w_hh, P_, p, s.w_hh + p * padded_depth<E>(P_) * panel_columns);
         }
         pack_bias<Cell, S, U>(w, H_, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
       }
@@ -382,8 +383,7 @@ class ForwardPass {
     }
   }
 
-  void pack_panel(const void* w, int64_t K, int64_t p, E* packed) {
-    E* panel = packed + p * padded_depth<E>(K) * panel_columns;
+  void pack_panel(const void* w, int64_t K, int64_t p, E* panel) {
     if (is_narrow(p)) {
       pack_gates<E, G, 1>(rows_of<S>(w), H_, K, p * U, panel);
     } else {
@@ -494,7 +494,26 @@ class ForwardPass {
 
   // Rows that will be multiplied in lanes go where product_in_lanes finds them.
   void spread_over_lanes(int64_t rows, int64_t K, const E* const* a, const ThreadScratch& mine) {
-    if (!packs_ && rows >= least_rows_in_lanes<A>) pack_transposed<A>(a, rows, K, mine.lanes.rows);
+    if constexpr (!packs_as_it_goes<E>) {
+      if (!packs_ && rows >= least_rows_in_lanes<A>) pack_transposed<A>(a, rows, K, mine.lanes.rows);
+    }
+  }
+
+  // c = rows times panels [p, p + count) of a weight, which stand from `panel` on, plus an addend.
+  template <int apart>
+  FRNN_INLINE void multiply_packed(int64_t rows, int64_t K, const E* const* a, const E* panel, int64_t p, int64_t count,
+                                   A* c, int64_t c_stride, Addend<A> addend, const E* then) {
+    const int64_t stride = padded_depth<E>(K) * panel_columns;
+    if constexpr (U == 2) {
+      if (is_narrow(p + count - 1)) {
+        const int64_t wide = count - 1, column = wide * panel_columns;
+        const E* last = panel + wide * stride;
+        product<E, NV>(rows, K, a, panel, wide, stride, c, c_stride, addend, last);
+        addend.from += column;
+        return product<E, NV / 2>(rows, K, a, last, 1, stride, c + column, c_stride, addend, then);
+      }
+    }
+    product<E, NV, apart>(rows, K, a, panel, count, stride, c, c_stride, addend, then);
   }
 
   // c = rows times panels [p, p + count) of a weight, packed or not, plus an addend.
@@ -502,25 +521,17 @@ class ForwardPass {
   FRNN_INLINE void multiply_panels(const ThreadScratch& mine, int64_t rows, int64_t K, const E* const* a,
                                    const E* packed, const void* weight, int64_t p, int64_t count, A* c,
                                    int64_t c_stride, Addend<A> addend, const E* then) {
-    if (packs_) {
-      const int64_t stride = padded_depth<E>(K) * panel_columns;
-      const E* panel = packed + p * stride;
-      if constexpr (U == 2) {
-        if (is_narrow(p + count - 1)) {
-          const int64_t wide = count - 1, column = wide * panel_columns;
-          const E* last = panel + wide * stride;
-          product<E, NV>(rows, K, a, panel, wide, stride, c, c_stride, addend, last);
-          addend.from += column;
-          return product<E, NV / 2>(rows, K, a, last, 1, stride, c + column, c_stride, addend, then);
-        }
-      }
-      return product<E, NV, apart>(rows, K, a, panel, count, stride, c, c_stride, addend, then);
-    }
+    if (packs_)
+      return multiply_packed<apart>(rows, K, a, packed + p * padded_depth<E>(K) * panel_columns, p, count, c, c_stride,
+                                    addend, then);
     const S* w = rows_of<S>(weight);
     for (int64_t q = 0; q < count; ++q) {
       const int64_t column = q * panel_columns;
       const Addend<A> here{addend.from + column, addend.stride, apart > 0 ? addend.apart + column : nullptr};
-      if (rows >= least_rows_in_lanes<A>) {
+      if (packs_as_it_goes<E> && rows >= least_rows_in_lanes<A>) {
+        pack_panel(weight, K, p + q, mine.panel);
+        multiply_packed<apart>(rows, K, a, mine.panel, p + q, 1, c + column, c_stride, here, nullptr);
+      } else if (rows >= least_rows_in_lanes<A>) {
         product_in_lanes<A, G, U, apart>(rows, K, w, H_, p + q, c + column, c_stride, here, mine.lanes);
       } else {
         product_by_dots<E, G, U, apart>(rows, K, a, w, H_, p + q, c + column, c_stride, here);

@@ -16,6 +16,12 @@ namespace FRNN_ISA {
 template <class A>
 inline constexpr int64_t least_rows_in_lanes = Simd<A>::width;
 
+// Where an instruction multiplies pairs of k, and so wants the weight in an order of its own, more rows than dot
+// products take are worth that order: a panel of the weight at a time, which is in the second-level cache until it is
+// multiplied, and in no memory.
+template <class E>
+inline constexpr bool packs_as_it_goes = Operand<E>::group > 1;
+
 // Rows (null: none) of K numbers as columns: panels of a K x N matrix as ColumnPanels describes them.
 template <class A, class S>
 void pack_transposed(const S* const* row, int64_t N, int64_t K, A* data) {
@@ -170,12 +176,45 @@ void product_by_dots(int64_t rows, int64_t K, const E* const* a, const S* w, int
   }
 }
 
+// The same where an instruction multiplies pairs of k: the block is packed for it. Its sums are added to C, so it is as
+// deep as the second-level cache allows.
+inline constexpr int64_t rows_of_packed_block = 512;
+
+template <class E, class S>
+void packed_product_of_columns(int64_t rows, int64_t K, const E* const* a, int64_t a_first, const S* b, int64_t N,
+                               int64_t first, int64_t last, typename Operand<E>::Acc* c, int64_t c_stride,
+                               bool accumulate, E* block, const E** a_block, const S** b_block) {
+  using P = ColumnPanels<E>;
+  using A = typename Operand<E>::Acc;
+  constexpr int64_t columns = P::NV * P::width;
+  if (rows <= 0) return;
+  for (int64_t k = 0; k < K; k += rows_of_packed_block) {
+    const int64_t depth = K - k < rows_of_packed_block ? K - k : rows_of_packed_block;
+    for (int64_t r = 0; r < rows; ++r) a_block[r] = a[r] + a_first + k;
+    for (int64_t i = 0; i < depth; ++i) b_block[i] = b + (k + i) * N;
+    for (int64_t p = first; p < last; ++p) {
+      pack_column_panel<E>(b_block, depth, N, p, block);
+      A* target = c + (p - first) * columns;
+      const Addend<A> addend =
+          accumulate || k > 0 ? Addend<A>{target, c_stride, nullptr} : Addend<A>{nullptr, 0, nullptr};
+      const int64_t vectors = (N - p * columns + P::width - 1) / P::width;
+      switch (vectors) {
+        case 1: product<E, 1>(rows, depth, a_block, block, 1, 0, target, c_stride, addend); break;
+        case 2: product<E, 2>(rows, depth, a_block, block, 1, 0, target, c_stride, addend); break;
+        case 3: product<E, 3>(rows, depth, a_block, block, 1, 0, target, c_stride, addend); break;
+        default: product<E, 4>(rows, depth, a_block, block, 1, 0, target, c_stride, addend); break;
+      }
+    }
+  }
+}
+
 // Rows of a weight that product_of_columns takes together. Their part of one panel is copied into the first-level cache
 // for all rows that it is multiplied with: in place, rows of a power of two would share its sets.
 inline constexpr int64_t rows_of_block = 64;
 
-template <class A>
-inline constexpr int64_t column_block_elements = rows_of_block * ColumnPanels<A>::NV * Simd<A>::width;
+template <class E>
+inline constexpr int64_t column_block_elements =
+    (packs_as_it_goes<E> ? rows_of_packed_block : rows_of_block) * ColumnPanels<E>::NV * ColumnPanels<E>::width;
 
 // C = A B, or C + A B, for column panels [first, last) of B, which stands as K x N; c points at the first of them. Row
 // r of A begins at a[r] + a_first. block: of column_block_elements; a_block: of as many pointers as there are rows.

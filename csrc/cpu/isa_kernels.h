@@ -25,9 +25,10 @@ bool run_forward(const LayerForward& layer, const Plan& plan) {
 
 template <class Cell, class S>
 bool run_backward(const LayerBackward& layer, const Plan& plan) {
-  // In place weights are multiplied in the accumulation type whatever they are stored in.
-  using InPlace = BackwardPass<Cell, S, typename Accumulator<S>::type>;
-  if (InPlace::in_place(layer)) return InPlace(layer, plan).run();
+  // In place, few rows are multiplied in the accumulation type whatever the weights are stored in.
+  using A = typename Accumulator<S>::type;
+  using InPlace = BackwardPass<Cell, S, A>;
+  if (InPlace::in_place(layer) && layer.steps.total_rows() < least_rows_in_lanes<A>) return InPlace(layer, plan).run();
   return BackwardPass<Cell, S, typename ProductElement<S>::type>(layer, plan).run();
 }
 

@@ -207,12 +207,11 @@ FRNN_INLINE __m512i paired(__m512i row, __m512i below) {
 
 // Panel p of the K x N matrix whose rows begin at row[k] (null: a row of zeros).
 template <class E, class S>
-void pack_columns(const S* const* row, int64_t K, int64_t N, int64_t p, E* data) {
+void pack_column_panel(const S* const* row, int64_t K, int64_t N, int64_t p, E* panel) {
   using P = ColumnPanels<E>;
   using A = typename Operand<E>::Acc;
   constexpr int width = P::width;
   constexpr int group = Operand<E>::group;
-  E* panel = data + p * P::panel_stride(K);
   const int64_t first = p * P::NV * width;
   const int64_t vectors = (N - first + width - 1) / width < P::NV ? (N - first + width - 1) / width : P::NV;
   int64_t v = 0;
@@ -221,7 +220,9 @@ void pack_columns(const S* const* row, int64_t K, int64_t N, int64_t p, E* data)
     for (; N - first - v * width >= 2 * width && v + 2 <= vectors; v += 2) {
       E* dst = panel + v * width * group;
       const auto load_row = [&](int64_t k) __attribute__((always_inline)) {
-        return k < K && row[k] ? load_bytes<__m512i>(row[k] + first + v * width) : __m512i{};
+        if (k >= K || !row[k]) return __m512i{};
+        __builtin_prefetch(row[k] + first + (v + P::NV) * width, 0, 2);  // of the next panel
+        return load_bytes<__m512i>(row[k] + first + v * width);
       };
       for (int64_t k = 0; k < K; k += group) {
         const __m512i above = load_row(k), below = load_row(k + 1);
@@ -256,6 +257,12 @@ void pack_columns(const S* const* row, int64_t K, int64_t N, int64_t p, E* data)
       }
     }
   }
+}
+
+// The same where it stands among all panels.
+template <class E, class S>
+void pack_columns(const S* const* row, int64_t K, int64_t N, int64_t p, E* data) {
+  pack_column_panel<E>(row, K, N, p, data + p * ColumnPanels<E>::panel_stride(K));
 }
 
 // dst[m * dst_stride + k] = src[k * src_stride + m], m < M, k < K. dst rows are padded to whole vectors of words.

@@ -27,12 +27,13 @@ constexpr double launch_cycles = 14000;        // waking the other threads of th
 // Where weights are read in place, which saves reading, writing and reading them once more. Every step reads w_hh anew,
 // from memory where it is large and packing it costs much, otherwise from a cache, from which packed panels come
 // faster: with 4 steps both take the same time, with 8 only large weights gain (0.6 to 0.95 of the time). The gain ends
-// at some 256 rows over all steps, beside whose products packing is no cost, and small layers have none. bfloat16 is
-// multiplied in float32 in place, and packed by an instruction that does twice as much: 16 rows gain, 32 only with
-// large weights, 128 lose (docs/performance.md).
+// at some 256 rows over all steps, beside whose products packing is no cost, and small layers have none. bfloat16,
+// where an instruction multiplies it, is packed a panel at a time as it goes, and anew for every step: one step takes
+// 0.5 to 0.95 of the time, four 0.9 to 1.9, and products pass so fast that small weights gain nothing
+// (docs/performance.md).
 constexpr int64_t most_rows_in_place = 256;
-constexpr int64_t most_bfloat16_rows_in_place = 16;
-constexpr int64_t most_bfloat16_rows_of_large_in_place = 64;
+constexpr int64_t most_bfloat16_steps_in_place = 2;
+constexpr int64_t least_bfloat16_elements_in_place = 1 << 17;
 constexpr int64_t most_steps_in_place = 4;
 constexpr int64_t most_steps_of_large_in_place = 8;
 constexpr int64_t large_recurrent_elements = 1 << 20;
@@ -102,11 +103,11 @@ bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps) {
   const int64_t rows = steps.total_rows();
   if (rows <= most_rows_in_place_of_any_steps) return true;
   if (sizes.hidden_size < least_units_in_place) return false;
-  const bool large = gate_count(sizes.kind) * sizes.hidden_size * sizes.state_size >= large_recurrent_elements;
-  const int64_t most_rows = sizes.dtype != DType::bfloat16 ? most_rows_in_place
-                            : large                        ? most_bfloat16_rows_of_large_in_place
-                                                           : most_bfloat16_rows_in_place;
-  return rows <= most_rows && steps.T <= (large ? most_steps_of_large_in_place : most_steps_in_place);
+  if (rows > most_rows_in_place) return false;
+  const int64_t elements = gate_count(sizes.kind) * sizes.hidden_size * sizes.state_size;
+  if (sizes.dtype == DType::bfloat16)
+    return elements >= least_bfloat16_elements_in_place && steps.T <= most_bfloat16_steps_in_place;
+  return steps.T <= (elements >= large_recurrent_elements ? most_steps_of_large_in_place : most_steps_in_place);
 }
 
 Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward) {

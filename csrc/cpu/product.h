@@ -86,6 +86,28 @@ constexpr int tile_rows() {
 #endif
 }
 
+// Rows that product() takes together: those of one pass over a panel.
+template <class E, int NV>
+constexpr int rows_at_once() {
+#if defined(FRNN_TILES)
+  if (std::is_same_v<E, BFloat16>) return int(2 * tile_height);
+#endif
+  return tile_rows<NV>();
+}
+
+// The depth, K or a little more, in which a product of packed operands is computed best: k past K hold zeros. A matrix
+// tile takes 32 k at most and a multiple of two, and the last of unequal ones would have to be copied.
+template <class E>
+constexpr int64_t depth_of_product(int64_t K) {
+#if defined(FRNN_TILES)
+  if (std::is_same_v<E, BFloat16>) {
+    const int64_t even = 2 * ((K + tile_depth - 1) / tile_depth);
+    return even > 0 ? (K + even - 1) / even * even : 0;
+  }
+#endif
+  return K;
+}
+
 // Panels that a tile of few rows takes at once, so that there are accumulators enough (8 or more) to hide the latency
 // of the multiply-add.
 template <int MR, int NV>

@@ -118,6 +118,17 @@ struct Simd {
 #endif
   }
 
+  // Two vectors to a line of bfloat16, to which p is aligned, past the caches.
+  static FRNN_INLINE void store_past_caches(BFloat16* p, V v, V next) {
+#if FRNN_VECTOR_BYTES == 64
+    const __m512i line = _mm512_castsi256_si512((__m256i)to_bfloat16(v));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_inserti64x4(line, (__m256i)to_bfloat16(next), 1));
+#else
+    store(p, v);
+    store(p + width, next);
+#endif
+  }
+
   // v as it reads back after it was stored as T.
   template <class T>
   static FRNN_INLINE V rounded(V v) {

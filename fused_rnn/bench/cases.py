@@ -73,7 +73,7 @@ TABLE = (
     Shape("call", 64, 1, 256, 256, single_step=True),
     # More weights than caches keep, each used by a few rows: reading them, and writing their gradients, is the limit.
     Shape("call", 3, 1, 1024, 1024, single_step=True),
-    Shape("call", 64, 1, 1024, 1024, single_step=True),
+    Shape("call", 64, 1, 1024, 1024, single_step=True, dtypes=("float32", "bfloat16")),
     Shape("call", 3, 1, 1536, 1024),
     Shape("call", 32, 1, 1536, 1024),
 )

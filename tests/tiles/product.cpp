@@ -1,6 +1,6 @@
 // The product on tiles against the sums written down, on emulated tiles, so that it runs on any processor:
-// every number of vectors in a panel, odd sizes of K and of rows, nothing added, a bias, what stood there, or rows of
-// their own with the last vector of a panel apart.
+// every number of vectors in a panel, odd sizes of K and of rows, rows anywhere and at one distance, nothing added, a
+// bias, what stood there, or rows of their own with the last vector of a panel apart.
 // Values are small integers, with which every order of summation gives the same float32. Exits with 1 at a difference.
 #define FRNN_ISA isa_tiles
 #include <cstdio>
@@ -35,18 +35,20 @@ constexpr float untouched = 12345;
 enum class Form { nothing, bias, accumulate, apart };
 
 template <int NV, int NA>
-int check(int64_t rows, int64_t K, int64_t panels, Form form) {
+int check(int64_t rows, int64_t K, int64_t panels, Form form, bool regular) {
   constexpr int64_t columns = NV * 16;
   const int64_t padded = (K + 1) / 2 * 2, panel_stride = padded * columns, c_stride = panels * columns + 5;
   const BFloat16 nan{0x7fc0};
   // Behind the last panel, and in the row's padding, stands what must not be read.
   std::vector<BFloat16> b(size_t(panels * panel_stride + 4096), nan);
-  std::vector<std::vector<BFloat16>> a(static_cast<size_t>(rows));
+  const int64_t distance = K + 7;
+  std::vector<BFloat16> all(size_t(rows * distance), nan);
   std::vector<const BFloat16*> a_rows;
-  for (auto& row : a) {
-    row.assign(size_t(K + 64), nan);
-    for (int64_t k = 0; k < K; ++k) row[size_t(k)] = small_integer();
-    a_rows.push_back(row.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    // In the order of memory, or every second row at the place of the one before or behind it.
+    const int64_t place = regular || (r ^ 1) >= rows ? r : r ^ 1;
+    for (int64_t k = 0; k < K; ++k) all[size_t(place * distance + k)] = small_integer();
+    a_rows.push_back(all.data() + place * distance);
   }
   const auto weight = [&](int64_t p, int64_t k, int64_t n) -> BFloat16& {
     return b[size_t(p * panel_stride + k / 2 * 2 * columns + n * 2 + k % 2)];
@@ -82,12 +84,12 @@ int check(int64_t rows, int64_t K, int64_t panels, Form form) {
           expected = own[size_t(r) * width + size_t(n)];
         }
         for (int64_t k = 0; k < K; ++k)
-          expected += value_of(a[size_t(r)][size_t(k)]) * value_of(weight(n / columns, k, n % columns));
+          expected += value_of(a_rows[size_t(r)][k]) * value_of(weight(n / columns, k, n % columns));
       }
       const float found = c[size_t(r * c_stride + n)];
       if (found != expected) {
-        std::printf("NV %d NA %d rows %ld K %ld panels %ld form %d: row %ld column %ld: %g, expected %g\n", NV, NA,
-                    long(rows), long(K), long(panels), int(form), long(r), long(n), double(found), double(expected));
+        std::printf("NV %d NA %d rows %ld K %ld panels %ld form %d regular %d: row %ld column %ld: %g, expected %g\n", NV, NA,
+                    long(rows), long(K), long(panels), int(form), int(regular), long(r), long(n), double(found), double(expected));
         return 1;
       }
     }
@@ -97,14 +99,16 @@ int check(int64_t rows, int64_t K, int64_t panels, Form form) {
 
 template <int NV>
 int check_all(int& count) {
-  for (const int64_t rows : {1, 2, 15, 16, 17, 33, 48}) {
-    for (const int64_t K : {1, 2, 7, 31, 32, 33, 63, 64, 65, 130}) {
+  for (const int64_t rows : {1, 2, 15, 16, 17, 32, 33, 48}) {
+    for (const int64_t K : {1, 2, 7, 12, 31, 32, 33, 34, 48, 63, 64, 65, 130}) {
       for (const int64_t panels : {1, 3}) {
-        for (const Form form : {Form::nothing, Form::bias, Form::accumulate}) {
-          if (check<NV, 0>(rows, K, panels, form)) return 1;
+        for (const bool regular : {false, true}) {
+          for (const Form form : {Form::nothing, Form::bias, Form::accumulate}) {
+            if (check<NV, 0>(rows, K, panels, form, regular)) return 1;
+          }
+          if (check<NV, 1>(rows, K, panels, Form::apart, regular)) return 1;
+          count += 4;
         }
-        if (check<NV, 1>(rows, K, panels, Form::apart)) return 1;
-        count += 4;
       }
     }
   }
