@@ -105,10 +105,12 @@ class TileRows {
     if (!regular) stride_ = 0;
   }
 
+  FRNN_HOST_DEVICE bool few() const { return count_ < tile_height; }
+
   template <int r>
   FRNN_HOST_DEVICE void load(int64_t k, int64_t depth, bool whole, BFloat16* copy) const {
     if (stride_ != 0 && whole) return load_a<r>(rows_[0] + k, stride_ * int64_t(sizeof(BFloat16)));
-    if (!whole || count_ < tile_height) memset(copy, 0, size_t(tile_height * tile_depth) * sizeof(BFloat16));
+    if (!whole) memset(copy, 0, size_t(tile_height * tile_depth) * sizeof(BFloat16));
     for (int64_t i = 0; i < count_; ++i) memcpy(copy + i * tile_depth, rows_[i] + k, size_t(depth) * sizeof(BFloat16));
     load_a<r>(copy, tile_depth * int64_t(sizeof(BFloat16)));
   }
@@ -132,6 +134,9 @@ template <int R, int C, int first, int NV>
 FRNN_HOST_DEVICE void sum_tiles(int64_t K, int64_t step, const TileRows* rows, TilePanel<NV> b, float* sums,
                                 int64_t sums_stride) {
   alignas(64) BFloat16 copies[R][tile_height * tile_depth];
+  for (int r = 0; r < R; ++r) {
+    if (rows[r].few()) memset(copies[r], 0, sizeof copies[r]);  // what rows that do not exist keep
+  }
   constexpr int64_t columns = TilePanel<NV>::columns;
   each_tile<R * C>([&](auto i) __attribute__((always_inline)) { clear_sums<decltype(i)::value>(); });
   for (int64_t k = 0; k < K; k += step) {

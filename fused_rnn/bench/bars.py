@@ -119,6 +119,7 @@ def _per_cell(name: str, required: tuple[float, float, float], **options: Any) -
 
 _INFERENCE = _cases(part="table", mode="inference", group="large,small")
 _CALLS = ("B1 T1 I8 H8", "B1 I8 H8 cell")
+_FEW_ROWS = "B64 I256 H256 cell,B3 I1024 H1024 cell,B64 I1024 H1024 cell,B3 T1 I1536 H1024,B32 T1 I1536 H1024"
 
 BARS: tuple[Bar, ...] = (
     Bar("inference, best peer / fused, each", 1.0, ratio_to_best, _INFERENCE, noise=0.03),
@@ -150,7 +151,7 @@ BARS: tuple[Bar, ...] = (
             f"bfloat16 {mode}, torch.nn / fused, each",
             required,
             quantity=ratio_to_torch,
-            where=_cases(part="table", mode=mode, dtype="bfloat16"),
+            where=_cases(part="table", mode=mode, dtype="bfloat16", group="large,small"),
         )
     ),
     *(
@@ -160,6 +161,15 @@ BARS: tuple[Bar, ...] = (
             ("a cell's step", _cases(mode="inference", shape_name=_CALLS[1])),
             ("tiny call, forward and backward", _cases(mode="training", shape_name=_CALLS[0])),
         )
+    ),
+    *(
+        Bar(
+            f"few rows, large weights, {mode}, torch.nn / fused, each",
+            1.0,
+            ratio_to_torch,
+            _cases(mode=mode, dtype="float32,bfloat16", shape_name=_FEW_ROWS),
+        )
+        for mode in ("inference", "training")
     ),
     *(
         Bar(f"sweeps, {mode}, torch.nn / fused, each", 0.95, ratio_to_torch, _cases(part="sweeps", mode=mode))
