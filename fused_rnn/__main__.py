@@ -1,4 +1,4 @@
-"""Command line: `python -m fused_rnn info | check | bench`, each with options of its own (`... info --help`)."""
+"""Command line: `python -m fused_rnn info | check | bench | demo`, each with options of its own (`... info --help`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "info": "versions, how fused_rnn was built, instruction sets, threads, CUDA; what is off and why",
     "check": "compare the kernels with the reference on this machine",
     "bench": "time the kernels against torch.nn on this machine",
+    "demo": "list the examples, or run one",
 }
 
 

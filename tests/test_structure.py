@@ -129,7 +129,7 @@ def test_every_module_of_the_library_imports_only_from_below() -> None:
 
 
 def test_every_module_is_of_the_library_or_a_program() -> None:
-    programs = {"__main__", "info", "check", "bench"}
+    programs = {"__main__", "info", "check", "bench", "demo"}
     assert {module.split(".")[0] for module in imports()} == LIBRARY | programs
 
 

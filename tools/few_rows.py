@@ -74,10 +74,8 @@ def main() -> None:
                 cells = [getattr(package, f"{kind}Cell")(inputs, units).to(dtype) for package in (torch.nn, fused_rnn)]
                 for mode, pair in enumerate(zip(*(calls_of(cell, rows, dtype) for cell in cells), strict=True)):
                     found[mode].append(f"{ratio(*pair):.2f}")
-            print(
-                f"I{inputs} H{units} B{rows}: training {', '.join(found[0])}; inference {', '.join(found[1])}",
-                flush=True,
-            )
+            training, inference = (", ".join(ratios) for ratios in found)
+            print(f"I{inputs} H{units} B{rows}: training {training}; inference {inference}", flush=True)
 
 
 if __name__ == "__main__":

