@@ -6,7 +6,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def draw(path: Path, outcomes: Sequence[Outcome]) -> bool:
         return False
     figure = Figure(figsize=(11, 5.2), dpi=130, facecolor="white")
     panels = figure.add_gridspec(
-        2, 2, width_ratios=(1.5, 1), left=0.06, right=0.985, top=0.84, bottom=0.1, wspace=0.24, hspace=0.55
+        2, 2, width_ratios=(1.5, 1), left=0.06, right=0.985, top=0.84, bottom=0.1, wspace=0.3, hspace=0.55
     )
     count = torch.get_num_threads()
     machine = (
@@ -101,19 +101,29 @@ def draw(path: Path, outcomes: Sequence[Outcome]) -> bool:
     figure.text(0.012, 0.945, titles[0] if len(titles) == 1 else outcomes[0].workload.name.split("-")[0], color=INK,
                 fontsize=13, fontweight="bold")  # fmt: skip
     figure.text(0.012, 0.908, machine, color="#666666", fontsize=9)
+    names = short_names([outcome.workload.name for outcome in outcomes])
     compared = [outcome for outcome in outcomes if outcome.comparison]
     evaluated = [outcome for outcome in outcomes if outcome.result is not None]
-    draw_losses(figure.add_subplot(panels[:, 0] if compared or evaluated else panels[:, :]), outcomes)
+    draw_losses(figure.add_subplot(panels[:, 0] if compared or evaluated else panels[:, :]), outcomes, names)
     if evaluated:
         draw_results(figure.add_subplot(panels[0, 1] if compared else panels[:, 1]), evaluated)
     if compared:
         axes = figure.add_subplot(panels[1, 1] if evaluated else panels[0, 1])
-        draw_times(axes, [(outcome.workload.name, outcome.comparison) for outcome in compared if outcome.comparison])
+        draw_times(axes, [(names[o.workload.name], o.comparison) for o in compared[::-1] if o.comparison])
         if not evaluated:
             draw_differences(figure.add_subplot(panels[1, 1]), compared[0].comparison)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return True
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Return for each name what is left of it without the words that all begin with."""
+    words = [name.split("-") for name in names]
+    same = 0
+    while len(names) > 1 and all(len(each) > same + 1 and each[same] == words[0][same] for each in words):
+        same += 1
+    return {name: "-".join(each[same:]) for name, each in zip(names, words, strict=True)}
 
 
 def style(axes: Any, title: str) -> None:
@@ -127,7 +137,7 @@ def style(axes: Any, title: str) -> None:
     axes.set_axisbelow(True)
 
 
-def draw_losses(axes: Any, outcomes: Sequence[Outcome]) -> None:
+def draw_losses(axes: Any, outcomes: Sequence[Outcome], names: Mapping[str, str]) -> None:
     for outcome, color in zip(outcomes, OTHERS * len(outcomes)):
         single = len(outcomes) == 1
         for twin in outcome.learners[1:]:
@@ -135,7 +145,7 @@ def draw_losses(axes: Any, outcomes: Sequence[Outcome]) -> None:
             label = "torch.nn" if single else None
             steps = range(1, len(twin.losses) + 1)
             axes.plot(steps, twin.losses, color=TORCH_COLOR, linewidth=5, alpha=0.6, label=label)
-        draw_curve(axes, outcome.learners[0], color, "fused" if single else outcome.workload.name)
+        draw_curve(axes, outcome.learners[0], color, "fused" if single else names[outcome.workload.name])
     axes.set(xlabel="training step", ylabel=outcomes[0].workload.unit)
     axes.margins(x=0.01)
     axes.legend(frameon=False, fontsize=9)
@@ -159,11 +169,8 @@ def draw_results(axes: Any, outcomes: Sequence[Outcome]) -> None:
     for outcome, color in zip(outcomes, OTHERS * len(outcomes)):
         found = [(entry["step"], entry[metric]) for entry in outcome.learners[0].history if metric in entry]
         epochs = [step / outcome.workload.steps_per_epoch for step, _ in found]
-        axes.plot(epochs, [value for _, value in found], "o-", color=color, markersize=3, linewidth=1.3,
-                  label=outcome.workload.name)  # fmt: skip
-    axes.set(xlabel="epoch")
-    if len(outcomes) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.plot(epochs, [value for _, value in found], "o-", color=color, markersize=3, linewidth=1.3)
+    axes.set(xlabel="epoch")  # the colours are those of the losses
     style(axes, metric)
 
 
