@@ -5,10 +5,10 @@
 
 Adding problem (Hochreiter and Schmidhuber 1997): of T random numbers two are marked, and their sum is to be said at
 the end; always saying 1 has a mean squared error of 1/6 = 0.167. Copy task (Arjovsky 2016): ten symbols, then T blanks,
-then the ten are to be repeated. The picture shows the norm of the loss's gradient with respect to the state of every
-step, |dL/dh_t|, of models that were not trained yet: through an RNN it vanishes with the distance from the end (Bengio
-1994), through gates it does not. Gradients are clipped to a norm of 1; `--truncate` cuts them off after so many steps
-besides, with which what lies further back cannot be learned.
+then the ten are to be repeated. The second picture shows the norm of the loss's gradient with respect to the state of
+every step, |dL/dh_t|, before training and after it: through an RNN it vanishes with the distance from the end (Bengio
+1994), through gates it does too until they have learned to stay open. Gradients are clipped to a norm of 1;
+`--truncate` cuts them off after so many steps besides, with which what lies further back cannot be learned.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import torch
 from common import options, report, training
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-import fused_rnn
 
 LAYERS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 BATCH_SIZE, HIDDEN = 50, 64
@@ -68,6 +66,9 @@ class Model(nn.Module):
         self.recurrent = layer(inputs, HIDDEN)
         self.output = nn.Linear(HIDDEN, outputs)
         self.truncate = truncate
+        if layer is nn.LSTM:
+            with torch.no_grad():  # the forget gate begins open (Gers 2000, Jozefowicz 2015)
+                self.recurrent.bias_ih_l0[HIDDEN : 2 * HIDDEN] = 1
 
     def states(self, x: Tensor) -> Tensor:
         """Hidden states of all steps, (T, B, H)."""
@@ -86,7 +87,7 @@ class Model(nn.Module):
 class Task(training.Workload):
     title = "Long dependencies"
     clip = 1.0
-    learning_rate = 2e-3
+    learning_rate = 4e-3
 
     def __init__(self, task: str, cell: str, length: int, arguments: argparse.Namespace) -> None:
         self.task, self.cell, self.length = task, cell, length
@@ -134,14 +135,12 @@ class Task(training.Workload):
     def identity(self) -> dict[str, Any]:
         return {"truncate": self.truncate, "length": self.length}
 
-    def gradient_norms(self) -> list[float]:
-        """|dL/dh_t| of every step of the adding problem, mean over rows, before training.
+    def gradient_norms(self, model: Any) -> list[float]:
+        """|dL/dh_t| of every step of the adding problem, mean over rows.
 
         Each step is a call of its own, so that every state is a tensor that the loss is differentiated by.
         """
-        torch.manual_seed(self.seed)
-        model = fused_rnn.convert(self.make_model())
-        x, wanted = self.batch(0)
+        x, wanted = training.moved(self.batch(0), self.device, next(model.parameters()).dtype)
         states, state = [], None
         for row in x:
             _, state = model.recurrent(row.unsqueeze(0), state)
@@ -151,18 +150,19 @@ class Task(training.Workload):
         return [gradient[0].norm(dim=1).mean().item() for gradient in gradients]
 
 
-def draw_gradients(path: Path, norms: dict[str, list[float]]) -> bool:
+def draw_gradients(path: Path, norms: dict[str, tuple[list[float], list[float]]]) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(7, 4), dpi=130, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    for (cell, values), color in zip(norms.items(), report.OTHERS):
-        axes.semilogy(range(1, len(values) + 1), values, color=color, linewidth=1.6, label=cell.upper())
+    for (cell, curves), color in zip(norms.items(), report.OTHERS):
+        for values, line, label in zip(curves, (":", "-"), (None, cell.upper())):
+            axes.semilogy(range(1, len(values) + 1), values, line, color=color, linewidth=1.6, label=label)
     axes.set(xlabel="step t", ylabel="|dL/dh_t|")
     axes.legend(frameon=False)
-    report.style(axes, "Gradient of the last step's loss with respect to the state of each step")
+    report.style(axes, "Gradient with respect to the state of each step: before (dotted) and after training")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return True
@@ -176,13 +176,23 @@ def run(arguments: argparse.Namespace) -> int:
         for length in arguments.lengths
         for cell in LAYERS
     ]
-    norms = {cell: Task("adding", cell, max(arguments.lengths), arguments).gradient_norms() for cell in LAYERS}
-    for cell, values in norms.items():
-        print(f"|dL/dh_t| of {cell}: {values[0]:.1e} at the first of {len(values)} steps, {values[-1]:.1e} at the last")
+    outcomes: list[training.Outcome] = []
+    status = report.run_all("long_dependencies", tasks, arguments, outcomes)
+    longest = [task for task in tasks if (task.task, task.length) == ("adding", max(arguments.lengths))]
+    trained = {outcome.workload.name: outcome.learners[0].model for outcome in outcomes}
+    norms = {}
+    for task in longest:
+        if task.name not in trained:
+            continue
+        torch.manual_seed(arguments.seed)
+        begun = task.make_model().to(arguments.device, next(trained[task.name].parameters()).dtype)
+        norms[task.cell] = task.gradient_norms(begun), task.gradient_norms(trained[task.name])
+        first = [values[0] for values in norms[task.cell]]
+        print(f"|dL/dh_1| of {task.name}: {first[0]:.1e} before training, {first[1]:.1e} after it")
     picture = arguments.out / "gradients.png"
-    if draw_gradients(picture, norms):
+    if norms and draw_gradients(picture, norms):
         print(f"saved {picture}")
-    return report.run_all("long_dependencies", tasks, arguments)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--truncate", type=options.natural_int, default=0, metavar="T", help="cut gradients off after so many steps"
     )
-    parser.set_defaults(steps=1500)
+    parser.set_defaults(steps=3000)
     return options.run_program("long_dependencies", lambda: run(parser.parse_args(argv)))
 
 
