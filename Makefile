@@ -30,7 +30,7 @@ INSTALLED := $(VENV)/.installed-$(ENVIRONMENT_KEY)
 
 PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirements.txt | cut -c1-12)
 
-.PHONY: demo test build lint format check bench figures info test-asan cuda-compile cuda-link gpu wheel clean help
+.PHONY: demo test site build lint format check bench figures info test-asan cuda-compile cuda-link gpu wheel clean help
 .DEFAULT_GOAL := help
 
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
@@ -45,6 +45,9 @@ PARALLEL := $(filter-out 1,$(JOBS))
 
 test: build  ## run the tests on all processors (ARGS="-k lstm"; JOBS=1: in one process)
 	$(call run_tests,$(RUN) -m pytest tests)
+
+site: build  ## write the documentation as a site, build/site/index.html
+	$(RUN) -m sphinx -q -W --keep-going -b html docs build/site
 
 # Instrumented kernels, apart from the normal build. Python itself is not instrumented, so the sanitizers' runtimes have
 # to be there first; leaks are not looked for, because Python and PyTorch never free much of what they allocate. The

@@ -14,7 +14,8 @@ import torch
 
 import fused_rnn
 
-PAGE = Path(__file__).parents[1] / "docs" / "in-your-program.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "in-your-program.md"
 PACKAGE = Path(__file__).parents[1] / "fused_rnn"
 
 
@@ -24,18 +25,74 @@ def _nothing_stays_patched() -> Iterator[None]:
     fused_rnn.unpatch()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore::torch.jit.TracerWarning")
-def test_code_of_the_page_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = PAGE.read_text()
+def run_page(path: Path, monkeypatch: pytest.MonkeyPatch, **given: object) -> types.ModuleType:
+    """Run the code that a page shows from top to bottom, and return what it has defined."""
+    text = path.read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     assert len(blocks) == text.count("```python")
     page = types.ModuleType("page")
+    vars(page).update(given)
     monkeypatch.setitem(sys.modules, "page", page)
     for block in blocks:
         # with the page's own line numbers, in errors and for torch.jit.script, which reads the source
         source = "\n" * text.count("\n", 0, block.start(1)) + block[1]
-        exec(compile(source, str(PAGE), "exec"), vars(page))
+        exec(compile(source, str(path), "exec"), vars(page))
+    return page
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore::torch.jit.TracerWarning")
+def test_code_of_the_page_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = run_page(PAGE, monkeypatch)
     assert torch.is_tensor(page.scripted(torch.zeros(1, 3, 16)))
+
+
+def test_all_pages_with_code_are_run_here() -> None:
+    pages = {path.name for path in DOCS.glob("*.md") if "```python" in path.read_text()}
+    assert pages == {"in-your-program.md", "index.md", "migrating.md", "variable-lengths.md"}
+
+
+def test_code_of_the_first_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    page = run_page(DOCS / "index.md", monkeypatch)
+    assert page.x.grad is not None and type(page.model.recurrent) is fused_rnn.GRU
+    assert "LSTM" in capsys.readouterr().out
+
+
+def test_code_of_the_page_on_lengths_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, lengths = fused_rnn.GRU(4, 6), torch.randn(5, 3, 4), torch.tensor([5, 2, 4])
+    mask = torch.arange(5).unsqueeze(1) < lengths
+    pack = torch.nn.utils.rnn.pack_padded_sequence
+    page = run_page(
+        DOCS / "variable-lengths.md",
+        monkeypatch,
+        layer=layer,
+        x=x,
+        lengths=lengths,
+        mask=mask,
+        pack_padded_sequence=pack,
+    )
+    torch.testing.assert_close(page.h_n, layer(x, lengths=lengths)[1])
+
+
+def test_weights_from_haste_give_its_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step, written as haste computes it: lib/lstm_forward_gpu and gru_forward_gpu of its source."""
+    page = run_page(DOCS / "migrating.md", monkeypatch)
+    inputs, units = 3, 4
+    x, h, c = torch.randn(1, 2, inputs), torch.randn(1, 2, units), torch.randn(1, 2, units)
+
+    kernel, recurrent, bias = torch.randn(inputs, 4 * units), torch.randn(units, 4 * units), torch.randn(4 * units)
+    i, g, f, o = (x[0] @ kernel + h[0] @ recurrent + bias).split(units, dim=1)
+    expected = f.sigmoid() * c[0] + i.sigmoid() * g.tanh()
+    output, (_, new_c) = page.lstm_from_haste(kernel, recurrent, bias)(x, (h, c))
+    torch.testing.assert_close(new_c[0], expected)
+    torch.testing.assert_close(output[0], o.sigmoid() * expected.tanh())
+
+    kernel, recurrent = torch.randn(inputs, 3 * units), torch.randn(units, 3 * units)
+    biases = torch.randn(3 * units), torch.randn(3 * units)
+    of_x, of_h = (x[0] @ kernel + biases[0]).split(units, 1), (h[0] @ recurrent + biases[1]).split(units, 1)
+    z, r = ((of_x[k] + of_h[k]).sigmoid() for k in (0, 1))
+    g = (of_x[2] + r * of_h[2]).tanh()
+    output, _ = page.gru_from_haste(kernel, recurrent, *biases)(x, h)
+    torch.testing.assert_close(output[0], z * h[0] + (1 - z) * g)
 
 
 def test_every_test_that_the_pytorch_page_names_exists() -> None:
