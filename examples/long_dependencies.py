@@ -87,13 +87,14 @@ class Model(nn.Module):
 class Task(training.Workload):
     title = "Long dependencies"
     clip = 1.0
-    learning_rate = 4e-3
 
     def __init__(self, task: str, cell: str, length: int, arguments: argparse.Namespace) -> None:
         self.task, self.cell, self.length = task, cell, length
         self.name = f"{task}-{length}-{cell}"
         self.seed, self.device, self.truncate = arguments.seed, arguments.device, arguments.truncate
         self.steps = arguments.steps
+        # With 2e-3 the copy task's first steps are chaotic: torch.nn's own curve, begun one rounding beside, differs.
+        self.learning_rate = 4e-3 if task == "adding" else 1e-3
         self.metric = "error" if task == "adding" else "accuracy"
         self.unit = "mean squared error" if task == "adding" else "cross-entropy, nats"
         guess = math.log(SYMBOLS) * REPEATED / (length + 2 * REPEATED)
@@ -147,7 +148,8 @@ class Task(training.Workload):
             states.append(state[0] if isinstance(state, tuple) else state)
         loss = F.mse_loss(model.output(states[-1])[0, :, 0], wanted)
         gradients = torch.autograd.grad(loss, states)
-        return [gradient[0].norm(dim=1).mean().item() for gradient in gradients]
+        # In float64, for the squares of what is left of them are below float32.
+        return [gradient[0].double().norm(dim=1).mean().item() for gradient in gradients]
 
 
 def draw_gradients(path: Path, norms: dict[str, tuple[list[float], list[float]]]) -> bool:
