@@ -504,7 +504,7 @@ def test_figures_of_the_readme_come_from_a_result(tmp_path: Path) -> None:
     )
     assert "made-up.json" in readme
     assert "LSTM B16 T40 I64 H16 training (torch.nn 0.50)" in readme
-    assert "## Code layout" in readme  # what follows the figures is still there
+    assert "## Licence" in readme  # what follows the figures is still there
     assert (
         "| inference, best peer / fused, mean | 2 | at least 1.2 | 0.50 | 10.00 | NO |"
         in (tmp_path / "docs/benchmarks.md").read_text()
