@@ -104,7 +104,8 @@ MODELS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
 }
 
 
-class Topics(training.Workload):
+class Topics(training.Shuffled):
+    batch_size = BATCH_SIZE
     metric = "test accuracy"
     title = "Topics of news"
 
@@ -123,34 +124,25 @@ class Topics(training.Workload):
         self.vocabulary = data.Vocabulary(words[0], VOCABULARY)
         self.tokens = [[self.vocabulary.encode(text) for text in part] for part in words]
         self.labels = [torch.tensor(labels) for _, _, labels in parts]
-        self._order: tuple[int, list[Tensor]] = (-1, [])
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.labels[0]) // BATCH_SIZE
+        self.count = len(self.labels[0])
 
     def make_model(self) -> nn.Module:
         return self.make(len(self.vocabulary))
 
-    def pick(self, part: int, places: Sequence[int]) -> Any:
-        tokens, lengths = data.padded([self.tokens[part][i] for i in places])
-        return tokens, lengths, self.labels[part][torch.tensor(places)]
+    def pick(self, places: Tensor, part: int = 0) -> Any:
+        tokens, lengths = data.padded([self.tokens[part][i] for i in places.tolist()])
+        return tokens, lengths, self.labels[part][places]
 
     def order_of(self, epoch: int) -> list[Tensor]:
+        drawn = super().order_of(epoch)
         if not self.by_length:
-            return training.shuffled(len(self.labels[0]), BATCH_SIZE, self.seed, epoch)
+            return drawn
         # Ordered by length within 50 batches that were drawn, then the batches in any order.
-        drawn = torch.cat(training.shuffled(len(self.labels[0]), BATCH_SIZE, self.seed, epoch)).split(50 * BATCH_SIZE)
         lengths = torch.tensor([len(tokens) for tokens in self.tokens[0]])
-        ordered = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in drawn]).split(BATCH_SIZE)
+        pools = torch.cat(drawn).split(50 * BATCH_SIZE)
+        ordered = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools]).split(BATCH_SIZE)
         turns = torch.randperm(len(ordered), generator=torch.Generator().manual_seed(self.seed + epoch))
         return [ordered[int(turn)] for turn in turns]
-
-    def batch(self, step: int) -> Any:
-        epoch, turn = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = epoch, self.order_of(epoch)
-        return self.pick(0, self._order[1][turn].tolist())
 
     def loss(self, model: Any, batch: Any, memory: dict[str, Any]) -> Tensor:
         tokens, lengths, labels = batch
@@ -158,12 +150,10 @@ class Topics(training.Workload):
 
     def evaluate(self, model: Any) -> dict[str, float]:
         right = 0
-        count = len(self.labels[1])
-        order = sorted(range(count), key=lambda i: len(self.tokens[1][i]))
-        for start in range(0, count, 256):
-            tokens, lengths, labels = self.pick(1, order[start : start + 256])
+        for places in data.by_length(self.tokens[1], 256):
+            tokens, lengths, labels = self.pick(places, part=1)
             right += int((model(tokens.to(self.device), lengths).argmax(1).cpu() == labels).sum())
-        return {self.metric: right / count}
+        return {self.metric: right / len(self.labels[1])}
 
     def identity(self) -> dict[str, Any]:
         return {"data": training.digest_of(*self.labels, self.vocabulary.words)}

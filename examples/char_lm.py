@@ -185,29 +185,17 @@ class CharWorkload(training.Workload):
         self.learning_rate = settings.learning_rate
         end = len(text.tokens) - int(len(text.tokens) * HELD_OUT_SHARE)
         self.held_out = text.tokens[end:]
-        needed = settings.batch_size * (settings.seq_length + 1)
-        if end < needed:
-            raise ExampleError(
-                f"--data: expected at least {needed:,} characters to train on ({settings.batch_size} streams of "
-                f"{settings.seq_length}), got {end:,}"
-            )
-        length = end // settings.batch_size
-        streams = text.tokens[: settings.batch_size * length]
-        self.streams = streams.view(settings.batch_size, length).t().contiguous()
+        self.streams = training.Streams(text.tokens[:end], settings.batch_size, settings.seq_length)
 
     @property
     def steps_per_epoch(self) -> int:
-        return (len(self.streams) - 1) // self.settings.seq_length
+        return self.streams.steps_per_epoch
 
     def make_model(self) -> nn.Module:
         return CharLM(len(self.text.vocabulary), self.settings)
 
     def batch(self, step: int) -> Any:
-        """Inputs (T, B), the characters that follow them (T, B), and whether the streams begin here."""
-        turn = step % self.steps_per_epoch
-        start = turn * self.settings.seq_length
-        end = start + self.settings.seq_length
-        return self.streams[start:end], self.streams[start + 1 : end + 1], turn == 0
+        return self.streams.batch(step)
 
     def loss(self, model: Any, batch: Any, memory: dict[str, Any]) -> Tensor:
         inputs, targets, begins = batch
@@ -223,19 +211,13 @@ class CharWorkload(training.Workload):
         tokens = self.held_out.to(self.device)
         if len(tokens) < 2:
             return {}
-        total, state, piece = 0.0, None, 1024
-        for start in range(0, len(tokens) - 1, piece):
-            inputs = tokens[start : min(start + piece, len(tokens) - 1)]
-            logits, state = model(inputs.unsqueeze(1), state)
-            targets = tokens[start + 1 : start + 1 + len(inputs)]
-            total += F.cross_entropy(logits.squeeze(1), targets, reduction="sum").item()
-        return {self.metric: total / (len(tokens) - 1)}
+        return {self.metric: training.loss_of_stream(model, tokens, 1024)}
 
     def identity(self) -> dict[str, Any]:
         return dataclasses.asdict(self.settings) | {"data": training.digest_of(self.text.tokens)}
 
 
-class TextbookWorkload(CharWorkload):
+class TextbookWorkload(training.Shuffled, CharWorkload):
     """Pieces of the text in any order, each from the zero state; all of it is trained on."""
 
     clip = None
@@ -247,21 +229,13 @@ class TextbookWorkload(CharWorkload):
         self.name = f"{settings.cell}-textbook"
         piece = settings.seq_length + 1
         self.pieces = text.tokens[: len(text.tokens) // piece * piece].view(-1, piece)
-        self._order: tuple[int, list[Tensor]] = (-1, [])
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.pieces) // self.settings.batch_size
+        self.count, self.batch_size = len(self.pieces), settings.batch_size
 
     def make_model(self) -> nn.Module:
         return CharLM(len(self.text.vocabulary), self.settings, one_bias=True)
 
-    def batch(self, step: int) -> Any:
-        epoch, turn = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            order = training.shuffled(len(self.pieces), self.settings.batch_size, self.seed, epoch)
-            self._order = epoch, order
-        pieces = self.pieces[self._order[1][turn]].t()
+    def pick(self, places: Tensor) -> Any:
+        pieces = self.pieces[places].t()
         return pieces[:-1], pieces[1:], True
 
     def rate(self, step: int) -> float:

@@ -75,7 +75,8 @@ class Classifier(nn.Module):
         return result
 
 
-class Sentiment(training.Workload):
+class Sentiment(training.Shuffled):
+    batch_size = BATCH_SIZE
     metric = "test accuracy"
     title = "Sentiment of film reviews"
 
@@ -95,26 +96,16 @@ class Sentiment(training.Workload):
         self.vocabulary = data.Vocabulary(words[0])
         self.tokens = [[self.vocabulary.encode(text) for text in part] for part in words]
         self.labels = [torch.tensor(labels) for _, labels in parts]
-        if len(self.labels[0]) < BATCH_SIZE:
-            raise ExampleError(f"--data: expected at least {BATCH_SIZE} reviews to train on, got {len(self.labels[0])}")
-        self._order: tuple[int, list[Tensor]] = (-1, [])
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.labels[0]) // BATCH_SIZE
+        self.count = len(self.labels[0])
+        if self.count < BATCH_SIZE:
+            raise ExampleError(f"--data: expected at least {BATCH_SIZE} reviews to train on, got {self.count}")
 
     def make_model(self) -> nn.Module:
         return Classifier(len(self.vocabulary), self.layer)
 
-    def pick(self, part: int, places: Sequence[int]) -> Any:
-        tokens, lengths = data.padded([self.tokens[part][i] for i in places], last=self.last)
-        return tokens, lengths, self.labels[part][torch.tensor(places)]
-
-    def batch(self, step: int) -> Any:
-        epoch, turn = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = epoch, training.shuffled(len(self.labels[0]), BATCH_SIZE, self.seed, epoch)
-        return self.pick(0, self._order[1][turn].tolist())
+    def pick(self, places: Tensor, part: int = 0) -> Any:
+        tokens, lengths = data.padded([self.tokens[part][i] for i in places.tolist()], last=self.last)
+        return tokens, lengths, self.labels[part][places]
 
     def loss(self, model: Any, batch: Any, memory: dict[str, Any]) -> Tensor:
         tokens, lengths, labels = batch
@@ -123,14 +114,10 @@ class Sentiment(training.Workload):
 
     def evaluate(self, model: Any) -> dict[str, float]:
         right = 0
-        count = len(self.labels[1])
-        # Reviews of like length together: less padding.
-        order = sorted(range(count), key=lambda i: len(self.tokens[1][i]))
-        for start in range(0, count, 128):
-            tokens, lengths, labels = self.pick(1, order[start : start + 128])
-            found = model(tokens.to(self.device), lengths) > 0
-            right += int((found.cpu() == (labels > 0)).sum())
-        return {self.metric: right / count}
+        for places in data.by_length(self.tokens[1], 128):
+            tokens, lengths, labels = self.pick(places, part=1)
+            right += int(((model(tokens.to(self.device), lengths) > 0).cpu() == (labels > 0)).sum())
+        return {self.metric: right / len(self.labels[1])}
 
     def identity(self) -> dict[str, Any]:
         return {"data": training.digest_of(*self.labels, self.vocabulary.words)}

@@ -114,7 +114,8 @@ class Classifier(nn.Module):
         return result
 
 
-class Sentiment(training.Workload):
+class Sentiment(training.Shuffled):
+    batch_size = BATCH_SIZE
     metric = "validation accuracy"
     title = "Sentiment of Korean film reviews"
 
@@ -123,22 +124,14 @@ class Sentiment(training.Workload):
         self.name, self.published = f"nsmc-{name}", f"{published} (150,000 reviews, morphemes)"
         self.parts, self.words = parts, words
         self.seed, self.device = arguments.seed, arguments.device
-        self._order: tuple[int, list[Tensor]] = (-1, [])
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.parts["training"][1]) // BATCH_SIZE
+        self.count = len(parts["training"][1])
 
     def make_model(self) -> nn.Module:
         return Classifier(self.words, self.layer, self.num_layers)
 
-    def batch(self, step: int) -> Any:
+    def pick(self, places: Tensor) -> Any:
         tokens, labels = self.parts["training"]
-        epoch, turn = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = epoch, training.shuffled(len(labels), BATCH_SIZE, self.seed, epoch)
-        rows = self._order[1][turn]
-        return tokens[rows], labels[rows]
+        return tokens[places], labels[places]
 
     def loss(self, model: Any, batch: Any, memory: dict[str, Any]) -> Tensor:
         tokens, labels = batch

@@ -75,23 +75,17 @@ class Words(training.Workload):
         self.learning_rate = 2e-3 if name == "rnn" else 4e-3
         self.vocabulary = data.Vocabulary([texts[0]])
         first, self.test = (torch.tensor(self.vocabulary.encode(text)) for text in texts)
-        needed = BATCH_SIZE * (SEQ_LENGTH + 1)
-        if len(first) < needed:
-            raise ExampleError(f"--data: expected at least {needed} words to train on, got {len(first)}")
-        length = len(first) // BATCH_SIZE
-        self.streams = first[: BATCH_SIZE * length].view(BATCH_SIZE, length).t().contiguous()
+        self.streams = training.Streams(first, BATCH_SIZE, SEQ_LENGTH)
 
     @property
     def steps_per_epoch(self) -> int:
-        return (len(self.streams) - 1) // SEQ_LENGTH
+        return self.streams.steps_per_epoch
 
     def make_model(self) -> nn.Module:
         return WordLM(len(self.vocabulary), **self.options)
 
     def batch(self, step: int) -> Any:
-        turn = step % self.steps_per_epoch
-        start, end = turn * SEQ_LENGTH, (turn + 1) * SEQ_LENGTH
-        return self.streams[start:end], self.streams[start + 1 : end + 1], turn == 0
+        return self.streams.batch(step)
 
     def loss(self, model: Any, batch: Any, memory: dict[str, Any]) -> Tensor:
         tokens, targets, begins = batch
@@ -100,17 +94,11 @@ class Words(training.Workload):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def evaluate(self, model: Any) -> dict[str, float]:
-        tokens = self.test.to(self.device)
-        total, state = 0.0, None
-        for start in range(0, len(tokens) - 1, 256):
-            inputs = tokens[start : min(start + 256, len(tokens) - 1)]
-            logits, state = model(inputs.unsqueeze(1), state)
-            targets = tokens[start + 1 : start + 1 + len(inputs)]
-            total += F.cross_entropy(logits.squeeze(1), targets, reduction="sum").item()
-        return {self.metric: math.exp(total / (len(tokens) - 1))}
+        loss = training.loss_of_stream(model, self.test.to(self.device), 256)
+        return {self.metric: math.exp(loss)}
 
     def identity(self) -> dict[str, Any]:
-        return {"data": training.digest_of(self.streams, self.test)}
+        return {"data": training.digest_of(self.streams.tokens, self.test)}
 
 
 def read_words(path: Path) -> list[str]:

@@ -133,6 +133,12 @@ def padded_before(sequences: Sequence[Sequence[int]], steps: int) -> Tensor:
     return tokens
 
 
+def by_length(sequences: Sequence[Sequence[int]], size: int) -> list[Tensor]:
+    """Return places of all sequences, `size` at a time, those of like length together: less padding."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return list(lengths.argsort(stable=True).split(size))
+
+
 def made_up_texts(count: int, classes: int, seed: int, words: int = 12) -> tuple[list[str], list[int]]:
     """Return texts whose class can be learned: each class has words of its own among those that all have."""
     generator = torch.Generator().manual_seed(seed)

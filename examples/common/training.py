@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fused_rnn
 
@@ -97,11 +98,76 @@ class Workload(ABC):
         return {}
 
 
-def shuffled(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Return the indices of each batch of an epoch, in an order drawn by seed and epoch; a last part is left out."""
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    order = torch.randperm(count, generator=generator)
-    return list(order[: count // batch_size * batch_size].split(batch_size))
+class Shuffled(Workload):
+    """Batches of examples in an order drawn anew for each epoch; a part that fills no batch is left out.
+
+    Attributes:
+        count: examples to train on.
+        batch_size: of them in a batch.
+        seed: of the order.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+    _epoch = -1
+    _order: list[Tensor]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.count // self.batch_size
+
+    @abstractmethod
+    def pick(self, places: Tensor) -> Any:
+        """Return a batch of the examples at `places` (batch_size)."""
+
+    def order_of(self, epoch: int) -> list[Tensor]:
+        """Return the places of each batch of an epoch."""
+        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        order = torch.randperm(self.count, generator=generator)
+        return list(order[: self.steps_per_epoch * self.batch_size].split(self.batch_size))
+
+    def batch(self, step: int) -> Any:
+        epoch, turn = divmod(step, self.steps_per_epoch)
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, self.order_of(epoch)
+        return self.pick(self._order[turn])
+
+
+class Streams:
+    """Tokens (N) as `batch_size` parallel streams that begin at equal distances, read `seq_length` at a time."""
+
+    def __init__(self, tokens: Tensor, batch_size: int, seq_length: int) -> None:
+        needed = batch_size * (seq_length + 1)
+        if len(tokens) < needed:
+            raise ExampleError(
+                f"--data: expected at least {needed:,} tokens to train on ({batch_size} streams of {seq_length}), "
+                f"got {len(tokens):,}"
+            )
+        length = len(tokens) // batch_size
+        self.tokens = tokens[: batch_size * length].view(batch_size, length).t().contiguous()
+        self.seq_length = seq_length
+        self.steps_per_epoch = (length - 1) // seq_length
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, bool]:
+        """Return inputs (T, B), the tokens that follow them (T, B), and whether the streams begin here."""
+        turn = step % self.steps_per_epoch
+        start, end = turn * self.seq_length, (turn + 1) * self.seq_length
+        return self.tokens[start:end], self.tokens[start + 1 : end + 1], turn == 0
+
+
+def loss_of_stream(model: Any, tokens: Tensor, piece: int) -> float:
+    """Return the mean cross-entropy of tokens (N) read as one stream from the zero state, `piece` at a time.
+
+    model: (T, B) and a state -> logits (T, B, classes) and the state.
+    """
+    total, state = 0.0, None
+    for start in range(0, len(tokens) - 1, piece):
+        inputs = tokens[start : min(start + piece, len(tokens) - 1)]
+        logits, state = model(inputs.unsqueeze(1), state)
+        targets = tokens[start + 1 : start + 1 + len(inputs)]
+        total += F.cross_entropy(logits.squeeze(1), targets, reduction="sum").item()
+    return total / (len(tokens) - 1)
 
 
 def digest_of(*parts: Any) -> str:
