@@ -121,8 +121,10 @@ struct Simd {
   // Two vectors to a line of bfloat16, to which p is aligned, past the caches.
   static FRNN_INLINE void store_past_caches(BFloat16* p, V v, V next) {
 #if FRNN_VECTOR_BYTES == 64
-    const __m512i line = _mm512_castsi256_si512((__m256i)to_bfloat16(v));
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_inserti64x4(line, (__m256i)to_bfloat16(next), 1));
+    // The unmasked forms, casts among them, read an undefined register, which GCC warns of.
+    __m512i line = _mm512_maskz_inserti64x4((__mmask8)0xff, _mm512_setzero_si512(), (__m256i)to_bfloat16(v), 0);
+    line = _mm512_maskz_inserti64x4((__mmask8)0xff, line, (__m256i)to_bfloat16(next), 1);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
 #else
     store(p, v);
     store(p + width, next);
