@@ -69,8 +69,9 @@ inline Tensor make_empty(at::IntArrayRef shape, const at::TensorOptions& options
 }
 inline Tensor make_zeros(at::IntArrayRef shape, const at::TensorOptions& options) {
   if (!options.device().is_cpu()) return at::zeros(shape, options);
-  const Tensor t = make_empty(shape, options);
-  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, t.nbytes());
+  Tensor t = make_empty(shape, options);
+  if (t.nbytes() > 32768) return t.zero_();  // on all threads
+  if (t.nbytes() > 0) std::memset(t.mutable_data_ptr(), 0, t.nbytes());
   return t;
 }
 

@@ -170,7 +170,7 @@ def begin_as_keras(layer: nn.RNNBase) -> None:
             parameter.requires_grad_(False)
 
 
-class CharWorkload(training.Workload):
+class CharWorkload(training.Continued):
     """The text in parallel streams, read a piece at a time; the state is carried from piece to piece."""
 
     clip = 1.0
@@ -187,21 +187,8 @@ class CharWorkload(training.Workload):
         self.held_out = text.tokens[end:]
         self.streams = training.Streams(text.tokens[:end], settings.batch_size, settings.seq_length)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.streams.steps_per_epoch
-
     def make_model(self) -> nn.Module:
         return CharLM(len(self.text.vocabulary), self.settings)
-
-    def batch(self, step: int) -> Any:
-        return self.streams.batch(step)
-
-    def loss(self, model: Any, batch: Any, memory: dict[str, Any]) -> Tensor:
-        inputs, targets, begins = batch
-        logits, state = model(inputs, None if begins else memory["state"])
-        memory["state"] = training.detached(state)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def rate(self, step: int) -> float:
         return self.learning_rate * min(1.0, math.sqrt(CONSTANT_RATE_STEPS / (step + 1)))

@@ -23,7 +23,6 @@ import torch
 from common import data, options, report, training
 from common.options import ExampleError
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 BATCH_SIZE, SEQ_LENGTH = 20, 35
 EXPECTED = "a folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt (without the first the second is trained on)"
@@ -64,7 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-class Words(training.Workload):
+class Words(training.Continued):
     metric = "test perplexity"
     title = "Word language model"
     clip = 0.25
@@ -77,21 +76,8 @@ class Words(training.Workload):
         first, self.test = (torch.tensor(self.vocabulary.encode(text)) for text in texts)
         self.streams = training.Streams(first, BATCH_SIZE, SEQ_LENGTH)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.streams.steps_per_epoch
-
     def make_model(self) -> nn.Module:
         return WordLM(len(self.vocabulary), **self.options)
-
-    def batch(self, step: int) -> Any:
-        return self.streams.batch(step)
-
-    def loss(self, model: Any, batch: Any, memory: dict[str, Any]) -> Tensor:
-        tokens, targets, begins = batch
-        logits, state = model(tokens, None if begins else memory["state"])
-        memory["state"] = training.detached(state)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def evaluate(self, model: Any) -> dict[str, float]:
         loss = training.loss_of_stream(model, self.test.to(self.device), 256)

@@ -97,7 +97,6 @@ FRNN_HOST_DEVICE void each_tile(F f) {
 // 16 rows of A: where they stand, or copies of 32 k of those that there are.
 class TileRows {
  public:
-  TileRows() = default;
   TileRows(const BFloat16* const* rows, int64_t count) : rows_(rows), count_(count) {
     bool regular = count == tile_height;
     stride_ = regular ? rows[1] - rows[0] : 0;
@@ -116,8 +115,8 @@ class TileRows {
   }
 
  private:
-  const BFloat16* const* rows_ = nullptr;
-  int64_t count_ = 0, stride_ = 0;  // 0: of no use
+  const BFloat16* const* rows_;
+  int64_t count_, stride_;  // 0: at no one distance
 };
 
 // A panel of NV vectors of columns, and a copy of its last k if those are no whole block.

@@ -156,6 +156,28 @@ class Streams:
         return self.tokens[start:end], self.tokens[start + 1 : end + 1], turn == 0
 
 
+class Continued(Workload):
+    """A language model over streams: the state is carried from piece to piece without its gradient.
+
+    The model takes tokens (T, B) and a state, and returns logits (T, B, classes) and the next state.
+    """
+
+    streams: Streams
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.streams.steps_per_epoch
+
+    def batch(self, step: int) -> Any:
+        return self.streams.batch(step)
+
+    def loss(self, model: Any, batch: Any, memory: dict[str, Any]) -> Tensor:
+        tokens, targets, begins = batch
+        logits, state = model(tokens, None if begins else memory["state"])
+        memory["state"] = detached(state)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
 def loss_of_stream(model: Any, tokens: Tensor, piece: int) -> float:
     """Return the mean cross-entropy of tokens (N) read as one stream from the zero state, `piece` at a time.
 
