@@ -393,14 +393,18 @@ __global__ void __launch_bounds__(block_threads, 1)
   fetch(rows, step_rows(steps, previous_time_of(0)), 0);
 
   int buffer = 0;
+  // phase: loop
   for (int s = 0; s < num_steps; ++s) {
     for (int j = 0; j < place.column_tiles; ++j) {
       const int columns = place.columns_of(j);
+      // phase: wait
       Pair received = {}, from_above = {};
       if (exchange.exists(s)) {
         exchange.wait(s, j);
+        // phase: partial sums
         exchange.sum(s, j, buffer, received, from_above);
       }
+      // phase: gates
       char* const operand = operands + buffer * operand_bytes;
       if (item.exists && 2 * item.pair < columns) {
         Pair dh = *dh_state(j), dc = *dc_state(j);
@@ -429,11 +433,13 @@ __global__ void __launch_bounds__(block_threads, 1)
           if (live) {
             dh.v[column] = float(dh_previous[column]);
             if (Cell::has_cell) dc.v[column] = float(dc_previous[column]);
+            // phase: stores
             S* const to = typed<S>(layer.grad_gates) + int64_t(rows.first + row_of(j, column)) * grad_gates * H +
                           item.global_unit;
             FRNN_UNROLL
             for (int i = 0; i < grad_gates; ++i) to[i * H] = narrow<S>(float(grads[column][i]));
           }
+          // phase: gates
           FRNN_UNROLL
           for (int which = 0; which < operands_of_step; ++which) {
             const int first = which == 0 ? hidden_grads.first : input_grads.first;
@@ -453,15 +459,18 @@ __global__ void __launch_bounds__(block_threads, 1)
         *dh_state(j) = dh;
         if (Cell::has_cell) *dc_state(j) = dc;
       }
+      // phase: prefetch
       // The next column tile in turn.
       {
         const bool last = j + 1 == place.column_tiles;
         if (last) rows = s + 1 < num_steps ? step_rows(steps, time_of(s + 1)) : StepRows{};
         fetch(rows, step_rows(steps, previous_time_of(last ? s + 1 : s)), last ? 0 : j + 1);
       }
+      // phase: barrier
       if (s < exchanges || (wavefront && place.layer > 0)) {
         sync_threads();
         exchange.give_credit(s, j);
+        // phase: products
         typename Product::Operand b[most_slabs];
         const auto load_operand = [&](const char* from) {
           FRNN_UNROLL
@@ -475,6 +484,7 @@ __global__ void __launch_bounds__(block_threads, 1)
           exchange.wait_for_credit(s, j);
           if (operands_of_step > 1) load_operand(operand + slabs * slab_bytes);
         };
+        // phase: sends
         const auto send = [&](const typename Product::Sums(&sums)[group], int n) {
           const bool below = wavefront && n > 0 && n >= tiling.own_tiles;
           if (!below && s >= exchanges) return;
@@ -487,6 +497,7 @@ __global__ void __launch_bounds__(block_threads, 1)
               exchange.send(below ? s : s + 1, j, 2 * row_tile + half, g, lane_index() % 4, tile.row[half], below);
           }
         };
+        // phase: products
         FRNN_UNROLL
         for (int r = 0; r < register_groups; ++r) {
           if (r * group >= row_tiles) break;
@@ -498,8 +509,10 @@ __global__ void __launch_bounds__(block_threads, 1)
             FRNN_UNROLL
             for (int m = 0; m < group; ++m) sums[m].add(resident[r][k][m], b[k], columns);
           }
+          // phase: sends
           send(sums, r * group);
         }
+        // phase: products
         for (int n = register_groups * group; n < row_tiles; n += group) {
           turn_below(n);
           typename Product::Sums sums[group];
@@ -513,14 +526,18 @@ __global__ void __launch_bounds__(block_threads, 1)
               sums[m].add(a, b[k], columns);
             }
           }
+          // phase: sends
           send(sums, n);
         }
+        // phase: sends
         exchange.sent(j);
       }
+      // phase: loop
       buffer ^= 1;
     }
   }
 
+  // phase: end
   for (int j = 0; j < place.column_tiles; ++j) {
     Pair received = {}, from_above = {};
     if (layer.grad_h0) {

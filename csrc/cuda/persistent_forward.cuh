@@ -426,12 +426,15 @@ __global__ void __launch_bounds__(block_threads, 1)
   const int pair_stride = place.units + 4;  // of the partial sums: no bank conflicts for writers or readers
   const int sums_stride = tiling.warps_k * gates * (tile_columns / 2) * pair_stride;
   int buffer = 0;
+  // phase: loop
   for (int s = 0; s < num_steps; ++s) {
     if (s + 1 < num_steps) next_rows = step_rows(steps, time_of(s + 1));
     for (int j = 0; j < place.column_tiles; ++j) {
       const int columns = place.columns_of(j);
+      // phase: wait
       const char* const operand = exchange.wait(s, j, layer.h0, H) + first_operand;
 
+      // phase: products
       typename Product::Sums sums[row_tiles];
       // A slab of h is loaded one turn ahead, rows from shared memory while those in registers are multiplied.
       auto next = Product::operand(operand, columns);
@@ -464,6 +467,7 @@ __global__ void __launch_bounds__(block_threads, 1)
         }
       }
 
+      // phase: partial sums
       Pair* const partial = reinterpret_cast<Pair*>(shared_memory() + tiling.sums) + buffer * sums_stride;
       FRNN_UNROLL
       for (int m = 0; m < row_tiles; ++m) {
@@ -478,9 +482,11 @@ __global__ void __launch_bounds__(block_threads, 1)
                 tile.row[half];
         }
       }
+      // phase: barrier
       sync_threads();
       exchange.give_credit(s, j);
 
+      // phase: gates
       // Both columns of the item together, dead or not, so that their arithmetic overlaps.
       const bool acts = item.exists && 2 * item.pair < columns;
       Pair h = {};
@@ -521,11 +527,13 @@ __global__ void __launch_bounds__(block_threads, 1)
         *h_state(j) = h;
         if (Cell::has_cell) *c_state(j) = c;
       }
+      // phase: sends
       // The team waits for h; memory does not.
       if (wavefront || s + 1 < num_steps) {
         exchange.send(s, j, item, h.v, factors);
         exchange.sent(j);
       }
+      // phase: stores
       FRNN_UNROLL
       for (int column = 0; column < 2; ++column) {
         if (!acts || !lives(j, column, rows.live)) continue;
@@ -540,15 +548,18 @@ __global__ void __launch_bounds__(block_threads, 1)
                             narrow<S>(float(values[column][i])));
         }
       }
+      // phase: prefetch
       if (j + 1 == place.column_tiles) {
         rows = next_rows;
         next_rows = {};
       }
       fetch_projection(rows.first, rows.live, j + 1 == place.column_tiles ? 0 : j + 1);
+      // phase: loop
       buffer ^= 1;
     }
   }
 
+  // phase: end
   for (int j = 0; j < place.column_tiles; ++j) {
     FRNN_UNROLL
     for (int column = 0; column < 2; ++column) {
