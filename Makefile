@@ -30,7 +30,7 @@ INSTALLED := $(VENV)/.installed-$(ENVIRONMENT_KEY)
 
 PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirements.txt | cut -c1-12)
 
-.PHONY: demo test site build lint format check bench figures info test-asan cuda-compile cuda-link gpu wheel clean help
+.PHONY: demo test site build lint format check bench figures info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
 .DEFAULT_GOAL := help
 
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
@@ -78,9 +78,12 @@ figures: build  ## tables and images of README and docs from a result (RESULT=be
 	$(RUN) benchmarks/plot.py $(RESULT) --out docs/images
 	$(RUN) benchmarks/tables.py $(RESULT)
 
-# CUDA. The first needs nvcc alone, the second nvcc and a gigabyte of downloads, the third a GPU and a PyTorch for it.
+# CUDA. The first two need nvcc alone, the third nvcc and a gigabyte of downloads, the fourth a GPU and a PyTorch for it.
 cuda-compile:  ## compile the CUDA kernels for all architectures: registers, shared memory, spills (ARGS="--arch 90a")
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/cuda_compile.py $(ARGS)
+
+cuda-cycles: $(ENVIRONMENT)  ## cycles of a step from machine code, against those committed (ARGS=--write after a change)
+	$(RUN) tools/cuda_cycles.py $(or $(ARGS),--check)
 
 cuda-link: $(ENVIRONMENT)  ## compile and link everything against a CUDA build of PyTorch; needs no GPU
 	$(RUN) tools/cuda_link.py $(ARGS)

@@ -272,52 +272,247 @@ def measure(case: Case, nvcc: str, nvdisasm: str, program: Path) -> dict[str, An
             begins.append(steps_of(trace, of_each, STEPS))
     phases = [phases_of_trace(warp.trace, of_each) for warp in warps]
 
+    present = {phase for trace in phases for phase in trace}
+    if missing := [name for name in phase_names(source) if name not in present]:
+        raise Failed(f"{case.name}: no instruction belongs to {', '.join(missing)}")
+
     blocks_each = planned["active"] if planned["layers"] > 1 else planned["team_blocks"]
+    first, last = TIMED
+    steps = last - first
     result: dict[str, Any] = {
         "plan": f"{planned['variant']} of {planned['team_blocks']}, {planned['columns']} columns, {planned['exchange']}"
     }
     tables: dict[str, dict[str, sass_time.Part]] = {}
-    first, last = TIMED
     for kind, machine in (("typical", sass_time.Machine()), ("stalls", sass_time.Machine(alone=True))):
         issues = sass_time.Replay(kernel.instructions, warps, machine, blocks_each).run()
         # The warp that comes to its last step last.
         w = max(range(len(warps)), key=lambda w: issues[w][begins[w][last]].time)
-        begin = issues[w][begins[w][first]].time
-        end = w, begins[w][last]
+        begin, end = issues[w][begins[w][first]].time, (w, begins[w][last])
         tables[kind] = sass_time.critical_path(kernel.instructions, warps, issues, phases, end, begin)
-        result[kind] = (issues[w][end[1]].time - begin) / (last - first)
-    names = [*phase_names(source), sass_time.REMOTE]
+        result[kind] = round((issues[w][end[1]].time - begin) / steps)
+        if kind == "typical":
+            result["warps"] = _roles(warps, issues, phases, begins)
+    busy = [
+        sass_time.busy(kernel.instructions, warps, [b[first] for b in begins], [b[last] for b in begins], block)
+        for block in range(planned["layers"])
+    ]
+    for unit in ("shared", "matrix"):
+        result[unit] = round(max(b[unit] for b in busy) / steps)
     result["phases"] = {}
-    for name in names:
+    for name in [*phase_names(source), sass_time.MEMORY, sass_time.REMOTE]:
         typical, alone = (tables[kind].get(name, sass_time.Part()) for kind in ("typical", "stalls"))
         result["phases"][name] = {
-            "typical": round(typical.cycles / (last - first)),
-            "stalls": round(alone.cycles / (last - first)),
-            "instructions": round(typical.instructions / (last - first)),
+            "typical": round(typical.cycles / steps),
+            "stalls": round(alone.cycles / steps),
+            "instructions": round(typical.instructions / steps),
         }
-    present = {phase for trace in phases for phase in trace}
-    if missing := [name for name in phase_names(source) if name not in present]:
-        raise Failed(f"{case.name}: no instruction belongs to {', '.join(missing)}")
-    for kind in ("typical", "stalls"):
-        result[kind] = round(result[kind])
     return result
 
 
-def main() -> int:
-    nvcc, nvdisasm = cuda_build.find_nvcc(), find_nvdisasm()
-    assert nvcc and nvdisasm
-    program = build_arguments()
-    for case in CASES if len(sys.argv) < 2 else [CASES[int(a)] for a in sys.argv[1:]]:
-        try:
-            r = measure(case, nvcc, nvdisasm, program)
-        except Exception as e:
-            if len(sys.argv) > 1: raise
-            print(case.name, type(e).__name__, e)
+def _roles(
+    warps: list[sass_time.Warp],
+    issues: list[list[sass_time.Issue]],
+    phases: list[list[str]],
+    begins: list[list[int]],
+    machine: sass_time.Machine,
+) -> list[dict[str, Any]]:
+    """For warps that execute the same: how long a step they are in each phase, waiting for others included."""
+    first, last = TIMED
+    roles: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}
+    for w, warp in enumerate(warps):
+        begin, end = begins[w][first], begins[w][last]
+        key = warp.block, tuple(executed.index for executed in warp.trace[begin:end])
+        if key in roles:
+            roles[key]["warps"].append(warp.number)
             continue
-        print(case.name, r["plan"], r["typical"], r["stalls"])
-        for n, p in r["phases"].items():
-            print(f"   {n:14} {p['typical']:6} {p['stalls']:6} {p['instructions']:6}")
-    return 0
+        cycles: dict[str, float] = {}
+        for position in range(begin, end):
+            phase = phases[w][position]
+            cycles[phase] = cycles.get(phase, 0) + issues[w][position + 1].time - issues[w][position].time
+        roles[key] = {
+            "block": warp.block,
+            "warps": [warp.number],
+            "instructions": round((end - begin) / (last - first)),
+            "phases": {phase: round(c / (last - first)) for phase, c in cycles.items()},
+        }
+    return list(roles.values())
+
+
+# --- Figures
+
+
+def text_of(case: str, result: dict[str, Any], with_warps: bool) -> str:
+    lines = [f"{case} ({result['plan']})"]
+    lines.append(f"  {'':14}{'typical':>9}{'stalls':>9}{'instructions':>14}")
+    for name, part in result["phases"].items():
+        lines.append(f"  {name:14}{part['typical']:9}{part['stalls']:9}{part['instructions']:14}")
+    lines.append(f"  {'a step':14}{result['typical']:9}{result['stalls']:9}")
+    lines.append(f"  {'':14}{result['typical'] / MHZ:9.2f}{result['stalls'] / MHZ:9.2f}  us at {MHZ} MHz")
+    lines.append(f"  at least, of a block: shared memory {result['shared']}, matrix unit {result['matrix']}")
+    if with_warps:
+        for role in result["warps"]:
+            phases = ", ".join(f"{name} {cycles}" for name, cycles in role["phases"].items())
+            warps = ",".join(map(str, role["warps"]))
+            lines.append(f"  block {role['block']} warps {warps} ({role['instructions']} instructions): {phases}")
+    return "\n".join(lines)
+
+
+def table_of(results: dict[str, dict[str, Any]]) -> str:
+    """What stands in docs/cuda.md: a line for each case, a column for each phase, typical (stalls alone)."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result["phases"]))
+    # Those of no phase last, as in each case.
+    last = [sass_time.MEMORY, sass_time.REMOTE]
+    names = [name for name in names if name not in last] + last
+    heads = ["case", *names, "**a step**", "us", "shared memory", "matrix unit"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " --- |" * (len(heads) - 1)]
+    for case, result in results.items():
+        cells = [case]
+        for name in names:
+            part = result["phases"].get(name)
+            cells.append(_both(part["typical"], part["stalls"]) if part else "")
+        cells.append(f"**{_both(result['typical'], result['stalls'])}**")
+        cells.append(f"{result['typical'] / MHZ:.2f} ({result['stalls'] / MHZ:.2f})")
+        cells += [str(result["shared"]), str(result["matrix"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _both(typical: int, alone: int) -> str:
+    return f"{typical} ({alone})" if typical or alone else "-"
+
+
+def assumptions_table() -> str:
+    lines = ["| name | cycles | of what | from |", "| --- | --- | --- | --- |"]
+    for name, a in sass_time.ASSUMPTIONS.items():
+        lines.append(f"| {name} | {a.cycles:g} | {a.what} | {a.source} |")
+    return "\n".join(lines)
+
+
+def documented(nvcc_version: str, results: dict[str, dict[str, Any]]) -> str:
+    return "\n".join(
+        [
+            BEGIN,
+            f"nvcc {nvcc_version}, sm_90a; cycles of a step: typical, and in brackets of stalls alone.",
+            "",
+            table_of(results),
+            "",
+            "What *typical* takes for granted:",
+            "",
+            assumptions_table(),
+            END,
+        ]
+    )
+
+
+def between_marks(text: str, new: str) -> str:
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise Failed(f"{DOCS.name}: {BEGIN} and {END} are not there")
+    return before + new + after
+
+
+def grown(old: dict[str, Any], new: dict[str, Any], case: str) -> list[str]:
+    """What has become worse in a case than is committed, in words."""
+    if old["plan"] != new["plan"]:
+        return [f"{case}: the plan was {old['plan']}, and is {new['plan']}"]
+    problems = []
+    for phase, part in old["phases"].items():
+        if phase not in new["phases"]:
+            problems.append(f"{case}: the phase {phase} is gone")
+            continue
+        for kind in ("typical", "stalls"):
+            problems += _grown(f"{case}: {phase}", kind, part[kind], new["phases"][phase][kind])
+    problems += [f"{case}: the phase {phase} is new" for phase in new["phases"] if phase not in old["phases"]]
+    for kind in ("typical", "stalls"):
+        problems += _grown(f"{case}: a step", kind, old[kind], new[kind])
+    return problems
+
+
+def _grown(what: str, kind: str, old: int, new: int) -> list[str]:
+    # A cycle or two of the shortest phases are rounding.
+    if new <= old * (1 + GROWTH) or new - old <= 2:
+        return []
+    return [f"{what}: {new} cycles ({kind}), {old} are committed"]
+
+
+def _measure(job: tuple[Case, str, str, Path]) -> dict[str, Any]:
+    return measure(*job)
+
+
+def selected(arguments: argparse.Namespace) -> list[Case]:
+    chosen = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name in Case.__dataclass_fields__ and value is not None
+    }
+    return [replace(ANCHOR, **chosen)] if chosen else list(CASES)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", choices=("forward", "backward"))
+    parser.add_argument("--cell", choices=CELLS)
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--layers", type=int, help="of a wavefront")
+    parser.add_argument("--training", action="store_true", default=None)
+    parser.add_argument("--inference", action="store_false", dest="training", default=None)
+    parser.add_argument("--arch", help="e.g. 90a")
+    parser.add_argument("--warps", action="store_true", help="what each kind of warp does besides")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--write", action="store_true", help=f"into {DOCS.name} and {FIGURES.name}")
+    parser.add_argument("--check", action="store_true", help=f"compare with {FIGURES.name}")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="cases at once")
+    arguments = parser.parse_args()
+    nvcc = cuda_build.find_nvcc()
+    if nvcc is None:
+        print("cuda-cycles: skipped, nvcc is not found in CUDA_HOME, on PATH or in /usr/local/cuda/bin")
+        return 0
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        print("cuda-cycles: nvdisasm is not found: pip install nvidia-cuda-nvdisasm", file=sys.stderr)
+        return 2
+    version = cuda_build.nvcc_version(nvcc)
+    cases = selected(arguments)
+    if (arguments.write or arguments.check) and cases != list(CASES):
+        parser.error("--write and --check are for all cases")
+    committed = json.loads(FIGURES.read_text()) if arguments.check else {}
+    if arguments.check and committed["nvcc"] != version:
+        print(f"cuda-cycles: not compared, the figures are of nvcc {committed['nvcc']} and this one is {version}")
+        return 0
+    try:
+        program = build_arguments()
+        jobs = [(case, nvcc, nvdisasm, program) for case in cases]
+        with ProcessPoolExecutor(min(arguments.jobs, len(jobs))) as pool:
+            results = {case.name: result for case, result in zip(cases, pool.map(_measure, jobs))}
+    except (Failed, sass_walk.Undecided, sass_walk.NotUnderstood) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+    else:
+        for case, result in results.items():
+            print(text_of(case, result, arguments.warps))
+    for result in results.values():
+        del result["warps"]
+    if arguments.write:
+        FIGURES.write_text(json.dumps({"nvcc": version, "cases": results}, indent=1) + "\n")
+        DOCS.write_text(between_marks(DOCS.read_text(), documented(version, results)))
+    problems = []
+    if arguments.check:
+        for name in committed["cases"].keys() | results.keys():
+            if name in committed["cases"] and name in results:
+                problems += grown(committed["cases"][name], results[name], name)
+            else:
+                problems.append(f"{name}: {'gone' if name in committed['cases'] else 'not committed'}")
+        print(f"{len(results)} cases, {len(problems)} worse than {FIGURES.relative_to(ROOT)}")
+        for problem in sorted(problems):
+            print(f"error: {problem}", file=sys.stderr)
+        if problems:
+            print("where that is meant: tools/cuda_cycles.py --write, and commit what it writes", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

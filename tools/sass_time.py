@@ -106,6 +106,7 @@ class Cause:
 class Issue:
     time: float
     cause: Cause | None = None  # None: nothing outside of the warp held it up
+    memory: float = 0  # of the time before it, how long it waited for global memory
 
 
 @dataclass
@@ -144,6 +145,16 @@ def passes(address: Value, lanes: int, width: int) -> int:
     return max(total, 1)
 
 
+def passes_of(executed: Executed, instruction: Instruction, seen: dict[Any, int]) -> int:
+    """The passes of what was executed; `seen` remembers those of the same addresses."""
+    address = executed.address
+    width = 16 if instruction.name == "LDSM" else width_of(instruction)
+    key = (address.tobytes() if isinstance(address, np.ndarray) else address, executed.lanes, width)
+    if key not in seen:
+        seen[key] = passes(address, executed.lanes, width)
+    return seen[key]
+
+
 def width_of(instruction: Instruction) -> int:
     for modifier, width in (("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("16", 2), ("U8", 1), ("S8", 1)):
         if modifier in instruction.modifiers:
@@ -151,6 +162,7 @@ def width_of(instruction: Instruction) -> int:
     return 4
 
 
+_GLOBAL = ("LDG", "LDGSTS")
 _OWN_SHARED = (1 << 24) - 1  # the upper byte of an address in the cluster's shared memory is the block
 
 
@@ -169,6 +181,7 @@ class Replay:
         self._scoreboards = [[0.0] * 6 for _ in warps]
         self._held: dict[int, float] = {}  # warps that wait for others, and from when on they could go on
         self._causes: dict[int, Cause] = {}
+        self._from_memory = [[0.0] * 6 for _ in warps]  # the part of a scoreboard's time that is of global loads
         self._free: dict[tuple[Any, ...], float] = {}  # when a unit is free again
         self._barriers: dict[Any, list[int]] = {}  # warps that have arrived
         self._mbarriers: dict[Mbarrier, _Mbarrier] = {}
@@ -233,7 +246,7 @@ class Replay:
     def _issue(self, w: int, time: float) -> None:
         position = len(self.issues[w])
         executed, instruction = self.warps[w].trace[position], self._instruction(w, position)
-        self.issues[w].append(Issue(time, self._causes.pop(w, None)))
+        self.issues[w].append(Issue(time, self._causes.pop(w, None), self._waited_for_memory(w, instruction, time)))
         self._free[self._unit(w, "issue")] = time + 1
         after = time + max(instruction.stall, 1)
         held = False
@@ -244,6 +257,9 @@ class Replay:
             board = self._scoreboards[w]
             if instruction.write_barrier != NONE:
                 board[instruction.write_barrier] = max(board[instruction.write_barrier], done)
+                if instruction.name in _GLOBAL:
+                    memory = self._from_memory[w]
+                    memory[instruction.write_barrier] = max(memory[instruction.write_barrier], done)
             if instruction.read_barrier != NONE:
                 read = time + self.machine.of("read")
                 board[instruction.read_barrier] = max(board[instruction.read_barrier], read)
@@ -253,6 +269,14 @@ class Replay:
             self._held.pop(w, None)
             if position + 1 < len(self.warps[w].trace):
                 self._at(after, w)
+
+    def _waited_for_memory(self, w: int, instruction: Instruction, time: float) -> float:
+        """How much later than otherwise an instruction was issued because loads from global memory were under way."""
+        loads = max((self._from_memory[w][b] for b in instruction.waits), default=0.0)
+        if loads < time or not self.issues[w]:
+            return 0.0
+        position = len(self.issues[w]) - 1
+        return max(0.0, time - self.issues[w][-1].time - max(self._instruction(w, position).stall, 1))
 
     def _go_on(self, w: int, time: float, cause: tuple[int, int]) -> None:
         """A warp that waited goes on, and has the result for which it waited."""
@@ -274,7 +298,7 @@ class Replay:
         if machine.alone:
             return latency
         if name in ("LDS", "LDSM", "STS"):
-            busy = machine.cycles["shared"] * self._passes_of(executed, instruction)
+            busy = machine.cycles["shared"] * passes_of(executed, instruction, self._passes)
             return self._queue(("shared", block), time, busy) - time - machine.cycles["shared"] + latency
         if name in ("LDG", "LDGSTS") and not self._polls(executed):
             width = 16 if name == "LDGSTS" else width_of(instruction)
@@ -383,14 +407,6 @@ class Replay:
         """Where in its block's shared memory an mbarrier is."""
         return _lane(executed.address, (executed.lanes & -executed.lanes).bit_length() - 1) & _OWN_SHARED
 
-    def _passes_of(self, executed: Executed, instruction: Instruction) -> int:
-        address = executed.address
-        width = 16 if instruction.name == "LDSM" else width_of(instruction)
-        key = (address.tobytes() if isinstance(address, np.ndarray) else address, executed.lanes, width)
-        if key not in self._passes:
-            self._passes[key] = passes(address, executed.lanes, width)
-        return self._passes[key]
-
     def _receivers(self, address: Value, lanes: int) -> dict[tuple[int, int], int]:
         """Of each mbarrier, how many lanes mean it: those of the blocks that one here stands for are one."""
         found: dict[tuple[int, int], int] = {}
@@ -408,6 +424,32 @@ def _lane(value: Value, lane: int) -> int:
     return int(value if isinstance(value, int) else value[lane])
 
 
+def busy(
+    instructions: list[Instruction], warps: list[Warp], begins: list[int], ends: list[int], block: int = 0
+) -> dict[str, float]:
+    """For how many cycles units of a block work at least on what its warps execute from `begins` to before `ends`.
+
+    Shared memory; and the matrix unit of the scheduler that has most to do.
+    """
+    seen: dict[Any, int] = {}
+    shared, matrices = 0, [0, 0, 0, 0]
+    for warp, begin, end in zip(warps, begins, ends):
+        if warp.block != block:
+            continue
+        for executed in warp.trace[begin:end]:
+            instruction = instructions[executed.index]
+            if not executed.lanes:
+                continue
+            if instruction.name == "HMMA":
+                matrices[warp.number % 4] += 1
+            elif instruction.name in ("LDS", "LDSM", "STS"):
+                shared += passes_of(executed, instruction, seen)
+    return {
+        "shared": shared * ASSUMPTIONS["shared"].cycles,
+        "matrix": max(matrices) * ASSUMPTIONS["HMMA"].cycles,
+    }
+
+
 @dataclass
 class Part:
     """What a phase has of a step."""
@@ -416,7 +458,9 @@ class Part:
     instructions: float = 0
 
 
-REMOTE = "on the way"  # between the last send and the receivers' next instruction
+# Of no phase: waiting for loads from global memory, whichever phase needs them; and from the last send to the receivers'
+# next instruction.
+MEMORY, REMOTE = "memory", "on the way"
 
 
 def critical_path(
@@ -453,7 +497,9 @@ def critical_path(
             continue
         before = issues[w][position - 1].time
         stalled = min(time, before + max(instructions[warps[w].trace[position - 1].index].stall, 1))
-        add(phases[w][position], stalled, time)
+        loaded = time - min(issues[w][position].memory, time - stalled)
+        add(MEMORY, loaded, time)
+        add(phases[w][position], stalled, loaded)
         add(phases[w][position - 1], before, stalled, 1)
         position, time = position - 1, before
     return parts

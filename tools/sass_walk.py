@@ -74,7 +74,7 @@ _SILENT = frozenset(
 )
 _UNKNOWN = frozenset(
     """FADD FMUL FFMA FSEL FMNMX FSET FSETP FCHK F2F F2FP F2I I2F I2FP MUFU HMMA HADD2 HMUL2 HFMA2 HSETP2 HMNMX2 FSWZADD
-    FRND DADD DMUL DFMA DSETP LDG LDS LD LDL LDSM SHFL VOTE VOTEU MATCH REDUX ATOM ATOMG ATOMS QSPC CS2UR IDP
+    FRND DADD DMUL DFMA DSETP LDG LDS LD LDL LDSM SHFL MATCH REDUX ATOM ATOMG ATOMS QSPC CS2UR IDP
     POPC FLO BREV LEPC B2R HGMMA S2R S2UR UFLO UPOPC""".split()
 )
 
@@ -791,6 +791,23 @@ def _r2p(walk: Walk, i: Instruction) -> None:
             walk.write(f"P{bit}", _apply(lambda v, b=bit: v >> b & 1, value))
 
 
+@_handles("VOTE", "VOTEU")
+def _vote(walk: Walk, i: Instruction) -> None:
+    *written, source = i.operands
+    lanes = walk._lanes
+    votes = walk.predicate(source)
+    wide = np.full(LANES, -1 if votes is None else votes, dtype=np.int64) if not _is_array(votes) else votes
+    asked = wide[(lanes >> _BITS & 1) == 1]
+    known = bool((asked >= 0).all())
+    for name in written:
+        if not known:
+            walk.write(name, None)
+        elif _is_predicate(name):
+            walk.write(name, int(asked.all() if "ALL" in i.modifiers else asked.any()))
+        else:
+            walk.write(name, int((wide * (lanes >> _BITS & 1) << _BITS).sum()))
+
+
 @_handles("CS2R")
 def _cs2r(walk: Walk, i: Instruction) -> None:
     to, source = i.operands
@@ -873,7 +890,7 @@ def _mufu(walk: Walk, i: Instruction) -> None:
         return
 
     def bits(v: Any) -> Any:
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             result = (np.float32(1) / _as_floats(v)).view(np.uint32).astype(np.int64)
         return int(result) if isinstance(v, int) else result
 

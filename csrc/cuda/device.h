@@ -250,7 +250,7 @@ FRNN_DEVICE void add_release(uint32_t* p, uint32_t value) {
 }
 // Waits until the counter has reached `target` (modulo 2^32). Only between blocks that are resident together.
 FRNN_DEVICE void wait_until_at_least(const uint32_t* counter, uint32_t target) {
-  while (int32_t(load_acquire(counter) - target) < 0) {
+  while (int32_t(load_acquire(counter) - target) < 0) {  // cycles: leaves
   }
 }
 
