@@ -314,7 +314,6 @@ def _roles(
     issues: list[list[sass_time.Issue]],
     phases: list[list[str]],
     begins: list[list[int]],
-    machine: sass_time.Machine,
 ) -> list[dict[str, Any]]:
     """For warps that execute the same: how long a step they are in each phase, waiting for others included."""
     first, last = TIMED
