@@ -1,9 +1,9 @@
 """`make cuda-cycles`: the cycles of a step of the persistent kernels, from their machine code. Needs nvcc, no GPU.
 
-For each case the kernel that its plan takes is compiled and disassembled (nvdisasm), its warps are walked through a few
-steps with the arguments of that plan (sass_walk.py), and what they execute is timed (sass_time.py). The longest chain of
-a step is divided into phases, which the kernels' sources name: a comment `// phase: gates` there holds for the lines
-that follow it, up to the next.
+For each case the kernel that its plan takes is compiled and disassembled (nvdisasm), its warps are walked through a
+few steps with the arguments of that plan (sass_walk.py), and what they execute is timed (sass_time.py). The longest
+chain of a step is divided into phases, which the kernels' sources name: a comment `// phase: gates` there holds for the
+lines that follow it, up to the next.
 
 --write puts the figures into docs/cuda.md and tests/data/cuda_cycles.json; --check compares with them, and fails where
 a phase has grown by more than 3 %.
@@ -36,6 +36,7 @@ FOLDER = ROOT / "build" / "cuda-cycles"
 FIGURES = ROOT / "tests" / "data" / "cuda_cycles.json"
 DOCS = ROOT / "docs" / "cuda.md"
 BEGIN, END = "<!-- cuda-cycles: begin -->", "<!-- cuda-cycles: end -->"
+ARCH = "90a"  # of no other is it known where constant memory has what the driver puts there (sass_walk.Launch)
 MHZ = 1980  # of an H200, for microseconds
 STEPS = 10  # that are walked; the third to the seventh are timed
 TIMED = 2, 6
@@ -58,7 +59,6 @@ class Case:
     batch: int = 16
     layers: int = 1
     training: bool = True
-    arch: str = "90a"
 
     @property
     def name(self) -> str:
@@ -95,7 +95,7 @@ def find_nvdisasm() -> str | None:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise Failed(f"{shlex.join(command)}:\n{done.stderr}{done.stdout}")
     return done.stdout
@@ -142,10 +142,10 @@ def instantiation(case: Case, planned: dict[str, Any]) -> str:
     )
 
 
-def disassemble(text: str, arch: str, nvcc: str, nvdisasm: str) -> tuple[bytes, str]:
+def disassemble(text: str, nvcc: str, nvdisasm: str) -> tuple[bytes, str]:
     """The cubin of a source and its listing; from build/ where nothing has changed."""
     compiler = shlex.split(os.environ.get("CXX") or "g++")
-    command = [*cuda_build.command(nvcc, compiler, []), "-lineinfo", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    command = [*cuda_build.command(nvcc, compiler, []), "-lineinfo", *cuda_build.code_flags([ARCH])]
     key = hashlib.sha256(_sources() + shlex.join(command).encode() + text.encode()).hexdigest()[:16]
     cubin, listing = FOLDER / f"{key}.cubin", FOLDER / f"{key}.sass"
     if not listing.exists():
@@ -166,45 +166,40 @@ _MARK = re.compile(r"^\s*// phase: (.+?)\s*$")
 _LEAVES = "// cycles: leaves"
 OTHER = "end"  # what follows the loop
 
+Lines = dict[sass.Frame, str]  # the phase of each line that is in one
 
-def phases_of(source: str) -> dict[int, str]:
-    """The phase of each line from the first mark on."""
-    lines: dict[int, str] = {}
+
+def phases_of(path: str, source: str) -> Lines:
+    """The phase of each line of a file, from its first mark on."""
+    lines: Lines = {}
     phase = None
     for number, line in enumerate(source.splitlines(), 1):
         if match := _MARK.match(line):
             phase = None if match[1] == OTHER else match[1]
         if phase:
-            lines[number] = phase
+            lines[path, number] = phase
     return lines
 
 
-def phase_names(source: str) -> list[str]:
-    return list(dict.fromkeys(phases_of(source).values()))
+def headers() -> dict[str, str]:
+    """Text by path, of what kernels are made of."""
+    paths = sorted((ROOT / "csrc" / "cuda").glob("*.*h"))
+    return {str(path): path.read_text() for path in paths}
 
 
-def leaving_lines() -> set[sass.Frame]:
-    """Lines of csrc/cuda whose loops end, whatever they wait for."""
-    found = set()
-    for path in sorted((ROOT / "csrc" / "cuda").glob("*")):
-        if path.suffix in (".h", ".cuh"):
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                if _LEAVES in line:
-                    found.add((str(path), number))
-    return found
+def leaving_lines(sources: dict[str, str]) -> set[sass.Frame]:
+    """Lines whose loops end, whatever they wait for."""
+    return {
+        (path, number)
+        for path, source in sources.items()
+        for number, line in enumerate(source.splitlines(), 1)
+        if _LEAVES in line
+    }
 
 
-def phase_of_each(instructions: list[sass.Instruction], file: str, lines: dict[int, str]) -> list[str | None]:
+def phase_of_each(instructions: list[sass.Instruction], lines: Lines) -> list[str | None]:
     """By the outermost frame that is in a phase; None: in none, as what the compiler computes again that was there."""
-    result: list[str | None] = []
-    for instruction in instructions:
-        phase = None
-        for path, line in reversed(instruction.frames):
-            if Path(path).name == file and line in lines:
-                phase = lines[line]
-                break
-        result.append(phase)
-    return result
+    return [next((lines[frame] for frame in reversed(i.frames) if frame in lines), None) for i in instructions]
 
 
 def phases_of_trace(trace: list[sass_walk.Executed], of_each: list[str | None]) -> list[str]:
@@ -229,7 +224,7 @@ def _launch(case: Case, planned: dict[str, Any], warp: int, layer: int, constant
         (rank, 0, 0),
         (planned["team_blocks"] * planned["teams"], 1, 1),
         rank if planned["variant"] == "cluster" else 0,
-        planned["variant"] == "cluster",
+        planned["team_blocks"] if planned["variant"] == "cluster" else 0,
         constants,
         len(constants[0]) - size,
     )
@@ -247,9 +242,12 @@ def steps_of(trace: list[sass_walk.Executed], of_each: list[str | None], steps: 
     raise Failed("no instruction of the loop runs once in each step")
 
 
-def measure(case: Case, nvcc: str, nvdisasm: str, program: Path) -> dict[str, Any]:
+def measure(
+    case: Case, nvcc: str, nvdisasm: str, program: Path, assumed: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """The figures of a case; assumed: cycles in place of those in sass_time.ASSUMPTIONS."""
     planned = plan(case, program)
-    cubin, listing = disassemble(instantiation(case, planned), case.arch, nvcc, nvdisasm)
+    cubin, listing = disassemble(instantiation(case, planned), nvcc, nvdisasm)
     kernels = sass.parse(listing)
     if len(kernels) != 1:
         raise Failed(f"{case.name}: expected one kernel, got {[k.name for k in kernels]}")
@@ -259,10 +257,15 @@ def measure(case: Case, nvcc: str, nvdisasm: str, program: Path) -> dict[str, An
     before = len(found[f".nv.constant0.{kernel.name}"]) - len(arguments)
     constants = {0: bytes(before) + arguments, 2: found.get(f".nv.constant2.{kernel.name}", b"")}
 
-    file = f"persistent_{case.kernel}.cuh"
-    source = (ROOT / "csrc" / "cuda" / file).read_text()
-    of_each = phase_of_each(kernel.instructions, file, phases_of(source))
-    leaves = leaving_lines()
+    # Phases that a kernel must have are named in its own files, persistent_<pass>*.cuh.
+    sources = headers()
+    lines = {frame: phase for path, text in sources.items() for frame, phase in phases_of(path, text).items()}
+    own = f"persistent_{case.kernel}"
+    names = list(dict.fromkeys(phase for (path, _), phase in lines.items() if Path(path).name.startswith(own)))
+    if not names:
+        raise Failed(f"{own}*.cuh: no line says `// phase: ...`")
+    of_each = phase_of_each(kernel.instructions, lines)
+    leaves = leaving_lines(sources)
     warps, begins = [], []
     for layer in range(planned["layers"]):
         for number in range(planned["threads"] // sass_walk.LANES):
@@ -272,8 +275,8 @@ def measure(case: Case, nvcc: str, nvdisasm: str, program: Path) -> dict[str, An
             begins.append(steps_of(trace, of_each, STEPS))
     phases = [phases_of_trace(warp.trace, of_each) for warp in warps]
 
-    present = {phase for trace in phases for phase in trace}
-    if missing := [name for name in phase_names(source) if name not in present]:
+    present = {phase for trace in phases for phase in trace if phase}
+    if missing := [name for name in names if name not in present]:
         raise Failed(f"{case.name}: no instruction belongs to {', '.join(missing)}")
 
     blocks_each = planned["active"] if planned["layers"] > 1 else planned["team_blocks"]
@@ -283,7 +286,8 @@ def measure(case: Case, nvcc: str, nvdisasm: str, program: Path) -> dict[str, An
         "plan": f"{planned['variant']} of {planned['team_blocks']}, {planned['columns']} columns, {planned['exchange']}"
     }
     tables: dict[str, dict[str, sass_time.Part]] = {}
-    for kind, machine in (("typical", sass_time.Machine()), ("stalls", sass_time.Machine(alone=True))):
+    typical_machine = sass_time.Machine(cycles={**sass_time.Machine().cycles, **(assumed or {})})
+    for kind, machine in (("typical", typical_machine), ("stalls", sass_time.Machine(alone=True))):
         issues = sass_time.Replay(kernel.instructions, warps, machine, blocks_each).run()
         # The warp that comes to its last step last.
         w = max(range(len(warps)), key=lambda w: issues[w][begins[w][last]].time)
@@ -299,7 +303,7 @@ def measure(case: Case, nvcc: str, nvdisasm: str, program: Path) -> dict[str, An
     for unit in ("shared", "matrix"):
         result[unit] = round(max(b[unit] for b in busy) / steps)
     result["phases"] = {}
-    for name in [*phase_names(source), sass_time.MEMORY, sass_time.REMOTE]:
+    for name in [*names, *sorted(present - set(names)), sass_time.MEMORY, sass_time.REMOTE]:
         typical, alone = (tables[kind].get(name, sass_time.Part()) for kind in ("typical", "stalls"))
         result["phases"][name] = {
             "typical": round(typical.cycles / steps),
@@ -391,7 +395,7 @@ def documented(nvcc_version: str, results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(
         [
             BEGIN,
-            f"nvcc {nvcc_version}, sm_90a; cycles of a step: typical, and in brackets of stalls alone.",
+            f"nvcc {nvcc_version}, sm_{ARCH}; cycles of a step: typical, and in brackets of stalls alone.",
             "",
             table_of(results),
             "",
@@ -435,8 +439,15 @@ def _grown(what: str, kind: str, old: int, new: int) -> list[str]:
     return [f"{what}: {new} cycles ({kind}), {old} are committed"]
 
 
-def _measure(job: tuple[Case, str, str, Path]) -> dict[str, Any]:
+def _measure(job: tuple[Case, str, str, Path, dict[str, float]]) -> dict[str, Any]:
     return measure(*job)
+
+
+def _assumption(text: str) -> tuple[str, float]:
+    name, _, cycles = text.partition("=")
+    if name not in sass_time.ASSUMPTIONS:
+        raise argparse.ArgumentTypeError(f"{name!r}: expected one of {', '.join(sass_time.ASSUMPTIONS)}")
+    return name, float(cycles)
 
 
 def selected(arguments: argparse.Namespace) -> list[Case]:
@@ -458,7 +469,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="of a wavefront")
     parser.add_argument("--training", action="store_true", default=None)
     parser.add_argument("--inference", action="store_false", dest="training", default=None)
-    parser.add_argument("--arch", help="e.g. 90a")
+    parser.add_argument("--assume", action="append", type=_assumption, default=[], metavar="NAME=CYCLES")
     parser.add_argument("--warps", action="store_true", help="what each kind of warp does besides")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     parser.add_argument("--write", action="store_true", help=f"into {DOCS.name} and {FIGURES.name}")
@@ -475,15 +486,15 @@ def main() -> int:
         return 2
     version = cuda_build.nvcc_version(nvcc)
     cases = selected(arguments)
-    if (arguments.write or arguments.check) and cases != list(CASES):
-        parser.error("--write and --check are for all cases")
+    if (arguments.write or arguments.check) and (cases != list(CASES) or arguments.assume):
+        parser.error("--write and --check are for all cases as they are")
     committed = json.loads(FIGURES.read_text()) if arguments.check else {}
     if arguments.check and committed["nvcc"] != version:
         print(f"cuda-cycles: not compared, the figures are of nvcc {committed['nvcc']} and this one is {version}")
         return 0
     try:
         program = build_arguments()
-        jobs = [(case, nvcc, nvdisasm, program) for case in cases]
+        jobs = [(case, nvcc, nvdisasm, program, dict(arguments.assume)) for case in cases]
         with ProcessPoolExecutor(min(arguments.jobs, len(jobs))) as pool:
             results = {case.name: result for case, result in zip(cases, pool.map(_measure, jobs))}
     except (Failed, sass_walk.Undecided, sass_walk.NotUnderstood) as error:

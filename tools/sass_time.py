@@ -1,9 +1,9 @@
-"""Times what the warps of a block execute (sass_walk.py), by the scheduling that the compiler put into the instructions.
+"""Times what the warps of a block execute (sass_walk.py), by the scheduling that the compiler chose.
 
-A warp issues its instructions in order: after each it stays away for the cycles that the compiler chose (which cover all
-that takes a fixed time, matrix products included), and before each it waits for the scoreboards of earlier loads,
-reciprocals and the like. Warps wait for each other at barriers, and blocks for what others send. All blocks of a team do
-the same at the same time, so what this one sends is also what it gets.
+A warp issues its instructions in order: after each it stays away for the cycles that the instruction says (which cover
+all that takes a fixed time, matrix products included), and before each it waits for the scoreboards of earlier loads,
+reciprocals and the like. Warps wait for each other at barriers, and blocks for what others send. All blocks of a team
+do the same at the same time, so what this one sends is also what it gets.
 
 *Stalls alone*: those cycles, the barriers, nothing else; loads, messages and all that is shared between warps take no
 time. No GPU takes less. *Typical*: with the latencies below, and with what warps share: a scheduler issues one
@@ -34,7 +34,7 @@ _GUESS = "guess"
 
 # What no machine code says. To be replaced by what a GPU says: the name is that of the measurement.
 ASSUMPTIONS: dict[str, Assumption] = {
-    "LDS": Assumption(33, "a load from shared memory to the use of its result, beside its passes", f"{_LUO}: 29; wider loads take more"),
+    "LDS": Assumption(33, "a load from shared memory to the use of its result, beside its passes", f"{_LUO}: 29 for 4 bytes; the rest is a guess"),
     "SHFL": Assumption(24, "a shuffle to the use of its result", _GUESS),
     "MUFU": Assumption(22, "a reciprocal or exponential to the use of its result", _GUESS),
     "LDC": Assumption(40, "a load from constant memory at an address in a register", _GUESS),
@@ -54,7 +54,7 @@ ASSUMPTIONS: dict[str, Assumption] = {
     "shared": Assumption(1, "a pass over shared memory, 128 bytes of distinct banks; a quarter of a warp at a time with 16 bytes a lane, half with 8", "CUDA C++ programming guide; the quarters are a guess"),
     "remote bytes": Assumption(14, "bytes a cycle into a block from the others of its cluster", f"{_LUO}: 3.3 TB/s in clusters of 2, of all SMs"),
     "L2 bytes": Assumption(32, "bytes a cycle into a block from L2", _GUESS),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Replay:
         self._scoreboards = [[0.0] * 6 for _ in warps]
         self._held: dict[int, float] = {}  # warps that wait for others, and from when on they could go on
         self._causes: dict[int, Cause] = {}
-        self._from_memory = [[0.0] * 6 for _ in warps]  # the part of a scoreboard's time that is of global loads
+        self._loads = [[0.0] * 6 for _ in warps]  # scoreboards again, of loads from global memory
         self._free: dict[tuple[Any, ...], float] = {}  # when a unit is free again
         self._barriers: dict[Any, list[int]] = {}  # warps that have arrived
         self._mbarriers: dict[Mbarrier, _Mbarrier] = {}
@@ -233,10 +233,9 @@ class Replay:
     def _ready(self, w: int, time: float) -> float:
         position = len(self.issues[w])
         instruction = self._instruction(w, position)
-        board = self._scoreboards[w]
-        ready = max([time, *(board[b] for b in instruction.waits)])
-        if instruction.name == "DEPBAR":
-            ready = max(ready, *board)
+        ready = time
+        for b in self._waits_of(instruction):
+            ready = max(ready, self._scoreboards[w][b], self._loads[w][b])
         if not self.machine.alone:
             ready = max(ready, self._free.get(self._unit(w, "issue"), 0.0))
         if instruction.name in ("HMMA", "MUFU") and self.warps[w].trace[position].lanes:
@@ -256,10 +255,8 @@ class Replay:
             done = time + self._takes(w, executed, instruction, time)
             board = self._scoreboards[w]
             if instruction.write_barrier != NONE:
-                board[instruction.write_barrier] = max(board[instruction.write_barrier], done)
-                if instruction.name in _GLOBAL:
-                    memory = self._from_memory[w]
-                    memory[instruction.write_barrier] = max(memory[instruction.write_barrier], done)
+                written = self._loads[w] if instruction.name in _GLOBAL else board
+                written[instruction.write_barrier] = max(written[instruction.write_barrier], done)
             if instruction.read_barrier != NONE:
                 read = time + self.machine.of("read")
                 board[instruction.read_barrier] = max(board[instruction.read_barrier], read)
@@ -272,11 +269,18 @@ class Replay:
 
     def _waited_for_memory(self, w: int, instruction: Instruction, time: float) -> float:
         """How much later than otherwise an instruction was issued because loads from global memory were under way."""
-        loads = max((self._from_memory[w][b] for b in instruction.waits), default=0.0)
-        if loads < time or not self.issues[w]:
+        if not self.issues[w]:
             return 0.0
-        position = len(self.issues[w]) - 1
-        return max(0.0, time - self.issues[w][-1].time - max(self._instruction(w, position).stall, 1))
+        stall = self._instruction(w, len(self.issues[w]) - 1).stall
+        otherwise = self.issues[w][-1].time + max(stall, 1)
+        for b in self._waits_of(instruction):
+            otherwise = max(otherwise, self._scoreboards[w][b])
+        loads = max((self._loads[w][b] for b in self._waits_of(instruction)), default=0.0)
+        return max(0.0, min(loads, time) - otherwise)
+
+    @staticmethod
+    def _waits_of(instruction: Instruction) -> tuple[int, ...]:
+        return tuple(range(6)) if instruction.name == "DEPBAR" else instruction.waits
 
     def _go_on(self, w: int, time: float, cause: tuple[int, int]) -> None:
         """A warp that waited goes on, and has the result for which it waited."""
@@ -285,11 +289,16 @@ class Replay:
         if time > earliest:
             self._causes[w] = Cause(*cause, time)
         if instruction.write_barrier != NONE:
-            board = self._scoreboards[w]
+            board = self._loads[w] if instruction.name in _GLOBAL else self._scoreboards[w]
             done = time + self.machine.latency(instruction)
             board[instruction.write_barrier] = max(board[instruction.write_barrier], done)
         if len(self.issues[w]) < len(self.warps[w].trace):
             self._at(max(time, earliest), w)
+
+    def _all_go_on(self, arrived: list[int], time: float, cause: tuple[int, int]) -> None:
+        for w in arrived:
+            if w >= 0:
+                self._go_on(w, time, cause)
 
     def _takes(self, w: int, executed: Executed, instruction: Instruction, time: float) -> float:
         """Until the result is there."""
@@ -329,7 +338,7 @@ class Replay:
             there.append(w if waits else -1)
             if len(there) * LANES >= wanted:
                 late = machine.of("BAR" if name == "BAR" else "cluster")
-                self._at(time + late, lambda then: [self._go_on(v, then, by) for v in there if v >= 0])
+                    self._at(time + late, lambda then: self._all_go_on(there, then, by))
                 del self._barriers[key]
             return waits
         if name == "SYNCS" and "EXCH" in instruction.modifiers:
@@ -458,8 +467,8 @@ class Part:
     instructions: float = 0
 
 
-# Of no phase: waiting for loads from global memory, whichever phase needs them; and from the last send to the receivers'
-# next instruction.
+# Of no phase: waits for loads from global memory, whichever phase needs them; and from the last send to the next
+# instruction of those that receive it.
 MEMORY, REMOTE = "memory", "on the way"
 
 
@@ -473,8 +482,8 @@ def critical_path(
 ) -> dict[str, Part]:
     """Where the time went from `begin` until an instruction (a warp, and an index into its trace) was issued.
 
-    Backwards: from an instruction to the one before it in its warp, or, where the warp waited for others, to what let it
-    go on. phases: of each warp's instructions.
+    Backwards: from an instruction to the one before it in its warp, or, where the warp waited for others, to what let
+    it go on. phases: of each warp's instructions.
     """
     parts: dict[str, Part] = {}
 

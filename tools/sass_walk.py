@@ -41,15 +41,15 @@ class Launch:
     block: tuple[int, int, int]
     grid: tuple[int, int, int]
     cluster_rank: int
-    is_cluster: bool
+    cluster_blocks: int  # 0: not launched as clusters
     constants: dict[int, bytes]  # by bank
     known_from: int  # of bank 0: what is before belongs to the driver
 
     def constant(self, bank: int, offset: int) -> int | None:
         if bank == 0 and offset < self.known_from:
-            # Sizes of the block and the grid; and what barriers of the cluster ask: whether there is one.
+            # On sm_90: sizes of the block and the grid; whether there are clusters, and of how many blocks.
             driver = {0: self.threads, 4: 1, 8: 1, 12: self.grid[0], 16: self.grid[1], 20: self.grid[2]}
-            driver[0x140] = int(self.is_cluster)
+            driver |= {0x140: int(self.cluster_blocks > 0), 0x188: self.cluster_blocks}
             return driver.get(offset)
         data = self.constants.get(bank)
         if data is None or offset + 4 > len(data):
@@ -70,7 +70,7 @@ class Executed:
 # Those without results in registers; and whose results are unknown.
 _SILENT = frozenset(
     """NOP YIELD BAR MEMBAR ERRBAR CGAERRBAR CCTL FENCE UCGABAR_ARV UCGABAR_WAIT DEPBAR LDGDEPBAR LDGSTS STG STS ST STL
-    STAS RED REDG REDAS SYNCS ARRIVES PREFETCH UTMACMDFLUSH USETMAXREG WARPSYNC_ NANOSLEEP CCTLL""".split()
+    STAS RED REDG REDAS SYNCS ARRIVES PREFETCH UTMACMDFLUSH NANOSLEEP CCTLL""".split()
 )
 _UNKNOWN = frozenset(
     """FADD FMUL FFMA FSEL FMNMX FSET FSETP FCHK F2F F2FP F2I I2F I2FP MUFU HMMA HADD2 HMUL2 HFMA2 HSETP2 HMNMX2 FSWZADD
@@ -395,6 +395,9 @@ class Walk:
                 handler(self, instruction)
             elif name == "SYNCS" and "TRYWAIT" in instruction.modifiers:
                 self.write(instruction.operands[0], 1)  # sometime it succeeds
+            elif name == "USETMAXREG":
+                if "TRY_ALLOC" in instruction.modifiers:
+                    self.write(instruction.operands[0], 1)
             elif name in _UNKNOWN:
                 self._forget(instruction)
             elif name not in _SILENT:
@@ -680,7 +683,7 @@ def _prmt(walk: Walk, i: Instruction) -> None:
     needed = [any((p & 7) // 4 == side for p in picks) for side in (0, 1)]
     if chosen == 0x7610 and b == to and values[1] is None:
         needed[1] = False  # a move of 16 bits: nobody reads the upper half
-    values = tuple(v if used else 0 for v, used in zip(values, needed))
+    first, second = (v if used else 0 for v, used in zip(values, needed))
 
     def permuted(x: Any, y: Any) -> Any:
         result = x & 0
@@ -691,7 +694,7 @@ def _prmt(walk: Walk, i: Instruction) -> None:
             result = result | value << 8 * byte
         return result
 
-    walk.write(to, _apply(permuted, *values))
+    walk.write(to, _apply(permuted, first, second))
 
 
 @_handles("IABS")
