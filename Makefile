@@ -94,7 +94,7 @@ gpu:  ## on a GPU machine: build, tests, compute-sanitizer, benchmark, in runs/g
 info: build  ## versions, how it was built, instruction sets, threads, CUDA
 	$(RUN) -m fused_rnn info $(ARGS)
 
-CXX_FILES = $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/cuda_host tests/data tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format: report only
 	$(BIN)/ruff check .

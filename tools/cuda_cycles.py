@@ -215,7 +215,7 @@ def phases_of_trace(trace: list[sass_walk.Executed], of_each: list[str | None]) 
 # --- A case
 
 
-def _launch(case: Case, planned: dict[str, Any], warp: int, layer: int, constants: dict[int, bytes]) -> Any:
+def _launch(planned: dict[str, Any], warp: int, layer: int, constants: dict[int, bytes]) -> sass_walk.Launch:
     size = len(bytes.fromhex(planned["arguments"]))
     rank = layer * planned["active"]
     return sass_walk.Launch(
@@ -231,15 +231,87 @@ def _launch(case: Case, planned: dict[str, Any], warp: int, layer: int, constant
 
 
 def steps_of(trace: list[sass_walk.Executed], of_each: list[str | None], steps: int) -> list[int]:
-    """Where in the trace each step begins: at the first instruction of the loop that runs once in each step."""
+    """Where in the trace each step begins: at the first instruction of the loop that runs once in each step.
+
+    Empty for a warp that has no such loop.
+    """
     where: dict[int, list[int]] = {}
     for position, executed in enumerate(trace):
         if of_each[executed.index]:
             where.setdefault(executed.index, []).append(position)
-    for positions in where.values():
-        if len(positions) == steps:
-            return positions
-    raise Failed("no instruction of the loop runs once in each step")
+    return next((positions for positions in where.values() if len(positions) == steps), [])
+
+
+@dataclass
+class Walked:
+    """What the warps of a block, or of a block of each layer, have executed."""
+
+    instructions: list[sass.Instruction]
+    warps: list[sass_time.Warp]
+    phases: list[list[str]]  # of each warp's instructions
+    begins: list[list[int]]  # where in each warp's trace its steps begin
+    blocks_each: int  # for how many blocks of the cluster each of them stands
+
+
+def walk(
+    kernel: sass.Kernel,
+    launches: list[list[sass_walk.Launch]],
+    lines: Lines,
+    leaves: set[sass.Frame],
+    steps: int,
+    blocks_each: int,
+) -> Walked:
+    """Walks the warps of each block through the kernel."""
+    of_each = phase_of_each(kernel.instructions, lines)
+    walked = Walked(kernel.instructions, [], [], [], blocks_each)
+    for block, of_block in enumerate(launches):
+        for launch in of_block:
+            trace = sass_walk.Walk(kernel, launch, leaves).run()
+            walked.warps.append(sass_time.Warp(trace, block, launch.warp))
+            walked.phases.append(phases_of_trace(trace, of_each))
+            walked.begins.append(steps_of(trace, of_each, steps))
+    if not any(walked.begins):
+        raise Failed("no instruction of a phase runs once in each step")
+    return walked
+
+
+def figures(walked: Walked, names: list[str], assumed: dict[str, float] | None = None) -> dict[str, Any]:
+    """The figures of a step; `names` are the phases that it must have."""
+    present = {phase for trace in walked.phases for phase in trace if phase}
+    if missing := [name for name in names if name not in present]:
+        raise Failed(f"no instruction belongs to the phase {', '.join(missing)}")
+    first, last = TIMED
+    steps = last - first
+    result: dict[str, Any] = {}
+    tables: dict[str, dict[str, sass_time.Part]] = {}
+    instructions, warps, phases, begins = walked.instructions, walked.warps, walked.phases, walked.begins
+    looping = [w for w in range(len(warps)) if begins[w]]
+    typical_machine = sass_time.Machine(cycles={**sass_time.Machine().cycles, **(assumed or {})})
+    for kind, machine in (("typical", typical_machine), ("stalls", sass_time.Machine(alone=True))):
+        issues = sass_time.Replay(instructions, warps, machine, walked.blocks_each).run()
+        # The warp that comes to its last step last.
+        w = max(looping, key=lambda w: issues[w][begins[w][last]].time)
+        begin, middle, finish = (issues[w][begins[w][step]].time for step in (first, (first + last) // 2, last))
+        if abs((finish - middle) - (middle - begin)) > 0.01 * (finish - begin):
+            raise Failed(f"steps are not alike: {middle - begin:.0f} cycles, then {finish - middle:.0f} ({kind})")
+        end = w, begins[w][last]
+        tables[kind] = sass_time.critical_path(instructions, warps, issues, phases, end, begin)
+        result[kind] = round((finish - begin) / steps)
+        if kind == "typical":
+            result["warps"] = _roles(walked, issues)
+    spans = [(b[first], b[last]) if b else (0, 0) for b in begins]
+    for unit in ("shared", "matrix"):
+        busy = [sass_time.busy(instructions, warps, spans, block)[unit] for block in {warp.block for warp in warps}]
+        result[unit] = round(max(busy) / steps)
+    result["phases"] = {}
+    for name in [*names, *sorted(present - set(names)), sass_time.MEMORY, sass_time.REMOTE]:
+        typical, alone = (tables[kind].get(name, sass_time.Part()) for kind in ("typical", "stalls"))
+        result["phases"][name] = {
+            "typical": round(typical.cycles / steps),
+            "stalls": round(alone.cycles / steps),
+            "instructions": round(typical.instructions / steps),
+        }
+    return result
 
 
 def measure(
@@ -264,73 +336,32 @@ def measure(
     names = list(dict.fromkeys(phase for (path, _), phase in lines.items() if Path(path).name.startswith(own)))
     if not names:
         raise Failed(f"{own}*.cuh: no line says `// phase: ...`")
-    of_each = phase_of_each(kernel.instructions, lines)
-    leaves = leaving_lines(sources)
-    warps, begins = [], []
-    for layer in range(planned["layers"]):
-        for number in range(planned["threads"] // sass_walk.LANES):
-            walk = sass_walk.Walk(kernel, _launch(case, planned, number, layer, constants), leaves)
-            trace = walk.run()
-            warps.append(sass_time.Warp(trace, layer, number))
-            begins.append(steps_of(trace, of_each, STEPS))
-    phases = [phases_of_trace(warp.trace, of_each) for warp in warps]
-
-    present = {phase for trace in phases for phase in trace if phase}
-    if missing := [name for name in names if name not in present]:
-        raise Failed(f"{case.name}: no instruction belongs to {', '.join(missing)}")
-
+    warps = range(planned["threads"] // sass_walk.LANES)
+    launches = [[_launch(planned, warp, layer, constants) for warp in warps] for layer in range(planned["layers"])]
     blocks_each = planned["active"] if planned["layers"] > 1 else planned["team_blocks"]
-    first, last = TIMED
-    steps = last - first
-    result: dict[str, Any] = {
-        "plan": f"{planned['variant']} of {planned['team_blocks']}, {planned['columns']} columns, {planned['exchange']}"
-    }
-    tables: dict[str, dict[str, sass_time.Part]] = {}
-    typical_machine = sass_time.Machine(cycles={**sass_time.Machine().cycles, **(assumed or {})})
-    for kind, machine in (("typical", typical_machine), ("stalls", sass_time.Machine(alone=True))):
-        issues = sass_time.Replay(kernel.instructions, warps, machine, blocks_each).run()
-        # The warp that comes to its last step last.
-        w = max(range(len(warps)), key=lambda w: issues[w][begins[w][last]].time)
-        begin, end = issues[w][begins[w][first]].time, (w, begins[w][last])
-        tables[kind] = sass_time.critical_path(kernel.instructions, warps, issues, phases, end, begin)
-        result[kind] = round((issues[w][end[1]].time - begin) / steps)
-        if kind == "typical":
-            result["warps"] = _roles(warps, issues, phases, begins)
-    busy = [
-        sass_time.busy(kernel.instructions, warps, [b[first] for b in begins], [b[last] for b in begins], block)
-        for block in range(planned["layers"])
-    ]
-    for unit in ("shared", "matrix"):
-        result[unit] = round(max(b[unit] for b in busy) / steps)
-    result["phases"] = {}
-    for name in [*names, *sorted(present - set(names)), sass_time.MEMORY, sass_time.REMOTE]:
-        typical, alone = (tables[kind].get(name, sass_time.Part()) for kind in ("typical", "stalls"))
-        result["phases"][name] = {
-            "typical": round(typical.cycles / steps),
-            "stalls": round(alone.cycles / steps),
-            "instructions": round(typical.instructions / steps),
-        }
-    return result
+    try:
+        result = figures(walk(kernel, launches, lines, leaving_lines(sources), STEPS, blocks_each), names, assumed)
+    except (Failed, sass_walk.Undecided, sass_walk.NotUnderstood) as error:
+        raise Failed(f"{case.name}: {error}") from error
+    team = f"{planned['variant']} of {planned['team_blocks']}"
+    return {"plan": f"{team}, {planned['columns']} columns, {planned['exchange']}", **result}
 
 
-def _roles(
-    warps: list[sass_time.Warp],
-    issues: list[list[sass_time.Issue]],
-    phases: list[list[str]],
-    begins: list[list[int]],
-) -> list[dict[str, Any]]:
+def _roles(walked: Walked, issues: list[list[sass_time.Issue]]) -> list[dict[str, Any]]:
     """For warps that execute the same: how long a step they are in each phase, waiting for others included."""
     first, last = TIMED
     roles: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}
-    for w, warp in enumerate(warps):
-        begin, end = begins[w][first], begins[w][last]
+    for w, warp in enumerate(walked.warps):
+        if not walked.begins[w]:
+            continue
+        begin, end = walked.begins[w][first], walked.begins[w][last]
         key = warp.block, tuple(executed.index for executed in warp.trace[begin:end])
         if key in roles:
             roles[key]["warps"].append(warp.number)
             continue
         cycles: dict[str, float] = {}
         for position in range(begin, end):
-            phase = phases[w][position]
+            phase = walked.phases[w][position]
             cycles[phase] = cycles.get(phase, 0) + issues[w][position + 1].time - issues[w][position].time
         roles[key] = {
             "block": warp.block,
@@ -497,7 +528,7 @@ def main() -> int:
         jobs = [(case, nvcc, nvdisasm, program, dict(arguments.assume)) for case in cases]
         with ProcessPoolExecutor(min(arguments.jobs, len(jobs))) as pool:
             results = {case.name: result for case, result in zip(cases, pool.map(_measure, jobs))}
-    except (Failed, sass_walk.Undecided, sass_walk.NotUnderstood) as error:
+    except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if arguments.json:

@@ -441,15 +441,15 @@ def _lane(value: Value, lane: int) -> int:
 
 
 def busy(
-    instructions: list[Instruction], warps: list[Warp], begins: list[int], ends: list[int], block: int = 0
+    instructions: list[Instruction], warps: list[Warp], spans: list[tuple[int, int]], block: int
 ) -> dict[str, float]:
-    """For how many cycles units of a block work at least on what its warps execute from `begins` to before `ends`.
+    """For how many cycles units of a block work at least on what its warps execute in these spans of their traces.
 
     Shared memory; and the matrix unit of the scheduler that has most to do.
     """
     seen: dict[Any, int] = {}
     shared, matrices = 0, [0, 0, 0, 0]
-    for warp, begin, end in zip(warps, begins, ends):
+    for warp, (begin, end) in zip(warps, spans):
         if warp.block != block:
             continue
         for executed in warp.trace[begin:end]:
