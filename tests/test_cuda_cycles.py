@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,14 @@ def test_control_bits_are_where_they_are_made_up() -> None:
     one = instruction(3, "@!P2 LDS.128 R8, [R4+0x10]", stall=5, write=2, read=4, waits=(0, 5))
     assert (one.predicate, one.opcode, one.operands) == ("!P2", "LDS.128", ("R8", "[R4+0x10]"))
     assert (one.address, one.stall, one.write_barrier, one.read_barrier, one.waits) == (48, 5, 2, 4, (0, 5))
+
+
+def test_a_kernel_says_for_how_many_threads_it_was_compiled() -> None:
+    other = struct.pack("<BBH", 3, 0x1B, 255) + struct.pack("<BBHI", 4, 0x2F, 4, 5)
+    threads = struct.pack("<BBHIII", 4, 5, 12, 384, 1, 1)
+    assert sass.most_threads(other + threads) == 384
+    with pytest.raises(ValueError, match="__launch_bounds__"):
+        sass.most_threads(other)
 
 
 # --- Walking
@@ -396,11 +405,11 @@ def test_a_phase_goes_from_its_mark_to_the_next() -> None:
     }
 
 
-def test_the_outermost_line_with_a_phase_decides() -> None:
+def test_the_innermost_line_with_a_phase_decides() -> None:
     lines = {("k.cuh", 5): "gates", ("helper.cuh", 9): "sends"}
     frames = [
+        (("other.h", 3), ("k.cuh", 5)),
         (("helper.cuh", 9), ("k.cuh", 5)),
-        (("helper.cuh", 9), ("k.cuh", 1)),
         (("other.h", 3), ("k.cuh", 1)),
     ]
     instructions = [dataclasses.replace(instruction(0, "NOP"), frames=f) for f in frames]

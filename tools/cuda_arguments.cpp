@@ -102,8 +102,8 @@ int main(int count, char** words) {
   with_cell(sizes.kind, [&](auto cell) { gates = decltype(cell)::gates; });
 
   const Tiling& t = plan.tiling;
-  printf("{\"variant\": \"%s\", \"exchange\": \"%s\", \"multiply\": \"%s\", \"shape\": %d, \"threads\": %d, ",
-         name(plan.variant), name(t.exchange), name(plan.multiply), int(plan.shape), block_threads);
+  printf("{\"variant\": \"%s\", \"exchange\": \"%s\", \"multiply\": \"%s\", \"shape\": %d, ", name(plan.variant),
+         name(t.exchange), name(plan.multiply), int(plan.shape));
   printf("\"team_blocks\": %d, \"active\": %d, \"teams\": %d, \"columns\": %d, \"layers\": %d, \"arguments\": \"",
          int(t.blocks), int(t.active), int(t.teams), int(t.columns), int(plan.layers));
   // Planned for many steps, run for a few.

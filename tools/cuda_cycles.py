@@ -146,7 +146,8 @@ def disassemble(text: str, nvcc: str, nvdisasm: str) -> tuple[bytes, str]:
     """The cubin of a source and its listing; from build/ where nothing has changed."""
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     command = [*cuda_build.command(nvcc, compiler, []), "-lineinfo", *cuda_build.code_flags([ARCH])]
-    key = hashlib.sha256(_sources() + shlex.join(command).encode() + text.encode()).hexdigest()[:16]
+    made_by = f"{cuda_build.nvcc_version(nvcc)} {nvdisasm} {shlex.join(command)}"
+    key = hashlib.sha256(_sources() + made_by.encode() + text.encode()).hexdigest()[:16]
     cubin, listing = FOLDER / f"{key}.cubin", FOLDER / f"{key}.sass"
     if not listing.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
@@ -198,8 +199,8 @@ def leaving_lines(sources: dict[str, str]) -> set[sass.Frame]:
 
 
 def phase_of_each(instructions: list[sass.Instruction], lines: Lines) -> list[str | None]:
-    """By the outermost frame that is in a phase; None: in none, as what the compiler computes again that was there."""
-    return [next((lines[frame] for frame in reversed(i.frames) if frame in lines), None) for i in instructions]
+    """By the innermost line that is in a phase; None: in none, as what the compiler moves into the loop."""
+    return [next((lines[frame] for frame in i.frames if frame in lines), None) for i in instructions]
 
 
 def phases_of_trace(trace: list[sass_walk.Executed], of_each: list[str | None]) -> list[str]:
@@ -215,12 +216,14 @@ def phases_of_trace(trace: list[sass_walk.Executed], of_each: list[str | None]) 
 # --- A case
 
 
-def _launch(planned: dict[str, Any], warp: int, layer: int, constants: dict[int, bytes]) -> sass_walk.Launch:
+def _launch(
+    planned: dict[str, Any], threads: int, warp: int, layer: int, constants: dict[int, bytes]
+) -> sass_walk.Launch:
     size = len(bytes.fromhex(planned["arguments"]))
     rank = layer * planned["active"]
     return sass_walk.Launch(
         warp,
-        planned["threads"],
+        threads,
         (rank, 0, 0),
         (planned["team_blocks"] * planned["teams"], 1, 1),
         rank if planned["variant"] == "cluster" else 0,
@@ -327,6 +330,7 @@ def measure(
     arguments = bytes.fromhex(planned["arguments"])
     found = sass.sections(cubin)
     before = len(found[f".nv.constant0.{kernel.name}"]) - len(arguments)
+    threads = sass.most_threads(found[f".nv.info.{kernel.name}"])
     constants = {0: bytes(before) + arguments, 2: found.get(f".nv.constant2.{kernel.name}", b"")}
 
     # Phases that a kernel must have are named in its own files, persistent_<pass>*.cuh.
@@ -336,8 +340,10 @@ def measure(
     names = list(dict.fromkeys(phase for (path, _), phase in lines.items() if Path(path).name.startswith(own)))
     if not names:
         raise Failed(f"{own}*.cuh: no line says `// phase: ...`")
-    warps = range(planned["threads"] // sass_walk.LANES)
-    launches = [[_launch(planned, warp, layer, constants) for warp in warps] for layer in range(planned["layers"])]
+    warps = range(threads // sass_walk.LANES)
+    launches = [
+        [_launch(planned, threads, warp, layer, constants) for warp in warps] for layer in range(planned["layers"])
+    ]
     blocks_each = planned["active"] if planned["layers"] > 1 else planned["team_blocks"]
     try:
         result = figures(walk(kernel, launches, lines, leaving_lines(sources), STEPS, blocks_each), names, assumed)
@@ -533,7 +539,7 @@ def main() -> int:
         return 1
     if arguments.json:
         print(json.dumps(results, indent=1))
-    else:
+    elif not arguments.check:
         for case, result in results.items():
             print(text_of(case, result, arguments.warps))
     for result in results.values():
@@ -548,7 +554,7 @@ def main() -> int:
                 problems += grown(committed["cases"][name], results[name], name)
             else:
                 problems.append(f"{name}: {'gone' if name in committed['cases'] else 'not committed'}")
-        print(f"{len(results)} cases, {len(problems)} worse than {FIGURES.relative_to(ROOT)}")
+        print(f"cuda-cycles: {len(results)} cases, {len(problems)} figures worse than in {FIGURES.relative_to(ROOT)}")
         for problem in sorted(problems):
             print(f"error: {problem}", file=sys.stderr)
         if problems:

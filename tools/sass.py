@@ -146,3 +146,19 @@ def sections(elf: bytes) -> dict[str, bytes]:
         nobits = 8
         found[elf[names + name : end].decode()] = bytes(length) if kind == nobits else elf[offset : offset + length]
     return found
+
+
+def most_threads(info: bytes) -> int:
+    """The threads of a block that a kernel was compiled for, from its section .nv.info.<name>.
+
+    A list of attributes: a byte for the form, one for which, and two of value, or of the size of what follows.
+    """
+    sized, threads = 4, 5
+    at = 0
+    while at + 4 <= len(info):
+        form, which, size = struct.unpack_from("<BBH", info, at)
+        if (form, which) == (sized, threads):
+            x, y, z = struct.unpack_from("<III", info, at + 4)
+            return int(x * y * z)
+        at += 4 + (size if form == sized else 0)
+    raise ValueError("the kernel has no __launch_bounds__")

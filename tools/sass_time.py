@@ -169,6 +169,7 @@ def width_of(instruction: Instruction) -> int:
     return 4
 
 
+_CLUSTER = -1  # in place of a counter's address: the barrier of the cluster
 _GLOBAL = ("LDG", "LDGSTS")
 _OWN_SHARED = (1 << 24) - 1  # the upper byte of an address in the cluster's shared memory is the block
 
@@ -194,6 +195,7 @@ class Replay:
         self._mbarriers: dict[Mbarrier, _Mbarrier] = {}
         self._at_mbarriers: dict[Mbarrier, list[tuple[int, int]]] = {}  # warps that wait, and for which parity
         self._counters = self._addresses_of_counters()
+        self._arrived: dict[int, int] = {}  # of a block's warps, at the barrier of the cluster
         self._counted: dict[tuple[int, int], int] = {}
         self._polled: dict[tuple[int, int], int] = {}  # how often a warp has waited for a counter
         self._at_counters: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -331,23 +333,26 @@ class Replay:
         """What an instruction means to others; whether the warp waits for them."""
         name, block, machine = instruction.name, self.warps[w].block, self.machine
         by = w, position
-        if name == "BAR" or name.startswith("UCGABAR"):
-            waits = name == "UCGABAR_WAIT" or "SYNC" in instruction.modifiers
-            if name == "UCGABAR_ARV":
-                return False
-            key: Any = block, "cluster"
-            wanted: Value = LANES * sum(other.block == block for other in self.warps)
-            if name == "BAR":
-                key, wanted = (block, executed.address), executed.count
+        if name == "BAR":
+            key, wanted = (block, executed.address), executed.count
             if not isinstance(wanted, int):
                 raise ValueError(f"how many threads meet at {instruction} is not known")
+            waits = "SYNC" in instruction.modifiers
             there = self._barriers.setdefault(key, [])
             there.append(w if waits else -1)
             if len(there) * LANES >= wanted:
-                late = machine.of("BAR" if name == "BAR" else "cluster")
-                self._at(time + late, lambda then: self._all_go_on(there, then, by))
+                self._at(time + machine.of("BAR"), lambda then: self._all_go_on(there, then, by))
                 del self._barriers[key]
             return waits
+        if name.startswith("UCGABAR"):
+            # How often all warps have arrived is counted like what others wait for in global memory.
+            counter = block, _CLUSTER
+            if name == "UCGABAR_WAIT":
+                return self._waits_for_counter(w, counter)
+            self._arrived[block] = self._arrived.get(block, 0) + 1
+            if self._arrived[block] % sum(other.block == block for other in self.warps) == 0:
+                self._at(time + machine.of("cluster"), lambda then: self._count(counter, then, by))
+            return False
         if name == "SYNCS" and "EXCH" in instruction.modifiers:
             initial = executed.count
             count = 0x100000 - (initial >> 1) if isinstance(initial, int) else 1
@@ -376,12 +381,16 @@ class Replay:
             counter = block, executed.address
             self._at(time + machine.of("L2"), lambda then: self._count(counter, then, by))
         elif name == "LDG" and self._polls(executed):
-            counter = block, executed.address
-            wanted = self._polled[w, executed.address] = self._polled.get((w, executed.address), 0) + 1
-            if self._counted.get(counter, 0) < wanted:
-                self._at_counters.setdefault(counter, []).append((w, wanted))
-                return True
+            return self._waits_for_counter(w, (block, executed.address))
         return False
+
+    def _waits_for_counter(self, w: int, counter: tuple[int, int]) -> bool:
+        """A warp's n-th wait is for the n-th time that a counter was added to; whether that is still to come."""
+        wanted = self._polled[w, counter[1]] = self._polled.get((w, counter[1]), 0) + 1
+        if self._counted.get(counter, 0) >= wanted:
+            return False
+        self._at_counters.setdefault(counter, []).append((w, wanted))
+        return True
 
     def _arrives(self, time: float, to: Mbarrier, by: tuple[int, int], arrivals: int, size: int) -> None:
         def happens(then: float) -> None:
