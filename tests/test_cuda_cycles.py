@@ -149,6 +149,31 @@ def test_lanes_that_part_meet_again_and_both_sides_count() -> None:
     }
 
 
+def test_a_branch_of_diverged_warps_is_taken_by_those_alone() -> None:
+    parted = ["S2R R0, SR_TID.X", "ISETP.LT.AND P0, PT, R0, 0x4, PT", "@P0 EXIT"]
+    for before, taken in (([], False), (parted, False), ([*parted[:2], "@P0 BRA `(.L_x_5)"], True)):
+        after = ["UMOV UR4, 0xffffffff"] if not taken else []
+        lines = [
+            "UMOV UR4, 0xffffffff",
+            *before,
+            *after,
+            "BRA.DIV UR4, `(.L_x_6)",
+            "MOV R9, 0x1",
+            "EXIT",
+            "MOV R9, 0x2",
+        ]
+        end = len(lines)
+        kernel = kernel_of(*lines, "EXIT", labels={".L_x_5": end, ".L_x_6": end - 1})
+        assert [e.index for e in walked(kernel).trace].count(end - 1) == int(taken)
+
+
+def test_a_branch_may_have_two_predicates() -> None:
+    for first, second, taken in ((0, 0, True), (1, 0, False), (0, 1, False)):
+        texts = [f"ISETP.EQ.AND P0, PT, RZ, {first:#x}, PT", f"ISETP.EQ.AND P1, PT, RZ, {second:#x}, PT"]
+        kernel = kernel_of(*texts, "@P0 BRA P1, `(.L_x_1)", "NOP", "EXIT", labels={".L_x_1": 4})
+        assert (3 in [executed.index for executed in walked(kernel).trace]) != taken
+
+
 LOADED = (
     ("LDG.E R1, desc[UR4][R2.64]", 1, 7, 7, (), 11),
     ("ISETP.NE.AND P0, PT, R1, 0x0, PT", 1, 7, 7, (), 12),
@@ -390,6 +415,16 @@ def test_steps_that_have_not_become_alike_are_an_error() -> None:
 def test_a_phase_without_instructions_is_an_error() -> None:
     with pytest.raises(cuda_cycles.Failed, match="no instruction belongs to the phase prefetch"):
         cuda_cycles.figures(roles(), [*NAMES, "prefetch"])
+
+
+def test_a_step_begins_where_something_runs_once_in_it_or_else_every_second_time() -> None:
+    def of(indices: list[int]) -> list[int]:
+        return cuda_cycles.steps_of([sass_walk.Executed(i, 1) for i in indices], [None, "a", "b", "b"], 3)
+
+    assert of([0, 1, 2, 3, 3, 1, 2, 3, 3, 1, 2, 3, 3]) == [1, 5, 9]
+    assert of([1, 2, 3, 2, 3, 2, 3]) == [1, 3, 5]
+    assert of([2, 2, 2, 2, 2, 2, 0, 0, 0]) == [0, 2, 4]
+    assert of([0, 0, 0, 2]) == []
 
 
 # --- Marks and figures

@@ -234,15 +234,19 @@ def _launch(
 
 
 def steps_of(trace: list[sass_walk.Executed], of_each: list[str | None], steps: int) -> list[int]:
-    """Where in the trace each step begins: at the first instruction of the loop that runs once in each step.
+    """Where in the trace each step begins: at the first instruction of a phase that runs once in each step.
 
-    Empty for a warp that has no such loop.
+    Or else at every second of those that run twice, as with two column tiles, and so on. Empty for a warp without any.
     """
     where: dict[int, list[int]] = {}
     for position, executed in enumerate(trace):
         if of_each[executed.index]:
             where.setdefault(executed.index, []).append(position)
-    return next((positions for positions in where.values() if len(positions) == steps), [])
+    in_steps = [positions for positions in where.values() if len(positions) % steps == 0]
+    if not in_steps:
+        return []
+    fewest = min(in_steps, key=len)  # of those, the first
+    return fewest[:: len(fewest) // steps]
 
 
 @dataclass

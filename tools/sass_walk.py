@@ -10,6 +10,7 @@ An unknown value is None, one that all lanes share an int, any other an array of
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -280,6 +281,8 @@ class Walk:
                 self._instruction = instruction
                 self._lanes, self._unsure = self._guard(instruction, lanes)
                 name = instruction.name
+                if name == "BRA" and len(instruction.operands) > 1:
+                    self._lanes, self._unsure = self._further_condition(instruction, lanes, live)
                 if name in ("BRA", "BRX", "EXIT", "BSSY", "BSYNC", "BREAK", "WARPSYNC"):
                     if self._unsure:
                         self._lanes = self._decide(instruction, index)
@@ -339,6 +342,21 @@ class Walk:
             if ready := self._ready(waiting, live, key):
                 return [ready], [w for w in waiting if w[0] != key]
         raise Undecided(f"{self.kernel.name}: lanes wait for each other at {waiting}")
+
+    def _further_condition(self, instruction: Instruction, lanes: int, live: int) -> tuple[int, int]:
+        """As _guard, of a branch that has another condition as an operand."""
+        condition = instruction.operands[0]
+        if "DIV" in instruction.modifiers:
+            # Taken by a warp whose lanes are not together.
+            together = self.value(condition)
+            if not isinstance(together, int):
+                return 0, self._lanes
+            return (self._lanes if lanes != together & live else 0), 0
+        if not _is_predicate(condition):
+            raise NotUnderstood(f"{instruction} is not listed in {__name__}.py")
+        if self._unsure:
+            return self._lanes, self._unsure
+        return self._guard(dataclasses.replace(instruction, predicate=condition), self._lanes)
 
     def _guard(self, instruction: Instruction, lanes: int) -> tuple[int, int]:
         """Of these lanes, those that execute; and those of which that is not known."""
