@@ -58,11 +58,36 @@ FRNN_HOST_DEVICE float approximate_reciprocal(float x) {
 
 #define FRNN_DEVICE __device__ __forceinline__
 #define FRNN_UNROLL _Pragma("unroll")
+#define FRNN_NO_UNROLL _Pragma("unroll 1")
 
 namespace fused_rnn {
 namespace cuda {
 
 constexpr int warp_size = 32;
+
+// Code for one architecture, or one family, alone: warps may hand registers to others. Four warps together, from a
+// multiple of four; those that raise theirs wait until others have lowered theirs. `count`: a multiple of 8.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
+#define FRNN_CUDA_SET_REGISTERS 1
+#endif
+template <int count>
+FRNN_DEVICE void raise_registers() {
+#if defined(FRNN_CUDA_SET_REGISTERS)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+#endif
+}
+template <int count>
+FRNN_DEVICE void lower_registers() {
+#if defined(FRNN_CUDA_SET_REGISTERS)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+#endif
+}
+
+// The same value, of which the compiler knows nothing before this point: what is made of it is made here.
+FRNN_DEVICE uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // Where a thread is
 
@@ -201,6 +226,32 @@ FRNN_DEVICE void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], const 
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 16 bytes of shared memory. In the order of these calls: compilers would load as early as they can, into registers
+// that are not there.
+FRNN_DEVICE void load_shared(uint32_t (&words)[4], const void* from) {
+  asm volatile("ld.volatile.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(from)))
+               : "memory");
+}
+// The same where `loads`; else zeros. (Not anything: registers that are only perhaps written would be taken for all of
+// a loop.)
+FRNN_DEVICE void load_shared_if(bool loads, uint32_t (&words)[4], const void* from) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %5, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "mov.u32 %2, 0;\n"
+      "mov.u32 %3, 0;\n"
+      "@p ld.volatile.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+      "}\n"
+      : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
+      : "r"(uint32_t(__cvta_generic_to_shared(from))), "r"(uint32_t(loads))
+      : "memory");
 }
 
 // Four 8 x 8 tiles of 16-bit values from shared memory. Lane l gives the address of row l % 8 of tile l / 8 (16 bytes,

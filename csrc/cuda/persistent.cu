@@ -67,11 +67,16 @@ struct Configuration {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
   cudaError_t error = cudaSuccess;
+  int threads = 0;
 
   Configuration(const void* kernel, const Plan& plan, const DeviceInfo& device, cudaStream_t stream) {
     const Tiling& t = plan.tiling;
     config.gridDim = dim3(unsigned(t.blocks * t.teams), unsigned(plan.directions));
-    config.blockDim = dim3(block_threads);
+    // As the kernel was compiled for this device: whether its warps have two roles.
+    cudaFuncAttributes attributes = {};
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    threads = attributes.maxThreadsPerBlock;
+    config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(t.shared_bytes);
     config.stream = stream;
     config.attrs = &attribute;
@@ -85,7 +90,7 @@ struct Configuration {
       attribute.val.cooperative = 1;
       config.numAttrs = 1;
     }
-    error = lift_limits(kernel, device);
+    if (error == cudaSuccess) error = lift_limits(kernel, device);
   }
   Configuration(const Configuration&) = delete;
 };
@@ -96,9 +101,9 @@ int resident(const void* kernel, const Plan& plan, const DeviceInfo& device) {
   int count = 0;
   cudaError_t error = c.error;
   if (error == cudaSuccess) {
-    error = plan.variant == Variant::cluster ? cudaOccupancyMaxActiveClusters(&count, kernel, &c.config)
-                                             : cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                                                   &count, kernel, block_threads, c.config.dynamicSmemBytes);
+    error = plan.variant == Variant::cluster
+                ? cudaOccupancyMaxActiveClusters(&count, kernel, &c.config)
+                : cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, c.threads, c.config.dynamicSmemBytes);
   }
   if (error == cudaSuccess) return count;
   cudaGetLastError();  // not an error of whoever asks next

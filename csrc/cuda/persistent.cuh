@@ -119,25 +119,187 @@ FRNN_DEVICE StepRows step_rows(const Steps& steps, int t) {
   return {int(steps.first_row(t)), int(steps.rows(t))};
 }
 
-// Whether row `row` of all rows keeps its state as it is.
-FRNN_DEVICE bool is_masked(const Steps& steps, int64_t row) { return steps.mask && !steps.mask[row]; }
+// --- Who does what in a block.
+//
+// The first multiply_warps multiply. Where a kernel can give registers from some warps to others (two_roles), four more
+// warps turn sums into gates, so that neither has to keep what the other needs: the multiplying warps have W_hh in
+// their registers, and what a step takes from its last product to the states on their way has all it wants in those of
+// the gates' warps. Elsewhere the same warps do both, one after the other.
+//
+// The two meet at barriers of the block that one side arrives at and the other waits for; `turn` counts column tiles
+// over all steps, and everything that is handed over has two buffers.
 
-// A thread turns the sums of one unit and two neighbouring columns into gates: threads of a warp have neighbouring
-// units, so their global accesses are contiguous.
-struct Item {
-  int unit, pair;  // of the block, of the column tile
-  int global_unit;
-  bool exists;  // the unit does
+#if defined(FRNN_CUDA_ON_HOST) && !defined(FRNN_ONE_ROLE)
+constexpr bool two_roles = true;
+#elif defined(FRNN_CUDA_SET_REGISTERS)
+constexpr bool two_roles = true;
+#else
+constexpr bool two_roles = false;
+#endif
+constexpr int gate_threads = two_roles ? 128 : multiply_threads;
+constexpr int kernel_threads = two_roles ? multiply_threads + gate_threads : multiply_threads;
+// Registers of a thread of either role, 65536 in all: as few for those that multiply as hold their part of W_hh.
+template <class Product, bool backward>
+constexpr int multiply_registers = Product::per_chunk == 8 ? (backward ? 200 : 216)
+                                   : Product::is_straight  ? (backward ? 200 : 208)
+                                                           : 192;
+template <class Product, bool backward>
+constexpr int gate_registers = (65536 - multiply_threads * multiply_registers<Product, backward>) / 128;
 
-  FRNN_DEVICE Item(const Place& place, int64_t hidden_size)
-      : unit(thread_index() % place.units),
-        pair(thread_index() / place.units),
-        global_unit(place.first_octet * 8 + unit),
-        exists(pair < tile_columns / 2 && global_unit < hidden_size && unit / 8 < place.octets) {}
+// Barriers of the block, by number. (0 is sync_threads.)
+enum Meeting : int {
+  filled = 1,        // and 2: a buffer between the roles may be read
+  emptied = 3,       // and 4: it may be written again
+  states_ready = 5,  // all states that the block's own threads wrote are there
+  multipliers = 6,   // the multiplying warps among themselves
+  gate_warps = 7     // the gates' among themselves
 };
+
+// What the threads of one role wrote before hand_over, those of the other see after take_over.
+FRNN_DEVICE void hand_over(int meeting) {
+  if (two_roles) named_barrier_arrive(meeting, kernel_threads);
+}
+FRNN_DEVICE void take_over(int meeting) {
+  if (two_roles)
+    named_barrier(meeting, kernel_threads);
+  else
+    sync_threads();
+}
+// The same the other way round: a buffer of turn `turn` that is free again. With one role, who writes a buffer for the
+// second time has met at the barrier of the turn between all who had read it before.
+FRNN_DEVICE void free_buffer(int turn) {
+  if (two_roles) named_barrier_arrive(emptied + (turn & 1), kernel_threads);
+}
+FRNN_DEVICE void wait_until_free(int turn) {
+  if (two_roles && turn >= 2) named_barrier(emptied + (turn & 1), kernel_threads);
+}
+
+// After the last of `turns`: no barrier is left with half of its arrivals.
+FRNN_DEVICE void wait_until_all_free(int turns) {
+  wait_until_free(turns);
+  wait_until_free(turns + 1);
+}
+
+// Threads of one role among themselves.
+FRNN_DEVICE void meet_multipliers() {
+  if (two_roles)
+    named_barrier(multipliers, multiply_threads);
+  else
+    sync_threads();
+}
+FRNN_DEVICE void meet_gate_warps() {
+  if (two_roles)
+    named_barrier(gate_warps, gate_threads);
+  else
+    sync_threads();
+}
+
+// What a thread does gates of: one unit of the block, in `count` columns of a column tile. Threads of a warp have
+// neighbouring units, so that their global accesses are contiguous, and eight of them, from a multiple of eight, make a
+// chunk of h.
+//
+// One column a thread where there are threads enough; else two that are neighbours, whose sums are read together, or
+// two such pairs.
+struct GateThread {
+  int index;  // among those that do gates
+  int unit, group, groups;
+  int global_unit;
+  bool has_unit;  // the block has room for it, and the thread is one of a group
+  bool exists;    // and the layer has it
+
+  FRNN_DEVICE GateThread(const Place& place, int64_t hidden_size)
+      // (Opaque: what several variants of a loop make of it would be made ahead of all of them, and be kept.)
+      : index(int(opaque(uint32_t(two_roles ? thread_index() - multiply_threads : thread_index())))),
+        unit(index % place.units),
+        group(index / place.units),
+        groups(gate_threads / place.units),
+        global_unit(place.first_octet * 8 + unit),
+        has_unit(group < groups && unit / 8 < place.octets),
+        exists(has_unit && global_unit < hidden_size) {}
+
+  // Of column tiles of so many columns: how many a thread takes, 1, 2 or 4.
+  FRNN_DEVICE int columns_a_thread(int columns) const { return columns <= groups ? 1 : columns <= 2 * groups ? 2 : 4; }
+  template <int count>
+  FRNN_DEVICE int column(int i) const {
+    return count == 1 ? group : 2 * (group + i / 2 * groups) + i % 2;
+  }
+};
+
+// f(Count<n>{}) with n = columns_a_thread.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+template <class F>
+FRNN_DEVICE void with_count(int count, const F& f) {
+  if (count == 1) {
+    f(Count<1>{});
+  } else if (count == 2) {
+    f(Count<2>{});
+  } else if constexpr (two_roles) {  // 256 threads never have more than two
+    f(Count<4>{});
+  }
+}
+
+// f(Count<n>{}) with n = value, from `first` up to `last`; f(Count<-1>{}) for what is more. Chosen outside of the loop
+// over steps, so that in it products stand one after the other without a branch.
+template <int first, int last, class F>
+FRNN_DEVICE void with_number(int value, const F& f) {
+  if constexpr (first > last) {
+    f(Count<-1>{});
+  } else {
+    if (value == first)
+      f(Count<first>{});
+    else
+      with_number<first + 1, last>(value, f);
+  }
+}
+
+// The rows of one step after the other, by a warp as a whole. Of a packed batch a lane holds those of a step in 32, and
+// the next 32 are on their way to L2: nobody waits for memory in every step.
+class RowsOfSteps {
+ public:
+  // s: 0, 1, 2, ... from call to call; time_of(s): its time. Nothing is live from step num_steps on.
+  template <class TimeOf>
+  FRNN_DEVICE StepRows at(int s, int num_steps, const Steps& steps, const TimeOf& time_of) {
+    if (!steps.batch_sizes) return s < num_steps ? StepRows{time_of(s) * int(steps.B), int(steps.B)} : StepRows{};
+    if (s % warp_size == 0) {
+      const int mine = s + lane_index(), next = mine + warp_size;
+      here_ = mine < num_steps ? step_rows(steps, time_of(mine)) : StepRows{};
+      if (next < num_steps) {
+        prefetch_l2(&steps.batch_sizes[time_of(next)]);
+        prefetch_l2(&steps.offsets[time_of(next)]);
+      }
+    }
+    return {shuffle(here_.first, s % warp_size), shuffle(here_.live, s % warp_size)};
+  }
+
+ private:
+  StepRows here_;
+};
+
+// A row of a tensor. Rows and their strides have 31 bits (persistent.cu): one instruction each.
+template <class S>
+FRNN_DEVICE S* row_at(S* base, int row, int stride) {
+  return base + int64_t(row) * stride;
+}
 
 constexpr FRNN_HOST_DEVICE bool is_cluster(Exchange exchange) {
   return exchange == Exchange::counted || exchange == Exchange::barriers;
+}
+
+// f(Flag<counted>{}): the loops over steps know whether the exchange is the fastest, and what the others need is not in
+// its way.
+template <bool flag>
+struct Flag {
+  static constexpr bool value = flag;
+};
+template <bool wavefront, class F>
+FRNN_DEVICE void with_exchange(const Tiling& tiling, const F& f) {
+#if defined(FRNN_CUDA_CLUSTERS)
+  if (wavefront || tiling.exchange == Exchange::counted) return f(Flag<true>{});
+#endif
+  if constexpr (!wavefront) f(Flag<false>{});
 }
 
 // A barrier of the cluster, where the team is one.

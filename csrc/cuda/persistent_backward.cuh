@@ -1,10 +1,11 @@
 // All steps of a layer in one launch, backward: the gradients of the gates, which the products for the weights' and the
 // input's gradients follow.
 //
-// A step of a column tile, in each block of a team: wait for the gradient of h that comes through W_hh, turn it into
-// the gradients of the block's gates, one thread for a unit and two columns, multiply the resident columns of W_hh (all
-// units times the block's gates) by them, and send each unit's partial sum to the block that owns the unit, which adds
-// up what it gets in the order of the blocks.
+// A step of a column tile, in each block of a team. The gates' warps wait for the gradient of h that comes through W_hh
+// (SumReceiver), turn it into the gradients of the block's gates and leave these in shared memory; storing them and
+// fetching what the next step wants is theirs too. The multiplying warps multiply the resident columns of W_hh (all
+// units times the block's gates) by them, and send each unit's partial sum to the block that owns the unit (SumSender),
+// which adds up what it gets in the order of the blocks.
 //
 // Sending partial sums instead of gate gradients moves H numbers of 32 bits a column instead of G * H, and needs no
 // sums over warps: a warp has all of the block's k.
@@ -23,70 +24,90 @@ namespace fused_rnn {
 namespace cuda {
 
 // Partial sums on their way through the team. Those of exchange e (after step e - 1; e = 1 is the first) are in buffer
-// e % 2 of their receiver; two are enough for the reasons given at StateExchange: a block sends for e + 1 when it has
+// e % 2 of their receiver; two are enough for the reasons given at StateBuffers: a block sends for e + 1 when it has
 // all of e, which every block sent after it had read e - 1.
 //
 // In a wavefront the sums of step e of the layer above stand beside them, after all of the block's own layer. The layer
 // above waits for nothing that this one computes: a credit, an arrival at an mbarrier of each block above, says that
 // exchange e has been read, and lets the sums of step e + 2 be sent.
 template <bool wavefront>
-class SumExchange {
+class SumBuffers {
  public:
-  FRNN_DEVICE SumExchange(const Tiling& tiling, const Place& place, char* workspace, int steps, int exchanges)
+  FRNN_DEVICE SumBuffers(const Tiling& tiling, const Place& place, char* workspace, int steps, int exchanges)
       : tiling_(tiling),
         place_(place),
+        workspace_(workspace),
         steps_(steps),
         exchanges_(exchanges),
         pairs_(((tiling.columns < tile_columns ? tiling.columns : tile_columns) + 1) / 2),
-        buffer_bytes_((wavefront ? 2 : 1) * tiling.active * pairs_ * place.units * int(sizeof(Pair))),
-        inverse_octets_((65535 + tiling.octets) / tiling.octets),
-        received_(shared_memory() + tiling.received) {
-#if defined(FRNN_CUDA_CLUSTERS)
-    barriers_ = reinterpret_cast<Mbarrier*>(shared_memory() + tiling.barriers);
-    credits_ = reinterpret_cast<Mbarrier*>(shared_memory() + tiling.credits);
-#endif
+        buffer_bytes_((wavefront ? 2 : 1) * tiling.active * pairs_ * place.units * int(sizeof(Pair))) {
     if (!wavefront && tiling.exchange == Exchange::memory) {
-      const int team = place.team_index(tiling);
-      const int64_t teams = int64_t(grid_y()) * tiling.teams;
-      counters_ = reinterpret_cast<uint32_t*>(workspace) + int64_t(team) * tiling.column_tiles;
-      memory_ = workspace + counter_bytes(teams * tiling.column_tiles) +
-                int64_t(team) * tiling.column_tiles * 2 * tiling.active * buffer_bytes_;
+      first_tile_ = place.team_index(tiling) * tiling.column_tiles;
+      memory_at_ = int(counter_bytes(int64_t(grid_y()) * tiling.teams * tiling.column_tiles));
     }
   }
 
-  // The caller meets all who write there before the first step.
-  FRNN_DEVICE void begin() {
-#if defined(FRNN_CUDA_CLUSTERS)
-    if (counts() && thread_index() == 0) {
-      for (int i = 0; i < 2 * place_.column_tiles; ++i) {
-        mbarrier_init(&barriers_[i], 1);
-        if (wavefront) mbarrier_init(&credits_[i], tiling_.active);
-      }
-      fence_mbarrier_init();
-      // Exchange 0 is from the layer above alone, and without one there is none.
-      for (int i = 0; i < 2 * place_.column_tiles; ++i)
-        mbarrier_arrive_expect(&barriers_[i], bytes(i % 2 == 1 ? 1 : has_above() ? 0 : 2, i / 2));
-    }
-#endif
+ protected:
+  FRNN_DEVICE bool has_above() const { return wavefront && place_.layer + 1 < tiling_.layers; }
+  FRNN_DEVICE bool has_below() const { return wavefront && place_.layer > 0; }
+  FRNN_DEVICE int offset(int source, int pair, int unit) const {
+    return ((source * pairs_ + pair) * place_.units + unit) * int(sizeof(Pair));
   }
+  FRNN_DEVICE char* shared(int j, int parity) const {
+    return shared_memory() + tiling_.received + (2 * j + parity) * buffer_bytes_;
+  }
+  // In the workspace: the counter of a column tile, and what goes to one of its blocks.
+  FRNN_DEVICE uint32_t* counter(int j) const { return reinterpret_cast<uint32_t*>(workspace_) + first_tile_ + j; }
+  FRNN_DEVICE char* global(int j, int parity, int owner) const {
+    return workspace_ + memory_at_ + (int64_t(2 * (first_tile_ + j) + parity) * tiling_.active + owner) * buffer_bytes_;
+  }
+#if defined(FRNN_CUDA_CLUSTERS)
+  FRNN_DEVICE Mbarrier* barriers() const { return reinterpret_cast<Mbarrier*>(shared_memory() + tiling_.barriers); }
+  FRNN_DEVICE Mbarrier* credits() const { return reinterpret_cast<Mbarrier*>(shared_memory() + tiling_.credits); }
+#endif
+  // Of exchange e: from how many blocks sums come, and how many bytes.
+  FRNN_DEVICE int sources_of(int e) const {
+    const int own = !wavefront || e > 0 ? tiling_.active : 0;
+    return has_above() && e < steps_ ? own + tiling_.active : own;
+  }
+  FRNN_DEVICE int bytes(int e, int j) const {
+    return sources_of(e) * ((place_.columns_of(j) + 1) / 2) * place_.octets * 8 * int(sizeof(Pair));
+  }
+  // With one role, those who meet at a barrier of the cluster do so once for both.
+  FRNN_DEVICE bool meets_for_itself() const { return two_roles && tiling_.exchange == Exchange::barriers; }
+
+  const Tiling& tiling_;
+  const Place& place_;
+  char* const workspace_;
+  const int steps_, exchanges_, pairs_, buffer_bytes_;
+  int first_tile_ = 0, memory_at_ = 0;
+};
+
+// The gates' side.
+template <bool wavefront, bool counted>
+class SumReceiver : public SumBuffers<wavefront> {
+  using SumBuffers<wavefront>::tiling_;
+  using SumBuffers<wavefront>::place_;
+  using SumBuffers<wavefront>::steps_;
+  using SumBuffers<wavefront>::exchanges_;
+  using SumBuffers<wavefront>::pairs_;
+
+ public:
+  using SumBuffers<wavefront>::SumBuffers;
 
   // Whether there is anything to wait for before step e.
-  FRNN_DEVICE bool exists(int e) const { return e > 0 || has_above(); }
+  FRNN_DEVICE bool exists(int e) const { return e > 0 || this->has_above(); }
 
-  // (Here and below the fastest exchange comes before the switch, whose jump takes longer than a step's other
-  // branches.)
-  FRNN_DEVICE void wait(int e, int j) {
+  FRNN_DEVICE void wait(int e, int j, int thread) {
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (counts()) {
-      mbarrier_wait(&barriers_[2 * j + (e & 1)], ((has_above() ? e : e - 1) >> 1) & 1);
-      if (thread_index() == 0 && e + 2 <= exchanges_)
-        mbarrier_arrive_expect(&barriers_[2 * j + (e & 1)], bytes(e + 2, j));
+    if (counted) {
+      mbarrier_wait(&this->barriers()[2 * j + (e & 1)], ((this->has_above() ? e : e - 1) >> 1) & 1);
       return;
     }
 #endif
     switch (tiling_.exchange) {
       case Exchange::none:
-        if (j == 0) sync_threads();
+        if (j == 0) take_over(states_ready);
         break;
 #if defined(FRNN_CUDA_CLUSTERS)
       case Exchange::barriers:
@@ -94,464 +115,806 @@ class SumExchange {
         break;
 #endif
       case Exchange::memory:
-        if (thread_index() == 0) wait_until_at_least(&counters_[j], uint32_t(e) * uint32_t(tiling_.active));
-        sync_threads();
+        if (thread == 0) wait_until_at_least(this->counter(j), uint32_t(e) * uint32_t(tiling_.active));
+        meet_gate_warps();
         break;
       default: break;
     }
   }
 
-  // What this block's layer and the layer above sent for a unit and two columns, added up. Threads beyond those that
-  // own units and columns share the work: all threads of the block come here. `turn` is 0 and 1 in turns.
-  FRNN_DEVICE void sum(int e, int j, int turn, Pair& own, Pair& above) {
-    // Division by the units, as by the octets.
-    const int row = (thread_index() / 8 * inverse_octets_) >> 16, unit = thread_index() - row * place_.units;
-    const int split = row / (tile_columns / 2), pair = row % (tile_columns / 2);
-    const int owners = tile_columns / 2 * place_.units;
-    // In halves where both layers send: either the one's or the other's blocks.
-    const int sources = sources_of(e), begin = takes_own(e) ? 0 : tiling_.active;
-    Pair total = {};
-    own = above = {};
-    if (split < tiling_.source_split && 2 * pair < place_.columns_of(j) && unit / 8 < place_.octets) {
-      const int first = begin + sources * split / tiling_.source_split;
-      const int end = begin + sources * (split + 1) / tiling_.source_split;
-      const int stride = offset(1, 0, 0);
-      // Two loops: of a pointer to either, loads are not those of shared memory.
-      if (!wavefront && tiling_.exchange == Exchange::memory) {
-        // Eight on their way at a time: each takes as long as all of them.
-        constexpr int batch = 8;
-        const char* part = global(j, e & 1, place_.rank) + offset(first, pair, unit);
-        for (int source = first; source < end; source += batch, part += batch * stride) {
-          Pair parts[batch] = {};
-          FRNN_UNROLL
-          for (int i = 0; i < batch; ++i)
-            if (source + i < end) parts[i] = load_l2(reinterpret_cast<const Pair*>(part + i * stride));
-          FRNN_UNROLL
-          for (int i = 0; i < batch; ++i) {
-            total.v[0] += parts[i].v[0];
-            total.v[1] += parts[i].v[1];
-          }
-        }
-      } else {
-        const char* part = shared(j, e & 1) + offset(first, pair, unit);
-        for (int source = first; source < end; ++source, part += stride) {
-          if (wavefront && source == tiling_.active) {
-            own = total;
-            total = {};
-          }
-          total.v[0] += reinterpret_cast<const Pair*>(part)->v[0];
-          total.v[1] += reinterpret_cast<const Pair*>(part)->v[1];
-        }
-      }
+  // Step e is done with what came for it; off the path of those who wait for this block.
+  FRNN_DEVICE void was_read(int e, int j, int thread) {
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (counted) {
+      if (exists(e) && thread == 0 && e + 2 <= exchanges_)
+        mbarrier_arrive_expect(&this->barriers()[2 * j + (e & 1)], this->bytes(e + 2, j));
+      return;
     }
-    const auto is_above = [&](int split) {  // the last of its sources
-      return wavefront && begin + sources * (split + 1) / tiling_.source_split > tiling_.active;
-    };
-    const auto add = [&](const Pair& part, bool to_above) {
-      FRNN_UNROLL
-      for (int column = 0; column < 2; ++column) {
-        own.v[column] += to_above ? 0.0f : part.v[column];
-        if (wavefront) above.v[column] += to_above ? part.v[column] : 0.0f;
-      }
-    };
-    add(total, is_above(split));
-    if (tiling_.source_split > 1) {
-      // Two buffers: who is a sum ahead has met those that still read here at the barrier below.
-      Pair* const parts = reinterpret_cast<Pair*>(shared_memory() + tiling_.sums) + turn * block_threads;
-      parts[thread_index()] = total;
-      sync_threads();
-      for (int i = 1; i < tiling_.source_split && split == 0; ++i) add(parts[i * owners + thread_index()], is_above(i));
-    }
+    if (this->meets_for_itself() && j == place_.column_tiles - 1 && e < exchanges_) cluster_arrive();
+#endif
   }
 
-  // All warps have read exchange e.
-  FRNN_DEVICE void give_credit(int e, int j) {
+  // What this block's layer and the layer above sent for a unit and one or two columns, as T (float or Pair), added up.
+  // All threads of the gates come here.
+  template <class T>
+  FRNN_DEVICE void sum(int e, int j, int column, int unit, bool exists, T& own, T& above) const {
+    own = above = T{};
+    if (!wavefront && !counted && tiling_.exchange == Exchange::memory) {
+      // `turn`s of two buffers: see split_sum.
+      if (exists)
+        for (int i = 0; i < tiling_.source_split; ++i)
+          own = own + *reinterpret_cast<const T*>(split_part(j, e, i, column, unit));
+      return;
+    }
+    if (!exists) return;
+    const int stride = this->offset(1, 0, 0), active = tiling_.active;
+    const char* const part =
+        this->shared(j, e & 1) + this->offset(0, column / 2, unit) + column % 2 * int(sizeof(float));
+    if (!wavefront || e > 0) add_sources(own, part, stride, active);
+    if (this->has_above() && e < steps_) add_sources(above, part + active * stride, stride, active);
+  }
+
+  // With Exchange::memory, before sum: threads share the sums over many blocks, which come from L2. They have two
+  // buffers: who is a sum ahead has met those that still read here.
+  FRNN_DEVICE void split_sum(int e, int j, int thread) const {
+    if (wavefront || counted || tiling_.exchange != Exchange::memory) return;
+    const int columns = place_.columns_of(j), split = tiling_.source_split, owners = pairs_ * place_.units;
+    const int stride = this->offset(1, 0, 0);
+    for (int item = thread; item < owners * split; item += gate_threads) {
+      const int i = item / owners, pair = item % owners / place_.units, unit = item % place_.units;
+      if (2 * pair >= columns || unit / 8 >= place_.octets) continue;
+      const int first = tiling_.active * i / split, end = tiling_.active * (i + 1) / split;
+      // Eight on their way at a time: each takes as long as all of them.
+      constexpr int batch = 8;
+      const char* part = this->global(j, e & 1, place_.rank) + this->offset(first, pair, unit);
+      Pair total = {};
+      FRNN_NO_UNROLL
+      for (int source = first; source < end; source += batch, part += batch * stride) {
+        Pair parts[batch] = {};
+        FRNN_UNROLL
+        for (int k = 0; k < batch; ++k)
+          if (source + k < end) parts[k] = load_l2(reinterpret_cast<const Pair*>(part + k * stride));
+        FRNN_UNROLL
+        for (int k = 0; k < batch; ++k) total = total + parts[k];
+      }
+      *reinterpret_cast<Pair*>(split_part(j, e, i, 2 * pair, unit)) = total;
+    }
+    meet_gate_warps();
+  }
+
+ private:
+  // Where a sum over a part of the blocks stands. Buffers take turns over all column tiles.
+  FRNN_DEVICE char* split_part(int j, int e, int i, int column, int unit) const {
+    const int turn = (e * place_.column_tiles + j) & 1;
+    return shared_memory() + tiling_.sums +
+           (((turn * tiling_.source_split + i) * pairs_ + column / 2) * place_.units + unit) * int(sizeof(Pair)) +
+           column % 2 * int(sizeof(float));
+  }
+
+  // In their order; all loads overlap.
+  template <class T>
+  static FRNN_DEVICE void add_sources(T& total, const char* part, int stride, int count) {
+    constexpr int most = wavefront ? 8 : 16;
+    FRNN_UNROLL
+    for (int i = 0; i < most; ++i)
+      if (i < count) total = total + *reinterpret_cast<const T*>(part + i * stride);
+  }
+};
+
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (!wavefront || !has_above() || e + 2 >= steps_ || thread_index() >= tiling_.active) return;
+// Where the sums of an octet go: unit 0, columns 0 and 1, in the first buffer of the block that owns it, and that
+// block's first mbarrier.
+struct alignas(8) Target {
+  RemoteAddress sums, barrier;
+};
+#endif
+
+// The multiplying warps' side.
+template <bool wavefront, bool counted>
+class SumSender : public SumBuffers<wavefront> {
+  using SumBuffers<wavefront>::tiling_;
+  using SumBuffers<wavefront>::place_;
+  using SumBuffers<wavefront>::steps_;
+  using SumBuffers<wavefront>::exchanges_;
+  using SumBuffers<wavefront>::buffer_bytes_;
+
+ public:
+  using SumBuffers<wavefront>::SumBuffers;
+
+  // Barriers, and the table of targets. The caller meets all who write there before the first step.
+  FRNN_DEVICE void begin() const {
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (!counted) return;
+    if (thread_index() == 0) {
+      for (int i = 0; i < 2 * place_.column_tiles; ++i) {
+        mbarrier_init(&this->barriers()[i], 1);
+        if (wavefront) mbarrier_init(&this->credits()[i], tiling_.active);
+      }
+      fence_mbarrier_init();
+      // Exchange 0 is from the layer above alone, and without one there is none.
+      for (int i = 0; i < 2 * place_.column_tiles; ++i)
+        mbarrier_arrive_expect(&this->barriers()[i], this->bytes(i % 2 == 1 ? 1 : this->has_above() ? 0 : 2, i / 2));
+    }
+    FRNN_NO_UNROLL
+    for (int i = thread_index(); i < (this->has_below() ? 2 : 1) * place_.total_octets; i += multiply_threads) {
+      const bool below = i >= place_.total_octets;
+      const int octet = below ? i - place_.total_octets : i, owner = octet / tiling_.octets;
+      const int block = wavefront ? (place_.layer - int(below)) * tiling_.active + owner : owner;
+      const int at =
+          this->offset(below ? tiling_.active + place_.rank : place_.rank, 0, (octet - owner * tiling_.octets) * 8);
+      targets()[i] = {remote_address(this->shared(0, 0) + at, block), remote_address(this->barriers(), block)};
+    }
+#endif
+  }
+
+  // Before a step.
+  FRNN_DEVICE void begin_step(int s, int j) const {
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (!counted && this->meets_for_itself() && s > 0 && j == 0) cluster_wait();
+#endif
+  }
+  FRNN_DEVICE void end() const {
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (!counted && this->meets_for_itself() && exchanges_ == steps_ && steps_ > 0) cluster_wait();
+#endif
+  }
+
+  // All warps of the gates have read exchange e.
+  FRNN_DEVICE void give_credit(int e, int j) const {
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (!wavefront || !this->has_above() || e + 2 >= steps_ || thread_index() >= tiling_.active) return;
     mbarrier_arrive_remote(
-        remote_address(&credits_[2 * j + (e & 1)], (place_.layer + 1) * tiling_.active + thread_index()));
+        remote_address(&this->credits()[2 * j + (e & 1)], (place_.layer + 1) * tiling_.active + thread_index()));
 #endif
   }
 
   // Until the layer below can take the sums of step e. Not for warps that have none: without those the layer below goes
   // on, and its next credit but one has this one's parity.
-  FRNN_DEVICE void wait_for_credit(int e, int j) {
+  FRNN_DEVICE void wait_for_credit(int e, int j) const {
 #if defined(FRNN_CUDA_CLUSTERS)
     if (wavefront && e >= 2 && 2 * warp_index() < place_.total_octets)
-      mbarrier_wait(&credits_[2 * j + (e & 1)], ((e - 2) >> 1) & 1);
+      mbarrier_wait(&this->credits()[2 * j + (e & 1)], ((e - 2) >> 1) & 1);
 #endif
   }
 
-  // This lane's two columns of row g of an octet, for exchange e of its own layer, or of the one below.
-  FRNN_DEVICE void send(int e, int j, int octet, int g, int pair, const Pair& value, bool to_below) {
-    if (octet >= place_.total_octets || 2 * pair >= place_.columns_of(j)) return;
-    const int owner = (octet * inverse_octets_) >> 16;  // octet / octets, exact for the sizes that fit a GPU
-    const int source = wavefront && to_below ? tiling_.active + place_.rank : place_.rank;
-    const int at = offset(source, pair, (octet - owner * tiling_.octets) * 8 + g);
+  // A row tile's sums (half tiles are two octets from `octet`), of which this lane has rows g and g + 8 and the columns
+  // of a pair: for exchange e of its own layer, or of the one below.
+  FRNN_DEVICE void send(int e, int j, int octet, int g, int pair, const TileSums& tile, bool to_below) const {
+    if (2 * pair >= place_.columns_of(j)) return;
+    const int parity = e & 1;
+    FRNN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      if (octet + half >= place_.total_octets) continue;
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (counts()) {
-      const int block = wavefront ? (place_.layer - int(to_below)) * tiling_.active + owner : owner;
-      store_async(remote_address(shared(j, e & 1) + at, block), value,
-                  remote_address(&barriers_[2 * j + (e & 1)], block));
-      return;
-    }
+      if (counted) {
+        const Target target = targets()[(to_below ? place_.total_octets : 0) + octet + half];
+        const int at = (2 * j + parity) * buffer_bytes_ + this->offset(0, pair, g);
+        store_async(target.sums + at, tile.row[half], target.barrier + (2 * j + parity) * int(sizeof(Mbarrier)));
+        continue;
+      }
 #endif
-    switch (tiling_.exchange) {
-      case Exchange::none: *reinterpret_cast<Pair*>(shared(j, e & 1) + at) = value; break;
+      const int owner = (octet + half) / tiling_.octets;
+      const int at = this->offset(place_.rank, pair, (octet + half - owner * tiling_.octets) * 8 + g);
+      switch (tiling_.exchange) {
+        case Exchange::none: *reinterpret_cast<Pair*>(this->shared(j, parity) + at) = tile.row[half]; break;
 #if defined(FRNN_CUDA_CLUSTERS)
-      case Exchange::barriers: store_remote(remote_address(shared(j, e & 1) + at, owner), value); break;
+        case Exchange::barriers:
+          store_remote(remote_address(this->shared(j, parity) + at, owner), tile.row[half]);
+          break;
 #endif
-      case Exchange::memory: store_l2(reinterpret_cast<Pair*>(global(j, e & 1, owner) + at), value); break;
-      default: break;
+        case Exchange::memory:
+          store_l2(reinterpret_cast<Pair*>(this->global(j, parity, owner) + at), tile.row[half]);
+          break;
+        default: break;
+      }
     }
   }
 
   // After the block's sends of a column tile.
-  FRNN_DEVICE void sent(int j) {
-    if (counts()) return;
+  FRNN_DEVICE void sent(int j) const {
+    if (counted) return;
+    const bool last_tile = j == place_.column_tiles - 1;
+    switch (tiling_.exchange) {
+      case Exchange::none:
+        if (last_tile) hand_over(states_ready);
+        break;
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (tiling_.exchange == Exchange::barriers && j == place_.column_tiles - 1) cluster_arrive();
+      case Exchange::barriers:
+        if (last_tile) cluster_arrive();
+        break;
 #endif
-    if (tiling_.exchange == Exchange::memory) {
-      sync_threads();
-      if (thread_index() == 0) add_release(&counters_[j], 1);
+      case Exchange::memory:
+        meet_multipliers();
+        if (thread_index() == 0) add_release(this->counter(j), 1);
+        break;
+      default: break;
     }
   }
 
  private:
-  FRNN_DEVICE bool counts() const { return wavefront || tiling_.exchange == Exchange::counted; }
-  FRNN_DEVICE bool has_above() const { return wavefront && place_.layer + 1 < tiling_.layers; }
-  // Of exchange e: whether this layer's own sums are part of it, and from how many blocks sums come.
-  FRNN_DEVICE bool takes_own(int e) const { return !wavefront || e > 0; }
-  FRNN_DEVICE int sources_of(int e) const {
-    const int own = takes_own(e) ? tiling_.active : 0;
-    return has_above() && e < steps_ ? own + tiling_.active : own;
-  }
-  FRNN_DEVICE int offset(int source, int pair, int unit) const {
-    return ((source * pairs_ + pair) * place_.units + unit) * int(sizeof(Pair));
-  }
-  FRNN_DEVICE char* shared(int j, int parity) const { return received_ + (2 * j + parity) * buffer_bytes_; }
-  FRNN_DEVICE char* global(int j, int parity, int owner) const {
-    return memory_ + (int64_t(2 * j + parity) * tiling_.active + owner) * buffer_bytes_;
-  }
-  FRNN_DEVICE int bytes(int e, int j) const {
-    return sources_of(e) * ((place_.columns_of(j) + 1) / 2) * place_.octets * 8 * int(sizeof(Pair));
+#if defined(FRNN_CUDA_CLUSTERS)
+  FRNN_DEVICE Target* targets() const { return reinterpret_cast<Target*>(shared_memory() + tiling_.targets); }
+#endif
+};
+
+// The steps of a launch, as a team sees them: s runs backward in its direction's time.
+struct BackwardSteps {
+  int count;
+  bool reverse;
+  FRNN_DEVICE BackwardSteps(const BackwardArguments& arguments, const Place& place)
+      : count(live_steps(arguments.steps, place.first_column)), reverse(place.direction == 1) {}
+  FRNN_DEVICE int time_of(int s) const { return reverse ? s : count - 1 - s; }
+};
+
+// What the gates' warps do.
+template <class Product, class Cell, bool wavefront, bool counted, int count>
+class BackwardGates {
+  using S = typename Product::Storage;
+  using Real = typename Product::Real;
+  static constexpr int gates = Cell::gates, saved = Cell::saved, grad_gates = Cell::grad_gates;
+  static constexpr int per_chunk = Product::per_chunk;
+  // Which h the cell's formula reads: its own, where nothing else is saved; that of the step before, in a cell that
+  // keeps it in part; none beside a cell state.
+  static constexpr bool reads_h = saved == 0, reads_previous_h = saved > 0 && !Cell::has_cell;
+  // Columns whose arithmetic overlaps: as many as there are registers for.
+  static constexpr int together = count > 1 && counted ? 2 : 1;
+
+ public:
+  // Gate gradients that W_hh^T and W_ih^T multiply: where they differ, the second have an operand of their own.
+  static constexpr int operands_of_step = wavefront && grad_gates > gates ? 2 : 1;
+
+  FRNN_DEVICE BackwardGates(const BackwardArguments& arguments, const PersistentBackward& layer, const Place& place,
+                            const GateThread& thread, const BackwardSteps& range, int exchanges)
+      : arguments_(arguments),
+        layer_(layer),
+        place_(place),
+        thread_(thread),
+        range_(range),
+        exchange_(arguments.tiling, place, arguments.workspace, range.count, exchanges),
+        H_(int(arguments.hidden_size)),
+        states_(reinterpret_cast<float*>(shared_memory() + arguments.tiling.states) + thread.index),
+        has_mask_(arguments.steps.mask != nullptr) {}
+
+  // The gradients of the last states, and what the first step wants from memory.
+  FRNN_DEVICE void begin() {
+    for (int j = 0; j < place_.column_tiles; ++j) {
+      FRNN_UNROLL
+      for (int i = 0; i < count; ++i) {
+        float dh = 0, dc = 0;
+        if (owns(j, i)) {
+          const int64_t index = batch_row(j, i) * int64_t(H_) + thread_.global_unit;
+          dh = value_or_zero<S>(layer_.grad_h_n, index);
+          if (Cell::has_cell) dc = value_or_zero<S>(layer_.grad_c_n, index);
+        }
+        keep_state(j, i, dh, dc);
+      }
+    }
+    previous_ = rows_at(0);
+    go_to_step(0);
+    fetch(0, 0);
   }
 
-  const Tiling& tiling_;
+  // Gates of step s, column tile j. All threads of the role come here.
+  FRNN_DEVICE void step(int s, int j, int turn) {
+    // phase: loop
+    Columns work;
+    wait_until_free(turn);
+    uint8_t mask[together];
+    look_up(mask, 0, j);
+    if (two_roles && count <= together) prepare(work, j, 0);
+    // phase: wait
+    if (exchange_.exists(s)) {
+      exchange_.wait(s, j, thread_.index);
+      exchange_.split_sum(s, j, thread_.index);
+    }
+    // phase: gates
+    FRNN_UNROLL
+    for (int first = 0; first < count; first += together) {
+      if (!two_roles || count > together) prepare(work, j, first);
+      FRNN_UNROLL
+      for (int i = 0; i < together; ++i) work.keeps[i] = has_mask_ && !opaque(mask[i]);
+      if (first + together < count) {
+        look_up(mask, first + together, j);
+        fetch(first + together, j);
+      }
+      compute(work, s, j, first);
+      write_operand(work, j, first, turn);
+      // phase: stores
+      if (count > together) store(work, j, first);
+    }
+    // phase: barrier
+    hand_over(filled + (turn & 1));
+    // phase: sends
+    exchange_.was_read(s, j, thread_.index);
+
+    // phase: prefetch
+    // What comes next before what is kept: it takes longest.
+    const bool last_tile = j + 1 == place_.column_tiles;
+    if (last_tile) go_to_step(s + 1);
+    fetch(0, last_tile ? 0 : j + 1);
+    // phase: stores
+    if (count <= together) store(work, j, 0);
+  }
+
+  // phase: end
+  // The gradients of the initial states.
+  FRNN_DEVICE void end() {
+    for (int j = 0; j < place_.column_tiles; ++j) {
+      if (layer_.grad_h0 && range_.count > 0) {
+        exchange_.wait(range_.count, j, thread_.index);
+        exchange_.split_sum(range_.count, j, thread_.index);
+      }
+      FRNN_UNROLL
+      for (int i = 0; i < count; ++i) {
+        const bool mine = owns(j, i);
+        float received = 0, above = 0;
+        if (layer_.grad_h0 && range_.count > 0)
+          exchange_.sum(range_.count, j, thread_.column<count>(i), thread_.unit, mine, received, above);
+        if (!mine) continue;
+        const int64_t index = batch_row(j, i) * int64_t(H_) + thread_.global_unit;
+        if (layer_.grad_h0) typed<S>(layer_.grad_h0)[index] = narrow<S>(states_[state(j, 0, i)] + received);
+        if (Cell::has_cell && layer_.grad_c0) typed<S>(layer_.grad_c0)[index] = narrow<S>(states_[state(j, 1, i)]);
+      }
+    }
+  }
+
+ private:
+  FRNN_DEVICE const PersistentBackward& layer_now() const {
+    const int part = place_.part();
+    return arguments_.part[count == 4 ? int(opaque(uint32_t(part))) : part];
+  }
+  FRNN_DEVICE int batch_row(int j, int i) const {
+    return place_.first_column + j * tile_columns + thread_.column<count>(i);
+  }
+  // Whether its row is one of the step that go_to_step came to.
+  FRNN_DEVICE bool is_live(int j, int i) const {
+    const int column = thread_.column<count>(i);
+    return column < tile_columns && j * tile_columns + column < limit_;
+  }
+  FRNN_DEVICE bool owns(int j, int i) const {
+    return thread_.exists && thread_.column<count>(i) < place_.columns_of(j);
+  }
+
+  // What of the gradients of h and c stays in the block, of the thread's columns, per column tile.
+  FRNN_DEVICE int state(int j, int which, int i) const { return ((2 * j + which) * count + i) * gate_threads; }
+  FRNN_DEVICE void keep_state(int j, int i, float dh, float dc) const {
+    states_[state(j, 0, i)] = dh;
+    if (Cell::has_cell) states_[state(j, 1, i)] = dc;
+  }
+
+  FRNN_DEVICE StepRows rows_at(int s) {
+    return rows_of_steps_.at(s, range_.count, arguments_.steps, [&](int step) { return range_.time_of(step); });
+  }
+  // The step whose saved values are fetched next. The one before it in its direction's time is the next to come.
+  FRNN_DEVICE void go_to_step(int s) {
+    const StepRows rows = previous_;
+    previous_ = rows_at(s + 1);
+    first_row_ = rows.first + place_.first_column;
+    limit_ = limit_of(rows.live);
+  }
+  FRNN_DEVICE int limit_of(int live) const {
+    const int mine = live - place_.first_column;
+    return !thread_.exists ? 0 : mine < place_.columns ? mine : place_.columns;
+  }
+
+  // What was saved of column tile j of the step that go_to_step came to: of as many columns as are computed together.
+  // Those after them are fetched while these are computed, from L2.
+  FRNN_DEVICE void fetch(int first, int j) {
+    const PersistentBackward& tensors = layer_now();
+    const int unit = thread_.global_unit;
+    FRNN_UNROLL
+    for (int i = first; i < (first == 0 ? count : first + together); ++i) {
+      if (!is_live(j, i)) continue;
+      const int at = j * tile_columns + thread_.column<count>(i);
+      const int row = first_row_ + at, previous_row = previous_.first + place_.first_column + at;
+      const S* const values = row_at(typed<S>(tensors.gates), row, saved * H_) + unit;
+      if (i - first >= together) {
+        FRNN_UNROLL
+        for (int k = 0; k < saved; ++k) prefetch_l2(values + k * H_);
+        if (Cell::has_cell) prefetch_l2(row_at(typed<float>(tensors.cells), row, H_) + unit);
+        continue;
+      }
+      Saved& to = saved_[i - first];
+      const bool begins = at >= limit_of(previous_.live);
+      const int64_t initial = int64_t(place_.first_column + at) * H_ + unit;
+      FRNN_UNROLL
+      for (int k = 0; k < saved; ++k) to.values[k] = load_streaming(values + k * H_);
+      if (Cell::has_cell) {
+        to.cell = load_streaming(row_at(typed<float>(tensors.cells), row, H_) + unit);
+        to.previous_cell = begins ? value_or_zero<S>(tensors.c0, initial)
+                                  : row_at(typed<float>(tensors.cells), previous_row, H_)[unit];
+      }
+      if (reads_h) to.hidden = row_at(typed<S>(tensors.y), row, int(tensors.y_stride))[unit];
+      if (reads_previous_h) {
+        to.hidden = S{};
+        if (!begins) to.hidden = row_at(typed<S>(tensors.y), previous_row, int(tensors.y_stride))[unit];
+        if (begins && tensors.h0) to.hidden = typed<S>(tensors.h0)[initial];
+      }
+      if (wavefront && tensors.factors)
+        to.factor = widen(load_streaming(typed<S>(tensors.factors) + row * tensors.factors_stride + unit));
+      if (tensors.grad_y)
+        to.grad_y = load_streaming(row_at(typed<S>(tensors.grad_y), row, int(tensors.grad_y_stride)) + unit);
+    }
+  }
+
+  // Bytes of the mask. Waited for where they are used alone.
+  FRNN_DEVICE void look_up(uint8_t (&mask)[together], int first, int j) const {
+    FRNN_UNROLL
+    for (int i = 0; i < together; ++i) {
+      const int at = j * tile_columns + thread_.column<count>(first + i);
+      mask[i] = 1;
+      if (has_mask_ && is_live(j, first + i)) mask[i] = load_streaming(arguments_.steps.mask + first_row_ + at);
+    }
+  }
+
+  struct Saved {
+    S values[saved > 0 ? saved : 1] = {}, hidden = {}, grad_y = {};
+    float cell = 0, previous_cell = 0;
+    float factor = 1;  // of what comes from the layer above
+  };
+  // Of the columns that are computed together.
+  struct Columns {
+    Real values[together][saved > 0 ? saved : 1], hidden[together], grads[together][grad_gates];
+    float cell[together], previous_cell[together], grad_y[together], factor[together], dh[together], dc[together];
+    bool lives[together], keeps[together];
+    int row;  // in which column 0 of the team stands
+  };
+
+  // What is there before the sums are.
+  FRNN_DEVICE void prepare(Columns& work, int j, int first) const {
+    work.row = first_row_ + j * tile_columns;
+    FRNN_UNROLL
+    for (int i = 0; i < together; ++i) {
+      const Saved& from = saved_[i];
+      FRNN_UNROLL
+      for (int k = 0; k < saved; ++k) work.values[i][k] = widen(from.values[k]);
+      work.hidden[i] = widen(from.hidden);
+      work.cell[i] = from.cell;
+      work.previous_cell[i] = from.previous_cell;
+      work.grad_y[i] = widen(from.grad_y);
+      work.factor[i] = from.factor;
+      work.dh[i] = states_[state(j, 0, first + i)];
+      work.dc[i] = Cell::has_cell ? states_[state(j, 1, first + i)] : 0.0f;
+      work.lives[i] = is_live(j, first + i);
+    }
+  }
+
+  FRNN_DEVICE void compute(Columns& work, int s, int j, int first) const {
+    float received[together] = {}, above[together] = {};
+    if (exchange_.exists(s)) {
+      const int column = thread_.column<count>(first);
+      const bool mine = thread_.exists && column < place_.columns_of(j);
+      if constexpr (together == 1) {
+        exchange_.sum(s, j, column, thread_.unit, mine, received[0], above[0]);
+      } else {
+        Pair own_pair, above_pair;
+        exchange_.sum(s, j, column, thread_.unit, mine, own_pair, above_pair);
+        FRNN_UNROLL
+        for (int i = 0; i < together; ++i) {
+          received[i] = own_pair.v[i];
+          above[i] = above_pair.v[i];
+        }
+      }
+    }
+    FRNN_UNROLL
+    for (int i = 0; i < together; ++i) {
+      const float dh_own = work.dh[i] + received[i];
+      const float dh = (wavefront ? dh_own + above[i] * work.factor[i] : dh_own) + work.grad_y[i];
+      Real dh_previous, dc_previous;
+      Cell::template backward<Real>(work.values[i], work.hidden[i], work.hidden[i], work.cell[i], work.previous_cell[i],
+                                    dh, work.dc[i], work.grads[i], dh_previous, dc_previous);
+      if (work.keeps[i]) {
+        FRNN_UNROLL
+        for (int k = 0; k < grad_gates; ++k) work.grads[i][k] = 0.0f;
+        dh_previous = dh;
+        dc_previous = work.dc[i];
+      }
+      if (work.lives[i]) {
+        work.dh[i] = float(dh_previous);
+        if (Cell::has_cell) work.dc[i] = float(dc_previous);
+      } else {
+        work.dh[i] = wavefront ? dh_own + above[i] * work.factor[i] : dh_own;
+      }
+    }
+  }
+
+  FRNN_DEVICE void write_operand(const Columns& work, int j, int first, int turn) const {
+    const Tiling& tiling = arguments_.tiling;
+    const int gate_chunks = place_.units / per_chunk;
+    char* const operand = shared_memory() + tiling.operand + (turn & 1) * operands_of_step * tiling.slabs * slab_bytes;
+    FRNN_UNROLL
+    for (int i = 0; i < together; ++i) {
+      if (!owns(j, first + i)) continue;
+      FRNN_UNROLL
+      for (int which = 0; which < operands_of_step; ++which) {
+        constexpr GateGrads hidden_grads = Cell::hidden_grads, input_grads = Cell::input_grads;
+        const int first_grad = which == 0 ? hidden_grads.first : input_grads.first;
+        FRNN_UNROLL
+        for (int gate = 0; gate < gates; ++gate) {
+          const float grad = work.lives[i] ? float(work.grads[i][first_grad + gate]) : 0.0f;
+          char* const chunk =
+              operand + which * tiling.slabs * slab_bytes +
+              chunk_offset(gate * gate_chunks + thread_.unit / per_chunk, thread_.column<count>(first + i));
+          if constexpr (per_chunk == 8) {
+            reinterpret_cast<S*>(chunk)[thread_.unit % per_chunk] = narrow<S>(grad);
+          } else {
+            reinterpret_cast<uint32_t*>(chunk)[thread_.unit % per_chunk] = Product::word(grad);
+          }
+        }
+      }
+    }
+  }
+
+  FRNN_DEVICE void store(const Columns& work, int j, int first) const {
+    const PersistentBackward& tensors = layer_now();
+    FRNN_UNROLL
+    for (int i = 0; i < together; ++i) {
+      keep_state(j, first + i, work.dh[i], work.dc[i]);
+      if (!work.lives[i]) continue;
+      S* const to = row_at(typed<S>(tensors.grad_gates), work.row + thread_.column<count>(first + i), grad_gates * H_) +
+                    thread_.global_unit;
+      FRNN_UNROLL
+      for (int k = 0; k < grad_gates; ++k) to[k * H_] = narrow<S>(float(work.grads[i][k]));
+    }
+  }
+
+  const BackwardArguments& arguments_;
+  const PersistentBackward& layer_;
   const Place& place_;
-  const int steps_, exchanges_, pairs_, buffer_bytes_, inverse_octets_;
-  char* const received_;
-#if defined(FRNN_CUDA_CLUSTERS)
-  Mbarrier *barriers_, *credits_;
-#endif
-  char* memory_ = nullptr;
-  uint32_t* counters_ = nullptr;
+  const GateThread& thread_;
+  const BackwardSteps& range_;
+  SumReceiver<wavefront, counted> exchange_;
+  const int H_;
+  float* const states_;
+  const bool has_mask_;
+  RowsOfSteps rows_of_steps_;
+  StepRows previous_;
+  // Of the step whose saved values are here; the thread's columns from limit_ on have no live row.
+  int first_row_ = 0, limit_ = 0;
+  Saved saved_[together];
+};
+
+// What the multiplying warps do: W_hh^T, and with a layer below W_ih^T, of the block's gates.
+template <class Product, class Cell, int group, int register_groups, int most_slabs, bool wavefront>
+class BackwardProducts {
+  using S = typename Product::Storage;
+  static constexpr int gates = Cell::gates, per_chunk = Product::per_chunk;
+  static constexpr int operands_of_step = wavefront && Cell::grad_gates > gates ? 2 : 1;
+
+ public:
+  FRNN_DEVICE BackwardProducts(const BackwardArguments& arguments, const PersistentBackward& layer, const Place& place)
+      : arguments_(arguments),
+        place_(place),
+        slabs_(arguments.tiling.slabs),
+        row_tiles_(wavefront && place.layer == 0 ? arguments.tiling.own_tiles : arguments.tiling.row_tiles) {
+    const Tiling& tiling = arguments.tiling;
+    constexpr GateGrads hidden_grads = Cell::hidden_grads, input_grads = Cell::input_grads;
+    const int64_t H = arguments.hidden_size;
+    const int g = lane_index() / 4;
+    const int gate_chunks = place.units / per_chunk;
+    stored_ = shared_memory() + tiling.weights +
+              warp_index() * (tiling.row_tiles - register_groups * group) * slabs_ * tile_bytes;
+    // Chunks run along the columns of W_hh, memory along its rows: a lane loads one of the rows that it and its
+    // neighbours want, and hands the others what is theirs.
+    const auto load_weights = [&](char* to, int n, int k) {
+      const bool below = wavefront && n >= tiling.own_tiles;
+      const S* const w = typed<S>(below ? layer.w_ih : layer.w_hh);
+      const auto weight = [&](int octet, int chunk) {
+        const int gate = chunk / gate_chunks, first = chunk % gate_chunks * per_chunk + g % per_chunk;
+        const int from = place.first_octet * 8 + first, unit = octet * 8 + g / per_chunk * per_chunk;
+        int gate_row = 0;
+        FRNN_UNROLL
+        for (int i = 0; i < gates; ++i)
+          if (i == gate) gate_row = below ? input_grads.gate[i] : hidden_grads.gate[i];
+        Chunk row = {};
+        if (gate < gates && first / 8 < place.octets && from < H)
+          row = load_row_chunk<Product>(w + (int64_t(gate_row) * H + from) * H, unit, H);
+        return transpose_chunk<S>(row);
+      };
+      uint32_t a[8];
+      load_tile(a, weight, (below ? n - tiling.own_tiles : n) * multiply_warps + warp_index(), k);
+      store_tile(to, a);
+    };
+    // A slab of row tiles at a time goes through shared memory: in one loop it takes few registers beside those that it
+    // fills.
+    char* const staged = shared_memory() + tiling.operand + warp_index() * group * tile_bytes;
+    FRNN_UNROLL
+    for (int r = 0; r < register_groups; ++r) {
+      FRNN_UNROLL
+      for (int k = 0; k < most_slabs; ++k) {
+        const int tiles = k < slabs_ ? row_tiles_ - r * group : 0;
+        FRNN_NO_UNROLL
+        for (int m = 0; m < group; ++m)
+          if (m < tiles) load_weights(staged + m * tile_bytes, r * group + m, k);
+        FRNN_UNROLL
+        for (int m = 0; m < group; ++m) {
+          FRNN_UNROLL
+          for (int w = 0; w < 8; ++w) resident_[r][k][m][w] = 0;
+          if (m < tiles) fetch_tile(resident_[r][k][m], staged + m * tile_bytes);
+        }
+      }
+    }
+    meet_multipliers();  // from here on, other things stand there
+    for (int n = register_groups * group; n < row_tiles_; ++n)
+      for (int k = 0; k < slabs_; ++k)
+        load_weights(stored_ + ((n - register_groups * group) * slabs_ + k) * tile_bytes, n, k);
+    char* const operands = shared_memory() + tiling.operand;
+    for (int i = thread_index(); i < 2 * operands_of_step * slabs_ * slab_bytes / chunk_bytes; i += multiply_threads)
+      reinterpret_cast<Chunk*>(operands)[i] = {};
+  }
+
+  // f(Count<n>{}) with the block's slabs along k, or -1 for any number.
+  // That is a loop for every number, which the slower exchanges are not worth, nor warps that have both roles.
+  template <bool counted, class F>
+  FRNN_DEVICE void with_slabs(const F& f) const {
+    if constexpr (two_roles && counted && Product::is_straight)
+      with_number<1, most_slabs>(slabs_, f);
+    else
+      f(Count<-1>{});
+  }
+
+  template <int n, class Sender>
+  FRNN_DEVICE void step(const Sender& exchange, int s, int j, int turn, int exchanges) const {
+    // phase: barrier
+    exchange.begin_step(s, j);
+    take_over(filled + (turn & 1));
+    // phase: products
+    if (s >= exchanges && !(wavefront && place_.layer > 0)) return free_buffer(turn);
+    constexpr int most = n > 0 ? n : most_slabs;
+    const int slabs = n > 0 ? n : slabs_, own_tiles = arguments_.tiling.own_tiles;
+    const int g = lane_index() / 4, pair = lane_index() % 4, columns = place_.columns_of(j);
+    const char* operand = shared_memory() + arguments_.tiling.operand +
+                          (turn & 1) * operands_of_step * slabs_ * slab_bytes + Product::lane_offset();
+    exchange.give_credit(s, j);
+    // Before the first group of W_ih's. (The first of all is never one of them.)
+    const auto turn_below = [&](int tile) {
+      if (!wavefront || tile == 0 || tile != own_tiles) return;
+      exchange.wait_for_credit(s, j);
+      if (operands_of_step > 1) operand += slabs_ * slab_bytes;
+    };
+    // Of a group of row tiles, of which fetch(m, k) is there. The operand is loaded anew for each group, one slab
+    // ahead: in registers it would take the place of rows.
+    const auto multiply = [&](typename Product::Sums(&sums)[group], const auto& multiply_by) {
+      auto next = Product::operand(operand, g < columns);
+      FRNN_UNROLL
+      for (int k = 0; k < most; ++k) {
+        if (n < 0 && k >= slabs) break;
+        const auto b = next;
+        if (k + 1 < most) next = Product::operand(operand + (k + 1 < slabs ? k + 1 : k) * slab_bytes, g < columns);
+        FRNN_UNROLL
+        for (int m = 0; m < group; ++m) multiply_by(sums[m], b, m, k);
+      }
+    };
+    // phase: sends
+    const auto send = [&](const typename Product::Sums(&sums)[group], int tile) {
+      const bool below = wavefront && tile > 0 && tile >= own_tiles;
+      if (!below && s >= exchanges) return;
+      FRNN_UNROLL
+      for (int m = 0; m < group; ++m) {
+        const int row_tile = (below ? tile + m - own_tiles : tile + m) * multiply_warps + warp_index();
+        exchange.send(below ? s : s + 1, j, 2 * row_tile, g, pair, sums[m].result(), below);
+      }
+    };
+    // phase: products
+    FRNN_UNROLL
+    for (int r = 0; r < register_groups; ++r) {
+      if (r * group >= row_tiles_) break;
+      turn_below(r * group);
+      typename Product::Sums sums[group];
+      multiply(sums, [&](auto& sum, const auto& b, int m, int k) { sum.add(resident_[r][k][m], b, columns); });
+      send(sums, r * group);
+    }
+    FRNN_NO_UNROLL
+    for (int tile = register_groups * group; tile < row_tiles_; tile += group) {
+      turn_below(tile);
+      typename Product::Sums sums[group];
+      const char* const stored = stored_ + (tile - register_groups * group) * slabs * tile_bytes;
+      multiply(sums, [&](auto& sum, const auto& b, int m, int k) {
+        uint32_t a[8];
+        fetch_tile(a, stored + (m * slabs + k) * tile_bytes);
+        sum.add(a, b, columns);
+      });
+      send(sums, tile);
+    }
+    // phase: sends
+    free_buffer(turn);
+    exchange.sent(j);
+  }
+
+  // phase: end
+ private:
+  const BackwardArguments& arguments_;
+  const Place& place_;
+  const int slabs_, row_tiles_;
+  char* stored_;
+  uint32_t resident_[register_groups][most_slabs][group][8];
 };
 
 template <class Product, class Cell, int group, int register_groups, int most_slabs, bool wavefront>
-__global__ void __launch_bounds__(block_threads, 1)
+__global__ void __launch_bounds__(kernel_threads, 1)
     persistent_backward_kernel(const __grid_constant__ BackwardArguments arguments) {
 #if !defined(FRNN_CUDA_CLUSTERS)
   if constexpr (wavefront) return;
 #endif
-  using S = typename Product::Storage;
-  using Real = typename Product::Real;
-  constexpr int gates = Cell::gates, saved = Cell::saved, grad_gates = Cell::grad_gates;
-  // Which h the cell's formula reads: its own, where nothing else is saved; that of the step before, in a cell that
-  // keeps it in part; none beside a cell state.
-  constexpr bool reads_h = saved == 0, reads_previous_h = saved > 0 && !Cell::has_cell;
-  constexpr int per_chunk = Product::per_chunk;
-  constexpr GateGrads hidden_grads = Cell::hidden_grads, input_grads = Cell::input_grads;
-  // Gate gradients that W_hh^T and W_ih^T multiply: where they differ, the second have an operand of their own.
-  constexpr int operands_of_step = wavefront && grad_gates > gates ? 2 : 1;
+  using Products = BackwardProducts<Product, Cell, group, register_groups, most_slabs, wavefront>;
   const Tiling& tiling = arguments.tiling;
-  const Steps& steps = arguments.steps;
-  const int64_t H = arguments.hidden_size;
-  const Place place(tiling, H, steps.B, wavefront);
-  const Item item(place, H);
+  const Place place(tiling, arguments.hidden_size, arguments.steps.B, wavefront);
   const PersistentBackward& layer = arguments.part[place.part()];
-  const bool reverse = place.direction == 1;
-  const int num_steps = live_steps(steps, place.first_column);
-  // Backward in this direction's time; the step before it in that time.
-  const auto time_of = [&](int s) { return reverse ? s : num_steps - 1 - s; };
-  const auto previous_time_of = [&](int s) { return reverse ? s + 1 : num_steps - 2 - s; };
-
-  // The resident columns.
-  const int g = lane_index() / 4;
-  const int gate_chunks = place.units / per_chunk;
-  const int slabs = tiling.slabs;
-  const int row_tiles = wavefront && place.layer == 0 ? tiling.own_tiles : tiling.row_tiles;
-  char* const stored = shared_memory() + tiling.weights +
-                       warp_index() * (tiling.row_tiles - register_groups * group) * slabs * tile_bytes;
-  // Chunks run along the columns of W_hh, memory along its rows: a lane loads one of the rows that it and its
-  // neighbours want, and hands the others what is theirs.
-  const auto load_weights = [&](uint32_t (&a)[8], int n, int k) {
-    const bool below = wavefront && n >= tiling.own_tiles;
-    const S* const w = typed<S>(below ? layer.w_ih : layer.w_hh);
-    const auto weight = [&](int octet, int chunk) {
-      const int gate = chunk / gate_chunks, first = chunk % gate_chunks * per_chunk + g % per_chunk;
-      const int from = place.first_octet * 8 + first, unit = octet * 8 + g / per_chunk * per_chunk;
-      int gate_row = 0;
-      FRNN_UNROLL
-      for (int i = 0; i < gates; ++i)
-        if (i == gate) gate_row = below ? input_grads.gate[i] : hidden_grads.gate[i];
-      Chunk row = {};
-      if (gate < gates && first / 8 < place.octets && from < H)
-        row = load_row_chunk<Product>(w + (int64_t(gate_row) * H + from) * H, unit, H);
-      return transpose_chunk<S>(row);
-    };
-    load_tile(a, weight, (below ? n - tiling.own_tiles : n) * block_warps + warp_index(), k);
-  };
-  uint32_t resident[register_groups][most_slabs][group][8];
-  FRNN_UNROLL
-  for (int r = 0; r < register_groups; ++r) {
-    FRNN_UNROLL
-    for (int k = 0; k < most_slabs; ++k) {
-      FRNN_UNROLL
-      for (int m = 0; m < group; ++m) {
-        FRNN_UNROLL
-        for (int w = 0; w < 8; ++w) resident[r][k][m][w] = 0;
-        if (k < slabs && r * group + m < row_tiles) load_weights(resident[r][k][m], r * group + m, k);
-      }
-    }
-  }
-  for (int n = register_groups * group; n < row_tiles; ++n) {
-    for (int k = 0; k < slabs; ++k) {
-      uint32_t a[8];
-      load_weights(a, n, k);
-      store_tile(stored + ((n - register_groups * group) * slabs + k) * tile_bytes, a);
-    }
-  }
-
-  // What of the gradients of h and c stays in the block, per column tile.
-  Pair* const states = reinterpret_cast<Pair*>(shared_memory() + tiling.states);
-  const auto dh_state = [&](int j) { return &states[(2 * j) * block_threads + thread_index()]; };
-  const auto dc_state = [&](int j) { return &states[(2 * j + 1) * block_threads + thread_index()]; };
-  const auto row_of = [&](int j, int column) { return place.first_column + j * tile_columns + 2 * item.pair + column; };
-  const auto owns = [&](int j, int column) { return item.exists && 2 * item.pair + column < place.columns_of(j); };
-  for (int j = 0; j < place.column_tiles; ++j) {
-    Pair dh = {}, dc = {};
-    FRNN_UNROLL
-    for (int column = 0; column < 2; ++column) {
-      if (!owns(j, column)) continue;
-      const int64_t index = row_of(j, column) * H + item.global_unit;
-      dh.v[column] = value_or_zero<S>(layer.grad_h_n, index);
-      if (Cell::has_cell) dc.v[column] = value_or_zero<S>(layer.grad_c_n, index);
-    }
-    *dh_state(j) = dh;
-    *dc_state(j) = dc;
-  }
-  char* const operands = shared_memory() + tiling.operand;
-  const int operand_bytes = operands_of_step * slabs * slab_bytes;
-  for (int i = thread_index(); i < 2 * operand_bytes / chunk_bytes; i += block_size())
-    reinterpret_cast<Chunk*>(operands)[i] = {};
-
-  const int exchanges = layer.grad_h0 ? num_steps : num_steps - 1;
-  SumExchange<wavefront> exchange(tiling, place, arguments.workspace, num_steps, exchanges);
-  exchange.begin();
-  meet_writers(tiling);
-  if (place.rank >= tiling.active) {  // nothing to do, but the cluster's barriers count this block
+  const BackwardSteps range(arguments, place);
+  const int num_steps = range.count, tiles = place.column_tiles;
+  const int exchanges = layer.grad_h0 ? num_steps : num_steps > 0 ? num_steps - 1 : 0;
+  const bool idle = place.rank >= tiling.active;
+  if (idle) {  // nothing to do, but the cluster's barriers count this block
+    meet_writers(tiling);
     for (int e = 0; e < exchanges && tiling.exchange == Exchange::barriers; ++e) meet_cluster(tiling);
     meet_cluster(tiling);
     return;
   }
-
-  // What was saved is fetched one column tile ahead, as soon as the registers of the one before are free.
-  S values[saved > 0 ? saved : 1][2] = {}, hidden[2] = {}, grad_y[2] = {};
-  float cells[2] = {}, previous_cells[2] = {};
-  float factors[2] = {1, 1};  // of what comes from the layer above
-  bool keeps[2] = {};         // the step kept their states as they were
-  const auto fetch = [&](const StepRows& rows, const StepRows& previous, int j) {
-    FRNN_UNROLL
-    for (int column = 0; column < 2; ++column) {
-      const int b = row_of(j, column);
-      if (!owns(j, column) || b >= rows.live) continue;
-      const int64_t row = rows.first + b, previous_row = previous.first + b, unit = item.global_unit;
-      const bool begins = b >= previous.live;
-      keeps[column] = is_masked(steps, row);
-      FRNN_UNROLL
-      for (int i = 0; i < saved; ++i)
-        values[i][column] = load_streaming(typed<S>(layer.gates) + (row * saved + i) * H + unit);
-      if (Cell::has_cell) {
-        cells[column] = load_streaming(typed<float>(layer.cells) + row * H + unit);
-        previous_cells[column] =
-            begins ? value_or_zero<S>(layer.c0, b * H + unit) : typed<float>(layer.cells)[previous_row * H + unit];
-      }
-      if (reads_h) hidden[column] = typed<S>(layer.y)[row * layer.y_stride + unit];
-      if (reads_previous_h) {
-        hidden[column] = S{};
-        if (!begins) hidden[column] = typed<S>(layer.y)[previous_row * layer.y_stride + unit];
-        if (begins && layer.h0) hidden[column] = typed<S>(layer.h0)[b * H + unit];
-      }
-      if (wavefront && layer.factors)
-        factors[column] = widen(load_streaming(typed<S>(layer.factors) + row * layer.factors_stride + unit));
-      if (layer.grad_y) grad_y[column] = load_streaming(typed<S>(layer.grad_y) + row * layer.grad_y_stride + unit);
-    }
+  const auto every_turn = [&](const auto& step) {
+    int turn = 0;
+    for (int s = 0; s < num_steps; ++s)
+      for (int j = 0; j < tiles; ++j) step(s, j, turn++);
   };
-  StepRows rows = step_rows(steps, time_of(0));
-  fetch(rows, step_rows(steps, previous_time_of(0)), 0);
-
-  int buffer = 0;
-  // phase: loop
-  for (int s = 0; s < num_steps; ++s) {
-    for (int j = 0; j < place.column_tiles; ++j) {
-      const int columns = place.columns_of(j);
-      // phase: wait
-      Pair received = {}, from_above = {};
-      if (exchange.exists(s)) {
-        exchange.wait(s, j);
-        // phase: partial sums
-        exchange.sum(s, j, buffer, received, from_above);
-      }
-      // phase: gates
-      char* const operand = operands + buffer * operand_bytes;
-      if (item.exists && 2 * item.pair < columns) {
-        Pair dh = *dh_state(j), dc = *dc_state(j);
-        Real grads[2][grad_gates], dh_previous[2], dc_previous[2];
-        FRNN_UNROLL
-        for (int column = 0; column < 2; ++column) {
-          dh.v[column] += received.v[column];
-          if (wavefront) dh.v[column] += from_above.v[column] * factors[column];
-          Real activated[saved > 0 ? saved : 1];
-          FRNN_UNROLL
-          for (int i = 0; i < saved; ++i) activated[i] = widen(values[i][column]);
-          const Real h = widen(hidden[column]);
-          Cell::template backward<Real>(activated, h, h, cells[column], previous_cells[column],
-                                        dh.v[column] + widen(grad_y[column]), dc.v[column], grads[column],
-                                        dh_previous[column], dc_previous[column]);
-          if (keeps[column]) {
-            FRNN_UNROLL
-            for (int i = 0; i < grad_gates; ++i) grads[column][i] = 0.0f;
-            dh_previous[column] = dh.v[column] + widen(grad_y[column]);
-            dc_previous[column] = dc.v[column];
-          }
-        }
-        FRNN_UNROLL
-        for (int column = 0; column < 2; ++column) {
-          const bool live = owns(j, column) && row_of(j, column) < rows.live;
-          if (live) {
-            dh.v[column] = float(dh_previous[column]);
-            if (Cell::has_cell) dc.v[column] = float(dc_previous[column]);
-            // phase: stores
-            S* const to = typed<S>(layer.grad_gates) + int64_t(rows.first + row_of(j, column)) * grad_gates * H +
-                          item.global_unit;
-            FRNN_UNROLL
-            for (int i = 0; i < grad_gates; ++i) to[i * H] = narrow<S>(float(grads[column][i]));
-          }
-          // phase: gates
-          FRNN_UNROLL
-          for (int which = 0; which < operands_of_step; ++which) {
-            const int first = which == 0 ? hidden_grads.first : input_grads.first;
-            FRNN_UNROLL
-            for (int gate = 0; gate < gates; ++gate) {
-              const float grad = live ? float(grads[column][first + gate]) : 0.0f;
-              char* const chunk = operand + which * slabs * slab_bytes +
-                                  chunk_offset(gate * gate_chunks + item.unit / per_chunk, 2 * item.pair + column);
-              if constexpr (per_chunk == 8) {
-                reinterpret_cast<S*>(chunk)[item.unit % per_chunk] = narrow<S>(grad);
-              } else {
-                reinterpret_cast<uint32_t*>(chunk)[item.unit % per_chunk] = Product::word(grad);
-              }
-            }
-          }
-        }
-        *dh_state(j) = dh;
-        if (Cell::has_cell) *dc_state(j) = dc;
-      }
-      // phase: prefetch
-      // The next column tile in turn.
-      {
-        const bool last = j + 1 == place.column_tiles;
-        if (last) rows = s + 1 < num_steps ? step_rows(steps, time_of(s + 1)) : StepRows{};
-        fetch(rows, step_rows(steps, previous_time_of(last ? s + 1 : s)), last ? 0 : j + 1);
-      }
-      // phase: barrier
-      if (s < exchanges || (wavefront && place.layer > 0)) {
-        sync_threads();
-        exchange.give_credit(s, j);
-        // phase: products
-        typename Product::Operand b[most_slabs];
-        const auto load_operand = [&](const char* from) {
-          FRNN_UNROLL
-          for (int k = 0; k < most_slabs; ++k)
-            b[k] = Product::operand(from + (k < slabs ? k : 0) * slab_bytes, columns);
-        };
-        load_operand(operand);
-        // Before the first group of W_ih's. (The first of all is never one of them.)
-        const auto turn_below = [&](int n) {
-          if (!wavefront || n == 0 || n != tiling.own_tiles) return;
-          exchange.wait_for_credit(s, j);
-          if (operands_of_step > 1) load_operand(operand + slabs * slab_bytes);
-        };
-        // phase: sends
-        const auto send = [&](const typename Product::Sums(&sums)[group], int n) {
-          const bool below = wavefront && n > 0 && n >= tiling.own_tiles;
-          if (!below && s >= exchanges) return;
-          FRNN_UNROLL
-          for (int m = 0; m < group; ++m) {
-            const TileSums tile = sums[m].result();
-            const int row_tile = (below ? n + m - tiling.own_tiles : n + m) * block_warps + warp_index();
-            FRNN_UNROLL
-            for (int half = 0; half < 2; ++half)
-              exchange.send(below ? s : s + 1, j, 2 * row_tile + half, g, lane_index() % 4, tile.row[half], below);
-          }
-        };
-        // phase: products
-        FRNN_UNROLL
-        for (int r = 0; r < register_groups; ++r) {
-          if (r * group >= row_tiles) break;
-          turn_below(r * group);
-          typename Product::Sums sums[group];
-          FRNN_UNROLL
-          for (int k = 0; k < most_slabs; ++k) {
-            if (k >= slabs) break;
-            FRNN_UNROLL
-            for (int m = 0; m < group; ++m) sums[m].add(resident[r][k][m], b[k], columns);
-          }
-          // phase: sends
-          send(sums, r * group);
-        }
-        // phase: products
-        for (int n = register_groups * group; n < row_tiles; n += group) {
-          turn_below(n);
-          typename Product::Sums sums[group];
-          FRNN_UNROLL
-          for (int k = 0; k < most_slabs; ++k) {
-            if (k >= slabs) break;
-            FRNN_UNROLL
-            for (int m = 0; m < group; ++m) {
-              uint32_t a[8];
-              fetch_tile(a, stored + ((n + m - register_groups * group) * slabs + k) * tile_bytes);
-              sums[m].add(a, b[k], columns);
-            }
-          }
-          // phase: sends
-          send(sums, n);
-        }
-        // phase: sends
-        exchange.sent(j);
-      }
-      // phase: loop
-      buffer ^= 1;
+  const auto do_gates = [&](auto counted, const auto& f) {
+    const int columns = place.columns_of(0);
+    with_count(GateThread(place, arguments.hidden_size).columns_a_thread(columns), [&](auto count) {
+      const GateThread thread(place, arguments.hidden_size);
+      f(BackwardGates<Product, Cell, wavefront, decltype(counted)::value, decltype(count)::value>(
+          arguments, layer, place, thread, range, exchanges));
+    });
+  };
+  // Before there is W_hh in registers.
+  const auto begin_exchange = [&] {
+    with_exchange<wavefront>(tiling, [&](auto counted) {
+      SumSender<wavefront, decltype(counted)::value>(tiling, place, arguments.workspace, num_steps, exchanges).begin();
+    });
+  };
+  if constexpr (two_roles) {
+    if (thread_index() < multiply_threads) {
+      raise_registers<multiply_registers<Product, true>>();
+      begin_exchange();
+      const Products products(arguments, layer, place);
+      with_exchange<wavefront>(tiling, [&](auto counted) {
+        const SumSender<wavefront, decltype(counted)::value> exchange(tiling, place, arguments.workspace, num_steps,
+                                                                      exchanges);
+        meet_writers(tiling);
+        products.template with_slabs<decltype(counted)::value>([&](auto n) {
+          every_turn([&](int s, int j, int turn) {
+            products.template step<decltype(n)::value>(exchange, s, j, turn, exchanges);
+          });
+        });
+        exchange.end();
+      });
+    } else {
+      lower_registers<gate_registers<Product, true>>();
+      with_exchange<wavefront>(tiling, [&](auto counted) {
+        do_gates(counted, [&](auto gates) {
+          gates.begin();
+          meet_writers(tiling);
+          every_turn([&](int s, int j, int turn) { gates.step(s, j, turn); });
+          gates.end();
+          wait_until_all_free(num_steps * tiles);
+        });
+      });
     }
-  }
-
-  // phase: end
-  for (int j = 0; j < place.column_tiles; ++j) {
-    Pair received = {}, from_above = {};
-    if (layer.grad_h0) {
-      exchange.wait(num_steps, j);
-      exchange.sum(num_steps, j, buffer, received, from_above);
-      buffer ^= 1;
-    }
-    FRNN_UNROLL
-    for (int column = 0; column < 2; ++column) {
-      if (!owns(j, column)) continue;
-      const int64_t index = row_of(j, column) * H + item.global_unit;
-      if (layer.grad_h0) typed<S>(layer.grad_h0)[index] = narrow<S>(dh_state(j)->v[column] + received.v[column]);
-      if (Cell::has_cell && layer.grad_c0) typed<S>(layer.grad_c0)[index] = narrow<S>(dc_state(j)->v[column]);
-    }
+  } else {
+    begin_exchange();
+    const Products products(arguments, layer, place);
+    with_exchange<wavefront>(tiling, [&](auto counted) {
+      const SumSender<wavefront, decltype(counted)::value> exchange(tiling, place, arguments.workspace, num_steps,
+                                                                    exchanges);
+      do_gates(counted, [&](auto gates) {
+        gates.begin();
+        meet_writers(tiling);
+        products.template with_slabs<decltype(counted)::value>([&](auto n) {
+          every_turn([&](int s, int j, int turn) {
+            gates.step(s, j, turn);
+            products.template step<decltype(n)::value>(exchange, s, j, turn, exchanges);
+          });
+        });
+        gates.end();
+      });
+    });
   }
   // No block leaves while others may write into its shared memory.
   meet_cluster(tiling);

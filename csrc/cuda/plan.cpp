@@ -13,8 +13,6 @@ namespace cuda {
 
 namespace {
 
-constexpr int most_units = 64;  // of a block: a thread for each unit and two of 8 columns
-
 // Constants of the cost model, in cycles and bytes per cycle of one SM. Unmeasured: taken from data sheets and
 // published microbenchmarks, to be replaced by what a GPU says. They decide between variants and divisions of the
 // batch.
@@ -30,6 +28,10 @@ constexpr double step_launch_us = 5;            // product and kernel of a step 
 constexpr double l2_bytes_per_us = 3.5e6, memory_bytes_per_us = 2.5e6;  // of weights read again every step
 constexpr double launch_us = 6;
 constexpr double load_bytes_per_us = 0.02e6;  // of W_hh into one block
+
+// Of shared memory, for a column tile's running states: two numbers for each unit and column.
+constexpr int fewest_gate_threads = 128;
+constexpr int64_t state_bytes = 2 * most_units * tile_columns * 4;
 
 // Projections of so many bytes of a direction at once, but of no fewer steps: for each part W_hh is loaded again.
 constexpr int64_t projection_bytes = int64_t(64) << 20, fewest_projection_steps = 128;
@@ -96,11 +98,11 @@ class Candidate {
     // Of a warp, per column tile: row tiles times slabs; two warps share a scheduler.
     const double tiles = double(t.row_tiles) * t.slabs;
     const double multiply = 2 * tiles * (fma ? 8.0 * columns : 2 * mma);
-    double shared = double(plan_.weight_bytes) + double(block_warps) * t.slabs * slab_bytes;
+    double shared = double(plan_.weight_bytes) + double(multiply_warps) * t.slabs * slab_bytes;
     const double units = t.octets * 8;
     double travels;
     if (plan_.backward) {
-      if (fma) shared += double(block_warps) * t.row_tiles * t.slabs * slab_bytes;
+      if (fma) shared += double(multiply_warps) * t.row_tiles * t.slabs * slab_bytes;
       shared += double(sources()) * t.active * units * columns * 4;
       travels = double(sources() * problem_.H) * columns * 4;
     } else {
@@ -139,7 +141,12 @@ class Candidate {
     return int32_t(at);
   }
 
+  // From `at` on there is room for so many row tiles of each warp, before the first step: what stands there later is
+  // written after that.
+  void staging(int64_t at, int row_tiles) { most_ = std::max(most_, at + multiply_warps * row_tiles * tile_bytes); }
+
   std::string check() {
+    shared_ = std::max(shared_, most_);
     if (shared_ > device_.shared_per_block)
       return text(
           "%.0f KiB of W_hh a block do not fit %.0f KiB of registers and, beside the states, %.0f of shared memory",
@@ -154,23 +161,27 @@ class Candidate {
     const ForwardShape shape = forward_shape(plan_.multiply, plan_.shape, problem_.layers > 1);
     const int row_tiles = ceil_div(int64_t(t.octets) * problem_.gates, 2);
     t.warps_rows = 1;
-    while (t.warps_rows < block_warps && t.warps_rows * shape.row_tiles < row_tiles) t.warps_rows *= 2;
+    while (t.warps_rows < multiply_warps && t.warps_rows * shape.row_tiles < row_tiles) t.warps_rows *= 2;
     // In a wavefront half of the warps are W_ih's.
-    const int most_rows = block_warps / sources();
+    const int most_rows = multiply_warps / sources();
     if (t.warps_rows > most_rows || t.warps_rows * shape.row_tiles < row_tiles)
       return text("%.0f rows of W_hh a block, of which a kernel takes %.0f", 16 * row_tiles,
                   16 * most_rows * shape.row_tiles);
-    t.warps_k = block_warps / t.warps_rows;
+    t.warps_k = multiply_warps / t.warps_rows;
     const int chunks = problem_.octets * 8 / problem_.per_chunk, slabs = ceil_div(chunks, 4);
     t.slabs = ceil_div(slabs, t.warps_k / sources());
     t.row_tiles = shape.row_tiles;
     const bool memory = t.exchange == Exchange::memory;
     const int64_t in_registers = std::min(t.slabs, shape.register_slabs);
-    plan_.register_bytes = block_warps * in_registers * shape.row_tiles * tile_bytes;
-    plan_.weight_bytes = block_warps * (t.slabs - in_registers) * shape.row_tiles * tile_bytes;
-    t.states = take(int64_t(t.column_tiles) * 2 * block_threads * 8);
-    t.biases = take(block_threads * 16);
-    t.sums = take(2LL * t.warps_k * problem_.gates * (tile_columns / 2) * (t.octets * 8 + 4) * 8);
+    plan_.register_bytes = multiply_warps * in_registers * shape.row_tiles * tile_bytes;
+    plan_.weight_bytes = multiply_warps * (t.slabs - in_registers) * shape.row_tiles * tile_bytes;
+    t.states = take(int64_t(t.column_tiles) * state_bytes);
+    t.biases = take(multiply_threads * 16);
+    // As at half_tile_pairs (persistent_forward.cuh).
+    t.sum_pairs = ceil_div(std::min(t.columns, tile_columns), 2);
+    t.pair_stride = (2 * t.warps_rows * t.row_tiles * 9 + 15) / 16 * 16 + 4;
+    t.sums = take(2LL * t.warps_k * t.sum_pairs * t.pair_stride * 8);
+    staging(t.sums, shape.row_tiles);  // W_hh comes in through here, a slab of row tiles a warp
     t.operand = take(int64_t(memory ? 1 : 2 * t.column_tiles * sources()) * slabs * slab_bytes);
     t.barriers = take(2LL * t.column_tiles * 8);
     t.credits = take(problem_.layers > 1 ? 2LL * t.column_tiles * 8 : 0);
@@ -189,28 +200,30 @@ class Candidate {
     if (t.slabs > shape.slabs)
       return text("%.0f gates a block, of which a kernel takes %.0f", t.octets * 8 * problem_.gates,
                   shape.slabs * slab_chunks * problem_.per_chunk);
-    const int own_groups = ceil_div(ceil_div(ceil_div(problem_.H, 16), block_warps), shape.group);
+    const int own_groups = ceil_div(ceil_div(ceil_div(problem_.H, 16), multiply_warps), shape.group);
     const int groups = sources() * own_groups;
     t.own_tiles = own_groups * shape.group;
     t.row_tiles = groups * shape.group;
     const int units = t.octets * 8;
+    const bool memory = t.exchange == Exchange::memory;
+    const int pairs = ceil_div(std::min(t.columns, tile_columns), 2);
     t.source_split = 1;
-    while (2 * t.source_split * units * (tile_columns / 2) <= block_threads &&
-           2 * t.source_split <= sources() * t.active)
+    while (memory && 2 * t.source_split * units * pairs <= fewest_gate_threads && 2 * t.source_split <= t.active)
       t.source_split *= 2;
     const int64_t in_registers = int64_t(std::min(groups, shape.register_groups)) * shape.group;
-    plan_.register_bytes = block_warps * in_registers * t.slabs * tile_bytes;
-    plan_.weight_bytes = block_warps * (t.row_tiles - in_registers) * t.slabs * tile_bytes;
+    plan_.register_bytes = multiply_warps * in_registers * t.slabs * tile_bytes;
+    plan_.weight_bytes = multiply_warps * (t.row_tiles - in_registers) * t.slabs * tile_bytes;
     // From every block that sends here, of a column tile.
-    const int64_t received = int64_t(sources()) * t.active * ceil_div(std::min(t.columns, tile_columns), 2) * units * 8;
-    const bool memory = t.exchange == Exchange::memory;
-    t.states = take(int64_t(t.column_tiles) * 2 * block_threads * 8);
-    t.sums = take(t.source_split > 1 ? 2 * block_threads * 8 : 0);
-    // A GRU's two products multiply different gradients.
-    t.operand = take(2LL * (problem_.kind == CellKind::gru ? sources() : 1) * t.slabs * slab_bytes);
-    t.received = take(memory ? 0 : 2 * t.column_tiles * received);
+    const int64_t received = int64_t(sources()) * t.active * pairs * units * 8;
+    t.states = take(int64_t(t.column_tiles) * state_bytes);
+    t.sums = take(memory ? 2LL * t.source_split * pairs * units * 8 : 0);
+    t.targets = take(t.exchange == Exchange::counted ? 16LL * sources() * problem_.octets : 0);
     t.barriers = take(2LL * t.column_tiles * 8);
     t.credits = take(problem_.layers > 1 ? 2LL * t.column_tiles * 8 : 0);
+    // A GRU's two products multiply different gradients. (W_hh^T comes in through here: a group of row tiles a warp.)
+    t.operand = take(2LL * (problem_.kind == CellKind::gru ? sources() : 1) * t.slabs * slab_bytes);
+    staging(t.operand, shape.group);
+    t.received = take(memory ? 0 : 2 * t.column_tiles * received);
     t.weights = take(plan_.weight_bytes);
     if (memory) {
       plan_.counters = int64_t(problem_.directions) * t.teams * t.column_tiles;
@@ -222,7 +235,7 @@ class Candidate {
   const Problem& problem_;
   const DeviceInfo& device_;
   Plan plan_;
-  int64_t shared_ = 0;
+  int64_t shared_ = 0, most_ = 0;
 };
 
 class Planner {

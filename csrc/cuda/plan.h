@@ -20,7 +20,8 @@ namespace fused_rnn {
 namespace cuda {
 
 // The pieces of tile.cuh.
-constexpr int block_threads = 256, block_warps = 8;
+constexpr int multiply_threads = 256, multiply_warps = 8;  // of a block
+constexpr int most_units = 64;                             // of a block
 constexpr int tile_columns = 8;
 constexpr int slab_chunks = 4, chunk_bytes = 16;
 constexpr int slab_bytes = slab_chunks * tile_columns * chunk_bytes;  // of a column tile
@@ -102,14 +103,17 @@ struct Tiling {
   int32_t slabs = 1;         // along k: of a warp (forward), of the block (backward)
   int32_t row_tiles = 1;     // of a warp, in registers and in shared memory
   int32_t own_tiles = 1;     // backward: of these, those of W_hh; the others are of W_ih
+  int32_t sum_pairs = 1;     // forward: pairs of columns that partial sums have room for,
+  int32_t pair_stride = 1;   // and how far, in Pairs, they are apart
   int32_t source_split = 1;  // backward: threads that share a sum over the team's blocks
   // Where in a block's shared memory:
   int32_t states = 0;    // running h and c, or the gradients of h and c that stay in the block
   int32_t biases = 0;    // forward
-  int32_t sums = 0;      // forward: partial sums over k, two buffers; backward: of a split sum, two buffers
+  int32_t sums = 0;      // forward: partial sums over k, two buffers; backward: of a split sum
   int32_t operand = 0;   // forward: h, two buffers per column tile (one in all with Exchange::memory); backward: gate
                          // gradients, two buffers
   int32_t received = 0;  // backward: partial sums of the team, two buffers per column tile
+  int32_t targets = 0;   // backward: where each octet's sums go
   int32_t barriers = 0;
   int32_t credits = 0;  // wavefront: mbarriers of the blocks that take from this one
   int32_t weights = 0;  // what registers do not hold

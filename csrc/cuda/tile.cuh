@@ -24,6 +24,7 @@ struct alignas(16) Chunk {
 // Two neighbouring columns.
 struct alignas(8) Pair {
   float v[2];
+  friend FRNN_DEVICE Pair operator+(const Pair& a, const Pair& b) { return {{a.v[0] + b.v[0], a.v[1] + b.v[1]}}; }
 };
 
 // Where chunk `chunk` of column `column` of a column tile stands.
@@ -36,20 +37,18 @@ struct TileSums {
   Pair row[2];
 };
 
-// Which chunk of a slab of a column tile a lane multiplies. Columns without a row of the batch repeat the last one that
-// has: nobody looks at their sums, and lanes that read the same bytes share a pass over shared memory.
-FRNN_DEVICE int live_chunk(int columns) {
-  const int column = lane_index() / slab_chunks;
-  return ((column < columns ? column : columns - 1) * slab_chunks + lane_index() % slab_chunks) * chunk_bytes;
-}
-
 // --- How numbers are multiplied. Each has
 //   Storage                 the dtype in global memory
 //   Real                    what the cell's formulas are computed in
 //   per_chunk               numbers in a chunk
 //   word(value)             how a 32-bit number is handed to add
-//   Operand                 what a lane holds of a slab of a column tile with this many columns; operand(slab, columns)
-//   Sums                    running sums of a row tile times a column tile; add(a, b, columns), result()
+//   is_straight             few enough instructions to be written out for every number of slabs
+//   lane_offset()           where in a slab of a column tile this lane finds what it multiplies
+//   Operand                 what a lane holds of a slab; operand(slab + lane_offset(), loads). `loads`: the column of
+//                           lane 4 g + i, which is g, has a row of the batch. What others hold is anything: an
+//                           element of a product depends on its own column alone, and nobody looks at theirs. So they
+//                           need not load, which is a pass over shared memory for each quarter of a warp that does
+//   Sums                    running sums of a row tile times a column tile; add(a, b, columns), add(other), result()
 //                           a: chunk i of rows g and g + 8, word by word in turn, as the matrix instructions want it
 
 // bfloat16 and float16 on the matrix units.
@@ -60,8 +59,12 @@ struct HalfProduct {
   static constexpr int per_chunk = 8;
   using Operand = Chunk;
 
-  static FRNN_DEVICE Operand operand(const char* slab, int columns) {
-    return *reinterpret_cast<const Chunk*>(slab + live_chunk(columns));
+  static constexpr bool is_straight = true;
+  static FRNN_DEVICE int lane_offset() { return lane_index() * chunk_bytes; }
+  static FRNN_DEVICE Operand operand(const char* at, bool loads) {
+    Chunk chunk;
+    load_shared_if(loads, chunk.word, at);
+    return chunk;
   }
 
   struct Sums {
@@ -70,6 +73,10 @@ struct HalfProduct {
     FRNN_DEVICE void add(const uint32_t (&a)[8], const Operand& b, int) {
       multiply_add<S>(sum, {a[0], a[1], a[2], a[3]}, {b.word[0], b.word[1]});
       multiply_add<S>(sum, {a[4], a[5], a[6], a[7]}, {b.word[2], b.word[3]});
+    }
+    FRNN_DEVICE void add(const Sums& other) {
+      FRNN_UNROLL
+      for (int i = 0; i < 4; ++i) sum[i] += other.sum[i];
     }
     FRNN_DEVICE TileSums result() const { return {{{{sum[0], sum[1]}}, {{sum[2], sum[3]}}}}; }
   };
@@ -83,8 +90,12 @@ struct Tf32Product {
   using Operand = Chunk;
 
   static FRNN_DEVICE uint32_t word(float value) { return to_tf32(value); }
-  static FRNN_DEVICE Operand operand(const char* slab, int columns) {
-    return *reinterpret_cast<const Chunk*>(slab + live_chunk(columns));
+  static constexpr bool is_straight = true;
+  static FRNN_DEVICE int lane_offset() { return lane_index() * chunk_bytes; }
+  static FRNN_DEVICE Operand operand(const char* at, bool loads) {
+    Chunk chunk;
+    load_shared_if(loads, chunk.word, at);
+    return chunk;
   }
 
   struct Sums {
@@ -93,6 +104,10 @@ struct Tf32Product {
     FRNN_DEVICE void add(const uint32_t (&a)[8], const Operand& b, int) {
       multiply_add_tf32(sum, {a[0], a[1], a[2], a[3]}, {b.word[0], b.word[1]});
       multiply_add_tf32(sum, {a[4], a[5], a[6], a[7]}, {b.word[2], b.word[3]});
+    }
+    FRNN_DEVICE void add(const Sums& other) {
+      FRNN_UNROLL
+      for (int i = 0; i < 4; ++i) sum[i] += other.sum[i];
     }
     FRNN_DEVICE TileSums result() const { return {{{{sum[0], sum[1]}}, {{sum[2], sum[3]}}}}; }
   };
@@ -107,7 +122,9 @@ struct FloatProduct {
   using Operand = const char*;
 
   static FRNN_DEVICE uint32_t word(float value) { return uint32_t(Lanes<float>::bits(value)); }
-  static FRNN_DEVICE Operand operand(const char* slab, int) { return slab + lane_index() % 4 * chunk_bytes; }
+  static constexpr bool is_straight = false;
+  static FRNN_DEVICE int lane_offset() { return lane_index() % 4 * chunk_bytes; }
+  static FRNN_DEVICE Operand operand(const char* at, bool) { return at; }
 
   struct Sums {
     float sum[2][tile_columns] = {};
@@ -199,12 +216,13 @@ FRNN_DEVICE void store_tile(char* tile, const uint32_t (&a)[8]) {
   chunks[warp_size] = {{a[4], a[5], a[6], a[7]}};
 }
 FRNN_DEVICE void fetch_tile(uint32_t (&a)[8], const char* tile) {
-  const Chunk* const chunks = reinterpret_cast<const Chunk*>(tile) + lane_index();
-  const Chunk first = chunks[0], second = chunks[warp_size];
+  uint32_t first[4], second[4];
+  load_shared(first, tile + lane_index() * chunk_bytes);
+  load_shared(second, tile + (warp_size + lane_index()) * chunk_bytes);
   FRNN_UNROLL
   for (int w = 0; w < 4; ++w) {
-    a[w] = first.word[w];
-    a[4 + w] = second.word[w];
+    a[w] = first[w];
+    a[4 + w] = second[w];
   }
 }
 
@@ -234,27 +252,28 @@ FRNN_DEVICE Chunk transpose_chunk(Chunk chunk) {
   return chunk;
 }
 
-// Eight neighbouring lanes (from a multiple of 8) hold 8 neighbouring units of two columns. Turns them into chunks
-// along the units: lane l gets the chunk of column l % 2 that holds its own unit. (With 16 bits a chunk is all 8 units,
-// with 32 bits those of lanes 0 to 3 or 4 to 7.)
+// Eight neighbouring lanes (from a multiple of 8) hold 8 neighbouring units of a column, as bits. Each gets the chunk
+// along the units that holds its own. (With 16 bits that is all 8 units, with 32 bits those of lanes 0 to 3 or 4 to 7.)
 template <class S>
-FRNN_DEVICE Chunk gather_chunk(uint32_t column0, uint32_t column1) {
+FRNN_DEVICE Chunk gather_units(uint32_t unit) {
   const int lane = lane_index();
-  const bool odd = lane & 1;
+  // Of two lanes' words the first, and the second, by the bit of the lane in which they differ.
+  const auto in_order = [&](uint32_t own, uint32_t other, int bit, uint32_t& low, uint32_t& high) {
+    low = lane & bit ? other : own;
+    high = lane & bit ? own : other;
+  };
   Chunk chunk;
+  uint32_t low, high;
   if constexpr (sizeof(S) == 2) {
-    // An even lane keeps the first column of its own and the next unit, an odd one the second column.
-    const uint32_t received = shuffle_xor(odd ? column0 : column1, 1);
-    const uint32_t own = odd ? received | column1 << 16 : column0 | received << 16;
-    const uint32_t other = shuffle_xor(own, 2);
-    const uint32_t low = lane & 2 ? other : own, high = lane & 2 ? own : other;
-    const uint32_t other_low = shuffle_xor(low, 4), other_high = shuffle_xor(high, 4);
-    chunk = lane & 4 ? Chunk{{other_low, other_high, low, high}} : Chunk{{low, high, other_low, other_high}};
+    in_order(unit, shuffle_xor(unit, 1), 1, low, high);
+    const uint32_t two = low | high << 16;
+    in_order(two, shuffle_xor(two, 2), 2, low, high);
+    in_order(low, shuffle_xor(low, 4), 4, chunk.word[0], chunk.word[2]);
+    in_order(high, shuffle_xor(high, 4), 4, chunk.word[1], chunk.word[3]);
   } else {
-    const uint32_t received = shuffle_xor(odd ? column0 : column1, 1);
-    const uint32_t low = odd ? received : column0, high = odd ? column1 : received;
-    const uint32_t other_low = shuffle_xor(low, 2), other_high = shuffle_xor(high, 2);
-    chunk = lane & 2 ? Chunk{{other_low, other_high, low, high}} : Chunk{{low, high, other_low, other_high}};
+    in_order(unit, shuffle_xor(unit, 1), 1, low, high);
+    in_order(low, shuffle_xor(low, 2), 2, chunk.word[0], chunk.word[2]);
+    in_order(high, shuffle_xor(high, 2), 2, chunk.word[1], chunk.word[3]);
   }
   return chunk;
 }

@@ -17,12 +17,19 @@
 
 #define FRNN_DEVICE inline
 #define FRNN_UNROLL
+#define FRNN_NO_UNROLL
 #define FRNN_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 namespace fused_rnn {
 namespace cuda {
 
 constexpr int warp_size = 32;
+
+template <int count>
+void raise_registers() {}
+template <int count>
+void lower_registers() {}
+inline uint32_t opaque(uint32_t value) { return value; }
 
 int thread_index();
 int block_size();
@@ -48,7 +55,9 @@ namespace detail {
 uint64_t shuffle_word(uint64_t word, int source_lane, const char* file, int line);
 void check_aligned(const void* p, size_t bytes, const char* function, const char* file, int line);
 void check_remote(const void* p, size_t bytes, const char* function, const char* file, int line);
-void* map_shared(const void* p, int rank, const char* file, int line);
+// for_access: what comes of it will be read and written without another look; else an address may be asked for before
+// its block has started.
+void* map_shared(const void* p, int rank, bool for_access, const char* file, int line);
 void store_async(void* to, const uint32_t* words, int bytes, void* barrier, const char* file, int line);
 void copy_async_wait(int pending, const char* file, int line);
 void multiply_add_bfloat16(float* d, const uint32_t* a, const uint32_t* b, const char* file, int line);
@@ -125,6 +134,18 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 }
 void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FRNN_CALLER);
 
+inline void load_shared(uint32_t (&words)[4], const void* from, FRNN_CALLER) {
+  detail::check_shared(from, 16, "load_shared", file, line);
+  memcpy(words, from, sizeof words);
+}
+// NaN, as bfloat16, float16 and float32, where nothing is loaded.
+inline void load_shared_if(bool loads, uint32_t (&words)[4], const void* from, FRNN_CALLER) {
+  memset(words, 0xff, sizeof words);
+  if (!loads) return;
+  detail::check_shared(from, 16, "load_shared_if", file, line);
+  memcpy(words, from, sizeof words);
+}
+
 inline void load_matrices(uint32_t (&r)[4], const void* row, FRNN_CALLER) {
   detail::check_shared(row, 16, "load_matrices", file, line);
   uint32_t words[4];
@@ -189,7 +210,7 @@ void cluster_wait(FRNN_CALLER);
 
 template <class T>
 T* map_shared(T* p, int rank, FRNN_CALLER) {
-  return static_cast<T*>(detail::map_shared(p, rank, file, line));
+  return static_cast<T*>(detail::map_shared(p, rank, true, file, line));
 }
 
 struct RemoteAddress {
@@ -197,7 +218,7 @@ struct RemoteAddress {
   RemoteAddress operator+(int64_t bytes) const { return {address + bytes}; }
 };
 inline RemoteAddress remote_address(const void* p, int rank, FRNN_CALLER) {
-  return {static_cast<char*>(detail::map_shared(p, rank, file, line))};
+  return {static_cast<char*>(detail::map_shared(p, rank, false, file, line))};
 }
 
 template <class T>

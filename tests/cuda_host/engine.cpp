@@ -906,13 +906,13 @@ void check_remote(const void* p, size_t bytes, const char* function, const char*
   in_scheduler(function, file, line, [=](Fibre& f) { engine->block_of(f, p, bytes); });
 }
 
-void* map_shared(const void* p, int rank, const char* file, int line) {
+void* map_shared(const void* p, int rank, bool for_access, const char* file, int line) {
   char* mapped = nullptr;
   in_scheduler("map_shared", file, line, [&](Fibre& f) {
     if (rank < 0 || rank >= engine->shape.cluster) fail(f, "the cluster has no block of rank " + std::to_string(rank));
     if (!f.block->holds(p, 1)) fail(f, "the address is not in the block's shared memory");
     mapped = f.block->cluster->blocks[rank]->shared + (static_cast<const char*>(p) - f.block->shared);
-    engine->block_of(f, mapped, 1);
+    if (for_access) engine->block_of(f, mapped, 1);
   });
   return mapped;
 }

@@ -101,7 +101,7 @@ const char* launch_persistent(Kernel kernel, const LayerSizes& sizes, const Step
   cuda_host::Launch launch;
   launch.grid_x = plan.tiling.blocks * plan.tiling.teams;
   launch.grid_y = plan.directions;
-  launch.threads = block_threads;
+  launch.threads = kernel_threads;
   launch.cluster = plan.variant == Variant::cluster ? plan.tiling.blocks : 1;
   launch.shared_bytes = size_t(plan.tiling.shared_bytes);
   launch.cooperative = plan.variant == Variant::grid;

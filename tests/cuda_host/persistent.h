@@ -196,7 +196,7 @@ inline Launch launch_of(const Plan& plan, int seed) {
   Launch l;
   l.grid_x = plan.tiling.blocks * plan.tiling.teams;
   l.grid_y = plan.directions;
-  l.threads = block_threads;
+  l.threads = kernel_threads;
   l.cluster = plan.variant == Variant::cluster ? plan.tiling.blocks : 1;
   l.shared_bytes = size_t(plan.tiling.shared_bytes);
   l.cooperative = plan.variant == Variant::grid;
