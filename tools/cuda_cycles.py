@@ -272,8 +272,16 @@ def walk(
     of_each = phase_of_each(kernel.instructions, lines)
     walked = Walked(kernel.instructions, [], [], [], blocks_each)
     for block, of_block in enumerate(launches):
+        # Twice: what warps read of shared memory others may have written, such as a table of addresses.
+        contents: dict[int, int] = {}
         for launch in of_block:
-            trace = sass_walk.Walk(kernel, launch, leaves).run()
+            first = sass_walk.Walk(kernel, launch, leaves)
+            first.run()
+            for at, what in first.stored.items():
+                contents[at] = -1 if what is None or contents.get(at, what) != what else what
+        contents = {at: what for at, what in contents.items() if what >= 0}
+        for launch in of_block:
+            trace = sass_walk.Walk(kernel, launch, leaves, contents).run()
             walked.warps.append(sass_time.Warp(trace, block, launch.warp))
             walked.phases.append(phases_of_trace(trace, of_each))
             walked.begins.append(steps_of(trace, of_each, steps))

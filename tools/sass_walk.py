@@ -115,10 +115,14 @@ def _high_product(a: Any, b: Any, signed: bool) -> tuple[Any, Any]:
 
 
 class Walk:
-    def __init__(self, kernel: Kernel, launch: Launch, leaves: Iterable[Frame] = ()):
+    def __init__(
+        self, kernel: Kernel, launch: Launch, leaves: Iterable[Frame] = (), contents: dict[int, int] | None = None
+    ):
         self.kernel = kernel
         self.launch = launch
         self.leaves = frozenset(leaves)
+        self.contents = contents or {}  # of words of shared memory, where it is known
+        self.stored: dict[int, int | None] = {}  # words that this warp stored, None where it is not known what
         # Registers in which the compiler keeps flags are never set as a whole: what they begin with does not matter.
         self.registers: list[Value] = [0] * 256
         self.uniform: list[Value] = [0] * 256
@@ -409,8 +413,12 @@ class Walk:
             if name in _MEMORY:
                 address, count = self._access(instruction)
             handler = _HANDLERS.get(name)
+            if name in ("STS", "ST") and address is not None:
+                self._store(instruction, address)
             if handler:
                 handler(self, instruction)
+            elif name == "LDS" and address is not None and self.contents:
+                self._load(instruction, address)
             elif name == "SYNCS" and "TRYWAIT" in instruction.modifiers:
                 self.write(instruction.operands[0], 1)  # sometime it succeeds
             elif name == "USETMAXREG":
@@ -435,6 +443,40 @@ class Walk:
             return self.address(text), self._register(self._next(text.strip("[]").partition(".")[0]))
         last = operands[-1]
         return self.address(text), self.value(last) if instruction.name == "SYNCS" and last != at else None
+
+    @staticmethod
+    def _words(instruction: Instruction) -> int:
+        """That a lane loads or stores; 0 for parts of one."""
+        if any(narrow in instruction.modifiers for narrow in ("U8", "S8", "U16", "S16")):
+            return 0
+        return 4 if "128" in instruction.modifiers else 2 if "64" in instruction.modifiers else 1
+
+    def _store(self, instruction: Instruction, address: Value) -> None:
+        """Remembers what is stored. A word that is stored twice has to be the same to be known."""
+        name = instruction.operands[-1].partition(".reuse")[0]
+        words = self._words(instruction)
+        for word in range(max(words, 1)):
+            value = self.value(name) if words else None
+            for lane in range(LANES):
+                if not self._lanes >> lane & 1:
+                    continue
+                at = int(address[lane]) if _is_array(address) else address
+                what = int(value[lane]) if _is_array(value) else value
+                if at is None or at < 0:
+                    continue
+                at, what = (at & ~3) + 4 * word, None if what is None or what < 0 else what
+                self.stored[at] = what if at not in self.stored or self.stored[at] == what else None
+            name = self._next(name)
+
+    def _load(self, instruction: Instruction, address: Value) -> None:
+        """What is known of the words that are loaded."""
+        name = instruction.operands[0]
+        at = address if _is_array(address) else np.full(LANES, address, dtype=np.int64)
+        words = self._words(instruction)
+        for word in range(max(words, 1)):
+            known = [self.contents.get(int(a) + 4 * word, -1) if words and a >= 0 else -1 for a in at]
+            self.write(name, None if max(known) < 0 else np.array(known, dtype=np.int64))
+            name = self._next(name)
 
     def _forget(self, instruction: Instruction) -> None:
         """Makes everything unknown that an instruction writes."""

@@ -59,6 +59,12 @@ FRNN_HOST_DEVICE float approximate_reciprocal(float x) {
 #define FRNN_DEVICE __device__ __forceinline__
 #define FRNN_UNROLL _Pragma("unroll")
 #define FRNN_NO_UNROLL _Pragma("unroll 1")
+// Of host execution, which reports where in a kernel its threads wait: a function's last parameter, and what is passed
+// on for it.
+#define FRNN_PLACE
+#define FRNN_AND_PLACE
+#define FRNN_GIVE_PLACE
+#define FRNN_PASS_PLACE
 
 namespace fused_rnn {
 namespace cuda {
@@ -390,6 +396,8 @@ FRNN_DEVICE int cluster_size() {
 // The cluster's barrier in two halves: what a thread did before its arrive is seen by all threads after their wait.
 FRNN_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 FRNN_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// The same for threads that have nothing to wait for: between two arrivals there has to be one.
+FRNN_DEVICE void cluster_keep_up() { cluster_wait(); }
 
 // The object of block `rank` of the cluster that stands where *p stands in this block's shared memory; for ordinary
 // loads and stores.

@@ -156,42 +156,41 @@ enum Meeting : int {
 };
 
 // What the threads of one role wrote before hand_over, those of the other see after take_over.
-FRNN_DEVICE void hand_over(int meeting) {
-  if (two_roles) named_barrier_arrive(meeting, kernel_threads);
+FRNN_DEVICE void hand_over(int meeting FRNN_AND_PLACE) {
+  if (two_roles) named_barrier_arrive(meeting, kernel_threads FRNN_PASS_PLACE);
 }
-FRNN_DEVICE void take_over(int meeting) {
+FRNN_DEVICE void take_over(int meeting FRNN_AND_PLACE) {
   if (two_roles)
-    named_barrier(meeting, kernel_threads);
+    named_barrier(meeting, kernel_threads FRNN_PASS_PLACE);
   else
-    sync_threads();
+    sync_threads(FRNN_GIVE_PLACE);
 }
 // The same the other way round: a buffer of turn `turn` that is free again. With one role, who writes a buffer for the
 // second time has met at the barrier of the turn between all who had read it before.
 FRNN_DEVICE void free_buffer(int turn) {
   if (two_roles) named_barrier_arrive(emptied + (turn & 1), kernel_threads);
 }
-FRNN_DEVICE void wait_until_free(int turn) {
-  if (two_roles && turn >= 2) named_barrier(emptied + (turn & 1), kernel_threads);
+FRNN_DEVICE void wait_until_free(int turn FRNN_AND_PLACE) {
+  if (two_roles && turn >= 2) named_barrier(emptied + (turn & 1), kernel_threads FRNN_PASS_PLACE);
 }
-
-// After the last of `turns`: no barrier is left with half of its arrivals.
-FRNN_DEVICE void wait_until_all_free(int turns) {
-  wait_until_free(turns);
-  wait_until_free(turns + 1);
+// After the last of `turns`, by those who waited: no barrier is left with half of its arrivals.
+FRNN_DEVICE void end_turns(int turns) {
+  for (int turn = turns; two_roles && turn < turns + 2; ++turn)
+    if (turn >= 2) named_barrier_arrive(emptied + (turn & 1), kernel_threads);
 }
 
 // Threads of one role among themselves.
-FRNN_DEVICE void meet_multipliers() {
+FRNN_DEVICE void meet_multipliers(FRNN_PLACE) {
   if (two_roles)
-    named_barrier(multipliers, multiply_threads);
+    named_barrier(multipliers, multiply_threads FRNN_PASS_PLACE);
   else
-    sync_threads();
+    sync_threads(FRNN_GIVE_PLACE);
 }
-FRNN_DEVICE void meet_gate_warps() {
+FRNN_DEVICE void meet_gate_warps(FRNN_PLACE) {
   if (two_roles)
-    named_barrier(gate_warps, gate_threads);
+    named_barrier(gate_warps, gate_threads FRNN_PASS_PLACE);
   else
-    sync_threads();
+    sync_threads(FRNN_GIVE_PLACE);
 }
 
 // What a thread does gates of: one unit of the block, in `count` columns of a column tile. Threads of a warp have

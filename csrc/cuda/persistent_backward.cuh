@@ -191,13 +191,32 @@ class SumReceiver : public SumBuffers<wavefront> {
            column % 2 * int(sizeof(float));
   }
 
-  // In their order; all loads overlap.
+  // Of a full team, where there are registers for all, in pairs, pairs of pairs and so on, without a branch, so that
+  // all loads overlap; of a smaller one in their order, four at a time.
   template <class T>
   static FRNN_DEVICE void add_sources(T& total, const char* part, int stride, int count) {
-    constexpr int most = wavefront ? 8 : 16;
-    FRNN_UNROLL
-    for (int i = 0; i < most; ++i)
-      if (i < count) total = total + *reinterpret_cast<const T*>(part + i * stride);
+    constexpr int most = wavefront ? 8 : 16, together = 4;
+    if (sizeof(T) == sizeof(float) && count == most) {
+      T parts[most];
+      FRNN_UNROLL
+      for (int i = 0; i < most; ++i) parts[i] = *reinterpret_cast<const T*>(part + i * stride);
+      FRNN_UNROLL
+      for (int step = 1; step < most; step *= 2) {
+        FRNN_UNROLL
+        for (int i = 0; i < most; i += 2 * step) parts[i] = parts[i] + parts[i + step];
+      }
+      total = parts[0];
+      return;
+    }
+    FRNN_NO_UNROLL
+    for (int first = 0; first < count; first += together, part += together * stride) {
+      T parts[together];
+      FRNN_UNROLL
+      for (int i = 0; i < together; ++i)
+        parts[i] = *reinterpret_cast<const T*>(part + (first + i < count ? i * stride : 0));
+      FRNN_UNROLL
+      for (int i = 0; i < together; ++i) total = first + i < count ? total + parts[i] : total;
+    }
   }
 };
 
@@ -250,12 +269,12 @@ class SumSender : public SumBuffers<wavefront> {
   // Before a step.
   FRNN_DEVICE void begin_step(int s, int j) const {
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (!counted && this->meets_for_itself() && s > 0 && j == 0) cluster_wait();
+    if (!counted && this->meets_for_itself() && s > 0 && j == 0) cluster_keep_up();
 #endif
   }
   FRNN_DEVICE void end() const {
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (!counted && this->meets_for_itself() && exchanges_ == steps_ && steps_ > 0) cluster_wait();
+    if (!counted && this->meets_for_itself() && exchanges_ == steps_ && steps_ > 0) cluster_keep_up();
 #endif
   }
 
@@ -277,9 +296,26 @@ class SumSender : public SumBuffers<wavefront> {
 #endif
   }
 
-  // A row tile's sums (half tiles are two octets from `octet`), of which this lane has rows g and g + 8 and the columns
-  // of a pair: for exchange e of its own layer, or of the one below.
-  FRNN_DEVICE void send(int e, int j, int octet, int g, int pair, const TileSums& tile, bool to_below) const {
+  // Where a row tile's sums go (half tiles are two octets from `octet`), to be looked up before they are there.
+  struct Targets {
+#if defined(FRNN_CUDA_CLUSTERS)
+    Target of[2];
+#endif
+  };
+  FRNN_DEVICE void look_up(Targets& to, int octet, bool to_below) const {
+#if defined(FRNN_CUDA_CLUSTERS)
+    if (!counted) return;
+    FRNN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int known = octet + half < place_.total_octets ? octet + half : 0;
+      to.of[half] = targets()[(to_below ? place_.total_octets : 0) + known];
+    }
+#endif
+  }
+
+  // The sums themselves, of which this lane has rows g and g + 8 and the columns of a pair: for exchange e of its own
+  // layer, or of the one below.
+  FRNN_DEVICE void send(int e, int j, int octet, int g, int pair, const TileSums& tile, const Targets& to) const {
     if (2 * pair >= place_.columns_of(j)) return;
     const int parity = e & 1;
     FRNN_UNROLL
@@ -287,9 +323,9 @@ class SumSender : public SumBuffers<wavefront> {
       if (octet + half >= place_.total_octets) continue;
 #if defined(FRNN_CUDA_CLUSTERS)
       if (counted) {
-        const Target target = targets()[(to_below ? place_.total_octets : 0) + octet + half];
         const int at = (2 * j + parity) * buffer_bytes_ + this->offset(0, pair, g);
-        store_async(target.sums + at, tile.row[half], target.barrier + (2 * j + parity) * int(sizeof(Mbarrier)));
+        store_async(to.of[half].sums + at, tile.row[half],
+                    to.of[half].barrier + (2 * j + parity) * int(sizeof(Mbarrier)));
         continue;
       }
 #endif
@@ -774,7 +810,16 @@ class BackwardProducts {
     };
     // Of a group of row tiles, of which fetch(m, k) is there. The operand is loaded anew for each group, one slab
     // ahead: in registers it would take the place of rows.
-    const auto multiply = [&](typename Product::Sums(&sums)[group], const auto& multiply_by) {
+    using Targets = typename Sender::Targets;
+    const auto octet_of = [&](int tile, bool below, int m) {
+      return 2 * ((below ? tile + m - own_tiles : tile + m) * multiply_warps + warp_index());
+    };
+    const auto is_below = [&](int tile) { return wavefront && tile > 0 && tile >= own_tiles; };
+    const auto look_up = [&](Targets& to, int tile, int m) {
+      exchange.look_up(to, octet_of(tile, is_below(tile), m), is_below(tile));
+    };
+    const auto multiply = [&](typename Product::Sums(&sums)[group], Targets& to, int tile, const auto& multiply_by) {
+      look_up(to, tile, 0);
       auto next = Product::operand(operand, g < columns);
       FRNN_UNROLL
       for (int k = 0; k < most; ++k) {
@@ -786,13 +831,14 @@ class BackwardProducts {
       }
     };
     // phase: sends
-    const auto send = [&](const typename Product::Sums(&sums)[group], int tile) {
-      const bool below = wavefront && tile > 0 && tile >= own_tiles;
+    const auto send = [&](const typename Product::Sums(&sums)[group], Targets& to, int tile) {
+      const bool below = is_below(tile);
       if (!below && s >= exchanges) return;
       FRNN_UNROLL
       for (int m = 0; m < group; ++m) {
-        const int row_tile = (below ? tile + m - own_tiles : tile + m) * multiply_warps + warp_index();
-        exchange.send(below ? s : s + 1, j, 2 * row_tile, g, pair, sums[m].result(), below);
+        const Targets here = to;
+        if (m + 1 < group) look_up(to, tile, m + 1);
+        exchange.send(below ? s : s + 1, j, octet_of(tile, below, m), g, pair, sums[m].result(), here);
       }
     };
     // phase: products
@@ -801,20 +847,23 @@ class BackwardProducts {
       if (r * group >= row_tiles_) break;
       turn_below(r * group);
       typename Product::Sums sums[group];
-      multiply(sums, [&](auto& sum, const auto& b, int m, int k) { sum.add(resident_[r][k][m], b, columns); });
-      send(sums, r * group);
+      Targets to;
+      multiply(sums, to, r * group,
+               [&](auto& sum, const auto& b, int m, int k) { sum.add(resident_[r][k][m], b, columns); });
+      send(sums, to, r * group);
     }
     FRNN_NO_UNROLL
     for (int tile = register_groups * group; tile < row_tiles_; tile += group) {
       turn_below(tile);
       typename Product::Sums sums[group];
+      Targets to;
       const char* const stored = stored_ + (tile - register_groups * group) * slabs * tile_bytes;
-      multiply(sums, [&](auto& sum, const auto& b, int m, int k) {
+      multiply(sums, to, tile, [&](auto& sum, const auto& b, int m, int k) {
         uint32_t a[8];
         fetch_tile(a, stored + (m * slabs + k) * tile_bytes);
         sum.add(a, b, columns);
       });
-      send(sums, tile);
+      send(sums, to, tile);
     }
     // phase: sends
     free_buffer(turn);
@@ -893,7 +942,7 @@ __global__ void __launch_bounds__(kernel_threads, 1)
           meet_writers(tiling);
           every_turn([&](int s, int j, int turn) { gates.step(s, j, turn); });
           gates.end();
-          wait_until_all_free(num_steps * tiles);
+          end_turns(num_steps * tiles);
         });
       });
     }

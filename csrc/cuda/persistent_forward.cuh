@@ -210,7 +210,7 @@ class StateSender : public StateBuffers<Product, wavefront> {
   // All threads of the gates, before a step.
   FRNN_DEVICE void begin_step(int s, int j) {
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (two_roles && !counted && tiling_.exchange == Exchange::barriers && j == 0) cluster_wait();
+    if (two_roles && !counted && tiling_.exchange == Exchange::barriers && j == 0) cluster_keep_up();
 #endif
   }
 
@@ -618,7 +618,9 @@ class ForwardGates {
   FRNN_DEVICE void read_sums(float (&sums)[together][gates], const char* part, int first) const {
     const int pair_bytes = arguments_.tiling.pair_stride * int(sizeof(Pair));
     const int column = thread_.column<count>(first);
-    const char* const from = part + column / 2 * pair_bytes;
+    // (Threads without a column read what others do.)
+    const int pair = column / 2 < arguments_.tiling.sum_pairs ? column / 2 : 0;
+    const char* const from = part + pair * pair_bytes;
     if constexpr (together == 1) {
       add_parts(sums[0], from + column % 2 * int(sizeof(float)), warp_bytes_, product_warps_);
     } else {
@@ -885,7 +887,7 @@ __global__ void __launch_bounds__(kernel_threads, 1)
         products.template with_slabs<decltype(counted)::value>([&](auto n) {
           every_turn([&](int s, int j, int turn) { products.template step<decltype(n)::value>(exchange, s, j, turn); });
         });
-        wait_until_all_free(num_steps * tiles);
+        end_turns(num_steps * tiles);
       });
     } else {
       lower_registers<gate_registers<Product, false>>();

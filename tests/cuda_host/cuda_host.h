@@ -18,6 +18,10 @@
 #define FRNN_DEVICE inline
 #define FRNN_UNROLL
 #define FRNN_NO_UNROLL
+#define FRNN_PLACE FRNN_CALLER
+#define FRNN_AND_PLACE , FRNN_CALLER
+#define FRNN_GIVE_PLACE file, line
+#define FRNN_PASS_PLACE , file, line
 #define FRNN_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 namespace fused_rnn {
@@ -207,6 +211,7 @@ inline void prefetch_l2(const void*) {}
 
 void cluster_arrive(FRNN_CALLER);
 void cluster_wait(FRNN_CALLER);
+void cluster_keep_up(FRNN_CALLER);
 
 template <class T>
 T* map_shared(T* p, int rank, FRNN_CALLER) {

@@ -537,6 +537,8 @@ void Engine::finish(Block& block) {
   const Fibre& f = *block.fibres.back();
   for (size_t i = shape.shared_bytes; i < shape.shared_bytes + guard_bytes; ++i)
     if (uint8_t(block.shared[i]) != guard_byte) fail(f, "the block has written past its shared memory");
+  for (const auto& [id, barrier] : block.named)
+    if (barrier.arrived > 0) fail(f, "the block returned from half of named barrier " + std::to_string(id));
   for (const Delivery& d : deliveries)
     if (d.block == &block)
       fail(f, std::string("the block returned before a store_async (") + base_name(d.file) + ":" +
@@ -1096,12 +1098,13 @@ void cluster_arrive(const char* file, int line) {
   });
 }
 
-void cluster_wait(const char* file, int line) {
-  in_scheduler("cluster_wait", file, line, [](Fibre& f) {
+// By its own name: what is taken out by FRNN_SKIP_SITE and should be missed are waits.
+static void wait_for_cluster(const char* function, bool may_be_skipped, const char* file, int line) {
+  in_scheduler(function, file, line, [=](Fibre& f) {
     if (f.cluster_arrivals == f.cluster_waits) fail(f, "a wait without an arrival");
     Cluster& cluster = *f.block->cluster;
     const int phase = f.cluster_waits++;
-    if (skipped(f)) return;
+    if (may_be_skipped && skipped(f)) return;
     if (cluster.ended > phase) {
       acquire(f, cluster.ended_tokens[phase]);
       return;
@@ -1110,6 +1113,8 @@ void cluster_wait(const char* file, int line) {
     cluster.waiting.push_back(&f);
   });
 }
+void cluster_wait(const char* file, int line) { wait_for_cluster("cluster_wait", true, file, line); }
+void cluster_keep_up(const char* file, int line) { wait_for_cluster("cluster_keep_up", false, file, line); }
 
 void mbarrier_init(Mbarrier* barrier, int count, const char* file, int line) {
   detail::check_shared(barrier, sizeof(Mbarrier), "mbarrier_init", file, line);

@@ -371,6 +371,8 @@ void misuse() {
     if (warp_index() < 2) named_barrier(1, 96);
   });
   fails("two sizes of one named barrier", shape(64, 0), "expects", [] { named_barrier(1, warp_index() ? 64 : 96); });
+  fails("a block that returns from half of a named barrier", shape(64, 0), "half of named barrier 1",
+        [] { named_barrier_arrive(1, 128); });
   fails("a named barrier of 20 threads", shape(32, 0), "multiple of 32", [] { named_barrier(1, 20); });
   fails("two arrivals at the cluster's barrier", shape(32, 0, 2, 2), "second arrival", [] {
     cluster_arrive();
