@@ -129,6 +129,10 @@ function read(json, name, schemas) {
   const records = list(kind === "gpu" ? json.results : json.cases, kind === "gpu" ? "results" : "cases");
   if (!records.length) throw new Unreadable(`${kind === "gpu" ? "results" : "cases"}: expected at least one case, got none`);
   const entries = kind === "gpu" ? records.map((r, i) => gpuEntry(r, `results[${i}]`, json)) : records.map((r, i) => processorEntry(r, `cases[${i}]`));
+  // Cases of a GPU are measured the most telling first, not in an order to read them in.
+  const parts = [...new Set(entries.map(({ part }) => part))];
+  const place = ({ part, sizes: { I, T, B, H } }) => [parts.indexOf(part), I, T, B, H];
+  if (kind === "gpu") entries.sort((a, b) => place(a).map((value, i) => value - place(b)[i]).find((difference) => difference) ?? 0);
   entries.forEach((entry, order) => { entry.order = order; });
   const values = (get) => [...new Set(entries.flatMap(get))].filter((value) => value !== null);
   const peers = values((entry) => [...entry.ratios.keys()]);
@@ -314,13 +318,45 @@ function ratioText(value) {
   return value.toFixed(value >= 100 ? 0 : value >= 10 ? 1 : 2);
 }
 
+function unitOf(seconds) {
+  return seconds < 1e-3 ? [1e6, "µs"] : seconds < 1 ? [1e3, "ms"] : [1, "s"];
+}
+
+/** Three digits, and all those before the point. */
+function three(value) {
+  return Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3);
+}
+
 function timeText(seconds) {
-  const [value, unit] = seconds < 1e-3 ? [seconds * 1e6, "µs"] : seconds < 1 ? [seconds * 1e3, "ms"] : [seconds, "s"];
-  return `${Number(value.toPrecision(3))} ${unit}`;
+  const [factor, unit] = unitOf(seconds);
+  return `${three(factor * seconds)} ${unit}`;
+}
+
+function tickText(seconds) {
+  const [factor, unit] = unitOf(seconds);
+  return `${Number((factor * seconds).toPrecision(2))} ${unit}`;
+}
+
+/** Quartiles in the unit of the median. */
+function timeRange({ median, q1, q3 }) {
+  const [factor] = unitOf(median);
+  return `${three(factor * q1)}–${three(factor * q3)}`;
+}
+
+function ratioRange({ q1, q3 }) {
+  return `${ratioText(q1)}–${ratioText(q3)}`;
+}
+
+function percentRange({ q1, q3 }) {
+  return `${percent(q1)}–${percent(q3)}`;
+}
+
+function percent(share) {
+  return share >= 0.1 ? (100 * share).toFixed(0) : share >= 0.01 ? (100 * share).toFixed(1) : String(Number((100 * share).toPrecision(1)));
 }
 
 function percentText(share) {
-  return `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+  return `${percent(share)} %`;
 }
 
 /** 5.0e-6 as 5e-6. */
@@ -465,20 +501,20 @@ function logScale(low, high, from, to) {
   return (value) => from + ((Math.log(value) - a) / (b - a || 1)) * (to - from);
 }
 
-/** 1, 2, 5, 10, ... between the ends, thinned until they are `gap` pixels apart. */
+/** Round numbers between the ends, as many as are `gap` pixels apart. */
 function logTicks(low, high, scale, gap) {
   const every = (mantissas) => {
     const found = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
       for (const mantissa of mantissas) {
-        const value = Number((mantissa * 10 ** power).toPrecision(1));
+        const value = Number((mantissa * 10 ** power).toPrecision(2));
         if (value >= low * 0.999 && value <= high * 1.001) found.push(value);
       }
     }
     return found;
   };
   const apart = (values) => values.every((value, i) => !i || Math.abs(scale(value) - scale(values[i - 1])) >= gap);
-  return [[1, 2, 5], [1, 3], [1]].map(every).find(apart) ?? every([1]);
+  return [[1, 1.2, 1.5, 2, 3, 5, 7], [1, 2, 5], [1, 3], [1]].map(every).find(apart) ?? every([1]);
 }
 
 // ---- marks that a keyboard reaches ----------------------------------------------------------------------------------
@@ -613,13 +649,12 @@ function drawBars(plot, { rows, panels, peers, tones, axis, describe }) {
       if (!beside) put(group, "text", { x: x0, y: y + 12, class: "label" }, row.label);
       else if (!p) put(group, "text", { x: labelWidth - 12, y: middle + 4, class: "label", "text-anchor": "end" }, row.label);
       if (found) {
-        const start = middle - (peers.length * pitch) / 2 + 1;
+        const measured = axis.marks ? [FUSED] : peers.filter((peer) => found.values.has(peer));
+        const start = middle - (measured.length * pitch) / 2 + 1;
         if (found.problem) put(group, "text", { x: base + 5, y: middle + 4, class: "problem" }, "✕ not timed");
-        peers.forEach((peer, i) => {
+        measured.forEach((peer, i) => {
           const value = found.values.get(peer);
-          if (!value) return;
           const [at, tone, line] = [scale(value.median), tones.get(peer), start + i * pitch];
-          if (axis.marks && peer !== FUSED) return;
           bar(group, fill, tone, Math.min(base, at), line, Math.abs(at - base), thick);
           whisker(group, scale(value.q1), scale(value.q3), line + thick / 2);
         });
@@ -730,7 +765,7 @@ function drawShares(plot, view) {
     const panels = barPanels(mine, view.cells, (entry) => ({
       values: new Map([[FUSED, entry.shares.get(FUSED)]]),
       extra: new Map(view.peers.filter((peer) => entry.shares.has(peer)).map((peer) => [peer, entry.shares.get(peer)])),
-      side: (100 * entry.shares.get(FUSED).median).toFixed(0),
+      side: percent(entry.shares.get(FUSED).median),
       lines: [
         [`${cellName(entry.cell)} ${labelOf(entry)}, ${entry.mode}`, ""],
         ...[FUSED, ...view.peers].filter((peer) => entry.shares.has(peer)).map((peer) => [nameOf(peer), spreadText(percentText, entry.shares.get(peer))]),
@@ -759,7 +794,7 @@ function families(view) {
       const held = { B: `B = ${B}`, T: `T = ${T}`, I: size === "H" ? (square ? "I = H" : `I = ${I}`) : square ? `I = H = ${H}` : `I = ${I}`, H: size === "H" || square ? "" : `H = ${H}` };
       delete held[size === "H" ? "H" : size];
       const shape = entry.shape.replace(/[BTIH]\d+ ?/g, "").trim();
-      const where = [...Object.values(held).filter(Boolean), ...(shape ? [shape] : []), ...(view.model.kind === "gpu" ? [entry.part] : [])].join(", ");
+      const where = [...Object.values(held).filter(Boolean), ...(shape ? [shape] : []), ...(view.model.kind === "gpu" ? [`${entry.part} grid`] : [])].join(", ");
       const key = JSON.stringify([size, where]);
       if (!found.has(key)) found.set(key, { size, where, entries: [] });
       found.get(key).entries.push(entry);
@@ -779,7 +814,8 @@ function drawSweeps(plot, view) {
 
 function drawFamily(plot, view, { size, where, entries }) {
   const contestants = [FUSED, ...view.peers].filter((peer) => entries.some((entry) => entry.times.has(peer)));
-  const cells = view.cells.filter((cell) => entries.some((entry) => entry.cell === cell && entry.times.size));
+  const sizesOf = (cell) => new Set(entries.filter((entry) => entry.cell === cell && entry.times.size).map((entry) => entry.sizes[size]));
+  const cells = view.cells.filter((cell) => sizesOf(cell).size > 1);
   if (!cells.length) return;
   const width = Math.max(280, plot.clientWidth);
   const [axisWidth, gap, top, bottom] = [52, 14, 24, 26];
@@ -806,16 +842,17 @@ function drawFamily(plot, view, { size, where, entries }) {
     put(group, "text", { x: x0, y: y0 - 9, class: "panel-title" }, cellName(cell));
     for (const tick of logTicks(low, high, y, 22)) {
       put(group, "line", { x1: x0, x2: x0 + panelWidth, y1: y(tick), y2: y(tick), class: "grid" });
-      if (!column) put(group, "text", { x: x0 - 7, y: y(tick) + 4, class: "tick", "text-anchor": "end" }, timeText(tick));
+      if (!column) put(group, "text", { x: x0 - 7, y: y(tick) + 4, class: "tick", "text-anchor": "end" }, tickText(tick));
     }
     const values = [...new Set(sizes)].sort((a, b) => a - b);
-    let last = -Infinity;
-    for (const value of values) {
+    // Of sizes that are close to each other one has its number: the ends first, then from the left.
+    const numbered = [];
+    for (const value of new Set([values[0], values.at(-1), ...values])) {
       put(group, "line", { x1: x(value), x2: x(value), y1: y0 + panelHeight, y2: y0 + panelHeight + 4, class: "rule" });
-      const half = widthOf(String(value), 11) / 2;
-      if (x(value) - half < last + 6) continue;
+      const half = widthOf(String(value), 11) / 2 + 3;
+      if (numbered.some(([from, to]) => x(value) - half < to && x(value) + half > from)) continue;
       put(group, "text", { x: x(value), y: y0 + panelHeight + 17, class: "tick", "text-anchor": "middle" }, String(value));
-      last = x(value) + half;
+      numbered.push([x(value) - half, x(value) + half]);
     }
     put(group, "line", { x1: x0, x2: x0 + panelWidth, y1: y0 + panelHeight, y2: y0 + panelHeight, class: "rule" });
     const here = entries.filter((entry) => entry.cell === cell).sort((a, b) => a.sizes[size] - b.sizes[size]);
@@ -931,18 +968,18 @@ function columnsOf(view) {
   const columns = [
     { key: "case", label: "case", header: true, sort: (e) => e.order, show: (e) => `${cellName(e.cell)} ${e.shape}` },
     { key: "mode", label: "mode", sort: (e) => e.mode, show: (e) => e.mode },
-    { key: "group", label: "group", sort: (e) => `${e.part} ${e.group}`, show: (e) => (e.group ? `${partName(e.part)}: ${e.group}` : e.part) },
-    { key: "time", label: OWN, figure: true, sort: (e) => e.times.get(FUSED)?.median, spread: (e) => e.times.get(FUSED), format: timeText },
-    ...view.peers.map((peer) => ({ key: `ratio ${peer}`, label: `${peer} / ours`, figure: true, ratio: true, sort: (e) => e.ratios.get(peer)?.median, spread: (e) => e.ratios.get(peer), format: ratioText })),
+    { key: "time", label: OWN, figure: true, sort: (e) => e.times.get(FUSED)?.median, spread: (e) => e.times.get(FUSED), format: timeText, range: timeRange },
+    ...view.peers.map((peer) => ({ key: `ratio ${peer}`, label: `${peer} / ours`, figure: true, ratio: true, sort: (e) => e.ratios.get(peer)?.median, spread: (e) => e.ratios.get(peer), format: ratioText, range: ratioRange })),
   ];
   const optionals = [
     { key: "gflops", label: "GFLOP/s", figure: true, sort: (e) => e.gflops ?? undefined, show: (e) => (e.gflops === null ? "" : String(Number(e.gflops.toPrecision(3)))) },
-    { key: "share", label: "of peak", figure: true, sort: (e) => e.shares.get(FUSED)?.median, spread: (e) => e.shares.get(FUSED), format: percentText },
+    { key: "share", label: "of peak", figure: true, sort: (e) => e.shares.get(FUSED)?.median, spread: (e) => e.shares.get(FUSED), format: percentText, range: percentRange },
     { key: "floor", label: "times the floor", figure: true, sort: (e) => (e.floor && e.times.has(FUSED) ? e.times.get(FUSED).median / e.floor : undefined), show: (e) => (e.floor && e.times.has(FUSED) ? ratioText(e.times.get(FUSED).median / e.floor) : "") },
     { key: "error", label: "error", figure: true, sort: (e) => e.error ?? undefined, show: (e) => (e.error === null ? "" : e.error === Infinity ? "not finite" : brief(e.error)) },
+    { key: "group", label: "group", sort: (e) => `${e.part} ${e.group}`, show: (e) => (e.group ? `${partName(e.part)}: ${e.group}` : e.part) },
     { key: "notes", label: "notes", sort: (e) => e.problem + e.notes.join("; "), show: (e) => [e.problem, ...e.notes].filter(Boolean).join("; ") },
   ];
-  return [...columns, ...optionals.filter((column) => view.entries.some((entry) => column.key === "notes" ? column.show(entry) : column.sort(entry) !== undefined))];
+  return [...columns, ...optionals.filter((column) => view.entries.some((entry) => (column.key === "notes" ? column.show(entry) : column.sort(entry) !== undefined)))];
 }
 
 function sorted(view, columns) {
@@ -984,12 +1021,15 @@ function drawTable(view, onSort) {
         continue;
       }
       const value = column.spread(entry);
-      if (!value) continue;
+      if (!value) {
+        if (column.key === "time") cell.append("not timed");
+        continue;
+      }
       if (column.ratio && value.median < 1) {
         put(cell, "strong", { class: "low" }, column.format(value.median));
         put(cell, "span", { class: "visually-hidden" }, " slower");
       } else cell.append(column.format(value.median));
-      put(cell, "small", {}, ` (${column.format(value.q1)} to ${column.format(value.q3)})`);
+      put(cell, "small", {}, ` (${column.range(value)})`);
     }
   }
 }
@@ -1023,7 +1063,7 @@ function csv(view) {
 const FIELDS = [
   { name: "threads", legend: "Threads", type: "radio", options: (m) => m.threads, label: String, first: (all) => all.slice(0, 1) },
   { name: "cell", legend: "Cell", type: "checkbox", options: (m) => m.cells, label: cellName, first: (all) => all },
-  { name: "dtype", legend: "Dtype", type: "radio", options: (m) => m.dtypes, label: String, first: (all) => [all.includes("float32") ? "float32" : all[0]] },
+  { name: "dtype", legend: "Dtype", type: "radio", options: (m) => m.dtypes, label: String, first: (all) => all.slice(0, 1) },
   { name: "mode", legend: "Mode", type: "checkbox", options: (m) => m.modes, label: String, first: (all) => all },
   { name: "peer", legend: "Compared with", type: "checkbox", options: (m) => m.peers, label: String, first: (all) => all },
   { name: "part", legend: "Cases", type: "checkbox", options: (m) => m.parts, label: partName, first: (all) => all },

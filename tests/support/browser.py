@@ -43,7 +43,7 @@ class Page:
     """A tab of a browser of its own.
 
     Attributes:
-        complaints: what the page wrote to the console, errors that nothing caught, and what its security policy refused.
+        complaints: what the page wrote to the console, errors that nothing caught, what its security policy refused.
         requests: addresses that it asked for, but for data within the page.
     """
 
