@@ -80,7 +80,7 @@ figures: build  ## tables, images and docs/results.html from a result (RESULT=be
 	$(RUN) benchmarks/page.py
 
 browser:  ## Chromium, in which tests look at docs/results.html: from Debian, as root, where there is none
-	@$(PYTHON) tools/browser.py
+	@$(PYTHON) tools/get_browser.py
 
 # CUDA. The first needs nvcc alone, the second nvcc and a gigabyte of downloads, the third a GPU and a PyTorch for it.
 cuda-compile:  ## compile the CUDA kernels for all architectures: registers, shared memory, spills (ARGS="--arch 90a")

@@ -153,8 +153,8 @@ def _ratios_seen(records: Sequence[Record], threads: int) -> list[str]:
     return [
         f"![Bars of other engines' times over ours, {len(drawn)} in {len(records)} cases: from {least} to {most}; "
         f"{len(below)} are below 1](images/ratios-{threads}.png)",
-        f"Geometric means of the ratios: {', '.join(means)}. {len(below)} of the {len(drawn)} bars point to the left of 1"
-        f"{f', by group: {groups}' if below else ''}.",
+        f"Geometric means of the ratios: {', '.join(means)}. {len(below)} of the {len(drawn)} bars point to the left "
+        f"of 1{f', by group: {groups}' if below else ''}.",
     ]
 
 
@@ -182,8 +182,8 @@ def _shares_seen(records: Sequence[Record]) -> list[str]:
         return []
     return [
         f"![Bars of the share of the measured multiply-add peak, per cent: {'; '.join(ranges)}](images/peak.png)",
-        f"Share of the peak in per cent: {'; '.join(ranges)}. Where sizes are small, gates, barriers and packing take the "
-        "rest.",
+        f"Share of the peak in per cent: {'; '.join(ranges)}. Where sizes are small, gates, barriers and packing take "
+        "the rest.",
     ]
 
 

@@ -352,7 +352,7 @@ function percentRange({ q1, q3 }) {
 }
 
 function percent(share) {
-  return share >= 0.1 ? (100 * share).toFixed(0) : share >= 0.01 ? (100 * share).toFixed(1) : String(Number((100 * share).toPrecision(1)));
+  return share >= 0.1 ? (100 * share).toFixed(0) : share >= 0.01 ? (100 * share).toFixed(1) : String(Number((100 * share).toPrecision(2)));
 }
 
 function percentText(share) {

@@ -118,8 +118,9 @@ class Page:
                 return found
             if time.monotonic() > end:
                 raise TimeoutError(f"never true: {condition}")
-            # Two frames of the page, in which it can go on.
-            self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+            if not callable(condition):
+                # Two frames of the page, in which it can go on.
+                self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def open(self, address: str) -> None:
         """Go there, anew even if only the fragment differs, and wait until it is loaded."""
