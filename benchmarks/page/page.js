@@ -51,6 +51,7 @@ function text(value, path) {
 
 function number(value, path, least = -Infinity) {
   if (typeof value !== "number") throw wrong(path, "a number", value);
+  if (!Number.isFinite(value)) throw new Unreadable(`${path}: expected a finite number`);
   if (!(value >= least)) throw new Unreadable(`${path}: expected at least ${least}, got ${value}`);
   return value;
 }
@@ -205,7 +206,7 @@ function processorEntry(record, path) {
   object(record, path);
   const field = (name) => text(own(record, name), `${path}.${name}`);
   const shape = object(own(record, "shape"), `${path}.shape`);
-  const size = (name) => number(own(shape, name), `${path}.shape.${name}`, 0);
+  const size = (name) => number(own(shape, name), `${path}.shape.${name}`, 1);
   const parity = object(own(record, "parity"), `${path}.parity`);
   const deviations = Object.entries(object(own(parity, "deviations"), `${path}.parity.deviations`)).flatMap(([peer, found]) =>
     list(found, `${path}.parity.deviations[${JSON.stringify(peer)}]`).map((deviation, i) => ({ peer, ...object(deviation, `${path}.parity.deviations[${JSON.stringify(peer)}][${i}]`) })),
@@ -996,7 +997,8 @@ function sorted(view, columns) {
 
 function drawTable(view, onSort) {
   const place = by("rows");
-  const kept = document.activeElement?.dataset?.column;
+  // A reader who sorts stays where they are: on the same button, at the same columns.
+  const [focused, left] = [document.activeElement?.dataset?.column, place.scrollLeft];
   clear(place);
   by("download").disabled = !view.entries.length;
   if (!view.entries.length) return nothing(place, emptiness(view));
@@ -1009,7 +1011,6 @@ function drawTable(view, onSort) {
     const button = put(cell, "button", { type: "button", "data-column": key }, label);
     put(button, "span", { "aria-hidden": "true" }, mine ? (view.sort.down ? " ↓" : " ↑") : "");
     button.addEventListener("click", () => onSort(key));
-    if (kept === key) requestAnimationFrame(() => button.focus());
   }
   const body = put(table, "tbody");
   for (const entry of sorted(view, columns)) {
@@ -1032,6 +1033,8 @@ function drawTable(view, onSort) {
       put(cell, "small", {}, ` (${column.range(value)})`);
     }
   }
+  place.scrollLeft = left;
+  [...head.querySelectorAll("button")].find((button) => button.dataset.column === focused)?.focus({ preventScroll: true });
 }
 
 /** The chosen cases in full precision, seconds; what a spreadsheet would take for a formula is made text. */
