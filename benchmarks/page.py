@@ -4,7 +4,7 @@
     python benchmarks/page.py FILE.json --out page.html
 
 The page holds of each result only the fields that it shows, with their values as they are in the file. `page/` has its
-parts: `template.html`, `page.css` and `page.js`, which also reads the files that a visitor drops on it.
+parts: `template.html`, `page.css` and the script in several files, which also reads what a visitor drops on the page.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = Path(__file__).resolve().parent / "page"
+# One script in the end: each uses what those before it define.
+SCRIPTS = ("read.js", "words.js", "charts.js", "table.js", "choices.js")
 sys.path.insert(0, str(ROOT))
 
 from fused_rnn.bench import bars, gpu, report  # noqa: E402
@@ -74,7 +76,8 @@ def page(paths: Sequence[Path]) -> str:
     for name, result in results:
         if result.get("schema") != SCHEMAS[kind_of(result)]:
             raise ValueError(f"{name}: expected schema {SCHEMAS[kind_of(result)]}, got {result.get('schema')}")
-    style, script = ((PARTS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = (PARTS / "page.css").read_text(encoding="utf-8")
+    script = "\n".join((PARTS / name).read_text(encoding="utf-8") for name in SCRIPTS)
     held = ",\n".join(packed(name, result) for name, result in results)
     data = f'{{"schemas":{_compact(SCHEMAS)},"results":[\n{held}\n]}}'
     filled = {
