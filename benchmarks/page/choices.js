@@ -253,6 +253,11 @@ function start() {
     begin();
   });
 
+  // The address holds the choices: a link within the page goes without it.
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault();
+    by("figures").focus();
+  });
   by("choices").addEventListener("submit", (event) => event.preventDefault());
   by("result").addEventListener("change", (event) => {
     complain("");
