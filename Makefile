@@ -30,7 +30,7 @@ INSTALLED := $(VENV)/.installed-$(ENVIRONMENT_KEY)
 
 PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirements.txt | cut -c1-12)
 
-.PHONY: demo test site build lint format check bench figures info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
+.PHONY: demo test site build lint format check bench figures browser info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
 .DEFAULT_GOAL := help
 
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
@@ -74,9 +74,13 @@ check: build  ## compare the kernels with the reference on this machine, under a
 bench: build $(PEERS)  ## time the kernels against torch.nn, ONNX Runtime, OpenVINO (ARGS=--quick for under a minute)
 	$(RUN) -m fused_rnn bench --json $(RESULT) --markdown $(RESULT:.json=.md) $(ARGS)
 
-figures: build  ## tables and images of README and docs from a result (RESULT=benchmarks/results/NAME.json)
+figures: build  ## tables, images and docs/results.html from a result (RESULT=benchmarks/results/NAME.json)
 	$(RUN) benchmarks/plot.py $(RESULT) --out docs/images
 	$(RUN) benchmarks/tables.py $(RESULT)
+	$(RUN) benchmarks/page.py
+
+browser:  ## Chromium, in which tests look at docs/results.html: from Debian, as root, where there is none
+	@$(PYTHON) tools/get_browser.py
 
 # CUDA. The first two need nvcc alone, the third nvcc and a gigabyte of downloads, the fourth a GPU and a PyTorch for it.
 cuda-compile:  ## compile the CUDA kernels for all architectures: registers, shared memory, spills (ARGS="--arch 90a")

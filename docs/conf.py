@@ -3,6 +3,8 @@ reader: formulas are MathML."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import latex2mathml.converter
@@ -54,5 +56,18 @@ def _block(writer: Any, node: nodes.Element) -> None:
 html_math_renderer = "mathml"
 
 
+RESULTS = "results.html"
+
+
+def _results(app: Sphinx, error: Exception | None) -> None:
+    """The page of results, which is no page of Sphinx's: its links lead to sources here, and to pages on the site."""
+    if error is None and app.builder.format == "html":
+        text = (Path(app.srcdir) / RESULTS).read_text(encoding="utf-8")
+        (Path(app.outdir) / RESULTS).write_text(
+            re.sub(r'href="([\w-]+)\.md"', r'href="\1.html"', text), encoding="utf-8"
+        )
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("build-finished", _results)
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))

@@ -493,7 +493,7 @@ def test_plots_of_a_whole_result_have_a_panel_for_every_cell() -> None:
 def test_figures_of_the_readme_come_from_a_result(tmp_path: Path) -> None:
     tables = script("tables")
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/benchmarks.md"):
+    for name in ("README.md", "docs/benchmarks.md", "docs/performance.md"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     result = tmp_path / "made-up.json"
     result.write_text(report.json_text(whole_result(0.5)))
@@ -509,6 +509,10 @@ def test_figures_of_the_readme_come_from_a_result(tmp_path: Path) -> None:
         "| inference, best peer / fused, mean | 2 | at least 1.2 | 0.50 | 10.00 | NO |"
         in (tmp_path / "docs/benchmarks.md").read_text()
     )
+    performance = (tmp_path / "docs/performance.md").read_text()
+    assert "torch.nn 0.50 in inference, ONNX Runtime 0.50 in inference" in performance
+    assert "by group: large " in performance and "large inference 5 to 5; large training 5 to 5" in performance
+    assert "## Bounds" in performance
     before = readme
     assert tables.main([str(result), "--root", str(tmp_path)]) == 0
     assert (tmp_path / "README.md").read_text() == before

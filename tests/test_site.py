@@ -55,6 +55,13 @@ def test_every_page_of_the_folder_is_on_the_site(site: dict[Path, Page]) -> None
     assert {path.stem for path in DOCS.glob("*.md")} - {"index"} <= linked
 
 
+def test_the_page_of_results_is_on_the_site_and_linked_from_where_figures_are(site: dict[Path, Page]) -> None:
+    pages = {path.stem: page for path, page in site.items()}
+    assert {"index.html", "benchmarks.html", "performance.html"} <= set(pages["results"].links)
+    for name in ("index", "benchmarks", "performance"):
+        assert "results.html" in pages[name].links, name
+
+
 def test_no_link_leads_nowhere(site: dict[Path, Page]) -> None:
     nowhere = []
     for path, page in site.items():

@@ -36,6 +36,8 @@ from .gpu_cases import ANCHOR_US, BAR_GRIDS, BARS, DTYPES, MOST_FLOORS, PASSES, 
 from .gpu_peers import CUDNN, FUSED, PEERS, Problem, Run, importable, runs_on_cudnn
 from .runner import TOLERANCES
 
+SCHEMA = 1  # raised when a field of the JSON changes its meaning
+
 ROUNDS = 7
 PRODUCT_SIZE = 8192
 # Of GPU work between two events: a launch's jitter of some microseconds is then a thousandth of it.
@@ -381,6 +383,7 @@ def as_json(
     results: list[Measured], machine: Machine | None, missed: list[str], described: dict[str, Any], without: list[str]
 ) -> dict[str, Any]:
     return {
+        "schema": SCHEMA,
         "environment": described,
         "without": without,
         "machine": asdict(machine) if machine else None,
