@@ -1,4 +1,4 @@
-// How long a barrier takes: the part of a persistent kernel's step that no arithmetic hides. For
+// How long blocks take to hear of each other: the part of a persistent kernel's step that no arithmetic hides. For
 // fused_rnn/bench/gpu.py.
 #include <cuda_runtime_api.h>
 
@@ -21,6 +21,46 @@ __global__ void cluster_barriers(int64_t rounds) {
 #endif
 }
 
+// The least that a step of Exchange::counted can be: one warp a block, which sends a word to every block of the cluster
+// and waits for theirs. A barrier of the cluster is no measure of it: its release is a fence of the whole GPU.
+#if defined(FRNN_CUDA_CLUSTERS)
+struct Received {
+  Mbarrier barriers[2];
+  uint4 words[2][16];
+};
+#endif
+
+__global__ void cluster_exchanges(int64_t rounds) {
+#if defined(FRNN_CUDA_CLUSTERS)
+  Received* const own = reinterpret_cast<Received*>(shared_memory());
+  const int rank = cluster_rank(), blocks = cluster_size(), lane = lane_index();
+  const int bytes = blocks * int(sizeof(uint4));
+  if (lane == 0) {
+    for (Mbarrier& barrier : own->barriers) mbarrier_init(&barrier, 1);
+    fence_mbarrier_init();
+    for (Mbarrier& barrier : own->barriers) mbarrier_arrive_expect(&barrier, bytes);
+  }
+  sync_warp();
+  cluster_arrive();
+  cluster_wait();
+  const int to = lane < blocks ? lane : 0;
+  const RemoteAddress words = remote_address(&own->words[0][rank], to);
+  const RemoteAddress barriers = remote_address(&own->barriers[0], to);
+  for (int64_t r = 0; r < rounds; ++r) {
+    const int parity = int(r & 1);
+    if (lane < blocks)
+      store_async(words + parity * int64_t(sizeof own->words[0]), uint4{uint32_t(r), 0, 0, 0},
+                  barriers + parity * int64_t(sizeof(Mbarrier)));
+    mbarrier_wait(&own->barriers[parity], int(r >> 1) & 1, int(r));
+    // Before any lane sends again, without which nobody sends for the phase after the next.
+    if (lane == 0) mbarrier_arrive_expect(&own->barriers[parity], bytes);
+    sync_warp();
+  }
+  cluster_arrive();
+  cluster_wait();
+#endif
+}
+
 __global__ void grid_barriers(int64_t rounds, uint32_t* counter) {
   for (int64_t r = 1; r <= rounds; ++r) {
     sync_threads();
@@ -38,9 +78,9 @@ const char* text_of(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
-}  // namespace
-
-const char* run_cluster_barriers(int64_t rounds, const DeviceInfo& device, void* stream) {
+// One cluster of the most blocks.
+const char* run_cluster(void (*kernel)(int64_t), int64_t rounds, int threads, int64_t shared, const DeviceInfo& device,
+                        void* stream) {
   if (device.max_cluster < 2) return "this GPU has no clusters";
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -48,13 +88,25 @@ const char* run_cluster_barriers(int64_t rounds, const DeviceInfo& device, void*
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t launch = {};
   launch.gridDim = unsigned(device.max_cluster);
-  launch.blockDim = barrier_threads;
+  launch.blockDim = unsigned(threads);
+  launch.dynamicSmemBytes = size_t(shared);
   launch.stream = cudaStream_t(stream);
   launch.attrs = &attribute;
   launch.numAttrs = 1;
-  cudaError_t error = cudaFuncSetAttribute(cluster_barriers, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch, cluster_barriers, rounds);
+  cudaError_t error = cudaSuccess;
+  if (device.max_cluster > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch, kernel, rounds);
   return text_of(error);
+}
+
+}  // namespace
+
+const char* run_cluster_barriers(int64_t rounds, const DeviceInfo& device, void* stream) {
+  return run_cluster(cluster_barriers, rounds, barrier_threads, 0, device, stream);
+}
+
+const char* run_cluster_exchanges(int64_t rounds, const DeviceInfo& device, void* stream) {
+  return run_cluster(cluster_exchanges, rounds, warp_size, sizeof(Received), device, stream);
 }
 
 const char* run_grid_barriers(int64_t rounds, const DeviceInfo& device, uint32_t* counter, void* stream) {

@@ -8,6 +8,11 @@
 //   - pointers that cross to another block's shared memory come from map_shared() or remote_address();
 //   - a thread that waits for another block calls a function with `wait` in its name: it never spins by itself.
 //
+// With FRNN_WAIT_LIMIT, a number of clock cycles, mbarrier_wait and wait_until_at_least give up after so many: they
+// print who waits, where, for what and since which step, and trap. A kernel that would hang then fails, and says at
+// which wait. Barriers of a block or of the cluster need no limit of their own: what keeps a thread from one is one of
+// these waits, or the end of its kernel. Without the macro a wait's `step` and `line` leave no instruction behind.
+//
 // "The warp" means all 32 lanes, which must arrive at the same call together.
 #pragma once
 
@@ -54,6 +59,10 @@ FRNN_HOST_DEVICE float approximate_reciprocal(float x) {
 // device code, for the host.)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define FRNN_CUDA_CLUSTERS 1
+#endif
+
+#if defined(FRNN_WAIT_LIMIT)
+#include <cstdio>
 #endif
 
 #define FRNN_DEVICE __device__ __forceinline__
@@ -248,10 +257,58 @@ FRNN_DEVICE void store_release(uint32_t* p, uint32_t value) {
 FRNN_DEVICE void add_release(uint32_t* p, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(value) : "memory");
 }
-// Waits until the counter has reached `target` (modulo 2^32). Only between blocks that are resident together.
-FRNN_DEVICE void wait_until_at_least(const uint32_t* counter, uint32_t target) {
+
+#if defined(FRNN_WAIT_LIMIT)
+
+namespace detail {
+
+// Of one source file: enough to see which blocks stand where, few enough to be read.
+constexpr unsigned most_wait_reports = 48;
+static __device__ unsigned wait_reports;
+
+// Out of line and without a way back: its registers and its stack are no part of the loop that waits.
+static __device__ __noinline__ void give_up(const char* what, int line, int step, uint64_t address, uint32_t wanted,
+                                            uint32_t found) {
+  const unsigned waiting = __activemask();
+  if (lane_index() == __ffs(int(waiting)) - 1 && atomicAdd(&wait_reports, 1u) < most_wait_reports)
+    printf(
+        "WAITED TOO LONG: %s, line %d, step %d, block (%d,%d) of (%d,%d), thread %d, lanes %08x, at %llx, wanted %u, "
+        "found %u\n",
+        what, line, step, block_x(), block_y(), grid_x(), grid_y(), thread_index(), waiting,
+        static_cast<unsigned long long>(address), wanted, found);
+  // A trap ends all blocks at once. The others began to wait at about the same time: let them say so too.
+  const long long until = clock64() + 40000000;
+  while (clock64() < until) {
+  }
+  __trap();
+}
+
+// Calls `done` until it says so, for at most FRNN_WAIT_LIMIT cycles; then `late`.
+template <class Done, class Late>
+FRNN_DEVICE void wait_for(const Done& done, const Late& late) {
+  if (done()) return;
+  const long long began = clock64();
+  while (!done())
+    if (clock64() - began > (FRNN_WAIT_LIMIT)) late();
+}
+
+}  // namespace detail
+
+#endif
+
+// Waits until the counter has reached `target` (modulo 2^32). Only between blocks that are resident together. step: the
+// kernel's, if it says which, for reports of FRNN_WAIT_LIMIT.
+FRNN_DEVICE void wait_until_at_least(const uint32_t* counter, uint32_t target, int step = -1,
+                                     int line = __builtin_LINE()) {
+#if defined(FRNN_WAIT_LIMIT)
+  detail::wait_for([&] { return int32_t(load_acquire(counter) - target) >= 0; },
+                   [&] { detail::give_up("counter", line, step, uint64_t(counter), target, load_acquire(counter)); });
+#else
+  (void)step;
+  (void)line;
   while (int32_t(load_acquire(counter) - target) < 0) {
   }
+#endif
 }
 
 namespace detail {
@@ -435,9 +492,20 @@ FRNN_DEVICE bool mbarrier_try_wait(Mbarrier* barrier, int parity) {
       : "memory");
   return done != 0;
 }
-FRNN_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity) {
+// Waits until the phase of this parity has ended. step: as for wait_until_at_least.
+FRNN_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity, int step = -1, int line = __builtin_LINE()) {
+#if defined(FRNN_WAIT_LIMIT)
+  detail::wait_for([&] { return mbarrier_try_wait(barrier, parity); },
+                   [&] {
+                     detail::give_up("mbarrier", line, step, __cvta_generic_to_shared(barrier), uint32_t(parity),
+                                     uint32_t(barrier->state >> 32));
+                   });
+#else
+  (void)step;
+  (void)line;
   while (!mbarrier_try_wait(barrier, parity)) {
   }
+#endif
 }
 
 // A store that runs beside the program and then counts its bytes on `barrier`, which is in the same block as `to`.

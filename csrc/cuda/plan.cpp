@@ -240,7 +240,8 @@ class Planner {
         try_teams(Exchange::none, 1, problem_.octets);
         break;
       case Variant::cluster:
-        if (!allowed_.cluster) return refuse(reason, "not allowed by the request");
+        if (!allowed_.cluster || !(allowed_.counted || allowed_.barriers))
+          return refuse(reason, "not allowed by the request");
         if (device_.max_cluster < 2) return refuse(reason, "this GPU has no clusters");
         for (int blocks = 2; blocks <= device_.max_cluster && blocks <= 16; blocks *= 2) {
           const int of_layer = blocks / problem_.layers;
