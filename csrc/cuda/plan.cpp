@@ -7,6 +7,7 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "measured.h"
 
 namespace fused_rnn {
 namespace cuda {
@@ -15,21 +16,7 @@ namespace {
 
 constexpr int most_units = 64;  // of a block: a thread for each unit and two of 8 columns
 
-// Constants of the cost model, in cycles and bytes per cycle of one SM. Unmeasured: taken from data sheets and
-// published microbenchmarks, to be replaced by what a GPU says. They decide between variants and divisions of the
-// batch.
-constexpr double shared_bytes_per_cycle = 128;  // of shared memory
-constexpr double remote_bytes_per_cycle = 14;   // into one SM from the others of its cluster
-constexpr double l2_bytes_per_cycle = 32;       // into one SM
-constexpr double remote_cycles = 350;           // from the last store to the receivers' next instruction
-constexpr double cluster_barrier_cycles = 500;  // the same with a barrier of the cluster
-constexpr double memory_cycles = 2600;          // the same through L2: stores, counter, waiting thread, copy
-constexpr double gates_cycles = 450;            // barrier, sum of the partial sums, gates, packing
-constexpr double issue_cycles = 150;            // of the same, what cannot overlap with other column tiles
-constexpr double step_launch_us = 5;            // product and kernel of a step of its own
-constexpr double l2_bytes_per_us = 3.5e6, memory_bytes_per_us = 2.5e6;  // of weights read again every step
-constexpr double launch_us = 6;
-constexpr double load_bytes_per_us = 0.02e6;  // of W_hh into one block
+using namespace measured;  // constants of the cost model
 
 // Projections of so many bytes of a direction at once, but of no fewer steps: for each part W_hh is loaded again.
 constexpr int64_t projection_bytes = int64_t(64) << 20, fewest_projection_steps = 128;
@@ -55,7 +42,7 @@ int gates_of(CellKind kind) {
 }
 
 // Cycles between two m16n8k16 (16 bits) or m16n8k8 (TF32) instructions of a scheduler.
-double multiply_cycles(int arch) { return arch >= 120 ? 16 : arch >= 90 ? 6.5 : 8; }
+double multiply_cycles_of(int arch) { return arch >= 120 ? 16 : arch >= 90 ? multiply_cycles : 8; }
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
@@ -90,7 +77,7 @@ class Candidate {
 
   void predict() {
     Tiling& t = plan_.tiling;
-    const double mma = multiply_cycles(device_.arch);
+    const double mma = multiply_cycles_of(device_.arch);
     const bool fma = plan_.multiply == Multiply::float32;
     const int columns = std::min(t.columns, tile_columns);
     // Of a warp, per column tile: row tiles times slabs; two warps share a scheduler.
