@@ -23,12 +23,10 @@ __global__ void cluster_barriers(int64_t rounds) {
 
 // The least that a step of Exchange::counted can be: one warp a block, which sends a word to every block of the cluster
 // and waits for theirs. A barrier of the cluster is no measure of it: its release is a fence of the whole GPU.
-#if defined(FRNN_CUDA_CLUSTERS)
 struct Received {
   Mbarrier barriers[2];
   uint4 words[2][16];
 };
-#endif
 
 __global__ void cluster_exchanges(int64_t rounds) {
 #if defined(FRNN_CUDA_CLUSTERS)

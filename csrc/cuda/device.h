@@ -372,6 +372,11 @@ FRNN_DEVICE void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
 
+// A barrier in shared memory; what it can do stands below.
+struct alignas(8) Mbarrier {
+  uint64_t state;
+};
+
 #if defined(FRNN_CUDA_CLUSTERS)
 
 // PTX 8.6 has fences of shared memory alone. Without them a release to the cluster waits for all that was stored to
@@ -437,10 +442,6 @@ FRNN_DEVICE void store_remote(RemoteAddress to, T value) {
 
 // Barriers in shared memory. A phase ends when `count` arrivals have come and as many bytes as were expected; phases
 // have the parities 0, 1, 0, ...
-
-struct alignas(8) Mbarrier {
-  uint64_t state;
-};
 
 // By one thread, before fence_mbarrier_init() and a barrier of the block or cluster.
 FRNN_DEVICE void mbarrier_init(Mbarrier* barrier, int count) {

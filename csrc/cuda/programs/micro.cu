@@ -230,12 +230,10 @@ Values cluster_barrier() {
 
 // Asynchronous stores
 
-#if defined(FRNN_CUDA_CLUSTERS)
 struct Mailbox {
   Mbarrier barrier;
   uint4 letter;
 };
-#endif
 
 // Block 0 sends a word to block `to`, which sends it back; to itself it is one way. Wrong words are counted.
 __global__ void async_letters(Results results, int rounds, int to) {
