@@ -21,6 +21,7 @@ Uses the Python that runs it and the PyTorch in it, and installs nothing.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -152,8 +153,8 @@ def cpu_phases(work: Path) -> list[Phase]:
 
 def _side_by_side() -> list[str]:
     """As many tests at once as there are processors, where pytest can do that."""
-    probe = subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True, check=False)
-    return ["-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"] if probe.returncode == 0 else []
+    there = importlib.util.find_spec("xdist") is not None
+    return ["-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"] if there else []
 
 
 def _found(program: str, *folders: str) -> str:
@@ -180,7 +181,7 @@ class Run:
     """Phases one after the other, and what they leave in the folder of results."""
 
     def __init__(self, waiting: list[Phase], folder: Path, work: Path, total: float) -> None:
-        self.waiting, self.folder, self.work = waiting, folder, work
+        self.waiting, self.folder, self.work = list(waiting), folder, work
         self.log = Log(folder / "log.txt")
         self.end = time.monotonic() + total
         self.losses = Losses()

@@ -13,10 +13,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from gpu_phases import ROOT, Phase, python
@@ -76,9 +76,10 @@ def sources_key() -> str:
 
 
 def _torch_version() -> str:
-    probe = "import torch; print(torch.__version__)"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def pack(path: Path) -> None:
