@@ -7,6 +7,7 @@ command is a line of Python.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tarfile
@@ -113,7 +114,7 @@ def test_a_run_in_which_all_is_well(rehearse: Rehearse, tmp_path: Path) -> None:
     order = ["machine", "build plain", "build limited", "micro", "constants", "info", "try block", "try barriers"]
     order += ["try counted", "try grid", "try wavefront", "try none", "anchor counted", "anchor barriers"]
     assert names[: len(order)] == order
-    wanted = ["anchor none", "profile forward", "profile backward", "tests", "bench", "memcheck", "table", "suite"]
+    wanted = ["anchor none", "profile forward", "profile backward", "tests", "bench", "memcheck", "table 1", "suite"]
     assert [name for name in names if name in wanted] == wanted
     assert found["phases"]["anchor counted"]["clock"] == "1980 MHz"
     # The next call need not build, and may take no more files than this.
@@ -130,7 +131,7 @@ def test_phases_run_on_the_build_that_they_need(rehearse: Rehearse, tmp_path: Pa
         try_block=says + f"', {GOOD['try']}')",
         anchor_grid=says + f"', {GOOD['anchor']}')",
         bench=says + f"', {GOOD['bench']}')",
-        table=says + f"', {GOOD['table']}')",
+        table_1=says + f"', {GOOD['table']}')",
     )
     log = (tmp_path / "out" / "log.txt").read_text()
     assert f"build limited, {GOOD['try']}" in log
@@ -144,7 +145,7 @@ def test_without_a_build_what_needs_none_still_runs(rehearse: Rehearse) -> None:
     assert failed["build plain"] == "failed, status 1"
     assert failed["try counted"].startswith("not run: no build of the extension (plain: failed, status 1")
     assert failed["bench"].startswith("not run") and failed["memcheck"].startswith("not run")
-    ran = {"machine", "micro", "constants", "build cpu", "table", "check", "suite", "suite alone"}
+    ran = {"machine", "micro", "constants", "build cpu", "table 1", "check", "suite", "suite alone"}
     assert ran <= set(found["phases"]) - set(failed)
     # What was not tried is not known to be wrong.
     assert found["left out"] == []
@@ -298,10 +299,10 @@ def test_tools_that_are_missing_are_named(rehearse: Rehearse, tmp_path: Path) ->
 
 def test_without_phases_for_the_processor_the_others_are_complete(rehearse: Rehearse) -> None:
     found = rehearse(only=["first", "more"])
-    assert verdicts(found) == {} and "bench" in found["phases"] and "table" not in found["phases"]
-    failing = dict.fromkeys(["table", "check", "suite"], "raise SystemExit(1)")
-    found = rehearse(**failing, suite_alone=CRASHES)
-    assert verdicts(found) == dict.fromkeys(failing, "failed, status 1") | {"suite alone": "ended by SIGSEGV"}
+    assert verdicts(found) == {} and "bench" in found["phases"] and "table 1" not in found["phases"]
+    found = rehearse(table_1="raise SystemExit(1)", check="raise SystemExit(1)", suite_alone=CRASHES)
+    failed = dict.fromkeys(["table 1", "check"], "failed, status 1")
+    assert verdicts(found) == failed | {"suite alone": "ended by SIGSEGV"}
 
 
 def test_files_that_are_no_json_are_said_to_be_none(rehearse: Rehearse, tmp_path: Path) -> None:
@@ -323,13 +324,15 @@ def test_time_that_runs_out_is_said(tools: Any, tmp_path: Path) -> None:
     assert [phase.verdict for phase in done] == ["not run: no time left"] * 2
 
 
-def test_a_group_brings_the_builds_that_it_needs(tools: Any, tmp_path: Path) -> None:
+def test_a_group_brings_the_builds_that_it_needs(tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def names(only: str) -> list[str]:
         phases = tools.phases(tmp_path, tmp_path, "90a", [only])
         return [phase.name for phase in tools._with_builds(phases, tmp_path, tmp_path, "90a")]
 
     assert names("more") == ["build plain", "build limited", "tests", "bench", "memcheck", "racecheck", "synccheck"]
-    assert names("cpu") == ["build cpu", "table", "check", "suite", "suite alone"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    tables = [f"table {count}" for count in (1, 8, 4, 2)]
+    assert names("cpu") == ["build cpu", *tables, "check", "suite", "suite alone"]
     assert names("bench") == ["build plain", "bench"]
     assert names("micro") == ["micro"]
 

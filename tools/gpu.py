@@ -43,11 +43,14 @@ GROUPS = ("first", "more", "cpu")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 # In which order they are tried: those whose exchange has least to go wrong come first.
 TRIED = ("block", "barriers", "counted", "grid", "wavefront", "none")
-THREADS = (1, 2, 4, 8, 16)
+# In which way the anchor is measured.
+ANCHORS = ("counted", "barriers", "grid", "cudnn", "none")
+# Of the CPU table; the two ends first.
+THREADS = (16, 1, 8, 4, 2)
 # Seconds without output after which a process on a GPU hangs: PyTorch starts in less.
 STALL = 15
-# Files of a run that parts of results.json come from.
-PARTS = ("machine", "micro", *(f"anchor_{name}" for name in ("counted", "barriers", "grid", "none", "cudnn")), "cpu")
+# Files in the working folder that are parts of results.json.
+PARTS = ("machine", "micro", *(f"anchor_{name}" for name in ANCHORS), *(f"cpu_{count}" for count in THREADS))
 # In the folder of results; the others stay in the working folder.
 RESULTS = ("summary.md", "log.txt", "results.json", "gpu.json", "measured.h", "built.tar.gz")
 PROFILES = ("forward.ncu-rep", "backward.ncu-rep")
@@ -90,7 +93,7 @@ def first_phases(folder: Path, work: Path, arch: str) -> list[Phase]:
         command = tool("gpu_sanitized", "--variant", name)
         proof = r"(?m)^\d+ calls right, 0 wrong, 0 failed"
         found.append(Phase(f"try {name}", command, 25, STALL, library="limited", tries=name, proof=proof))
-    found += [anchor(name) for name in ("counted", "barriers", "grid", "cudnn", "none")]
+    found += [anchor(name) for name in ANCHORS]
     for which in ("forward", "backward"):
         report = folder / f"{which}.ncu-rep"
         command = [*_profiler(which, report), *tool("gpu_anchor", "auto", "--profile", which)]
@@ -136,12 +139,17 @@ def more_phases(folder: Path, work: Path) -> list[Phase]:
 
 
 def cpu_phases(work: Path) -> list[Phase]:
-    threads = ",".join(str(count) for count in THREADS if count <= len(os.sched_getaffinity(0)))
-    bench = python("-m", "fused_rnn", "bench", "--parts", "table", "--threads", threads)
+    # bfloat16 too, because of the units that some processors have for it.
+    bench = python("-m", "fused_rnn", "bench", "--parts", "table", "--quick", "--dtype", "float32,bfloat16")
+
+    def table(threads: int) -> Phase:
+        command = [*bench, "--threads", str(threads), "--json", str(work / f"cpu_{threads}.json")]
+        return Phase(f"table {threads}", command, 60, library="cpu", proof=r"\d+ of \d+ cases in")
+
     suite = python("-m", "pytest", "tests", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-m")
     found = [
         gpu_library.build_phase("cpu", 200),
-        Phase("table", [*bench, "--json", str(work / "cpu.json")], 240, library="cpu", proof=r"\d+ of \d+ cases in"),
+        *(table(count) for count in THREADS if count <= len(os.sched_getaffinity(0))),
         Phase("check", python("-m", "fused_rnn", "check"), 90, library="cpu"),
         Phase("suite", [*suite, "not cuda and not alone", *_side_by_side()], 400, library="cpu", proof=r"\d+ passed"),
         Phase("suite alone", [*suite, "alone and not cuda"], 60, library="cpu", proof=r"\d+ passed"),
