@@ -78,7 +78,7 @@ def where_it_stands(program: Path, name: str) -> list[str]:
         done = subprocess.run([str(program), name], capture_output=True, text=True, timeout=SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [line for line in done.stdout.splitlines() if line.startswith("WAITED")][:12]
+    return [line for line in (done.stdout + done.stderr).splitlines() if "WAITED TOO LONG" in line][:12]
 
 
 def main() -> int:
@@ -107,7 +107,8 @@ def main() -> int:
             failed += 1
             found[name] = str(error)
             print(error, flush=True)
-            print("\n".join(where_it_stands(limited, name)), flush=True)
+            for line in where_it_stands(limited, name):
+                print(line, flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=1))
     print(f"{len(found) - failed} of {len(found)} measured")

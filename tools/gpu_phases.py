@@ -38,7 +38,7 @@ PHASE_BYTES, TAIL_BYTES, LOG_BYTES = 3 << 20, 64 << 10, 15 << 20
 # The persistent variants that can be left out; "none", a launch a step, is what runs then.
 VARIANTS = ("block", "barriers", "counted", "grid", "wavefront")
 # What device.h says when FRNN_WAIT_LIMIT is over, and whose waits those are, where nothing else says what was running.
-WAITED = re.compile(r"^WAITED TOO LONG: (mbarrier|counter)", re.MULTILINE)
+WAITED = re.compile(r"WAITED TOO LONG: (mbarrier|counter)")
 WAITS_OF = {"mbarrier": "counted", "counter": "grid"}
 # The benchmark says what comes next, and tests have it in their names.
 RUNNING = re.compile(r"^  \S+ as (\w+)|^\S+\.py::(\S+)", re.MULTILINE)
@@ -158,8 +158,8 @@ def run(phase: Phase, log: Log, seconds: float, losses: Losses | None = None) ->
     phase.verdict = ", ".join(name if count == 1 else f"{name} {count} times" for name, count in counts.items())
     phase.seconds = time.monotonic() - start
     lines = output.splitlines()
-    telling = ("FAILED at once", "ERROR ", "HUNG", "WAITED TOO LONG", "FAULT", "WRONG", "LEFT OUT")
-    phase.failures = [line for line in lines if line.startswith(telling)]
+    telling = ("FAILED at once", "ERROR ", "HUNG", "FAULT", "WRONG", "LEFT OUT")
+    phase.failures = [line for line in lines if line.startswith(telling) or WAITED.search(line)]
     phase.last_lines = "\n".join([line[:400] for line in lines if line][-15:])
 
 

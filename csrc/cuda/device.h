@@ -9,9 +9,10 @@
 //   - a thread that waits for another block calls a function with `wait` in its name: it never spins by itself.
 //
 // With FRNN_WAIT_LIMIT, a number of clock cycles, mbarrier_wait and wait_until_at_least give up after so many: they
-// print who waits, where, for what and since which step, and trap. A kernel that would hang then fails, and says at
+// print who waits, where, for what and in which step, and end the kernel. One that would hang then fails, and says at
 // which wait. Barriers of a block or of the cluster need no limit of their own: what keeps a thread from one is one of
-// these waits, or the end of its kernel. Without the macro a wait's `step` and `line` leave no instruction behind.
+// these waits, or the end of its kernel. Without the macro a wait's `step`, `file` and `line` leave no instruction
+// behind.
 //
 // "The warp" means all 32 lanes, which must arrive at the same call together.
 #pragma once
@@ -62,6 +63,7 @@ FRNN_HOST_DEVICE float approximate_reciprocal(float x) {
 #endif
 
 #if defined(FRNN_WAIT_LIMIT)
+#include <cassert>
 #include <cstdio>
 #endif
 
@@ -266,20 +268,28 @@ namespace detail {
 constexpr unsigned most_wait_reports = 48;
 static __device__ unsigned wait_reports;
 
+// Where a wait stands in the source.
+struct WaitSite {
+  const char* file;
+  int line;
+};
+
 // Out of line and without a way back: its registers and its stack are no part of the loop that waits.
-static __device__ __noinline__ void give_up(const char* what, int line, int step, uint64_t address, uint32_t wanted,
-                                            uint32_t found) {
-  const unsigned waiting = __activemask();
-  if (lane_index() == __ffs(int(waiting)) - 1 && atomicAdd(&wait_reports, 1u) < most_wait_reports)
-    printf(
-        "WAITED TOO LONG: %s, line %d, step %d, block (%d,%d) of (%d,%d), thread %d, lanes %08x, at %llx, wanted %u, "
-        "found %u\n",
-        what, line, step, block_x(), block_y(), grid_x(), grid_y(), thread_index(), waiting,
-        static_cast<unsigned long long>(address), wanted, found);
-  // A trap ends all blocks at once. The others began to wait at about the same time: let them say so too.
-  const long long until = clock64() + 40000000;
-  while (clock64() < until) {
+static __device__ __noinline__ void give_up(const char* what, WaitSite site, int step, uint64_t address,
+                                            uint32_t wanted, uint32_t found) {
+  const bool speaks =
+      lane_index() == __ffs(int(__activemask())) - 1 && atomicAdd(&wait_reports, 1u) < most_wait_reports;
+  if (speaks)
+    printf("%s: %s:%d, step %d, block (%d,%d) of (%d,%d), thread %d, at %llx, wanted %u, found %u\n", what, site.file,
+           site.line, step, block_x(), block_y(), grid_x(), grid_y(), thread_index(),
+           static_cast<unsigned long long>(address), wanted, found);
+  // What ends one thread here ends all blocks at once. The others began to wait at about the same time: let them say so
+  // too. A driver may lose what was printed by a kernel that traps, and keeps what failed assertions say: these have
+  // block, thread and line.
+  const long long began = clock64();
+  while (clock64() - began < (speaks ? 40000000 : 80000000)) {
   }
+  if (speaks) __assert_fail(what, site.file, unsigned(site.line), "wait");
   __trap();
 }
 
@@ -299,13 +309,15 @@ FRNN_DEVICE void wait_for(const Done& done, const Late& late) {
 // Waits until the counter has reached `target` (modulo 2^32). Only between blocks that are resident together. step: the
 // kernel's, if it says which, for reports of FRNN_WAIT_LIMIT.
 FRNN_DEVICE void wait_until_at_least(const uint32_t* counter, uint32_t target, int step = -1,
-                                     int line = __builtin_LINE()) {
+                                     const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
 #if defined(FRNN_WAIT_LIMIT)
   detail::wait_for([&] { return int32_t(load_acquire(counter) - target) >= 0; },
-                   [&] { detail::give_up("counter", line, step, uint64_t(counter), target, load_acquire(counter)); });
+                   [&] {
+                     detail::give_up("WAITED TOO LONG: counter", {file, line}, step, uint64_t(counter), target,
+                                     load_acquire(counter));
+                   });
 #else
-  (void)step;
-  (void)line;
+  (void)step, (void)file, (void)line;
   while (int32_t(load_acquire(counter) - target) < 0) {
   }
 #endif
@@ -494,16 +506,16 @@ FRNN_DEVICE bool mbarrier_try_wait(Mbarrier* barrier, int parity) {
   return done != 0;
 }
 // Waits until the phase of this parity has ended. step: as for wait_until_at_least.
-FRNN_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity, int step = -1, int line = __builtin_LINE()) {
+FRNN_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity, int step = -1, const char* file = __builtin_FILE(),
+                               int line = __builtin_LINE()) {
 #if defined(FRNN_WAIT_LIMIT)
   detail::wait_for([&] { return mbarrier_try_wait(barrier, parity); },
                    [&] {
-                     detail::give_up("mbarrier", line, step, __cvta_generic_to_shared(barrier), uint32_t(parity),
-                                     uint32_t(barrier->state >> 32));
+                     detail::give_up("WAITED TOO LONG: mbarrier", {file, line}, step, __cvta_generic_to_shared(barrier),
+                                     uint32_t(parity), uint32_t(barrier->state >> 32));
                    });
 #else
-  (void)step;
-  (void)line;
+  (void)step, (void)file, (void)line;
   while (!mbarrier_try_wait(barrier, parity)) {
   }
 #endif
