@@ -66,12 +66,12 @@ def build_phase(name: str, budget: float, **options: object) -> Phase:
 
 
 def sources_key() -> str:
-    """Of everything that a build is made from, and of the Python and the PyTorch that it is for."""
+    """Of everything that a build is made from, and of the Python, the PyTorch and the GPU that it is for."""
     digest = hashlib.sha256()
     files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     for path in [*sorted(files), ROOT / "setup.py", ROOT / "tools" / "cuda_build.py"]:
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    digest.update(f"{sys.version} {_torch_version()}".encode())
+    digest.update(f"{sys.version} {_torch_version()} {os.environ.get('FUSED_RNN_CUDA_ARCHS')}".encode())
     return digest.hexdigest()
 
 
@@ -107,7 +107,7 @@ def unpack(path: Path) -> str:
     except (OSError, tarfile.TarError, EOFError) as error:
         return f"{path}: {error}"
     if read.pop("key.txt", b"").decode(errors="replace") != sources_key():
-        return f"{path}: built from other sources, or for another Python or PyTorch"
+        return f"{path}: built from other sources, or for another Python, PyTorch or GPU"
     for name, data in read.items():
         kind, _, file = name.partition("/fused_rnn/")
         if kind not in KINDS or "/" in file or not file.startswith("_C"):
