@@ -355,3 +355,67 @@ def test_what_was_built_is_taken_again_for_the_same_sources_alone(
     assert "built from other sources" in gpu_library.unpack(packed)
     packed.write_bytes(packed.read_bytes()[:50])
     assert str(packed) in gpu_library.unpack(packed)
+
+
+def _main(tools: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """tools/gpu.py on a machine with a GPU, where every phase prints what proves it."""
+    order = tools.phases
+
+    def phases(*places: Any) -> list[Any]:
+        found = order(*places)
+        for phase in found:
+            phase.command = [*PYTHON, f"print({GOOD[phase.name.split()[0]]!r})"]
+        return list(found)
+
+    monkeypatch.setattr(tools, "capability", lambda: (9, 0))
+    monkeypatch.setattr(tools, "phases", phases)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    try:
+        return int(tools.main())
+    finally:
+        monkeypatch.setattr(tools, "phases", order)
+
+
+def test_the_next_call_takes_what_the_first_has_built(
+    tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_library
+
+    out = tmp_path / "out"
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setenv("FUSED_RNN_CUDA_ARCHS", "90a")
+    for name in ("plain", "limited"):
+        library = gpu_library.KINDS[name].folder / "fused_rnn" / "_C.stand-in.so"
+        library.parent.mkdir(parents=True)
+        library.write_text(f"build {name}")
+    out.mkdir()
+    gpu_library.pack(out / "built.tar.gz")
+    # Also where it lies in the folder that the run writes to.
+    assert _main(tools, monkeypatch, "--only", "more", "--built", str(out / "built.tar.gz")) == 0
+    said = capsys.readouterr().out
+    assert "taken instead of a build" in said and "build plain" not in said and "| bench | ok |" in said
+    assert (out / "built.tar.gz").exists()
+    # What is measured afterwards, by hand, is not the build with limits.
+    assert (tmp_path / "fused_rnn" / "_C.stand-in.so").read_text() == "build plain"
+    # For another GPU it is none.
+    monkeypatch.setenv("FUSED_RNN_CUDA_ARCHS", "100")
+    _main(tools, monkeypatch, "--only", "bench", "--built", str(out / "built.tar.gz"))
+    said = capsys.readouterr().out
+    assert "for another Python, PyTorch or GPU" in said and "build plain: ok" in said
+
+
+def test_a_machine_without_a_gpu_is_told_so_unless_none_is_needed(
+    tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("FUSED_RNN_CUDA_ARCHS", "90a")
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(tools, "capability", lambda: "RuntimeError: no NVIDIA driver")
+    with pytest.raises(SystemExit, match="no NVIDIA driver"):
+        tools.main()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(tools, "capability", lambda: pytest.fail("asked for a GPU"))
+    monkeypatch.setattr(tools.Run, "go", lambda run: run.waiting)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "cpu"])
+    tools.main()
+    assert "summary: " in capsys.readouterr().out
