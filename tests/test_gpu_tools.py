@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -239,6 +240,20 @@ def test_measurements_that_no_gpu_gives_are_not_taken() -> None:
     late = MICRO | {"async_to_16": {"round_trip": 600.0, "wrong": 3}}
     assert gpu_constants.measured(late).keys().isdisjoint({"remote_cycles", "remote_bytes_per_cycle"})
     assert gpu_constants.measured({}) == {}
+
+
+def test_constants_of_clusters_come_from_the_largest_that_there_are() -> None:
+    import gpu_constants
+
+    small: dict[str, Any] = {
+        "async_to_16": "status 3: cudaErrorInvalidValue",
+        "async_to_peer": {"round_trip": 500.0},
+        "cluster_barrier": {"release_2": 200.0, "release_8": 240.0},
+    }
+    found = gpu_constants.measured(small)
+    assert found["remote_cycles"][0] == 250 and found["cluster_barrier_cycles"][0] == 240
+    small["cluster_barrier"]["release_16"] = 260.0
+    assert gpu_constants.measured(small)["cluster_barrier_cycles"][0] == 260
 
 
 def test_every_measurement_of_the_program_is_known_to_it() -> None:

@@ -163,36 +163,46 @@ __global__ void __launch_bounds__(256, 1) occupant(Results results) {
   results.cycles[0] = reinterpret_cast<long long*>(shared_memory())[thread_index()];
 }
 
-// Clusters of each size that are resident together when each block takes all shared memory; -1: refused. And whether
-// the device takes what such a kernel asks for.
+bool takes(cudaFuncAttribute which, int value) {
+  if (cudaFuncSetAttribute(occupant, which, value) == cudaSuccess) return true;
+  cudaGetLastError();
+  return false;
+}
+
+// Clusters of this size that are resident together when each block takes so much shared memory; -1: refused.
+int resident(int size, int shared) {
+  cudaLaunchAttribute extra = {};
+  extra.id = cudaLaunchAttributeClusterDimension;
+  extra.val.clusterDim.x = unsigned(size);
+  extra.val.clusterDim.y = extra.val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = unsigned(size);
+  launch.blockDim = 256;
+  launch.dynamicSmemBytes = size_t(shared);
+  launch.attrs = &extra;
+  launch.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, occupant, &launch) == cudaSuccess) return clusters;
+  cudaGetLastError();
+  return -1;
+}
+
+int largest_cluster() {
+  takes(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  int size = 16;
+  while (size > 1 && resident(size, 0) < 1) size /= 2;
+  return size;
+}
+
+// With all shared memory of an SM for each block, and whether the device takes what such a kernel asks for.
 Values resident_clusters() {
   const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  Values values = {{"shared_bytes", double(shared)}, {"sms", double(attribute(cudaDevAttrMultiProcessorCount))}};
-  const auto taken = [&](const char* name, cudaFuncAttribute which, int value) {
-    const cudaError_t error = cudaFuncSetAttribute(occupant, which, value);
-    if (error != cudaSuccess) cudaGetLastError();
-    values.push_back({name, error == cudaSuccess ? 1.0 : 0.0});
-  };
-  taken("takes_shared_bytes", cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  taken("takes_size_16", cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  for (int size = 1; size <= 16; size *= 2) {
-    cudaLaunchAttribute extra = {};
-    extra.id = cudaLaunchAttributeClusterDimension;
-    extra.val.clusterDim.x = unsigned(size);
-    extra.val.clusterDim.y = extra.val.clusterDim.z = 1;
-    cudaLaunchConfig_t launch = {};
-    launch.gridDim = unsigned(size);
-    launch.blockDim = 256;
-    launch.dynamicSmemBytes = size_t(shared);
-    launch.attrs = &extra;
-    launch.numAttrs = 1;
-    int clusters = -1;
-    if (cudaOccupancyMaxActiveClusters(&clusters, occupant, &launch) != cudaSuccess) {
-      cudaGetLastError();
-      clusters = -1;
-    }
-    values.push_back({"size_" + std::to_string(size), double(clusters)});
-  }
+  Values values = {{"shared_bytes", double(shared)},
+                   {"sms", double(attribute(cudaDevAttrMultiProcessorCount))},
+                   {"takes_shared_bytes", takes(cudaFuncAttributeMaxDynamicSharedMemorySize, shared) ? 1.0 : 0.0},
+                   {"takes_size_16", takes(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ? 1.0 : 0.0}};
+  for (int size = 1; size <= 16; size *= 2)
+    values.push_back({"size_" + std::to_string(size), double(resident(size, shared))});
   return values;
 }
 
@@ -222,7 +232,8 @@ Values cluster_barrier() {
   Results results;
   const int rounds = 2000;
   Values values;
-  for (int size = 2; size <= 16; size *= 2) {
+  const int largest = largest_cluster();
+  for (int size = 2; size <= largest; size *= 2) {
     const Launch how{size, 256, size};
     values.push_back({"release_" + std::to_string(size), least(how, cluster_barriers<false>, results, rounds, rounds)});
     values.push_back({"relaxed_" + std::to_string(size), least(how, cluster_barriers<true>, results, rounds, rounds)});
@@ -329,15 +340,18 @@ double exchange_cycles(Results& results, int size, int words) {
 Values exchange() {
   Results results;
   Values values;
-  for (int size = 2; size <= 16; size *= 2)
+  const int largest = largest_cluster();
+  for (int size = 2; size <= largest; size *= 2)
     values.push_back({"step_" + std::to_string(size), exchange_cycles<uint4>(results, size, 1)});
-  // At the anchor a block gets 3 KiB a step forward, 12 such words of each; backward 6 KiB, 48 words of 8 bytes.
-  const double few = exchange_cycles<uint4>(results, 16, 12), many = exchange_cycles<uint4>(results, 16, 60);
-  const double few8 = exchange_cycles<uint2>(results, 16, 48), many8 = exchange_cycles<uint2>(results, 16, 144);
-  values.push_back({"forward_step_16", few});
-  values.push_back({"backward_step_16", few8});
-  values.push_back({"bytes_per_cycle", 16 * 48 * 16 / std::max(many - few, 1e-3)});
-  values.push_back({"bytes_per_cycle_of_8", 16 * 96 * 8 / std::max(many8 - few8, 1e-3)});
+  // At the anchor a block of 16 gets 3 KiB a step forward, 12 such words of each; backward 6 KiB, 48 words of 8 bytes.
+  const double few = exchange_cycles<uint4>(results, largest, 12), many = exchange_cycles<uint4>(results, largest, 60);
+  const double few8 = exchange_cycles<uint2>(results, largest, 48);
+  const double many8 = exchange_cycles<uint2>(results, largest, 144);
+  values.push_back({"blocks", double(largest)});
+  values.push_back({"forward_step", few});
+  values.push_back({"backward_step", few8});
+  values.push_back({"bytes_per_cycle", largest * 48 * 16 / std::max(many - few, 1e-3)});
+  values.push_back({"bytes_per_cycle_of_8", largest * 96 * 8 / std::max(many8 - few8, 1e-3)});
   return values;
 }
 
