@@ -92,7 +92,7 @@ cuda-cycles: $(ENVIRONMENT)  ## cycles of a step from machine code, against thos
 cuda-link: $(ENVIRONMENT)  ## compile and link everything against a CUDA build of PyTorch; needs no GPU
 	$(RUN) tools/cuda_link.py $(ARGS)
 
-gpu:  ## on a GPU machine: build, tests, compute-sanitizer, benchmark, in runs/gpu (GPU_PYTHON=python3 has PyTorch)
+gpu:  ## on a GPU machine: everything that only it can show, in runs/gpu (docs/on-a-gpu.md; GPU_PYTHON has PyTorch)
 	$(GPU_PYTHON) tools/gpu.py $(ARGS)
 
 info: build  ## versions, how it was built, instruction sets, threads, CUDA

@@ -14,11 +14,14 @@ Environment:
     FUSED_RNN_CUDA=0|1       without it: CUDA kernels when they can be built. 1: an error when they cannot
     FUSED_RNN_CUDA_ARCHS=... machine code for these alone, e.g. `90a`: a quarter of the time to compile
     FUSED_RNN_ISAS=...       kernels for these instruction sets alone, e.g. `avx512,avx512_bf16`, and portable ones
+    FUSED_RNN_NVCC_FLAGS=... further flags of nvcc, e.g. `-lineinfo`, or a limit of clock cycles to every wait in a
+                             kernel, `-DFRNN_WAIT_LIMIT=4000000000` (csrc/cuda/device.h)
     FUSED_RNN_SANITIZE=...   instrument everything, e.g. `address,undefined` (see `make test-asan`)
     CUDA_HOME                where nvcc is, if not on PATH or in /usr/local/cuda
     CXX, MAX_JOBS            the compiler (g++), parallel compilations (the processors this process may use)
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -251,6 +254,8 @@ def build_configuration(torch) -> dict:
             variant = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
             if cuda:
                 variant += "-cuda-" + "-".join(cuda.architectures)
+                if further := cuda_build.further_flags():
+                    variant += "-" + hashlib.sha256(shlex.join(further).encode()).hexdigest()[:8]
             if sanitizers():
                 variant += "-" + sanitizers().replace(",", "-")
             if "FUSED_RNN_ISAS" in os.environ:
@@ -275,7 +280,7 @@ def build_configuration(torch) -> dict:
     link = sanitizer_flags() or ["-Wl,--strip-debug"]
     if cuda:
         definitions += [
-            ("FRNN_CUDA", f'"{cuda.description}"'),
+            ("FRNN_CUDA", f'"{" ".join([cuda.description, *cuda_build.further_flags()])}"'),
             ("FRNN_CUDA_ARCHS", f'"{",".join(cuda.architectures)}"'),
         ]
         # PyTorch has loaded these libraries when the extension is: no run path is needed.

@@ -157,6 +157,7 @@ py::dict describe(const cuda::Plan& p) {
   py::dict result;
   result["variant"] = cuda::name(p.variant);
   result["multiply"] = cuda::name(p.multiply);
+  result["exchange"] = cuda::name(p.tiling.exchange);
   result["reason"] = p.reason;
   result["layers"] = p.layers;
   result["blocks"] = p.blocks;
@@ -225,8 +226,10 @@ py::dict cuda_device(int index) {
 void cuda_barriers(const std::string& kind, int64_t rounds) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const cuda::DeviceInfo& device = device_info(stream.device_index());
-  const char* error = "kind: expected cluster or grid";
-  if (kind == "cluster") {
+  const char* error = "kind: expected exchange, cluster or grid";
+  if (kind == "exchange") {
+    error = cuda::run_cluster_exchanges(rounds, device, stream.stream());
+  } else if (kind == "cluster") {
     error = cuda::run_cluster_barriers(rounds, device, stream.stream());
   } else if (kind == "grid") {
     const at::Tensor counter = at::empty({1}, at::TensorOptions().dtype(at::kInt).device(stream.device()));
@@ -236,14 +239,15 @@ void cuda_barriers(const std::string& kind, int64_t rounds) {
   TORCH_CHECK(!error, "fused_rnn: ", error);
 }
 
-py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int team_blocks, int most_columns,
-               int most_steps, int layers) {
+py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, bool barriers, int team_blocks,
+               int most_columns, int most_steps, int layers) {
   cuda::Allowed now;
   now.block = block;
   now.cluster = cluster;
   now.grid = grid;
   now.none = none;
   now.counted = counted;
+  now.barriers = barriers;
   now.team_blocks = team_blocks;
   now.most_columns = most_columns;
   now.most_steps = most_steps;
@@ -255,6 +259,7 @@ py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, int
   fields["grid"] = before.grid;
   fields["none"] = before.none;
   fields["counted"] = before.counted;
+  fields["barriers"] = before.barriers;
   fields["team_blocks"] = before.team_blocks;
   fields["most_columns"] = before.most_columns;
   fields["most_steps"] = before.most_steps;
@@ -311,10 +316,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "How one layer would run on the CUDA device of this index, or so many, as cuda_plan_for.");
   m.def("cuda_device", &cuda_device, py::arg("index"), "What the planner knows of a CUDA device.");
   m.def("cuda_barrier", &cuda_barriers, py::arg("kind"), py::arg("rounds"),
-        "Barriers of one cluster or of the whole grid, one after the other, on the current stream; for benchmarks.");
+        "So many barriers of one \"cluster\" or of the whole \"grid\", or \"exchange\"s of a word between all blocks "
+        "of a "
+        "cluster, one after the other, on the current stream; for benchmarks.");
   m.def("cuda_allow", &allow, py::arg("block") = true, py::arg("cluster") = true, py::arg("grid") = true,
-        py::arg("none") = true, py::arg("counted") = true, py::arg("team_blocks") = 0, py::arg("most_columns") = 0,
-        py::arg("most_steps") = 0, py::arg("layers") = 0,
+        py::arg("none") = true, py::arg("counted") = true, py::arg("barriers") = true, py::arg("team_blocks") = 0,
+        py::arg("most_columns") = 0, py::arg("most_steps") = 0, py::arg("layers") = 0,
         "For tests and measurements: which persistent variants may run from now on; returns what was allowed before.");
 #endif
   add_calls(m);

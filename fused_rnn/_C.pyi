@@ -70,6 +70,7 @@ def cuda_allow(
     grid: bool = True,
     none: bool = True,
     counted: bool = True,
+    barriers: bool = True,
     team_blocks: int = 0,
     most_columns: int = 0,
     most_steps: int = 0,

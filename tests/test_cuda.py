@@ -55,8 +55,9 @@ def variant(name: str, **limits: int) -> Iterator[None]:
     from fused_rnn import _C
 
     before = _C.cuda_allow()
-    # Wavefronts stay out where a whole run is without them.
-    _C.cuda_allow(**({"layers": before["layers"]} | {v: v == name for v in VARIANTS} | limits))
+    # Wavefronts and exchanges stay out where a whole run is without them.
+    kept = {option: before[option] for option in ("layers", "counted", "barriers")}
+    _C.cuda_allow(**(kept | {v: v == name for v in VARIANTS} | limits))
     try:
         yield
     finally:
@@ -153,11 +154,12 @@ def test_every_variant_runs_a_cell(name: str, cell: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("team_blocks", [2, 4, 8, 16])
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("exchange", ["counted", "barriers"])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN_TANH"])
-def test_clusters_of_every_size_match_the_float64_reference(cell: str, counted: bool, team_blocks: int) -> None:
+def test_clusters_of_every_size_match_the_float64_reference(cell: str, exchange: str, team_blocks: int) -> None:
     case = Case(cell=cell, input_size=24, hidden_size=136, batch=21, steps=19, hx=True, dtype=torch.bfloat16)
-    with variant("cluster", counted=counted, team_blocks=team_blocks):
+    exchanges = {name: name == exchange for name in ("counted", "barriers")}
+    with variant("cluster", **exchanges, team_blocks=team_blocks):
         skip_unless_planned("cluster", case)
         assert_within(run_on_gpu(case), float64_reference(case))
 

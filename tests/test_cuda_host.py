@@ -29,3 +29,16 @@ def test_a_race_between_cuda_threads_is_found(race: str) -> None:
 def test_no_race_is_reported_where_there_is_none() -> None:
     result = cuda_host.run(cuda_host.build("test_engine", "thread"), "race", "none")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("variant", ["plain", "thread"])
+def test_what_only_waits_for_others_ends_and_hears_them(variant: str) -> None:
+    result = cuda_host.run(cuda_host.build("barrier", variant))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_an_exchange_whose_wait_is_missing_is_noticed() -> None:
+    lines = (cuda_host.KERNELS / "barrier.cuh").read_text().splitlines()
+    (wait,) = [number for number, line in enumerate(lines, 1) if "mbarrier_wait(" in line]
+    result = cuda_host.run(cuda_host.build("barrier"), skip_site=f"barrier.cuh:{wait}")
+    assert result.returncode != 0, result.stdout + result.stderr

@@ -33,6 +33,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gpu, "cases", lambda: list(CASES))
     monkeypatch.setattr(gpu, "PRODUCT_SIZE", 32)
     monkeypatch.setattr(gpu, "SAMPLE_MS", 0.1)
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "tools"))
     with stand_in.gpu(monkeypatch):
         yield
 
@@ -54,7 +55,8 @@ def test_all_cases_are_checked_timed_and_reported(tmp_path: Path) -> None:
     for r in report["results"]:
         assert r["problem"] == "" and 0 <= r["error"] < 0.1
         assert {name: len(times) for name, times in r["milliseconds"].items()} == {"cuDNN": 7, "fused": 7}
-        assert r["floor_ms"] > 0 and r["variant"] in ("block", "cluster", "grid", "none")
+        assert r["floor_ms"] > 0 and r["variant"] in ("block", "counted", "barriers", "grid", "none")
+        assert r["replayed"].keys() == {"cuDNN", "fused"}
         assert r["peak_bytes"] == {"cuDNN": 4096, "fused": 4096}
     # Here nothing runs on cuDNN. Another dtype stands in for it where torch.nn may have no kernels of its own.
     assert [r["rival"] for r in report["results"]] == ["cuDNN in float16"] * 2 + [""] * 6
@@ -134,6 +136,43 @@ def test_another_process_goes_on_after_a_case_that_loses_the_context(
     assert status == 1 and report["not_reached"] == []
 
 
+def test_what_runs_is_said_before_it_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import gpu_phases
+
+    said: list[str] = []
+
+    def hanging(problem: gpu_peers.Problem, training: bool) -> gpu_peers.Run:
+        said.append(capsys.readouterr().out)
+        return gpu_peers.fused(problem, training)
+
+    monkeypatch.setitem(gpu.PEERS, gpu.FUSED, hanging)
+    gpu.main(["--cases", "lstm .*L3"])
+    assert gpu_phases.running_in(said[0]) == "wavefront"
+
+
+def test_a_capture_that_fails_costs_the_replays_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(run: gpu_peers.Run) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(gpu, "captured", fails)
+    status, report, _ = _run(tmp_path, "--cases", "rnn")
+    assert status == 0 and "not permitted when stream is capturing" in capsys.readouterr().err
+    assert all(r["milliseconds"].keys() == {"cuDNN", "fused"} and not r["replayed"] for r in report["results"])
+
+
+def test_the_floor_is_what_lets_blocks_hear_of_each_other() -> None:
+    case = gpu_cases.GpuCase("haste", "lstm", 1, 1000, 1, 1, "bfloat16")
+
+    def floor(**microseconds: float) -> float:
+        return gpu.Machine({"bfloat16": 1e18}, microseconds).floor_ms(case, "forward")
+
+    assert floor(exchange=0.4, cluster=1.0) == pytest.approx(0.4, rel=1e-3)
+    assert floor(cluster=1.0, grid=3.0) == pytest.approx(1.0, rel=1e-3)
+    assert floor() == pytest.approx(0.0, abs=1e-6)
+
+
 def test_a_run_without_time_says_what_it_did_not_reach(tmp_path: Path) -> None:
     status, report, tables = _run(tmp_path, "--seconds", "0")
     assert status == 0 and report["results"] == []
@@ -148,28 +187,103 @@ def test_variants_are_taken_away_on_request(monkeypatch: pytest.MonkeyPatch, tmp
     assert "Left out: the variants cluster, wavefront." in tables
 
 
-def test_calls_for_the_sanitizer_are_compared_with_the_reference(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "tools"))
+@pytest.fixture
+def sanitized(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """tools/gpu_sanitized.py with a few calls, all of which run as "block"."""
+    import gpu_sanitized
+
+    some = gpu_sanitized.calls()[:20]
+    monkeypatch.setattr(gpu_sanitized, "variants_of", lambda call: {"block"})
+    monkeypatch.setattr(gpu_sanitized, "calls", lambda: some)
+    before = torch.backends.cudnn.allow_tf32
+    yield gpu_sanitized
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def test_the_first_calls_have_every_variant() -> None:
     import gpu_sanitized
 
     everything = gpu_sanitized.calls()
     assert len({str(watched) for watched in everything}) == len(everything)
-    assert {watched.variant for watched in everything[:5]} == set(gpu_sanitized.VARIANTS)
-    monkeypatch.setattr(gpu_sanitized, "variants_of", lambda call: {"block"})
-    monkeypatch.setattr(gpu_sanitized, "calls", lambda: everything[:20])
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        assert gpu_sanitized.main(["--variant", "block"]) == 0
-        assert "all right" in capsys.readouterr().out
-        assert gpu_sanitized.main(["--variant", "grid"]) == 1
-        assert "runs as block" in capsys.readouterr().out
-        monkeypatch.setattr(gpu_sanitized, "scaled_errors", lambda *results: {"output": float("nan")})
-        assert gpu_sanitized.main(["--variant", "block"]) == 1
-        assert "WRONG" in capsys.readouterr().out
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    assert [watched.variant for watched in everything[:6]] == list(gpu_cases.VARIANTS)
+
+
+def test_calls_for_the_sanitizer_are_compared_with_the_reference(
+    sanitized: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sanitized.main(["--variant", "block"]) == 0
+    assert re.search(r"^4 calls right, 0 wrong, 0 failed$", capsys.readouterr().out, re.MULTILINE)
+    assert sanitized.main(["--variant", "grid"]) == sanitized.FAILED
+    assert "runs as block" in capsys.readouterr().out
+    everything_else = [part for name in gpu_cases.VARIANTS if name != "block" for part in ("--without", name)]
+    assert sanitized.main(everything_else) == 0
+    assert "4 calls right" in capsys.readouterr().out
+    monkeypatch.setattr(sanitized, "scaled_errors", lambda *results: {"output": float("nan")})
+    assert sanitized.main(["--variant", "block"]) == sanitized.WRONG
+    assert "WRONG: block" in capsys.readouterr().out
+
+
+def test_a_call_that_raises_hides_no_other_and_a_lost_context_is_a_fault(
+    sanitized: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors = iter([1.0, RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"), 1.0, 1.0])
+
+    def worst_error(call: Any) -> float:
+        found = next(errors)
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
+
+    monkeypatch.setattr(sanitized, "worst_error", worst_error)
+    assert sanitized.main(["--variant", "block"]) == sanitized.FAILED
+    out = capsys.readouterr().out
+    assert "CUBLAS_STATUS_NOT_SUPPORTED" in out and "3 calls right, 0 wrong, 1 failed" in out
+
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    errors = iter([RuntimeError("CUDA error: an illegal memory access")])
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert sanitized.main(["--variant", "block"]) == sanitized.FAULT
+    assert "0 calls right, 0 wrong, 1 failed, 3 not tried" in capsys.readouterr().out
+
+
+def test_the_anchor_is_measured_by_events_and_as_graphs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_anchor
+
+    small = gpu_cases.GpuCase("flashrnn", "lstm", 3, 4, 5, 72, "bfloat16")
+    monkeypatch.setattr(gpu_anchor, "cases", lambda: [small])
+    monkeypatch.setattr(gpu_anchor, "LENGTHS", (2, 6))
+    file = tmp_path / "anchor.json"
+    assert gpu_anchor.main(["auto", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["2"]["problem"] == "" and found["6"]["training_replayed_ms"] >= 0
+    assert found["step_us"].keys() == {f"{w}, {how}" for w in ("forward", "backward") for how in ("events", "graph")}
+    assert re.search(r"^forward, events: [-.\d]+ us a step", capsys.readouterr().out, re.MULTILINE)
+    # The plans of the stand-in do not follow what is allowed.
+    assert gpu_anchor.main(["none", "--json", str(file)]) == 1
+    assert "runs as" in json.loads(file.read_text())["failed"]
+    assert gpu_anchor.main(["cudnn"]) == 0
+    assert gpu_anchor.main(["auto", "--profile", "backward"]) == 0
+    assert "backward as " in capsys.readouterr().out
+
+
+def test_wrong_numbers_of_the_anchor_are_said_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import gpu_anchor
+
+    def wrong(problem: gpu_peers.Problem, training: bool) -> gpu_peers.Run:
+        run = gpu_peers.fused(problem, training)
+        return lambda: [1.5 * tensor for tensor in run()]
+
+    monkeypatch.setitem(gpu.PEERS, gpu.FUSED, wrong)
+    monkeypatch.setattr(gpu_anchor, "cases", lambda: [CASES[0]])
+    monkeypatch.setattr(gpu_anchor, "LENGTHS", (2, 4))
+    file = tmp_path / "anchor.json"
+    assert gpu_anchor.main(["auto", "--json", str(file)]) == gpu_anchor.WRONG
+    found = json.loads(file.read_text())
+    assert found["2"]["problem"].startswith("wrong numbers") and found["4"]["training_ms"] > 0
 
 
 # Those that say something of the layers on any device, and where the tests are more than one call and a comparison.

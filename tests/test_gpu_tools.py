@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,23 +57,16 @@ def test_names_of_kernels_lose_what_every_one_has() -> None:
     assert cuda_compile._short(long) == "step_kernel<Elman<0, Tanh>, float, 4>"
 
 
-def test_a_phase_that_runs_out_of_time_is_reported_and_the_next_still_runs(tmp_path: Path) -> None:
-    import gpu as runner
+def test_a_phase_that_runs_out_of_time_is_interrupted_first(tmp_path: Path) -> None:
+    import gpu_phases
 
     # On an interrupt Python says what it was at, as pytest says what failed.
-    program = tmp_path / "slow.py"
-    program.write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
-    slow = runner.Phase("slow", [sys.executable, str(program)], 1)
-    good = runner.Phase("good", [sys.executable, "-c", "print('done')"], 1)
-    bad = runner.Phase("bad", [sys.executable, "-c", "raise SystemExit(3)"], 1)
-    for phase, seconds in ((slow, 2.2), (good, 20), (bad, 20)):
-        runner.run(phase, tmp_path, seconds)
-    assert slow.verdict.startswith("stopped after")
+    slow = gpu_phases.Phase(
+        "slow", [sys.executable, "-c", "import time\nprint('begun', flush=True)\ntime.sleep(60)"], 1
+    )
+    gpu_phases.run(slow, gpu_phases.Log(tmp_path / "log.txt"), 2.2)
+    assert slow.verdict == "stopped after 2 s"
     assert slow.last_lines.startswith("begun\n") and slow.last_lines.endswith("KeyboardInterrupt")
-    assert (good.verdict, good.last_lines) == ("ok", "done")
-    assert bad.verdict == "failed, status 3"
-    text = runner.summary([slow, good, bad], tmp_path)
-    assert "| slow | stopped after 2 s |" in text and "| good | ok |" in text
 
 
 TESTS_THAT_END_A_RUN = """
@@ -114,7 +109,7 @@ sys.modules |= {"fused_rnn": fused_rnn, "fused_rnn.bench": types.ModuleType("ben
 def test_tests_go_on_after_one_that_hangs_and_one_that_loses_the_context(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gpu as runner
+    import gpu_phases
 
     (tmp_path / "test_it.py").write_text(TESTS_THAT_END_A_RUN)
     (tmp_path / "conftest.py").write_text(FUSED_RNN)
@@ -122,8 +117,9 @@ def test_tests_go_on_after_one_that_hangs_and_one_that_loses_the_context(
     (tmp_path / "stand_ins" / "torch.py").write_text(TORCH)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stand_ins"))
     command = [sys.executable, "-m", "pytest", "-p", "gpu_tests", "--gpu-log", str(tmp_path / "begun.txt"), "-v"]
-    tests = runner.Phase("tests", [*command, str(tmp_path)], 200, stall=8, resumes=True)
-    runner.run(tests, tmp_path, 200, without=["cluster"])
+    tests = gpu_phases.Phase("tests", [*command, str(tmp_path)], 200, stall=8, resumes=True, without="--gpu-without")
+    losses = gpu_phases.Losses(["counted", "barriers"])
+    gpu_phases.run(tests, gpu_phases.Log(tmp_path / "log.txt"), 200, losses)
     log = (tmp_path / "log.txt").read_text()
     assert tests.verdict == "lost the CUDA context 2 times, hung, ok"
     assert [line.partition("::")[2] for line in tests.failures if "::" in line] == [
@@ -131,7 +127,7 @@ def test_tests_go_on_after_one_that_hangs_and_one_that_loses_the_context(
         "test_takes_it_along_too (call)",
     ]
     assert "HUNG" in "".join(tests.failures) and "AssertionError: seen" in log
-    assert log.count("allowed: {'cluster': False}") == 4
+    assert log.count("allowed: {'counted': False, 'barriers': False}") == 4
     begun = (tmp_path / "begun.txt").read_text().splitlines()
     assert [name.partition("::")[2] for name in begun] == [
         "test_first",
@@ -143,26 +139,131 @@ def test_tests_go_on_after_one_that_hangs_and_one_that_loses_the_context(
     ]
 
 
-def test_a_tool_that_is_not_there_is_reported(tmp_path: Path) -> None:
-    import gpu as runner
+def test_variants_can_be_asked_for_and_left_out() -> None:
+    for name in gpu_cases.VARIANTS:
+        allowed = gpu_cases.allowed_only(name)
+        # Where only one may run, no kernel but its own is allowed.
+        kernels = {kernel for kernel in ("block", "grid", "none", "counted", "barriers") if allowed[kernel]}
+        assert kernels == {"counted" if name == "wavefront" else name}
+        assert allowed["cluster"] == (kernels <= {"counted", "barriers"})
+        assert (allowed["layers"] > 1) == (name == "wavefront")
+    assert gpu_cases.allowed_without(["counted", "wavefront"]) == {"counted": False, "layers": 1}
 
-    missing = runner.Phase("memcheck", ["no-such-program"], 5)
-    runner.run(missing, tmp_path, 5)
-    assert missing.verdict == "no-such-program is not found"
+
+def fake(folder: Path, body: str) -> Path:
+    """A program in the place of micro."""
+    program = folder / "micro"
+    program.write_text(f"#!{sys.executable} -IS\nimport os, signal, sys, time\n{body}\n")
+    program.chmod(0o755)
+    return program
 
 
-def test_variants_that_hang_are_left_out_of_what_follows(tmp_path: Path) -> None:
-    import gpu as runner
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("print('{\"interval\": 6.5')", "printed no measurement"),
+        ("print('[1]')", "printed no measurement"),
+        ('print(\'{"interval": "fast"}\')', "printed no measurement"),
+        ("pass", "printed no measurement"),
+        ("sys.exit('an illegal memory access')", "status 1: an illegal memory access"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "status -11"),
+        ("time.sleep(60)", "hung: nothing for 1 s"),
+    ],
+)
+def test_a_measurement_that_is_none_is_told_from_one(tmp_path: Path, body: str, said: str) -> None:
+    import gpu_micro
 
-    for name, option in (("tests", "--gpu-without"), ("bench", "--without")):
-        phase = runner.Phase(name, [sys.executable, "-c", "import sys; print(sys.argv[1:])"], 20)
-        runner.run(phase, tmp_path, 20, without=["grid"])
-        assert f"'{option}', 'grid'" in phase.last_lines
-    watched = runner.Phase("racecheck", [sys.executable, "-c", "import sys; print(sys.argv[1:])"], 20)
-    runner.run(watched, tmp_path, 20, without=["grid"])
-    assert watched.last_lines == str(
-        [part for name in ("cluster", "wavefront", "block", "none") for part in ("--variant", name)]
-    )
+    with pytest.raises(RuntimeError, match=said):
+        gpu_micro.measure(fake(tmp_path, body), "multiply", seconds=1.0)
+
+
+def test_a_measurement_is_what_the_program_prints(tmp_path: Path) -> None:
+    import gpu_micro
+
+    program = fake(tmp_path, "print('{\"interval\": 6.5, \"of\": ' + str(len(sys.argv[1])) + '}')")
+    assert gpu_micro.measure(program, "multiply", seconds=20.0) == {"interval": 6.5, "of": 8.0}
+    program = fake(tmp_path, "print('WAITED TOO LONG: mbarrier, line 9')\nsys.exit(3)")
+    assert gpu_micro.where_it_stands(program, "exchange") == ["WAITED TOO LONG: mbarrier, line 9"]
+
+
+MICRO: dict[str, dict[str, float]] = {
+    "shared": {"bytes_per_cycle": 127.0},
+    "exchange": {"bytes_per_cycle": 20.0},
+    "async_to_16": {"round_trip": 600.0, "wrong": 0},
+    "multiply": {"interval": 8.25},
+    "grid": {"counter_16": 1500.0},
+    "l2": {"latency": 270.0, "bytes_per_cycle_of_all": 40.0},
+}
+
+
+def test_constants_of_the_planner_are_written_anew_where_they_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_constants
+
+    results, out = tmp_path / "results.json", tmp_path / "measured.h"
+    gpu = {"gpu": {"name": "GPU of */ a kind"}}
+    results.write_text(json.dumps({"machine": gpu, "micro": MICRO | {"launch": "hung: nothing for 8 s"}}))
+    monkeypatch.setattr(sys, "argv", ["gpu_constants.py", "--results", str(results), "--out", str(out)])
+    assert gpu_constants.main() == 1  # not all of them
+    before, after = gpu_constants.HEADER.read_text().splitlines(), out.read_text().splitlines()
+    changed = {new.split()[2]: new for old, new in zip(before, after, strict=True) if old != new}
+    expected = {"shared_bytes_per_cycle": 127, "remote_bytes_per_cycle": 20, "remote_cycles": 300}
+    expected |= {"multiply_cycles": 8.25, "memory_cycles": 1770, "l2_bytes_per_cycle": 40}
+    assert {name: float(line.split()[4].rstrip(";")) for name, line in changed.items()} == expected
+    assert "// measured on GPU of  a kind (multiply); between two" in changed["multiply_cycles"]
+    # And again, from what was written.
+    monkeypatch.setattr(gpu_constants, "HEADER", out)
+    gpu_constants.main()
+    assert out.read_text().splitlines() == after
+
+
+def test_every_measured_constant_is_one_of_the_planner(tools_header: str) -> None:
+    import gpu_constants
+
+    known = {match[1] for line in tools_header.splitlines() if (match := gpu_constants.LINE.match(line))}
+    assert set(gpu_constants.SOURCES) <= known
+    assert tools_header.count("constexpr double") == len(known)
+
+
+@pytest.fixture
+def tools_header() -> str:
+    return (TOOLS.parent / "csrc" / "cuda" / "measured.h").read_text()
+
+
+def test_measurements_that_no_gpu_gives_are_not_taken() -> None:
+    import gpu_constants
+
+    micro = MICRO | {"multiply": {"interval": 0.01}, "shared": {"bytes_per_cycle": float("nan")}}
+    assert gpu_constants.measured(micro).keys().isdisjoint({"multiply_cycles", "shared_bytes_per_cycle"})
+    # Stores that bring wrong words are fast.
+    late = MICRO | {"async_to_16": {"round_trip": 600.0, "wrong": 3}}
+    assert gpu_constants.measured(late).keys().isdisjoint({"remote_cycles", "remote_bytes_per_cycle"})
+    assert gpu_constants.measured({}) == {}
+
+
+def test_constants_of_clusters_come_from_the_largest_that_there_are() -> None:
+    import gpu_constants
+
+    small: dict[str, Any] = {
+        "async_to_16": "status 3: cudaErrorInvalidValue",
+        "async_to_peer": {"round_trip": 500.0},
+        "cluster_barrier": {"release_2": 200.0, "release_8": 240.0},
+    }
+    found = gpu_constants.measured(small)
+    assert found["remote_cycles"][0] == 250 and found["cluster_barrier_cycles"][0] == 240
+    small["cluster_barrier"]["release_16"] = 260.0
+    assert gpu_constants.measured(small)["cluster_barrier_cycles"][0] == 260
+
+
+def test_every_measurement_of_the_program_is_known_to_it() -> None:
+    import cuda_build
+    import gpu_constants
+
+    (source,) = (path.read_text() for path in cuda_build.programs() if path.name == "micro.cu")
+    listed = re.findall(r'^    \{"(\w+)", (?:true|false), ', source, re.MULTILINE)
+    used = {name.strip() for source in gpu_constants.SOURCES.values() for name in source.where.split(",")}
+    assert used <= set(listed) and len(listed) == len(set(listed))
 
 
 def test_the_anchor_is_measured_first_and_no_case_twice() -> None:

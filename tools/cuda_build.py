@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,7 +20,18 @@ HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
 def sources() -> list[Path]:
+    """What the extension is made of."""
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def programs() -> list[Path]:
+    """Programs of their own, which need no PyTorch."""
+    return sorted((ROOT / "csrc" / "cuda" / "programs").glob("*.cu"))
+
+
+def further_flags() -> list[str]:
+    """Of FUSED_RNN_NVCC_FLAGS."""
+    return shlex.split(os.environ.get("FUSED_RNN_NVCC_FLAGS", ""))
 
 
 def find_nvcc() -> str | None:
@@ -52,7 +64,7 @@ def code_flags(architectures: list[str]) -> list[str]:
 def command(nvcc: str, compiler: list[str], architectures: list[str]) -> list[str]:
     """nvcc with everything but the files."""
     host = [f"-Xcompiler={flag}" for flag in [*compiler[1:], *HOST_FLAGS]]
-    return [nvcc, f"-ccbin={compiler[0]}", *FLAGS, *host, *code_flags(architectures)]
+    return [nvcc, f"-ccbin={compiler[0]}", *FLAGS, *further_flags(), *host, *code_flags(architectures)]
 
 
 def toolkit(nvcc: str) -> Path:

@@ -2,6 +2,9 @@
 
 By itself it shows in seconds which variants work at all; compute-sanitizer watches the same calls. The most telling
 come first: a run that is stopped has seen something of each variant.
+
+A call that raises is one call: the next ones run, unless the CUDA context went with it. Wrong numbers, failures and a
+lost context are different exit statuses, because what follows depends on which it was.
 """
 
 from __future__ import annotations
@@ -13,19 +16,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from gpu_phases import FAULT, WRONG
 
 import fused_rnn
 from fused_rnn import _C
+from fused_rnn.bench.gpu_cases import VARIANTS, allowed_only, variant_of
 from fused_rnn.check import ERROR_LIMITS, Call, scaled_errors
 
-# Beside those of single layers the stacks of layers that run at once.
-VARIANTS = ("cluster", "wavefront", "grid", "block", "none")
 CELLS = ("LSTM", "GRU", "RNN_TANH")
 # And whether float32 may be rounded to TF32.
 NUMBERS = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False), (torch.float16, False))
 OPTIONS: tuple[dict[str, bool], ...] = ({}, {"packed": True}, {"masked": True})
 # Epsilons of float32: 8 times what TF32 rounds a product by at most.
 TF32_LIMIT = 8 * 2.0**13
+# Exit status: calls raised, the CUDA context is there.
+FAILED = 5
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,6 @@ class Watched:
     @property
     def limit(self) -> float:
         return TF32_LIMIT if self.tf32 else ERROR_LIMITS[self.call.dtype]
-
-    @property
-    def allowed(self) -> dict[str, int]:
-        """What `cuda_allow` is asked for."""
-        wavefront = self.variant == "wavefront"
-        kernels = {name: name == ("cluster" if wavefront else self.variant) for name in VARIANTS if name != "wavefront"}
-        return kernels | {"layers": 2 if wavefront else 1}
 
 
 def calls() -> list[Watched]:
@@ -71,7 +69,7 @@ def variants_of(call: Call) -> set[str]:
     sequence = torch.empty(call.steps, call.batch, call.input_size, dtype=call.dtype, device="cuda")
     plan = fused_rnn.explain(call.build().to("cuda"), sequence).plan
     assert plan is not None
-    return {"wavefront" if one["layers"] > 1 else one["variant"] for one in (plan, plan["backward"])}
+    return {variant_of(plan), variant_of(plan["backward"])}
 
 
 def worst_error(call: Call) -> float:
@@ -80,31 +78,48 @@ def worst_error(call: Call) -> float:
     return max(error if error == error else float("inf") for error in errors)
 
 
+def try_call(watched: Watched) -> tuple[bool, str]:
+    """Whether it ran as its variant and its numbers are right, and what is to be said of it."""
+    _C.cuda_allow(**allowed_only(watched.variant))
+    torch.backends.cudnn.allow_tf32 = watched.tf32
+    found = variants_of(watched.call)
+    if found != {watched.variant}:
+        raise RuntimeError(f"runs as {', '.join(sorted(found))}")
+    error = worst_error(watched.call)
+    right = error <= watched.limit
+    return right, f"{error:.3g} epsilons{'' if right else ', WRONG'}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, 1 if numbers were wrong or a variant was not to be had."""
+    """Returns 0, WRONG, FAILED if calls raised or were not to be had, FAULT if the CUDA context is lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="this alone (may be repeated)")
+    parser.add_argument("--without", action="append", default=[], choices=VARIANTS, help="not this (may be repeated)")
     arguments = parser.parse_args(argv)
-    wrong = 0
-    worst = 0.0
-    for watched in calls():
-        if watched.variant not in (arguments.variant or VARIANTS):
-            continue
-        _C.cuda_allow(**watched.allowed)
-        torch.backends.cudnn.allow_tf32 = watched.tf32
+    wanted = set(arguments.variant or VARIANTS) - set(arguments.without)
+    todo = [watched for watched in calls() if watched.variant in wanted]
+    right, wrong, failed = 0, [], []
+    for done, watched in enumerate(todo, 1):
         print(f"{watched} ... ", end="", flush=True)
-        found = variants_of(watched.call)
-        if found != {watched.variant}:
-            print(f"runs as {', '.join(sorted(found))}", flush=True)
-            wrong += 1
-            continue
-        error = worst_error(watched.call)
-        worst = max(worst, error)
-        right = error <= watched.limit
-        wrong += not right
-        print(f"{error:.3g} epsilons{'' if right else ', WRONG'}", flush=True)
-    print(f"{wrong} calls wrong" if wrong else f"all right, at most {worst:.3g} epsilons from the reference")
-    return 1 if wrong else 0
+        try:
+            is_right, said = try_call(watched)
+            print(said, flush=True)
+            right += is_right
+            if not is_right:
+                wrong.append(watched)
+        except Exception as error:
+            failed.append(watched)
+            print(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"FAULT: the CUDA context is lost: {str(error).splitlines()[0]}")
+            print(f"{right} calls right, {len(wrong)} wrong, {len(failed)} failed, {len(todo) - done} not tried")
+            return FAULT
+    for watched in wrong:
+        print(f"WRONG: {watched}")
+    print(f"{right} calls right, {len(wrong)} wrong, {len(failed)} failed")
+    return FAILED if failed else WRONG if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-// How long a barrier takes: the part of a persistent kernel's step that no arithmetic hides. For
+// How long blocks take to hear of each other: the part of a persistent kernel's step that no arithmetic hides. For
 // fused_rnn/bench/gpu.py.
 #include <cuda_runtime_api.h>
 
+#include "barrier.cuh"
 #include "cuda.h"
-#include "device.h"
 
 namespace fused_rnn {
 namespace cuda {
@@ -12,35 +12,16 @@ namespace {
 
 constexpr int barrier_threads = 256;  // as in the persistent kernels
 
-__global__ void cluster_barriers(int64_t rounds) {
-#if defined(FRNN_CUDA_CLUSTERS)
-  for (int64_t r = 0; r < rounds; ++r) {
-    cluster_arrive();
-    cluster_wait();
-  }
-#endif
-}
-
-__global__ void grid_barriers(int64_t rounds, uint32_t* counter) {
-  for (int64_t r = 1; r <= rounds; ++r) {
-    sync_threads();
-    if (thread_index() == 0) {
-      add_release(counter, 1);
-      wait_until_at_least(counter, uint32_t(r * grid_x()));
-    }
-    sync_threads();
-  }
-}
-
 const char* text_of(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // told here, so not again by the next call
   return cudaGetErrorString(error);
 }
 
-}  // namespace
-
-const char* run_cluster_barriers(int64_t rounds, const DeviceInfo& device, void* stream) {
+// One cluster of the most blocks.
+template <class... Parameters, class... Arguments>
+const char* run_cluster(void (*kernel)(Parameters...), int threads, int64_t shared, const DeviceInfo& device,
+                        void* stream, Arguments... arguments) {
   if (device.max_cluster < 2) return "this GPU has no clusters";
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -48,13 +29,25 @@ const char* run_cluster_barriers(int64_t rounds, const DeviceInfo& device, void*
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t launch = {};
   launch.gridDim = unsigned(device.max_cluster);
-  launch.blockDim = barrier_threads;
+  launch.blockDim = unsigned(threads);
+  launch.dynamicSmemBytes = size_t(shared);
   launch.stream = cudaStream_t(stream);
   launch.attrs = &attribute;
   launch.numAttrs = 1;
-  cudaError_t error = cudaFuncSetAttribute(cluster_barriers, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch, cluster_barriers, rounds);
+  cudaError_t error = cudaSuccess;
+  if (device.max_cluster > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch, kernel, Parameters(arguments)...);
   return text_of(error);
+}
+
+}  // namespace
+
+const char* run_cluster_barriers(int64_t rounds, const DeviceInfo& device, void* stream) {
+  return run_cluster(cluster_barriers, barrier_threads, 0, device, stream, rounds);
+}
+
+const char* run_cluster_exchanges(int64_t rounds, const DeviceInfo& device, void* stream) {
+  return run_cluster(cluster_exchanges, warp_size, sizeof(Exchanged), device, stream, rounds, nullptr);
 }
 
 const char* run_grid_barriers(int64_t rounds, const DeviceInfo& device, uint32_t* counter, void* stream) {

@@ -174,8 +174,9 @@ const char* persistent_backward(const LayerSizes& sizes, const Steps& steps, con
 // Barriers
 
 // So many barriers, one after the other: of one cluster of the most blocks, or of a grid of one block per SM. counter
-// is a word of device memory.
+// is a word of device memory. Exchanges: every block of the cluster sends a word to every block and waits for theirs.
 const char* run_cluster_barriers(int64_t rounds, const DeviceInfo& device, void* stream);
+const char* run_cluster_exchanges(int64_t rounds, const DeviceInfo& device, void* stream);
 const char* run_grid_barriers(int64_t rounds, const DeviceInfo& device, uint32_t* counter, void* stream);
 
 }  // namespace cuda

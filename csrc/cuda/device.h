@@ -8,6 +8,12 @@
 //   - pointers that cross to another block's shared memory come from map_shared() or remote_address();
 //   - a thread that waits for another block calls a function with `wait` in its name: it never spins by itself.
 //
+// With FRNN_WAIT_LIMIT, a number of clock cycles, mbarrier_wait and wait_until_at_least give up after so many: they
+// print who waits, where, for what and in which step, and end the kernel. One that would hang then fails, and says at
+// which wait. Barriers of a block or of the cluster need no limit of their own: what keeps a thread from one is one of
+// these waits, or the end of its kernel. Without the macro a wait's `step`, `file` and `line` leave no instruction
+// behind.
+//
 // "The warp" means all 32 lanes, which must arrive at the same call together.
 #pragma once
 
@@ -54,6 +60,11 @@ FRNN_HOST_DEVICE float approximate_reciprocal(float x) {
 // device code, for the host.)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define FRNN_CUDA_CLUSTERS 1
+#endif
+
+#if defined(FRNN_WAIT_LIMIT)
+#include <cassert>
+#include <cstdio>
 #endif
 
 #define FRNN_DEVICE __device__ __forceinline__
@@ -305,10 +316,68 @@ FRNN_DEVICE void store_release(uint32_t* p, uint32_t value) {
 FRNN_DEVICE void add_release(uint32_t* p, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(value) : "memory");
 }
-// Waits until the counter has reached `target` (modulo 2^32). Only between blocks that are resident together.
-FRNN_DEVICE void wait_until_at_least(const uint32_t* counter, uint32_t target) {
+
+#if defined(FRNN_WAIT_LIMIT)
+
+namespace detail {
+
+// Of one source file: enough to see which blocks stand where, few enough to be read.
+constexpr unsigned most_wait_reports = 48;
+static __device__ unsigned wait_reports;
+
+// Where a wait stands in the source.
+struct WaitSite {
+  const char* file;
+  int line;
+};
+
+// Out of line and without a way back: its registers and its stack are no part of the loop that waits.
+static __device__ __noinline__ void give_up(const char* what, WaitSite site, int step, uint64_t address,
+                                            uint32_t wanted, uint32_t found) {
+  const bool speaks =
+      lane_index() == __ffs(int(__activemask())) - 1 && atomicAdd(&wait_reports, 1u) < most_wait_reports;
+  if (speaks)
+    printf("%s: %s:%d, step %d, block (%d,%d) of (%d,%d), thread %d, at %llx, wanted %u, found %u\n", what, site.file,
+           site.line, step, block_x(), block_y(), grid_x(), grid_y(), thread_index(),
+           static_cast<unsigned long long>(address), wanted, found);
+  // What ends one thread here ends all blocks at once. The others began to wait at about the same time: let them say so
+  // too. A driver may lose what was printed by a kernel that traps, and keeps what failed assertions say: these have
+  // block, thread and line.
+  const long long began = clock64();
+  while (clock64() - began < (speaks ? 40000000 : 80000000)) {
+  }
+  if (speaks) __assert_fail(what, site.file, unsigned(site.line), "wait");
+  __trap();
+}
+
+// Calls `done` until it says so, for at most FRNN_WAIT_LIMIT cycles; then `late`.
+template <class Done, class Late>
+FRNN_DEVICE void wait_for(const Done& done, const Late& late) {
+  if (done()) return;
+  const long long began = clock64();
+  while (!done())
+    if (clock64() - began > (FRNN_WAIT_LIMIT)) late();
+}
+
+}  // namespace detail
+
+#endif
+
+// Waits until the counter has reached `target` (modulo 2^32). Only between blocks that are resident together. step: the
+// kernel's, if it says which, for reports of FRNN_WAIT_LIMIT.
+FRNN_DEVICE void wait_until_at_least(const uint32_t* counter, uint32_t target, int step = -1,
+                                     const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+#if defined(FRNN_WAIT_LIMIT)
+  detail::wait_for([&] { return int32_t(load_acquire(counter) - target) >= 0; },
+                   [&] {
+                     detail::give_up("WAITED TOO LONG: counter", {file, line}, step, uint64_t(counter), target,
+                                     load_acquire(counter));
+                   });
+#else
+  (void)step, (void)file, (void)line;
   while (int32_t(load_acquire(counter) - target) < 0) {  // cycles: leaves
   }
+#endif
 }
 
 namespace detail {
@@ -371,6 +440,11 @@ FRNN_DEVICE void store_streaming(T* p, T value) {
 FRNN_DEVICE void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
+
+// A barrier in shared memory; what it can do stands below.
+struct alignas(8) Mbarrier {
+  uint64_t state;
+};
 
 #if defined(FRNN_CUDA_CLUSTERS)
 
@@ -440,10 +514,6 @@ FRNN_DEVICE void store_remote(RemoteAddress to, T value) {
 // Barriers in shared memory. A phase ends when `count` arrivals have come and as many bytes as were expected; phases
 // have the parities 0, 1, 0, ...
 
-struct alignas(8) Mbarrier {
-  uint64_t state;
-};
-
 // By one thread, before fence_mbarrier_init() and a barrier of the block or cluster.
 FRNN_DEVICE void mbarrier_init(Mbarrier* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(uint32_t(__cvta_generic_to_shared(barrier))), "r"(count)
@@ -494,9 +564,20 @@ FRNN_DEVICE bool mbarrier_try_wait(Mbarrier* barrier, int parity) {
       : "memory");
   return done != 0;
 }
-FRNN_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity) {
+// Waits until the phase of this parity has ended. step: as for wait_until_at_least.
+FRNN_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity, int step = -1, const char* file = __builtin_FILE(),
+                               int line = __builtin_LINE()) {
+#if defined(FRNN_WAIT_LIMIT)
+  detail::wait_for([&] { return mbarrier_try_wait(barrier, parity); },
+                   [&] {
+                     detail::give_up("WAITED TOO LONG: mbarrier", {file, line}, step, __cvta_generic_to_shared(barrier),
+                                     uint32_t(parity), uint32_t(barrier->state >> 32));
+                   });
+#else
+  (void)step, (void)file, (void)line;
   while (!mbarrier_try_wait(barrier, parity)) {
   }
+#endif
 }
 
 // A store that runs beside the program and then counts its bytes on `barrier`, which is in the same block as `to`.

@@ -7,27 +7,14 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "measured.h"
 
 namespace fused_rnn {
 namespace cuda {
 
 namespace {
 
-// Constants of the cost model, in cycles and bytes per cycle of one SM. Unmeasured: taken from data sheets and
-// published microbenchmarks, to be replaced by what a GPU says. They decide between variants and divisions of the
-// batch.
-constexpr double shared_bytes_per_cycle = 128;  // of shared memory
-constexpr double remote_bytes_per_cycle = 14;   // into one SM from the others of its cluster
-constexpr double l2_bytes_per_cycle = 32;       // into one SM
-constexpr double remote_cycles = 350;           // from the last store to the receivers' next instruction
-constexpr double cluster_barrier_cycles = 500;  // the same with a barrier of the cluster
-constexpr double memory_cycles = 2600;          // the same through L2: stores, counter, waiting thread, copy
-constexpr double gates_cycles = 450;            // barrier, sum of the partial sums, gates, packing
-constexpr double issue_cycles = 150;            // of the same, what cannot overlap with other column tiles
-constexpr double step_launch_us = 5;            // product and kernel of a step of its own
-constexpr double l2_bytes_per_us = 3.5e6, memory_bytes_per_us = 2.5e6;  // of weights read again every step
-constexpr double launch_us = 6;
-constexpr double load_bytes_per_us = 0.02e6;  // of W_hh into one block
+using namespace measured;  // constants of the cost model
 
 // Of shared memory, for a column tile's running states: two numbers for each unit and column.
 constexpr int fewest_gate_threads = 128;
@@ -57,7 +44,7 @@ int gates_of(CellKind kind) {
 }
 
 // Cycles between two m16n8k16 (16 bits) or m16n8k8 (TF32) instructions of a scheduler.
-double multiply_cycles(int arch) { return arch >= 120 ? 16 : arch >= 90 ? 6.5 : 8; }
+double multiply_cycles_of(int arch) { return arch >= 120 ? 16 : arch >= 90 ? multiply_cycles : 8; }
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
@@ -92,7 +79,7 @@ class Candidate {
 
   void predict() {
     Tiling& t = plan_.tiling;
-    const double mma = multiply_cycles(device_.arch);
+    const double mma = multiply_cycles_of(device_.arch);
     const bool fma = plan_.multiply == Multiply::float32;
     const int columns = std::min(t.columns, tile_columns);
     // Of a warp, per column tile: row tiles times slabs; two warps share a scheduler.
@@ -253,7 +240,8 @@ class Planner {
         try_teams(Exchange::none, 1, problem_.octets);
         break;
       case Variant::cluster:
-        if (!allowed_.cluster) return refuse(reason, "not allowed by the request");
+        if (!allowed_.cluster || !(allowed_.counted || allowed_.barriers))
+          return refuse(reason, "not allowed by the request");
         if (device_.max_cluster < 2) return refuse(reason, "this GPU has no clusters");
         for (int blocks = 2; blocks <= device_.max_cluster && blocks <= 16; blocks *= 2) {
           const int of_layer = blocks / problem_.layers;

@@ -152,7 +152,8 @@ struct Allowed {
   bool cluster = true;
   bool grid = true;
   bool none = true;          // else a launch a step only if nothing else can be
-  bool counted = true;       // else clusters meet at barriers
+  bool counted = true;       // in clusters, Exchange::counted, which wavefronts need
+  bool barriers = true;      // in clusters where that may not be, Exchange::barriers
   int32_t team_blocks = 0;   // 0: any
   int32_t most_columns = 0;  // per team; 0: any
   int32_t most_steps = 0;    // whose projections are there at once, in inference; 0: projection_steps

@@ -41,17 +41,24 @@ int resident_clusters(int size, int64_t shared) {
   return 0;
 }
 
-// Of the current device.
-cudaError_t read_clusters(DeviceInfo& info) {
-  cudaError_t error =
-      cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, int(info.shared_per_block));
+// Whether the device takes the attribute for `occupy`. A refusal is an answer: it is no error of whoever asks next.
+bool takes(cudaFuncAttribute attribute, int value) {
+  if (cudaFuncSetAttribute(occupy, attribute, value) == cudaSuccess) return true;
+  cudaGetLastError();
+  return false;
+}
+
+// Of the current device. What it refuses costs clusters, or those that need it, and never CUDA.
+void read_clusters(DeviceInfo& info) {
+  const bool all_memory = takes(cudaFuncAttributeMaxDynamicSharedMemorySize, int(info.shared_per_block));
   // Above 8 blocks a cluster is not portable: some devices have none, and a kernel must ask for them.
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(occupy, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  for (int i = 0; i < 5 && error == cudaSuccess; ++i) {
-    info.resident_clusters[i] = resident_clusters(1 << i, info.shared_per_block);
-    if (info.resident_clusters[i] > 0) info.max_cluster = 1 << i;
+  const bool not_portable = takes(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  for (int i = 0; i < 5; ++i) {
+    const int size = 1 << i;
+    const bool possible = all_memory && (size <= 8 || not_portable);
+    info.resident_clusters[i] = possible ? resident_clusters(size, info.shared_per_block) : 0;
+    if (info.resident_clusters[i] > 0) info.max_cluster = size;
   }
-  return error;
 }
 
 // What is wrong with a GPU of an architecture that nvcc was not asked for; the text lives until the thread's next one.
@@ -100,7 +107,7 @@ const char* read_device(int index, DeviceInfo& info) {
   error = cudaFuncGetAttributes(&code, occupy);
   const bool no_code = error == cudaErrorNoKernelImageForDevice;
   // Code for older architectures, translated by the driver, has the kernels without what clusters need (device.h).
-  if (error == cudaSuccess && clusters && code.ptxVersion >= 90) error = read_clusters(info);
+  if (error == cudaSuccess && clusters && code.ptxVersion >= 90) read_clusters(info);
   const cudaError_t restored = cudaSetDevice(before);
   if (no_code) {
     cudaGetLastError();  // told here, so not again by the next call

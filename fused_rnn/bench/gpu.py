@@ -3,7 +3,8 @@
 Every contestant's numbers are compared first, with the fused layer's and torch.nn's run in float32 without TF32. Then
 contestants take turns: in each round each repeats its pass until the GPU has worked some milliseconds between two CUDA
 events. Reported are medians over the rounds and the ratios of cuDNN's time to ours, beside the floor: what the pass
-cannot be faster than on this GPU, by what was measured on it in this run.
+cannot be faster than on this GPU, by what was measured on it in this run. Times of the same passes as replayed CUDA
+graphs stand beside them: where a pass is short, the others are in part those of Python and of launches.
 
 A run ends after --seconds (or FUSED_RNN_BENCH_SECONDS); what was not reached is named. Where a kernel takes the CUDA
 context with it, status 75 asks for another process that goes on after that case (--resume).
@@ -32,13 +33,27 @@ from torch import Tensor
 import fused_rnn
 
 from .. import info
-from .gpu_cases import ANCHOR_US, BAR_GRIDS, BARS, DTYPES, MOST_FLOORS, PASSES, Bar, GpuCase, allowed_without, cases
+from .gpu_cases import (
+    ANCHOR_US,
+    BAR_GRIDS,
+    BARS,
+    DTYPES,
+    MOST_FLOORS,
+    PASSES,
+    VARIANTS,
+    Bar,
+    GpuCase,
+    allowed_without,
+    cases,
+    variant_of,
+)
 from .gpu_peers import CUDNN, FUSED, PEERS, Problem, Run, importable, runs_on_cudnn
 from .runner import TOLERANCES
 
 SCHEMA = 1  # raised when a field of the JSON changes its meaning
 
 ROUNDS = 7
+REPLAY_ROUNDS = 3
 PRODUCT_SIZE = 8192
 # Of GPU work between two events: a launch's jitter of some microseconds is then a thousandth of it.
 SAMPLE_MS = 3.0
@@ -64,6 +79,7 @@ class Measured:
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     floor_ms: float = 0.0
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    replayed: dict[str, float] = field(default_factory=dict)  # the median as a CUDA graph, in milliseconds
 
     @property
     def kernels(self) -> str:
@@ -99,6 +115,31 @@ def milliseconds_of(run: Callable[[], Any], calls: int) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / calls
+
+
+def captured(run: Run) -> Callable[[], Any]:
+    """The same pass as a CUDA graph; what it is given and what it returns stay where they are."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()  # what is made once is made here
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def replayed_milliseconds(run: Run) -> float:
+    """The median of a pass as a CUDA graph."""
+    replay = captured(run)
+    calls = calls_for(replay)
+    return statistics.median(milliseconds_of(replay, calls) for _ in range(REPLAY_ROUNDS))
 
 
 def calls_for(run: Callable[[], Any]) -> int:
@@ -204,6 +245,10 @@ def measure_pass(
     if plan is not None:
         chosen = plan["backward"] if training else plan
         measured.variant, measured.layers = chosen["variant"], chosen["layers"]
+        if chosen["variant"] == "cluster":
+            measured.variant = chosen["exchange"]
+        # Before it runs: whoever reads this knows what did, if nothing follows.
+        print(f"  {measured.which} as {variant_of(chosen)}", flush=True)
     check(problem, expected, training, measured)
     if measured.problem:
         return
@@ -234,6 +279,12 @@ def measure_pass(
     measured.peak_bytes = {name: peak_of(runs[name]) for name in (CUDNN, FUSED) if name in runs}
     measured.floor_ms = machine.floor_ms(case, measured.which)
     measured.milliseconds = milliseconds
+    # Last: a capture that fails costs nothing of what was measured until then.
+    for name in [name for name in (CUDNN, FUSED) if name in runs]:
+        try:
+            measured.replayed[name] = replayed_milliseconds(runs[name])
+        except Exception as error:
+            print(f"  {name} as a graph: {type(error).__name__}: {str(error).splitlines()[:1]}", file=sys.stderr)
 
 
 @dataclass
@@ -241,10 +292,13 @@ class Machine:
     """What the GPU can do, measured in this run."""
 
     flops: dict[str, float]  # a second, of a large product in each of DTYPES
-    barriers_us: dict[str, float]  # of a cluster and of the grid
+    barriers_us: dict[str, float]  # of a cluster and of the grid, and an "exchange" inside a cluster
 
     def floor_ms(self, case: GpuCase, which: str) -> float:
-        return case.floor_us(which, self.flops[case.dtype], self.barriers_us.get("cluster", 0.0)) / 1e3
+        # The least that lets blocks hear of each other. A barrier of a cluster is more than that: its release is a
+        # fence of the whole GPU.
+        heard = [self.barriers_us[kind] for kind in ("exchange", "cluster") if kind in self.barriers_us]
+        return case.floor_us(which, self.flops[case.dtype], min(heard, default=0.0)) / 1e3
 
 
 def measured_machine(barriers: bool = True) -> Machine:
@@ -266,7 +320,8 @@ def _product_rate(dtype: str) -> float:
 
 
 def measured_barriers() -> dict[str, float]:
-    """Microseconds from one barrier to the next, for a cluster of the most blocks and for a grid of all SMs."""
+    """Microseconds from one to the next, in a cluster of the most blocks ("exchange": of asynchronous stores between
+    all of its blocks) and on a grid of all SMs."""
     from .. import _C
 
     many, few = 20000, 2000
@@ -278,11 +333,11 @@ def measured_barriers() -> dict[str, float]:
         return (longer - milliseconds_of(lambda: _C.cuda_barrier(kind, few), 1)) * 1e3 / (many - few)
 
     found = {}
-    for kind in ("cluster", "grid"):
+    for kind in ("exchange", "cluster", "grid"):
         try:
             found[kind] = latency(kind)
         except RuntimeError as error:
-            print(f"barrier of a {kind}: {error}", file=sys.stderr)
+            print(f"barrier, {kind}: {error}", file=sys.stderr)
     return found
 
 
@@ -317,6 +372,10 @@ def verdicts(results: list[Measured]) -> list[str]:
                     f"{grid} (no bar), {which}: geometric mean {mean:.2f} of {len(chosen)} cases; "
                     f"worst {slowest.ratio:.2f} ({slowest.case.name})"
                 )
+    for which in PASSES:
+        if both := [r for r in timed if r.which == which and {CUDNN, FUSED} <= r.replayed.keys()]:
+            mean = statistics.geometric_mean(r.replayed[CUDNN] / r.replayed[FUSED] for r in both)
+            lines.append(f"as CUDA graphs (no bar), {which}: geometric mean {mean:.2f} of {len(both)} cases")
     # Of the same dtype: a rival in another one has memory of its own kind.
     training = [r for r in timed if r.which != "forward" and not r.rival]
     if training:
@@ -423,13 +482,13 @@ def markdown(report: dict[str, Any], results: list[Measured]) -> str:
         "",
         *(f"- {line}" for line in report["bars"]),
         "",
-        "| grid | case | pass | variant | cuDNN | fused | ratio | floor | error | others |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| grid | case | pass | variant | cuDNN | fused | ratio | as graphs: cuDNN | fused | floor | error | others |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
         start = f"| {r.case.grid} | {r.case.name} | {r.which} | {r.kernels} |"
         if r.problem:
-            lines.append(f"{start} {r.problem} | | | | {r.error:.1e} | |")
+            lines.append(f"{start} {r.problem} | | | | | | {r.error:.1e} | |")
             continue
         others = [f"{n} {r.median(n):.3f}" for n in r.milliseconds if n not in (CUDNN, FUSED)]
         others += [f"{CUDNN} is {r.rival}"] if r.rival else []
@@ -437,7 +496,8 @@ def markdown(report: dict[str, Any], results: list[Measured]) -> str:
             times = f"{r.median(CUDNN):.3f} | {r.median(FUSED):.3f} | {r.ratio:.2f}"
         else:
             times = f"| {r.median(FUSED):.3f} |"
-        lines.append(f"{start} {times} | {r.floor_ms:.3f} | {r.error:.1e} | {', '.join(others)} |")
+        graphs = " | ".join(f"{r.replayed[n]:.3f}" if n in r.replayed else "" for n in (CUDNN, FUSED))
+        lines.append(f"{start} {times} | {graphs} | {r.floor_ms:.3f} | {r.error:.1e} | {', '.join(others)} |")
     if report["not_reached"]:
         lines += [
             "",
@@ -467,7 +527,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write everything that was measured")
     parser.add_argument("--markdown", type=Path, help="write the tables")
     parser.add_argument("--resume", action="store_true", help="go on after what --json has, and the case that followed")
-    parser.add_argument("--without", action="append", default=[], help="a persistent variant that is not to be used")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        choices=[*VARIANTS[:-1], "cluster"],
+        help="a persistent variant that is not to be used (may be repeated)",
+    )
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available() or not (info.collect()["build"] or {}).get("cuda"):
         print("no CUDA device, or kernels built without CUDA: python -m fused_rnn info says which", file=sys.stderr)
@@ -527,6 +593,9 @@ def main(argv: list[str] | None = None) -> int:
         return AGAIN
     for line in verdicts(results):
         print(line)
+    for r in results:
+        if r.problem:
+            print(f"{'WRONG' if r.problem.startswith('wrong') else 'ERROR'} {r.case.name}, {r.which}: {r.problem}")
     return 1 if any(r.problem for r in results) else 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -16,8 +16,26 @@ PASSES = ("forward", "forward+backward")
 TURNS = ("bfloat16", "float32", "float16")
 
 
+# What can run a layer: the two exchanges of clusters by themselves, layers that run at once, a launch a step.
+VARIANTS = ("block", "barriers", "counted", "grid", "wavefront", "none")
+
+
+def variant_of(plan: Mapping[str, Any]) -> str:
+    """Which of VARIANTS a plan is (`explain(...).plan`)."""
+    if plan["layers"] > 1:
+        return "wavefront"
+    return str(plan["exchange"] if plan["variant"] == "cluster" else plan["variant"])
+
+
+def allowed_only(variant: str) -> dict[str, Any]:
+    """What `_C.cuda_allow` is asked for so that this one of VARIANTS is used wherever it can be."""
+    exchanges = {"counted": variant in ("counted", "wavefront"), "barriers": variant == "barriers"}
+    kernels = {name: name == variant for name in ("block", "grid", "none")}
+    return kernels | exchanges | {"cluster": any(exchanges.values()), "layers": 2 if variant == "wavefront" else 1}
+
+
 def allowed_without(variants: Iterable[str]) -> dict[str, Any]:
-    """What `_C.cuda_allow` is asked for so that none of these is used: persistent variants, or "wavefront"."""
+    """What `_C.cuda_allow` is asked for so that none of these of VARIANTS, or no "cluster", is used."""
     return dict(("layers", 1) if name == "wavefront" else (name, False) for name in variants)
 
 

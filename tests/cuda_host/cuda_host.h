@@ -182,7 +182,9 @@ inline void add_release(uint32_t* p, uint32_t value, FRNN_CALLER) {
   __atomic_fetch_add(p, value, __ATOMIC_RELEASE);
   detail::counter_changed(file, line);
 }
-inline void wait_until_at_least(const uint32_t* counter, uint32_t target, FRNN_CALLER) {
+// No limit of time here: when nobody can go on, the engine says where all threads wait.
+inline void wait_until_at_least(const uint32_t* counter, uint32_t target, int step = -1, FRNN_CALLER) {
+  (void)step;
   // The load is what ThreadSanitizer sees of the wait.
   if (detail::wait_for_counter(counter, target, file, line)) (void)__atomic_load_n(counter, __ATOMIC_ACQUIRE);
 }
@@ -243,7 +245,7 @@ void mbarrier_arrive(Mbarrier* barrier, FRNN_CALLER);
 void mbarrier_arrive_expect(Mbarrier* barrier, int bytes, FRNN_CALLER);
 void mbarrier_arrive_remote(RemoteAddress barrier, FRNN_CALLER);
 bool mbarrier_try_wait(Mbarrier* barrier, int parity, FRNN_CALLER);
-void mbarrier_wait(Mbarrier* barrier, int parity, FRNN_CALLER);
+void mbarrier_wait(Mbarrier* barrier, int parity, int step = -1, FRNN_CALLER);
 
 template <class T>
 void store_async(RemoteAddress to, T value, RemoteAddress barrier, FRNN_CALLER) {

@@ -1155,7 +1155,7 @@ void mbarrier_arrive_remote(RemoteAddress barrier, const char* file, int line) {
                [=](Fibre& f) { arrive_at_mbarrier(f, barrier.address, true, 0); });
 }
 
-void mbarrier_wait(Mbarrier* barrier, int parity, const char* file, int line) {
+void mbarrier_wait(Mbarrier* barrier, int parity, int, const char* file, int line) {
   detail::check_shared(barrier, sizeof(Mbarrier), "mbarrier_wait", file, line);
   in_scheduler("mbarrier_wait", file, line, [=](Fibre& f) {
     if (parity != 0 && parity != 1) fail(f, "expected parity 0 or 1, got " + std::to_string(parity));
@@ -1176,7 +1176,7 @@ bool mbarrier_try_wait(Mbarrier* barrier, int parity, const char* file, int line
     detail::let_others_run(file, line);
     return false;
   }
-  mbarrier_wait(barrier, parity, file, line);
+  mbarrier_wait(barrier, parity, -1, file, line);
   return true;
 }
 

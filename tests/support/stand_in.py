@@ -75,6 +75,13 @@ class Stream:
         pass
 
 
+class Graph:
+    """torch.cuda.CUDAGraph: what was captured has run, a replay is nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
 class Memory:
     """What the allocator would count: nothing of it is measured."""
 
@@ -99,7 +106,9 @@ class _Allowed:
     """What `_C.cuda_allow` was told last; the plans here do not follow it."""
 
     def __init__(self) -> None:
-        self.now: dict[str, Any] = dict.fromkeys(("block", "cluster", "grid", "none", "counted"), True) | {"layers": 0}
+        self.now: dict[str, Any] = dict.fromkeys(("block", "cluster", "grid", "none", "counted", "barriers"), True) | {
+            "layers": 0
+        }
 
     def __call__(self, **changes: Any) -> dict[str, Any]:
         before, self.now = self.now, self.now | changes
@@ -127,6 +136,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "Stream": Stream,
         "current_stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": lambda graph: contextlib.nullcontext(),
         "set_sync_debug_mode": _nothing,
         "_sleep": _nothing,
         "mem_get_info": lambda *device: (1 << 30, 1 << 30),
