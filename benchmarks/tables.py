@@ -158,6 +158,8 @@ def programs(result: Mapping[str, Any], name: str) -> str:
         "",
         f"Slower than torch.nn: {'; '.join(slower) or 'none of these'}.",
     ]
+    notes = {record["name"]: record["note"] for record in result["programs"] if record["note"]}
+    lines += ["", *(f"- **{program}**: {note}" for program, note in notes.items())]
     if failed:
         lines += ["", f"Not the same numbers, and so not timed: {', '.join(failed)}."]
     if result["not_installed"]:

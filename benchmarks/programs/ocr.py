@@ -73,6 +73,10 @@ PROGRAMS = (
         timed="reading 8 lines of 64 x 256 pixels",
         build=easyocr,
         trains=False,
+        note=(
+            "`Reader(...).recognizer` is such a model: convert it. On the CPU `Reader` quantizes it by default; "
+            "pass `quantize=False`, since `quantize_dynamic` knows `torch.nn`'s layers only."
+        ),
     ),
     Program(
         name="docTR crnn_mobilenet_v3_small",
@@ -81,6 +85,7 @@ PROGRAMS = (
         way=CONVERT,
         timed="a training step on 16 words",
         build=doctr,
+        note=("A plain model; predictors hold it as `predictor.reco_predictor.model`."),
     ),
     Program(
         name="kraken VGSL",
@@ -89,5 +94,9 @@ PROGRAMS = (
         way=PATCH,
         timed="a training step on 2 lines of 120 x 600 pixels",
         build=kraken,
+        note=(
+            "Built under the patch, because its initialisation asks `isinstance(m, nn.LSTM)`: layers that are not "
+            "get other first values."
+        ),
     ),
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fused_rnn
 
-from .wheels import import_without_cuda
+from .wheels import import_without_libraries
 
 TORCH_NN, FUSED = "torch.nn", "fused"
 CONTESTANTS = (TORCH_NN, FUSED)
@@ -79,7 +79,7 @@ class Program:
 
     def set_up(self, contestant: str, seed: int) -> Running:
         """Build it with the layers of the contestant, from the seed."""
-        import_without_cuda()
+        import_without_libraries()
         seed_everything(seed)
         fused = contestant == FUSED
         if self.way == KEYWORD:

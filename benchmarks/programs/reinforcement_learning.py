@@ -141,6 +141,11 @@ PROGRAMS = (
         way=PATCH,
         timed="`train()`: 2 epochs over 4 x 128 steps of CartPole",
         build=sb3_train,
+        note=(
+            "The agent is built under the patch; loading with `RecurrentPPO.load` builds one too. CartPole's "
+            "episodes are short, so much of the update runs step by step: the package resets states in a Python "
+            "loop."
+        ),
     ),
     Program(
         name="sb3-contrib predict",
@@ -150,6 +155,7 @@ PROGRAMS = (
         timed="`predict()`: a step of 16 environments",
         build=sb3_predict,
         trains=False,
+        note="As above; a large part of it is the package's own Python.",
     ),
     Program(
         name="torchrl LSTMModule",
@@ -158,6 +164,10 @@ PROGRAMS = (
         way=KEYWORD,
         timed="a training step on 16 x 64 steps with resets",
         build=torchrl_lstm,
+        note=(
+            "`LSTMModule(lstm=fused_rnn.LSTM(..., batch_first=True))`. For a layer that is no `nn.LSTM` the "
+            "module uses `mask=`, which fused layers have, instead of packing."
+        ),
     ),
     Program(
         name="torchrl GRUModule",
@@ -166,6 +176,10 @@ PROGRAMS = (
         way=PATCH,
         timed="a training step on 16 x 64 steps with resets",
         build=torchrl_gru,
+        note=(
+            "Built under the patch. Its Python-based layers (`python_based=True`) derive from `nn.RNNBase` and "
+            "stay as they are."
+        ),
     ),
     Program(
         name="rsl-rl PPO",
@@ -174,6 +188,10 @@ PROGRAMS = (
         way=PATCH,
         timed="`update()`: 2 epochs over 64 x 24 steps, GRU",
         build=rsl_rl_update,
+        note=(
+            "Models are built under the patch. `as_jit()` of a model asks for `nn.GRU`: call it under the patch, "
+            "or on `revert(model, inplace=False)`; outside it raises `NotImplementedError: Unsupported RNN type`."
+        ),
     ),
     Program(
         name="tianshou Recurrent",
@@ -182,5 +200,6 @@ PROGRAMS = (
         way=PATCH,
         timed="a training step on 64 stacks of 16 observations",
         build=tianshou_recurrent,
+        note=("The network is built under the patch; algorithms and buffers take it as any other."),
     ),
 )

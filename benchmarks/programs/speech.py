@@ -117,6 +117,10 @@ PROGRAMS = (
         way=CONVERT,
         timed="a training step, 4 x 800 samples",
         build=wavernn,
+        note=(
+            "A plain model. With a PyTorch without CUDA, the wheel's compiled library does not load; "
+            "`benchmarks/programs/wheels.py` does without it."
+        ),
     ),
     Program(
         name="torchaudio Tacotron2",
@@ -125,6 +129,7 @@ PROGRAMS = (
         way=CONVERT,
         timed="a training step, 2 x 30 frames, two LSTM cells a frame",
         build=tacotron2,
+        note=("Two `LSTMCell`s a frame in the decoder, an LSTM in the encoder; the convolutions are most of the rest."),
     ),
     Program(
         name="SpeechBrain CRDNN",
@@ -133,6 +138,10 @@ PROGRAMS = (
         way=CONVERT,
         timed="a training step with CTC, 4 x 2 s, LSTM",
         build=crdnn,
+        note=(
+            "`rnn_class=speechbrain.nnet.RNN.LSTM`, which holds a `torch.nn.LSTM`; converted after the model has "
+            "inferred its sizes. Its default, LiGRU, is a cell of its own."
+        ),
     ),
     Program(
         name="Asteroid DPRNN-TasNet",
@@ -141,6 +150,7 @@ PROGRAMS = (
         way=CONVERT,
         timed="a training step, 2 x 1 s, two speakers",
         build=dprnn,
+        note=("A plain model; many short sequences (chunks and across chunks)."),
     ),
     Program(
         name="pyannote.audio PyanNet",
@@ -150,6 +160,9 @@ PROGRAMS = (
         timed="who speaks when in 2 x 5 s",
         build=pyannet,
         trains=False,
+        note=(
+            "A Lightning module; converted after `build()`. Pipelines hold their models as attributes: convert these."
+        ),
     ),
     Program(
         name="Demucs",
@@ -159,5 +172,6 @@ PROGRAMS = (
         timed="separating 1 s of music, small model",
         build=demucs,
         trains=False,
+        note=("The time-domain network, with an LSTM between encoder and decoder."),
     ),
 )

@@ -49,7 +49,8 @@ def flair_tagger(layers: ModuleType) -> Running:
         forget()
         tagger.eval()
         ordered = sorted(sentences, key=len, reverse=True)
-        return tagger.forward(*tagger._prepare_tensors(ordered))[0]
+        scores = tagger.forward(*tagger._prepare_tensors(ordered))[0]
+        return scores.clamp(min=-100)  # forbidden transitions have -10000
 
     def loss() -> Tensor:
         forget()
@@ -127,6 +128,10 @@ PROGRAMS = (
         way=KEYWORD,
         timed="a training step with CRF on 32 sentences",
         build=flair_tagger,
+        note=(
+            "`SequenceTagger(rnn=fused_rnn.LSTM(...))`. Its other layers come from a table of classes made at "
+            "import, which the patch reaches only if flair is imported inside."
+        ),
     ),
     Program(
         name="Stanza CharacterLanguageModel",
@@ -135,6 +140,10 @@ PROGRAMS = (
         way=CONVERT,
         timed="a training step on 32 x 50 characters",
         build=stanza_charlm,
+        note=(
+            "Packed batches. With `char_rec_dropout` above 0 Stanza runs cells in a loop of its own; they are "
+            "converted as well."
+        ),
     ),
     Program(
         name="OpenNMT-py",
@@ -143,5 +152,6 @@ PROGRAMS = (
         way=CONVERT,
         timed="a training step of translation, 16 sentences",
         build=opennmt,
+        note=("The encoder's LSTM and the decoder's stacked `LSTMCell`s with input feeding."),
     ),
 )
