@@ -38,7 +38,7 @@ PROGRAMS: tuple[Program, ...] = (
 
 KIND, SCHEMA = "programs", 1  # the second is raised when a field of the JSON changes its meaning
 
-PLAN = runner.Plan(min_rounds=3, max_rounds=20, seconds=3.0, precision=0.02, sample_seconds=0.05)
+PLAN = runner.Plan(min_rounds=3, max_rounds=20, seconds=1.5, precision=0.02, sample_seconds=0.05)
 # What a run spends at most on repeating rounds in which other processes were at work.
 _PATIENCE_SECONDS = 40.0
 

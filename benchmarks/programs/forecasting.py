@@ -48,7 +48,7 @@ def darts_rnn() -> Running:
     from darts import TimeSeries
     from darts.models import RNNModel
 
-    values = TimeSeries.from_values(hourly(28)[0])
+    values = TimeSeries.from_values(hourly(14)[0])
     model = RNNModel(
         input_chunk_length=72,
         training_length=96,
@@ -84,7 +84,7 @@ def neuralforecast_gru() -> Running:
     frame = pd.concat([pd.DataFrame({"unique_id": str(i), "ds": times, "y": row}) for i, row in enumerate(values)])
     with quietly():
         model = GRU(
-            h=24, input_size=96, encoder_hidden_size=128, max_steps=5, batch_size=8, windows_batch_size=64, **QUIET
+            h=24, input_size=96, encoder_hidden_size=128, max_steps=3, batch_size=8, windows_batch_size=32, **QUIET
         )
         forecast = NeuralForecast(models=[model], freq="h")
     network = forecast.models[0]  # a copy of the model
@@ -124,7 +124,7 @@ def pytorch_forecasting_deepar() -> Running:
 
     def step() -> dict[str, Tensor]:
         with quietly():
-            trainer = lightning.Trainer(max_steps=10, **QUIET)
+            trainer = lightning.Trainer(max_steps=3, **QUIET)
             trainer.fit(model, batches)
         return dict(trainer.callback_metrics)
 
@@ -163,7 +163,7 @@ PROGRAMS = (
         field=FIELD,
         requires=("darts",),
         way=PATCH,
-        timed="`fit()`: an epoch over 4 weeks of hours, GRU",
+        timed="`fit()`: an epoch over 2 weeks of hours, GRU",
         build=darts_rnn,
         note=("The network is built in the first `fit`, so that call is under the patch; later ones need not be."),
     ),
@@ -172,7 +172,7 @@ PROGRAMS = (
         field=FIELD,
         requires=("neuralforecast",),
         way=PATCH,
-        timed="`fit()`: 5 steps on 64 windows of 96 hours",
+        timed="`fit()`: 3 steps on 32 windows of 96 hours",
         build=neuralforecast_gru,
         note=(
             "The model is built under the patch. `NeuralForecast` trains copies of the models it is given: "
@@ -184,7 +184,7 @@ PROGRAMS = (
         field=FIELD,
         requires=("pytorch-forecasting", "lightning"),
         way=CONVERT,
-        timed="`Trainer.fit()`: 10 steps on 64 windows of 96 hours, LSTM",
+        timed="`Trainer.fit()`: 3 steps on 64 windows of 96 hours, LSTM",
         build=pytorch_forecasting_deepar,
         note=(
             "Its `LSTM` and `GRU` are subclasses of `torch.nn`'s that end in `super().forward`, so `convert` "

@@ -15,7 +15,7 @@ def easyocr() -> Running:
 
     # the sizes of its recogniser for English; reading a batch of lines
     model = Model(input_channel=1, output_channel=256, hidden_size=256, num_class=97).eval()
-    lines, text = torch.rand(8, 1, 64, 256), torch.zeros(8, 26, dtype=torch.long)
+    lines, text = torch.rand(4, 1, 64, 256), torch.zeros(4, 26, dtype=torch.long)
 
     def step() -> Tensor:
         with torch.no_grad():
@@ -48,8 +48,8 @@ def kraken() -> Running:
         "S1(1x0)1,3 Lbx200 Do0.1,2 Lbx200 Do0.1,2 Lbx200 Do O1c80]"
     )
     model = TorchVGSLModel(vgsl=spec)
-    lines, widths = torch.rand(2, 1, 120, 600), torch.tensor([600, 480])
-    labels, lengths = torch.randint(1, 80, (2, 30)), torch.tensor([30, 24])
+    lines, widths = torch.rand(2, 1, 120, 240), torch.tensor([240, 200])
+    labels, lengths = torch.randint(1, 80, (2, 12)), torch.tensor([12, 10])
 
     def loss() -> Tensor:
         model.nn.train()
@@ -70,7 +70,7 @@ PROGRAMS = (
         field=FIELD,
         requires=("easyocr",),
         way=CONVERT,
-        timed="reading 8 lines of 64 x 256 pixels",
+        timed="reading 4 lines of 64 x 256 pixels",
         build=easyocr,
         trains=False,
         note=(
@@ -92,7 +92,7 @@ PROGRAMS = (
         field=FIELD,
         requires=("kraken",),
         way=PATCH,
-        timed="a training step on 2 lines of 120 x 600 pixels",
+        timed="a training step on 2 lines of 120 x 240 pixels",
         build=kraken,
         note=(
             "Built under the patch, because its initialisation asks `isinstance(m, nn.LSTM)`: layers that are not "

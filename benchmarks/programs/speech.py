@@ -14,8 +14,8 @@ def wavernn() -> Running:
     from torchaudio.models import WaveRNN
 
     model = WaveRNN(upsample_scales=[5, 5, 8], n_classes=256, hop_length=200)
-    spectrogram, waveform = torch.randn(4, 1, 128, 6), torch.rand(4, 1, 2 * 200) * 2 - 1
-    classes = torch.randint(256, (4, 2 * 200))
+    spectrogram, waveform = torch.randn(2, 1, 128, 5), torch.rand(2, 1, 200) * 2 - 1
+    classes = torch.randint(256, (2, 200))
 
     def loss() -> Tensor:
         return nn.functional.cross_entropy(model(waveform, spectrogram).squeeze(1).transpose(1, 2), classes)
@@ -27,8 +27,8 @@ def tacotron2() -> Running:
     from torchaudio.models import Tacotron2
 
     model = Tacotron2()
-    tokens, lengths = torch.randint(148, (2, 30)), torch.full((2,), 30)
-    spectrogram, frames = torch.randn(2, 80, 30), torch.full((2,), 30)
+    tokens, lengths = torch.randint(148, (2, 12)), torch.full((2,), 12)
+    spectrogram, frames = torch.randn(2, 80, 12), torch.full((2,), 12)
 
     def loss() -> Tensor:
         before, after, _, _ = model(tokens, lengths, spectrogram, frames)
@@ -115,7 +115,7 @@ PROGRAMS = (
         field=FIELD,
         requires=("torchaudio",),
         way=CONVERT,
-        timed="a training step, 4 x 400 samples",
+        timed="a training step, 2 x 200 samples",
         build=wavernn,
         note=(
             "A plain model. With a PyTorch without CUDA, the wheel's compiled library does not load; "
@@ -127,7 +127,7 @@ PROGRAMS = (
         field=FIELD,
         requires=("torchaudio",),
         way=CONVERT,
-        timed="a training step, 2 x 30 frames, two LSTM cells a frame",
+        timed="a training step, 2 x 12 frames, two LSTM cells a frame",
         build=tacotron2,
         note=("Two `LSTMCell`s a frame in the decoder, an LSTM in the encoder; the convolutions are most of the rest."),
     ),

@@ -27,7 +27,7 @@ def flair_tagger(layers: ModuleType) -> Running:
     for tag in tags:
         labels.add_item(tag)
     sentences = []
-    for _ in range(32):
+    for _ in range(16):
         drawn = torch.randint(200, (int(torch.randint(10, 40, ())),)).tolist()
         sentence = Sentence([words[i] for i in drawn])
         for token, i in zip(sentence, drawn):
@@ -72,7 +72,7 @@ def stanza_charlm() -> Running:
         "char_rec_dropout": 0.0,
     }
     model = CharacterLanguageModel(args, {"char": [chr(i) for i in range(97)]})
-    characters, lengths = torch.randint(97, (32, 51)), [50] * 32
+    characters, lengths = torch.randint(97, (16, 51)), [50] * 16
 
     def forward() -> Tensor:
         return model(characters[:, :-1], lengths)[2]
@@ -126,7 +126,7 @@ PROGRAMS = (
         field=FIELD,
         requires=("flair",),
         way=KEYWORD,
-        timed="a training step with CRF on 32 sentences",
+        timed="a training step with CRF on 16 sentences",
         build=flair_tagger,
         note=(
             "`SequenceTagger(rnn=fused_rnn.LSTM(...))`. Its other layers come from a table of classes made at "
@@ -138,7 +138,7 @@ PROGRAMS = (
         field=FIELD,
         requires=("stanza",),
         way=CONVERT,
-        timed="a training step on 32 x 50 characters",
+        timed="a training step on 16 x 50 characters",
         build=stanza_charlm,
         note=(
             "Packed batches. With `char_rec_dropout` above 0 Stanza runs cells in a loop of its own; they are "
