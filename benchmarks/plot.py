@@ -61,7 +61,8 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
 
 def _of_programs(result: Mapping[str, Any]) -> dict[str, Figure]:
     timed = [record for record in result["programs"] if "ratio" in record]
-    return {"programs": _programs(timed, result["environment"]["processor"])} if timed else {}
+    where = f"{result['environment']['processor']}, {result['environment']['instruction_sets']['used']}"
+    return {"programs": _programs(timed, where)} if timed else {}
 
 
 def _of_cases(result: Mapping[str, Any]) -> dict[str, Figure]:
