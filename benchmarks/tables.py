@@ -125,8 +125,14 @@ def standing(result: Mapping[str, Any], name: str) -> str:
 
 
 def programs(result: Mapping[str, Any], name: str) -> str:
-    """Return the table of programs: times at the largest thread count, ratios at each."""
+    """Return the table of programs: times at the largest thread count, ratios at each.
+
+    Raises:
+        ValueError: no program of the result was timed.
+    """
     counts = sorted({record["threads"] for record in result["programs"] if "ratio" in record}, reverse=True)
+    if not counts:
+        raise ValueError(f"{name}: no program was timed")
     timed: dict[str, dict[int, Mapping[str, Any]]] = {}
     for record in result["programs"]:
         if "ratio" in record:

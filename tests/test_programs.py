@@ -269,5 +269,11 @@ def test_the_table_of_the_docs_comes_from_a_result(result_file: Path, tmp_path: 
     assert page.read_text() == written
 
 
+def test_a_result_without_times_makes_no_table(result_file: Path) -> None:
+    wrong = json.loads(result_file.read_text())["programs"][-1]
+    with pytest.raises(ValueError, match="no program was timed"):
+        tables.programs({"programs": [wrong], "not_installed": []}, "made-up.json")
+
+
 def test_numbers_of_a_result_have_six_digits() -> None:
     assert report.significant({"a": [1 / 3]}) == {"a": [0.333333]}
