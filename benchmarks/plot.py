@@ -159,13 +159,16 @@ def _programs(records: Sequence[Record], title: str) -> Figure:
     for panel, field in zip(axes[:, 0], fields):
         height = 0.8 / len(counts)
         for i, (threads, color) in enumerate(zip(counts, (COLORS["torch.nn"], "#56b4e9", "#d55e00"))):
-            ratios = {
-                r["name"]: r["ratio"]["torch.nn"] for r in records if (r["field"], r["threads"]) == (field, threads)
-            }
-            found = [(y, ratios[name]) for y, name in enumerate(names[field]) if name in ratios]
+            mine = {r["name"]: r for r in records if (r["field"], r["threads"]) == (field, threads)}
+            found = [(y, mine[name]["ratio"]["torch.nn"]) for y, name in enumerate(names[field]) if name in mine]
             places = [y + (i - (len(counts) - 1) / 2) * height for y, _ in found]
             label = f"{threads} {'thread' if threads == 1 else 'threads'}"
-            panel.barh(places, [ratio["median"] - 1 for _, ratio in found], height, left=1, color=color, label=label)
+            bars = panel.barh(
+                places, [ratio["median"] - 1 for _, ratio in found], height, left=1, color=color, label=label
+            )
+            for bar, (y, _) in zip(bars, found):
+                if mine[names[field][y]]["disturbed_rounds"]["kept"]:
+                    bar.set(hatch="////", facecolor="white", edgecolor=color)
             for place, (_, ratio) in zip(places, found):
                 panel.plot([ratio["q1"], ratio["q3"]], [place, place], color="0.3", linewidth=1)
         panel.set_yticks(range(len(names[field])), names[field])
@@ -175,7 +178,9 @@ def _programs(records: Sequence[Record], title: str) -> Figure:
     axes[-1][0].set_xlabel("time of the program with torch.nn / time with fused_rnn")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"{title}: right of the line fused_rnn is faster")
+    disturbed = any(record["disturbed_rounds"]["kept"] for record in records)
+    note = "; hatched: other processes were at work" if disturbed else ""
+    figure.suptitle(f"{title}: right of the line fused_rnn is faster{note}")
     return figure
 
 

@@ -143,7 +143,7 @@ def programs(result: Mapping[str, Any], name: str) -> str:
     for found in timed.values():
         first = next(found[threads] for threads in counts if threads in found)
         times = [report.time_text(first["seconds"][side]["median"]) for side in ("torch.nn", "fused")]
-        spread = [_spread(found[threads]["ratio"]["torch.nn"]) if threads in found else "-" for threads in counts]
+        spread = [_spread(found[threads]) if threads in found else "-" for threads in counts]
         what = [first["name"], f"{first['package']} {first['version']}", first["way"], first["timed"]]
         rows.append([*what, *times, *spread])
     failed = [record["name"] for record in result["programs"] if "ratio" not in record]
@@ -164,6 +164,8 @@ def programs(result: Mapping[str, Any], name: str) -> str:
         "",
         f"Slower than torch.nn: {'; '.join(slower) or 'none of these'}.",
     ]
+    if any(record["disturbed_rounds"]["kept"] for record in result["programs"] if "ratio" in record):
+        lines += ["", r"\* Other processes were at work in rounds that count: not a figure to rely on."]
     notes = {record["name"]: record["note"] for record in result["programs"] if record["note"]}
     lines += ["", *(f"- **{program}**: {note}" for program, note in notes.items())]
     if failed:
@@ -173,8 +175,10 @@ def programs(result: Mapping[str, Any], name: str) -> str:
     return "\n".join(lines)
 
 
-def _spread(ratio: Mapping[str, float]) -> str:
-    return f"{_figure(ratio['median'])} ({_figure(ratio['q1'])} to {_figure(ratio['q3'])})"
+def _spread(record: Mapping[str, Any]) -> str:
+    ratio = record["ratio"]["torch.nn"]
+    mark = r"\*" if record["disturbed_rounds"]["kept"] else ""
+    return f"{_figure(ratio['median'])} ({_figure(ratio['q1'])} to {_figure(ratio['q3'])}){mark}"
 
 
 def _where(result: Mapping[str, Any]) -> str:

@@ -234,6 +234,29 @@ def test_result_says_what_was_found(result_file: Path) -> None:
     assert not wrong["parity"]["passed"] and "seconds" not in wrong
 
 
+def test_what_was_measured_undisturbed_is_kept_and_the_rest_measured(
+    result_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads(result_file.read_text())
+    calm, disturbed, _ = result["programs"]
+    calm["disturbed_rounds"]["kept"], disturbed["disturbed_rounds"]["kept"] = 0, 1
+    kept, written = tmp_path / "kept.json", tmp_path / "written.json"
+    kept.write_text(json.dumps(result))
+
+    def not_again() -> Running:
+        raise AssertionError("measured again")
+
+    both = [program(not_again), program(not_again, name="another")]
+    assert programs.main([*ONE_ROUND, "--keep", str(kept), "--json", str(written)], both) == 1
+    first, second = json.loads(written.read_text())["programs"]
+    assert first == calm and second["error"] == "AssertionError: measured again"
+
+    result["environment"]["processor"] = "another"
+    kept.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="processor is another, here it is"):
+        programs.main([*ONE_ROUND, "--keep", str(kept)], both)
+
+
 def test_a_line_says_threads_times_and_ratio(result_file: Path) -> None:
     first, _, wrong = json.loads(result_file.read_text())["programs"]
     assert "made up" in line(first) and " 1  " in line(first) and "x  ±" in line(first)
@@ -267,6 +290,18 @@ def test_the_table_of_the_docs_comes_from_a_result(result_file: Path, tmp_path: 
     assert "## In every way" in written  # what follows the figures is still there
     assert tables.main([str(result_file), "--root", str(tmp_path)]) == 0
     assert page.read_text() == written
+
+
+def test_a_disturbed_figure_is_marked_as_one(result_file: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = json.loads(result_file.read_text())
+    for record in result["programs"][:2]:
+        record["disturbed_rounds"]["kept"] = 0
+    assert "\\*" not in tables.programs(result, "made-up.json")
+    result["programs"][0]["disturbed_rounds"]["kept"] = 1
+    assert tables.programs(result, "made-up.json").count("\\*") == 2  # the figure, and what the mark means
+    (text, *_), (speech, *_) = (axes.patches for axes in plot.figures(result)["programs"].axes)
+    assert text.get_hatch() and not speech.get_hatch()
 
 
 def test_a_result_without_times_makes_no_table(result_file: Path) -> None:

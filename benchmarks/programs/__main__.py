@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import sys
 import traceback
@@ -85,6 +86,7 @@ class _Run:
             freed_memory_kept=kept, peers={TORCH_NN: torch.__version__, FUSED: fused_rnn.__version__}
         )
         self.others = environment.OtherProcesses(patience=_PATIENCE_SECONDS)
+        self.kept = [record for path in arguments.keep for record in _undisturbed(path, self.where)]
         self.records: list[dict[str, Any]] = []
         self.not_installed: list[dict[str, Any]] = []
 
@@ -94,15 +96,23 @@ class _Run:
             self.not_installed.append({"name": program.name, "field": program.field, "missing": missing})
             print(f"{program.name:32}not installed: {', '.join(missing)}", flush=True)
             return
+        kept = {record["threads"]: record for record in self.kept if record["name"] == program.name}
+        if set(self.thread_counts) <= set(kept):
+            found = [kept[threads] for threads in self.thread_counts]
+        else:
+            found = self._run_quietly(program)
+        for record in found:
+            self.records.append(record)
+            print(line(record), flush=True)
+
+    def _run_quietly(self, program: Program) -> list[dict[str, Any]]:
         torch.set_num_threads(self.thread_counts[0])
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             found = self._run(program)
         if any("error" in record for record in found):
             print(said.getvalue(), file=sys.stderr)
-        for record in found:
-            self.records.append(record)
-            print(line(record), flush=True)
+        return found
 
     def _run(self, program: Program) -> list[dict[str, Any]]:
         record = program_record(program)
@@ -151,6 +161,19 @@ class _Run:
         }
 
 
+def _undisturbed(path: Path, where: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the records of a result that need not be measured again here.
+
+    Raises:
+        ValueError: the result is of another processor, PyTorch or heap.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("processor", "torch", "freed_memory_kept"):
+        if result["environment"][key] != where[key]:
+            raise ValueError(f"{path}: {key} is {result['environment'][key]}, here it is {where[key]}")
+    return [record for record in result["programs"] if "ratio" in record and not record["disturbed_rounds"]["kept"]]
+
+
 def _default_threads() -> Sequence[int]:
     all_threads = torch.get_num_threads()
     return (all_threads,) if all_threads == 1 else (all_threads, 1)
@@ -167,6 +190,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", type=pattern, default="", metavar="REGEX", help="only programs whose name matches")
     parser.add_argument("--threads", type=counts, metavar="N,...", help="thread counts; by default all and 1")
     parser.add_argument("--rounds", type=positive, metavar="N", help="exactly N rounds of every program")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="take from these results what was measured undisturbed at all thread counts, and measure only the rest",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument(
         "--keep-freed-memory",
