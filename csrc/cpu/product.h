@@ -92,13 +92,15 @@ inline constexpr int product_registers = 1;
 // `held` of them, of which each meets all of the others; one of the others at a time.
 constexpr int tile_registers(int MR, int N, int held) { return MR * N + held + 1 + product_registers; }
 
-// Rows of a tile, 8 at most: as many as registers hold when the fewer of its rows and its columns are held. One sum too
-// many is stored and loaded for every k, and the tile takes twice the time. For 4, 3, 2 and 1 vectors: 6, 8, 8, 8 where
-// there are 32 registers; 3, 4, 6, 8 with AVX2; 2, 3, 6, 8 with SSE2.
+// Rows of a tile: as many as vector registers hold when the fewer of its rows and its columns are held. One sum too
+// many is stored and loaded for every k, and the tile takes twice the time. Their addresses stand in the general
+// registers, hence 8 at most, or 7 where the sum of an eighth was stored all the same. For 4, 3, 2 and 1 vectors: 6, 8,
+// 8, 8 where there are 32 registers; 3, 4, 6, 8 with AVX2; 2, 3, 6, 7 with SSE2.
 template <int NV>
 constexpr int tile_rows() {
+  constexpr int most = product_registers == 0 ? 8 : 7;
   int rows = 1;
-  while (rows < 8 && tile_registers(rows + 1, NV, rows + 1 < NV ? rows + 1 : NV) <= vector_registers) ++rows;
+  while (rows < most && tile_registers(rows + 1, NV, rows + 1 < NV ? rows + 1 : NV) <= vector_registers) ++rows;
   return rows;
 }
 
