@@ -2,7 +2,7 @@
 #
 # Variables, e.g. `make test TORCH=torch==2.11.0 PYTHON=python3.12`:
 #   PYTHON  the Python that .venv is made with          TORCH  what pip is asked for as PyTorch
-#   RESULT  where bench writes its result, and figures reads one (out/bench.json)
+#   RESULT  where bench and programs write their results (out/bench.json, out/programs.json), and figures reads one
 #   ARGS    further arguments of the program that a target runs (demo, test, bench, check)
 #   JOBS    processes that share the tests (test, test-asan): as many as there are processors; those of several threads
 #           follow, by themselves. JOBS=1: one after the other in one process, for debugging
@@ -28,9 +28,12 @@ ENVIRONMENT := $(VENV)/.environment-$(ENVIRONMENT_KEY)
 BUILT := $(VENV)/.built-$(ENVIRONMENT_KEY)
 INSTALLED := $(VENV)/.installed-$(ENVIRONMENT_KEY)
 
+PROGRAMS_VENV ?= .venv-programs
+PROGRAMS := $(PROGRAMS_VENV)/.installed-$(shell { echo '$(TORCH)'; cat benchmarks/requirements-programs.txt; } | sha256sum | cut -c1-12)
+
 PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirements.txt | cut -c1-12)
 
-.PHONY: demo test site build lint format check bench figures browser info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
+.PHONY: demo test site build lint format check bench programs figures browser info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
 .DEFAULT_GOAL := help
 
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
@@ -73,6 +76,11 @@ check: build  ## compare the kernels with the reference on this machine, under a
 
 bench: build $(PEERS)  ## time the kernels against torch.nn, ONNX Runtime, OpenVINO (ARGS=--quick for under a minute)
 	$(RUN) -m fused_rnn bench --json $(RESULT) --markdown $(RESULT:.json=.md) $(ARGS)
+
+# Built by `build` for the same Python and PyTorch, so imported from this folder.
+programs: RESULT = out/programs.json
+programs: build $(PROGRAMS)  ## run other packages' programs with fused layers: numbers, then times (ARGS="--only darts")
+	$(PROGRAMS_VENV)/bin/python -m benchmarks.programs --json $(RESULT) $(ARGS)
 
 figures: build  ## tables, images and docs/results.html from a result (RESULT=benchmarks/results/NAME.json)
 	$(RUN) benchmarks/plot.py $(RESULT) --out docs/images
@@ -136,6 +144,13 @@ $(ENVIRONMENT):
 $(PEERS): $(ENVIRONMENT) benchmarks/requirements.txt
 	@$(PIP) install --quiet --requirement benchmarks/requirements.txt && touch $@ || \
 		echo "warning: not all of benchmarks/requirements.txt could be installed; these peers are left out" >&2
+
+$(PROGRAMS): benchmarks/requirements-programs.txt
+	@test -x $(PROGRAMS_VENV)/bin/python || $(PYTHON) -m venv $(PROGRAMS_VENV)
+	@rm -f $(PROGRAMS_VENV)/.installed-*
+	$(PROGRAMS_VENV)/bin/python -m pip --disable-pip-version-check install '$(TORCH)'
+	$(PROGRAMS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
 
 $(BUILT): $(ENVIRONMENT) setup.py $(shell find csrc -type f 2>/dev/null)
 	$(RUN) setup.py --quiet build_ext --inplace

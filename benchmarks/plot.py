@@ -1,8 +1,8 @@
-"""Draw the figures of docs/benchmarks.md and the README from a result file.
+"""Draw the figures of the documentation and the README from a result file.
 
     python benchmarks/plot.py benchmarks/results/NAME.json --out docs/images
 
-Writes ratios-<threads>.png, sweeps-<threads>.png and peak.png.
+Writes ratios-<threads>.png, sweeps-<threads>.png and peak.png, or programs.png: what the result holds data for.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Record = Mapping[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw what the result holds; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON file of `python -m fused_rnn bench --json FILE`")
+    parser.add_argument("result", type=Path, help="JSON file of `make bench` or `make programs`")
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder of the images")
     arguments = parser.parse_args(argv)
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
@@ -56,6 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the figures that the result holds data for, by name."""
+    return _of_programs(result) if result.get("kind") == "programs" else _of_cases(result)
+
+
+def _of_programs(result: Mapping[str, Any]) -> dict[str, Figure]:
+    timed = [record for record in result["programs"] if "ratio" in record]
+    where = f"{result['environment']['processor']}, {result['environment']['instruction_sets']['used']}"
+    return {"programs": _programs(timed, where)} if timed else {}
+
+
+def _of_cases(result: Mapping[str, Any]) -> dict[str, Figure]:
     timed = [record for record in result["cases"] if "seconds" in record and record["dtype"] == "float32"]
     drawn: dict[str, Figure] = {}
     counts = sorted({record["threads"] for record in timed}, reverse=True)
@@ -111,6 +121,10 @@ def _ratio_panel(panel: Axes, shapes: Sequence[str], records: Mapping[str, Recor
         for place, (_, ratio) in zip(places, found):
             panel.plot([ratio["q1"], ratio["q3"]], [place, place], color="0.4", linewidth=1)
     panel.set_yticks(range(len(shapes)), shapes)
+    _logarithmic_ratios(panel)
+
+
+def _logarithmic_ratios(panel: Axes) -> None:
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -125,6 +139,49 @@ def _ratio_panel(panel: Axes, shapes: Sequence[str], records: Mapping[str, Recor
 def _ratio_of(records: Mapping[str, Record], name: str) -> Mapping[str, Any]:
     ratio: Mapping[str, Any] = records[name]["ratio"] if name in records else {}
     return ratio
+
+
+def _programs(records: Sequence[Record], title: str) -> Figure:
+    """A panel for each field, a bar for each program and thread count: torch.nn's time over ours."""
+    fields = list(dict.fromkeys(record["field"] for record in records))
+    counts = sorted({record["threads"] for record in records}, reverse=True)
+    names = {field: list(dict.fromkeys(r["name"] for r in records if r["field"] == field)) for field in fields}
+    rows = [len(names[field]) for field in fields]
+    figure, axes = plt.subplots(
+        len(fields),
+        1,
+        figsize=(9.5, 1.5 + 0.3 * sum(rows) + 0.25 * len(fields)),
+        sharex=True,
+        layout="constrained",
+        squeeze=False,
+        height_ratios=rows,
+    )
+    for panel, field in zip(axes[:, 0], fields):
+        height = 0.8 / len(counts)
+        for i, (threads, color) in enumerate(zip(counts, (COLORS["torch.nn"], "#56b4e9", "#d55e00"))):
+            mine = {r["name"]: r for r in records if (r["field"], r["threads"]) == (field, threads)}
+            found = [(y, mine[name]["ratio"]["torch.nn"]) for y, name in enumerate(names[field]) if name in mine]
+            places = [y + (i - (len(counts) - 1) / 2) * height for y, _ in found]
+            label = f"{threads} {'thread' if threads == 1 else 'threads'}"
+            bars = panel.barh(
+                places, [ratio["median"] - 1 for _, ratio in found], height, left=1, color=color, label=label
+            )
+            for bar, (y, _) in zip(bars, found):
+                if mine[names[field][y]]["disturbed_rounds"]["kept"]:
+                    bar.set(hatch="////", facecolor="white", edgecolor=color)
+            for place, (_, ratio) in zip(places, found):
+                panel.plot([ratio["q1"], ratio["q3"]], [place, place], color="0.3", linewidth=1)
+        panel.set_yticks(range(len(names[field])), names[field])
+        panel.set_ylim(len(names[field]) - 0.5, -0.5)
+        panel.set_title(field, loc="left")
+        _logarithmic_ratios(panel)
+    axes[-1][0].set_xlabel("time of the program with torch.nn / time with fused_rnn")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    disturbed = any(record["disturbed_rounds"]["kept"] for record in records)
+    note = "; hatched: other processes were at work" if disturbed else ""
+    figure.suptitle(f"{title}: right of the line fused_rnn is faster{note}")
+    return figure
 
 
 def _sweeps(records: Sequence[Record], title: str) -> Figure:

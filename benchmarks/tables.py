@@ -1,9 +1,10 @@
-"""Write the figures of a result file into README.md, docs/benchmarks.md and docs/performance.md.
+"""Write the figures of a result file into the documentation.
 
     python benchmarks/tables.py benchmarks/results/NAME.json
 
-What stands between `<!-- figures: NAME -->` and `<!-- figures: end -->` is replaced: NAME is `speed` (README), `bars`
-(benchmarks) or `charts` (performance). Nothing else in these files holds a figure of the suite.
+What stands between `<!-- figures: NAME -->` and `<!-- figures: end -->` is replaced. NAME is `speed` (README), `bars`
+(docs/benchmarks.md) or `charts` (docs/performance.md) for a result of `make bench`, `programs`
+(docs/in-your-program.md) for one of `make programs`. Nothing else in these files holds a figure of them.
 """
 
 from __future__ import annotations
@@ -32,18 +33,13 @@ Record = Mapping[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the files; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON file of `python -m fused_rnn bench --json FILE`")
+    parser.add_argument("result", type=Path, help="JSON file of `make bench` or `make programs`")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that README.md and docs/ are in")
     arguments = parser.parse_args(argv)
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
     source = arguments.result.resolve()
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else source.name
-    texts = {
-        "README.md": {"speed": speed(result, name)},
-        "docs/benchmarks.md": {"bars": standing(result, name)},
-        "docs/performance.md": {"charts": charts(result, name)},
-    }
-    for file, regions in texts.items():
+    for file, regions in texts(result, name).items():
         path = arguments.root / file
         text = path.read_text(encoding="utf-8")
         for region, content in regions.items():
@@ -51,6 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         path.write_text(text, encoding="utf-8")
         print(f"wrote {path}")
     return 0
+
+
+def texts(result: Mapping[str, Any], name: str) -> dict[str, dict[str, str]]:
+    """Return by file and region what a result of this name says."""
+    if result.get("kind") == "programs":
+        return {"docs/in-your-program.md": {"programs": programs(result, name)}}
+    return {
+        "README.md": {"speed": speed(result, name)},
+        "docs/benchmarks.md": {"bars": standing(result, name)},
+        "docs/performance.md": {"charts": charts(result, name)},
+    }
 
 
 def replaced(text: str, region: str, content: str) -> str:
@@ -189,6 +196,63 @@ def _shares_seen(records: Sequence[Record]) -> list[str]:
 
 def _case(record: Record) -> str:
     return f"{record['cell'].upper()} {record['shape_name']} {record['mode']}"
+
+
+def programs(result: Mapping[str, Any], name: str) -> str:
+    """Return the table of programs: times at the largest thread count, ratios at each.
+
+    Raises:
+        ValueError: no program of the result was timed.
+    """
+    counts = sorted({record["threads"] for record in result["programs"] if "ratio" in record}, reverse=True)
+    if not counts:
+        raise ValueError(f"{name}: no program was timed")
+    timed: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for record in result["programs"]:
+        if "ratio" in record:
+            timed.setdefault(record["name"], {})[record["threads"]] = record
+    ratios = [f"torch.nn / fused, {threads} {'thread' if threads == 1 else 'threads'}" for threads in counts]
+    header = ["program", "package", "way", "what is timed", "torch.nn", "fused", *ratios]
+    rows = []
+    for found in timed.values():
+        first = next(found[threads] for threads in counts if threads in found)
+        times = [report.time_text(first["seconds"][side]["median"]) for side in ("torch.nn", "fused")]
+        spread = [_spread(found[threads]) if threads in found else "-" for threads in counts]
+        what = [first["name"], f"{first['package']} {first['version']}", first["way"], first["timed"]]
+        rows.append([*what, *times, *spread])
+    failed = [record["name"] for record in result["programs"] if "ratio" not in record]
+    slower = [
+        f"{record['name']} ({record['threads']} {'thread' if record['threads'] == 1 else 'threads'}: "
+        f"{_figure(record['ratio']['torch.nn']['median'])})"
+        for record in result["programs"]
+        if "ratio" in record and record["ratio"]["torch.nn"]["median"] < NOISE
+    ]
+    lines = [
+        f"Time of the program with torch.nn / time with fused layers, and the quartiles of the rounds: above 1 fused "
+        f"layers are faster. Times at {counts[0]} {'thread' if counts[0] == 1 else 'threads'}. {_where(result)}. "
+        f"From `{name}`, as `make programs` writes it.",
+        "",
+        report.markdown_table(header, rows, 4),
+        "",
+        "![Programs of other packages](images/programs.png)",
+        "",
+        f"Slower than torch.nn: {'; '.join(slower) or 'none of these'}.",
+    ]
+    if any(record["disturbed_rounds"]["kept"] for record in result["programs"] if "ratio" in record):
+        lines += ["", r"\* Other processes were at work in rounds that count: not a figure to rely on."]
+    notes = {record["name"]: record["note"] for record in result["programs"] if record["note"]}
+    lines += ["", *(f"- **{program}**: {note}" for program, note in notes.items())]
+    if failed:
+        lines += ["", f"Not the same numbers, and so not timed: {', '.join(failed)}."]
+    if result["not_installed"]:
+        lines += ["", f"Not installed: {', '.join(entry['name'] for entry in result['not_installed'])}."]
+    return "\n".join(lines)
+
+
+def _spread(record: Mapping[str, Any]) -> str:
+    ratio = record["ratio"]["torch.nn"]
+    mark = r"\*" if record["disturbed_rounds"]["kept"] else ""
+    return f"{_figure(ratio['median'])} ({_figure(ratio['q1'])} to {_figure(ratio['q3'])}){mark}"
 
 
 def _where(result: Mapping[str, Any]) -> str:

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import fused_rnn
+from fused_rnn.twin import HasTwin
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "in-your-program.md"
+WAYS = ("by-name", "patch", "convert", "subclasses")
 PACKAGE = Path(__file__).parents[1] / "fused_rnn"
 
 
@@ -46,9 +48,18 @@ def test_code_of_the_page_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatc
     assert torch.is_tensor(page.scripted(torch.zeros(1, 3, 16)))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+@pytest.mark.parametrize("way", WAYS)
+def test_code_of_the_page_on_a_way_runs_from_top_to_bottom(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = run_page(DOCS / "in-your-program" / f"{way}.md", monkeypatch)
+    made = {"by-name": "memory", "patch": "late", "convert": "model", "subclasses": "scaled"}[way]
+    assert any(isinstance(module, HasTwin) for module in vars(page)[made].modules())
+
+
 def test_all_pages_with_code_are_run_here() -> None:
-    pages = {path.name for path in DOCS.glob("*.md") if "```python" in path.read_text()}
-    assert pages == {"in-your-program.md", "index.md", "migrating.md", "variable-lengths.md"}
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "```python" in path.read_text()}
+    ways = {f"in-your-program/{way}.md" for way in WAYS}
+    assert pages == {"in-your-program.md", "index.md", "migrating.md", "variable-lengths.md", *ways}
 
 
 def test_code_of_the_first_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(folder)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
-    return {path: Page(path) for path in folder.glob("*.html")}
+    return {path.resolve(): Page(path) for path in folder.rglob("*.html")}
 
 
 def test_every_page_of_the_folder_is_on_the_site(site: dict[Path, Page]) -> None:
@@ -70,7 +70,7 @@ def test_no_link_leads_nowhere(site: dict[Path, Page]) -> None:
             if parts.scheme in ("https", "http", "mailto", "data"):
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            known = site.get(path.parent / target.name)
+            known = site.get(target)
             if not target.exists() or (parts.fragment and known and unquote(parts.fragment) not in known.places):
                 nowhere.append(f"{path.name}: {link}")
     assert not nowhere

@@ -646,8 +646,9 @@ class ForwardPass {
     }
   }
 
-  // Vectors whose gates are computed together.
-  static constexpr int group = G == 4 ? 2 : 4;
+  // Vectors whose gates are computed together. Chains of four hide each other's latency best, even where some of their
+  // values are on the stack; with AVX-512 an LSTM's two, which all stay in registers beside the tables.
+  static constexpr int group = G == 4 && FRNN_VECTOR_BYTES == 64 ? 2 : 4;
 
   template <int N, bool whole>
   FRNN_INLINE void gates(const Units& units, int64_t n, bool saves) {

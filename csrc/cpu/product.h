@@ -75,15 +75,33 @@ constexpr int64_t padded_depth(int64_t K) {
   return (K + Operand<E>::group - 1) / Operand<E>::group * Operand<E>::group;
 }
 
-// Rows of a tile: as many accumulators as the register file holds beside the operands (32 registers: 24 of them; 16:
-// 12).
+#if FRNN_VECTOR_BYTES == 64 || defined(__aarch64__)
+inline constexpr int vector_registers = 32;
+#else
+inline constexpr int vector_registers = 16;
+#endif
+
+// Where multiplying and adding are two instructions, the product stands in a register between them.
+#if defined(__FMA__) || defined(__aarch64__)
+inline constexpr int product_registers = 0;
+#else
+inline constexpr int product_registers = 1;
+#endif
+
+// Registers of a tile of MR rows and N vectors of columns while it takes one k: the sums; the k's rows or columns,
+// `held` of them, of which each meets all of the others; one of the others at a time.
+constexpr int tile_registers(int MR, int N, int held) { return MR * N + held + 1 + product_registers; }
+
+// Rows of a tile: as many as vector registers hold when the fewer of its rows and its columns are held. One sum too
+// many is stored and loaded for every k, and the tile takes twice the time. Their addresses stand in the general
+// registers, hence 8 at most, or 7 where the sum of an eighth was stored all the same. For 4, 3, 2 and 1 vectors: 6, 8,
+// 8, 8 where there are 32 registers; 3, 4, 6, 8 with AVX2; 2, 3, 6, 7 with SSE2.
 template <int NV>
 constexpr int tile_rows() {
-#if FRNN_VECTOR_BYTES == 64 || defined(__aarch64__)
-  return NV == 4 ? 6 : 8;
-#else
-  return NV == 4 ? 3 : NV == 3 ? 4 : 6;
-#endif
+  constexpr int most = product_registers == 0 ? 8 : 7;
+  int rows = 1;
+  while (rows < most && tile_registers(rows + 1, NV, rows + 1 < NV ? rows + 1 : NV) <= vector_registers) ++rows;
+  return rows;
 }
 
 // Rows that product() takes together: those of one pass over a panel.
@@ -154,18 +172,29 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
     }
   }
   const auto multiply = [&](int64_t k, auto&& broadcast) __attribute__((always_inline)) {
-    typename O::Columns columns[NP * NV];
+    const auto column = [&](int v) __attribute__((always_inline)) {
+      return O::columns(b + v / NV * panel_stride + (k * NV + v % NV * group) * width);
+    };
+    if constexpr (tile_registers(MR, NP * NV, NP * NV) <= vector_registers) {
+      typename O::Columns columns[NP * NV];
 #pragma GCC unroll 8
-    for (int q = 0; q < NP; ++q) {
+      for (int v = 0; v < NP * NV; ++v) columns[v] = column(v);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v)
-        columns[q * NV + v] = O::columns(b + q * panel_stride + k * NV * width + v * width * group);
-    }
+      for (int i = 0; i < MR; ++i) {
+        const auto x = broadcast(row[i] + k);
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const auto x = broadcast(row[i] + k);
+        for (int v = 0; v < NP * NV; ++v) acc[i][v] = O::multiply_add(acc[i][v], x, columns[v]);
+      }
+    } else {
+      typename O::Columns rows[MR];
 #pragma GCC unroll 8
-      for (int v = 0; v < NP * NV; ++v) acc[i][v] = O::multiply_add(acc[i][v], x, columns[v]);
+      for (int i = 0; i < MR; ++i) rows[i] = broadcast(row[i] + k);
+#pragma GCC unroll 8
+      for (int v = 0; v < NP * NV; ++v) {
+        const auto x = column(v);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; ++i) acc[i][v] = O::multiply_add(acc[i][v], rows[i], x);
+      }
     }
   };
   const int64_t whole = K / group * group;

@@ -4,10 +4,9 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 
 from .. import backend
 from . import bars, cases, crowded, environment, memory, report, runner
+from .arguments import choices, counts, pattern, positive
 from .peers import FUSED, PEERS, TORCH_NN, Peer
 
 if TYPE_CHECKING:
@@ -244,34 +244,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: under a minute on 2 cores")
     parser.add_argument(
         "--parts",
-        type=_choices(PARTS),
+        type=choices(PARTS),
         metavar="NAMES",
         help=f"of {','.join(PARTS)}; by default all of them and the bars, with --quick the table, and with a choice "
         "of cases these in the first three",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the selected cases and stop")
-    parser.add_argument("--cases", type=_pattern, default="", metavar="REGEX", help="only cases whose name matches")
+    parser.add_argument("--cases", type=pattern, default="", metavar="REGEX", help="only cases whose name matches")
     parser.add_argument(
-        "--cells", type=_choices(cases.CELLS), default=cases.CELLS, metavar="NAMES", help="of lstm,gru,rnn"
+        "--cells", type=choices(cases.CELLS), default=cases.CELLS, metavar="NAMES", help="of lstm,gru,rnn"
     )
     parser.add_argument(
-        "--mode", type=_choices(cases.MODES), default=cases.MODES, metavar="NAMES", help="of inference,training"
+        "--mode", type=choices(cases.MODES), default=cases.MODES, metavar="NAMES", help="of inference,training"
     )
     parser.add_argument(
         "--dtype",
-        type=_choices(tuple(cases.DTYPES)),
+        type=choices(tuple(cases.DTYPES)),
         metavar="NAMES",
         help="measure every shape in each of these (float32, float64, bfloat16, float16); "
         "otherwise float32, and bfloat16 in two shapes",
     )
     parser.add_argument(
         "--threads",
-        type=_counts,
+        type=counts,
         metavar="N,...",
         help="thread counts, one after the other; by default all and 1, with --quick all",
     )
     parser.add_argument(
-        "--rounds", type=_positive, metavar="N", help="exactly N rounds of every case, whatever it takes"
+        "--rounds", type=positive, metavar="N", help="exactly N rounds of every case, whatever it takes"
     )
     parser.add_argument("--bars", type=Path, metavar="FILE", help="judge the result in this JSON file, and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
@@ -283,36 +283,3 @@ def _parser() -> argparse.ArgumentParser:
         help="keep freed memory in the process (glibc), so that torch.nn pays no page faults",
     )
     return parser
-
-
-def _choices(names: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    def parse(text: str) -> tuple[str, ...]:
-        chosen = tuple(part.strip() for part in text.split(","))
-        for part in chosen:
-            if part not in names:
-                raise argparse.ArgumentTypeError(f"expected a comma-separated list of {', '.join(names)}, got {text!r}")
-        return chosen
-
-    return parse
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from None
-    return text
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return number

@@ -258,10 +258,10 @@ def to_json(
         "schema": SCHEMA,
         "environment": environment,
         "plans": {part: dataclasses.asdict(plan) for part, plan in plans.items()},
-        "cases": [_significant(_case_record(result, rivals)) for result in results],
+        "cases": [significant(_case_record(result, rivals)) for result in results],
         "geometric_means": {rival: geometric_means(results, rival) for rival in rivals},
         "memory": [_identity_record(found.case) | {"bytes_saved": found.bytes_saved} for found in saved],
-        "crowded": [_significant(_crowded_record(found)) for found in crowdings],
+        "crowded": [significant(_crowded_record(found)) for found in crowdings],
     }
 
 
@@ -277,12 +277,12 @@ def json_text(result: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _significant(value: Any) -> Any:
+def significant(value: Any) -> Any:
     """Round what is measured to six digits, in nested lists and dicts."""
     if isinstance(value, dict):
-        return {key: _significant(item) for key, item in value.items()}
+        return {key: significant(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_significant(item) for item in value]
+        return [significant(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

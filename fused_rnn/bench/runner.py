@@ -1,5 +1,6 @@
 """Parity first, then interleaved timing."""
 
+import functools
 import gc
 import math
 import statistics
@@ -125,19 +126,55 @@ def standard_error(samples: Sequence[float]) -> float:
     return 1.253 * 1.483 * Spread.of(samples).relative / math.sqrt(len(samples))
 
 
+@dataclass(kw_only=True)
+class Rounds:
+    """Times of contestants that took turns. Ratios are taken round by round.
+
+    Attributes:
+        seconds: by contestant, seconds of one call in each round.
+        calls: by contestant, calls in each round.
+        peak: operations a second that the arithmetic units reached in each round; empty where it was not measured.
+        disturbed_rounds: rounds thrown away because other processes were at work.
+        disturbed_rounds_kept: rounds that count all the same, because there were too many of these.
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    peak: list[float] = field(default_factory=list)
+    disturbed_rounds: int = 0
+    disturbed_rounds_kept: int = 0
+
+    def time(self, peer: str) -> Spread:
+        return Spread.of(self.seconds[peer])
+
+    def ratio(self, peer: str) -> Spread:
+        """Time of the peer over the time of the fused layer, round by round: above 1 the fused layer is faster."""
+        return Spread.of(self._ratios(peer))
+
+    def _ratios(self, peer: str) -> list[float]:
+        pairs = zip(self.seconds[peer], self.seconds[FUSED.name], strict=True)
+        return [theirs / ours for theirs, ours in pairs]
+
+    def enough(self, plan: Plan, elapsed: float) -> bool:
+        """Tell whether the rounds so far, which took `elapsed` seconds, are all that the plan wants."""
+        rounds = len(self.seconds[FUSED.name])
+        if rounds < plan.min_rounds or rounds >= plan.max_rounds:
+            return rounds >= plan.max_rounds
+        ratios = [self._ratios(peer) for peer in self.seconds if peer != FUSED.name]
+        doubtful = any(statistics.median(samples) < plan.doubtful_ratio for samples in ratios)
+        precise = rounds >= _ROUNDS_TO_JUDGE and all(standard_error(samples) < plan.precision for samples in ratios)
+        allowed = max(plan.seconds, plan.doubtful_seconds) if doubtful else plan.seconds
+        return precise or elapsed * (rounds + 1) / rounds > allowed
+
+
 @dataclass
-class Result:
+class Result(Rounds):
     """What was found for a case. `seconds` and `calls` are empty if parity failed.
 
     Attributes:
         kernel: what runs the fused layer.
         reference_reason: why that is not a kernel but the reference; `None` if it is a kernel.
         deviations: by peer, the deviation of every tensor from the yardstick.
-        seconds: by peer, seconds of one call in each round.
-        calls: by peer, calls in each round.
-        peak: operations a second that the arithmetic units reached in each round; empty where it was not measured.
-        disturbed_rounds: rounds thrown away because other processes were at work.
-        disturbed_rounds_kept: rounds that count all the same, because there were too many of these.
     """
 
     case: Case
@@ -146,11 +183,6 @@ class Result:
     reference_reason: str | None = None
     yardstick: str = ""
     deviations: dict[str, list[Deviation]] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
-    peak: list[float] = field(default_factory=list)
-    disturbed_rounds: int = 0
-    disturbed_rounds_kept: int = 0
 
     @property
     def passed(self) -> bool:
@@ -165,17 +197,6 @@ class Result:
             if peer != TORCH_NN.name and not deviation.passed
         ]
 
-    def time(self, peer: str) -> Spread:
-        return Spread.of(self.seconds[peer])
-
-    def ratio(self, peer: str) -> Spread:
-        """Time of the peer over the time of the fused layer, round by round: above 1 the fused layer is faster."""
-        return Spread.of(self._ratios(peer))
-
-    def _ratios(self, peer: str) -> list[float]:
-        pairs = zip(self.seconds[peer], self.seconds[FUSED.name], strict=True)
-        return [theirs / ours for theirs, ours in pairs]
-
     @property
     def gflops(self) -> float:
         """Rate of the fused run, in 1e9 floating-point operations (`Case.flops`) a second."""
@@ -185,17 +206,6 @@ class Result:
         """Rate of the peer over the peak, round by round; `None` where no peak was measured."""
         pairs = zip(self.seconds[peer], self.peak, strict=False)
         return Spread.of([self.case.flops / seconds / peak for seconds, peak in pairs]) if self.peak else None
-
-    def enough(self, plan: Plan, elapsed: float) -> bool:
-        """Tell whether the rounds so far, which took `elapsed` seconds, are all that the plan wants."""
-        rounds = len(self.seconds[FUSED.name])
-        if rounds < plan.min_rounds or rounds >= plan.max_rounds:
-            return rounds >= plan.max_rounds
-        ratios = [self._ratios(peer) for peer in self.seconds if peer != FUSED.name]
-        doubtful = any(statistics.median(samples) < plan.doubtful_ratio for samples in ratios)
-        precise = rounds >= _ROUNDS_TO_JUDGE and all(standard_error(samples) < plan.precision for samples in ratios)
-        allowed = max(plan.seconds, plan.doubtful_seconds) if doubtful else plan.seconds
-        return precise or elapsed * (rounds + 1) / rounds > allowed
 
 
 def measure(
@@ -225,8 +235,18 @@ def measure(
         runs = {name: peer.make(problem) for name, peer in contestants.items()}
         first_seconds = _check(problem, runs, result)
         if result.passed:
-            pools = {name: peer.pool for name, peer in contestants.items()}
-            _time(runs, pools, first_seconds, plan, peak, others or OtherProcesses(), result)
+            # A first call can take several times as long as the others, but that of much work is believed.
+            long = 10 * plan.sample_seconds if case.flops >= 1e9 else math.inf
+            believed = {name: seconds for name, seconds in first_seconds.items() if seconds >= long}
+            interleave(
+                runs,
+                plan,
+                result,
+                expected=believed,
+                pools={name: peer.pool for name, peer in contestants.items()},
+                peak=functools.partial(peak, case.dtype) if peak else None,
+                others=others,
+            )
     return result
 
 
@@ -258,14 +278,14 @@ def _deviations(problem: Problem, found: Sequence[Tensor], expected: Sequence[Te
     return [
         Deviation(
             name,
-            _deviation(found_tensor, expected_tensor),
+            deviation_of(found_tensor, expected_tensor),
             tolerance.gradients if name.startswith("gradient") else tolerance.results,
         )
         for name, found_tensor, expected_tensor in zip(problem.result_names(), found, expected, strict=True)
     ]
 
 
-def _deviation(found: Tensor, expected: Tensor) -> float:
+def deviation_of(found: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest magnitude expected; infinite for another shape, NaN if there is a NaN."""
     if found.shape != expected.shape:
         return math.inf
@@ -274,53 +294,59 @@ def _deviation(found: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def _time(
+def interleave(
     runs: Mapping[str, Run],
-    pools: Mapping[str, str],
-    first_seconds: Mapping[str, float],
     plan: Plan,
-    peak: Callable[[str], float] | None,
-    others: OtherProcesses,
-    result: Result,
+    rounds: Rounds,
+    *,
+    expected: Mapping[str, float] | None = None,
+    pools: Mapping[str, str] | None = None,
+    peak: Callable[[], float] | None = None,
+    others: OtherProcesses | None = None,
 ) -> None:
-    """Fill `seconds`, `calls` and `peak`.
+    """Time the runs in turns, and fill in the rounds; the order turns round from one round to the next.
 
-    Contestants take turns, and the order turns round from one round to the next.
+    Args:
+        runs: what is called, by contestant.
+        plan: how long.
+        rounds: where the times go; those of an earlier call are dropped.
+        expected: seconds of a call, where they are known; of the others, calls are timed first.
+        pools: whose threads a contestant computes on, if not all on the same.
+        peak: measures the arithmetic units, in operations a second; called once a round.
+        others: watches for other processes, with what patience is left for all calls of this function.
     """
-    expected = dict(first_seconds)
-    for name, run in runs.items():
-        # A first call can take several times as long as the others, but that of much work is believed.
-        if result.case.flops < 1e9 or expected[name] < 10 * plan.sample_seconds:
-            expected[name] = _estimate(run, plan)
-        result.calls[name] = max(1, round(plan.sample_seconds / expected[name]))
-    result.seconds = {name: [] for name in runs}
+    others = others or OtherProcesses()
+    seconds_of = {name: (expected or {}).get(name) or _estimate(run, plan) for name, run in runs.items()}
+    rounds.calls = {name: max(1, round(plan.sample_seconds / seconds_of[name])) for name in runs}
+    rounds.seconds = {name: [] for name in runs}
     order = list(runs)
-    last_pool = None
+    pool_of = dict.fromkeys(runs, "") | dict(pools or {})
+    last_pool: str | None = None
     gc.collect()
     gc.disable()
     try:
         start, wasted = time.perf_counter(), 0.0
-        while not result.enough(plan, time.perf_counter() - start - wasted):
+        while not rounds.enough(plan, time.perf_counter() - start - wasted):
             others.start()
             if peak is not None:
                 _wait_until_idle()
-                result.peak.append(peak(result.case.dtype))
+                rounds.peak.append(peak())
                 last_pool = None
             for name in order:
-                if pools[name] != last_pool:
+                if last_pool is None or pool_of[name] != last_pool:
                     _wait_until_idle()
-                    last_pool = pools[name]
-                result.seconds[name].append(_turn(runs[name], result.calls[name], expected[name]))
+                    last_pool = pool_of[name]
+                rounds.seconds[name].append(_turn(runs[name], rounds.calls[name], seconds_of[name]))
             order.reverse()
             if not others.disturbed():
                 continue
             if others.patience < 0 or wasted > _DISTURBED_SECONDS:
-                result.disturbed_rounds_kept += 1
+                rounds.disturbed_rounds_kept += 1
             else:
-                result.disturbed_rounds += 1
+                rounds.disturbed_rounds += 1
                 wasted += others.span()
                 others.patience -= others.span()
-                for samples in (*result.seconds.values(), *([result.peak] if peak else [])):
+                for samples in (*rounds.seconds.values(), *([rounds.peak] if peak else [])):
                     samples.pop()
     finally:
         gc.enable()

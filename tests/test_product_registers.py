@@ -1,0 +1,93 @@
+"""Sums of the products stay in registers: read from the machine code of the kernels that are installed.
+
+A compiler that finds one register too few keeps a sum on the stack, stores and loads it for every k, and says nothing;
+the results are the same and the product takes twice as long.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+pytestmark = pytest.mark.kernels
+
+# product_tile<E, rows, vectors, panels, ...> of one instruction set, as the compiler writes its name.
+TILE = re.compile(r"isa_(?P<isa>\w+?)12product_tileI(?P<element>\w+?)Li(\d+)ELi(\d+)ELi(\d+)E(?!.*\.cold)")
+INSTRUCTION = re.compile(r"\s*([0-9a-f]+):\t(\S+)\s*(.*)")
+MULTIPLICATION = re.compile(r"v?mulp[sd]|vfn?m(add|sub)\d+p[sd]|vdpbf16ps")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    name: str
+    operands: str
+
+
+def functions(library: str) -> Iterator[tuple[re.Match[str], list[Instruction]]]:
+    """The tiles of a library."""
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", library]
+    listing = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    for block in listing.split("\n\n"):
+        title, _, body = block.strip().partition("\n")
+        if tile := TILE.search(title):
+            found = (INSTRUCTION.match(line) for line in body.splitlines())
+            yield tile, [Instruction(int(i[1], 16), i[2], i[3]) for i in found if i]
+
+
+def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """What lies between a jump backwards and its target, where nothing else jumps backwards in it."""
+    place = {instruction.address: i for i, instruction in enumerate(code)}
+    loops = []
+    for end, instruction in enumerate(code):
+        target = re.match(r"[0-9a-f]+\b", instruction.operands) if instruction.name.startswith("j") else None
+        begin = place.get(int(target[0], 16)) if target else None
+        if begin is not None and begin <= end:
+            loops.append(range(begin, end + 1))
+    return [
+        code[loop.start : loop.stop]
+        for loop in loops
+        if not any(other != loop and loop.start <= other.start and other.stop <= loop.stop for other in loops)
+    ]
+
+
+def uses_of_stack(code: list[Instruction], loop: list[Instruction]) -> list[str]:
+    """Vectors that the loop of a function loads from the stack or stores there."""
+    has_frame = any(i.name == "mov" and i.operands == "%rsp,%rbp" for i in code)
+    stack = re.compile(r"\(%r[sb]p[,)]" if has_frame else r"\(%rsp[,)]")
+    return [f"{i.name} {i.operands}" for i in loop if re.search("%[xyz]mm", i.operands) and stack.search(i.operands)]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads the machine code of x86-64")
+@pytest.mark.skipif(not shutil.which("objdump"), reason="no objdump on PATH")
+def test_no_loop_over_k_keeps_sums_on_the_stack() -> None:
+    from fused_rnn import _C
+
+    build = _C.build_info()
+    if "-O3" not in build["flags"]:
+        pytest.skip("the kernels are built with sanitizers, not for speed")
+    seen: set[str] = set()
+    spills = {}
+    for tile, code in functions(_C.__file__):
+        element, rows, vectors, panels = tile["element"], *map(int, tile.groups()[2:])
+        sums = rows * vectors * panels
+        loops = [loop for loop in innermost_loops(code) if sum(map(is_multiplication, loop)) >= sums]
+        assert loops, f"{tile[0]}: no loop in which every sum is multiplied for"
+        seen.add(tile["isa"])
+        for loop in loops:
+            if used := uses_of_stack(code, loop):
+                spills[f"{tile['isa']}, {element}: {rows} rows, {vectors} vectors of {panels} panels"] = used
+    if not seen:
+        pytest.skip("the library has no names of functions: it is stripped")
+    assert seen >= {"portable", "avx2", "avx512"} & set(build["isa_compiled"])
+    assert not spills
+
+
+def is_multiplication(instruction: Instruction) -> bool:
+    return MULTIPLICATION.fullmatch(instruction.name) is not None
