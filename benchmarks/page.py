@@ -63,10 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="*", help="result files; those of benchmarks/results by default")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.html", help="the page")
     arguments = parser.parse_args(argv)
-    paths = arguments.results or sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    paths = arguments.results or kept_results()
     arguments.out.write_text(page(paths), encoding="utf-8")
     print(f"wrote {arguments.out}")
     return 0
+
+
+def kept_results() -> list[Path]:
+    """Return the results of layers in benchmarks/results. (Those of whole programs are a table in the documentation.)"""
+    return sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith("programs-"))
 
 
 def page(paths: Sequence[Path]) -> str:
