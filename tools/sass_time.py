@@ -29,13 +29,13 @@ class Assumption:
     source: str
 
 
-_LUO = "arXiv 2402.13499, H100"
+_PUBLISHED = "guess, after microbenchmarks published of an H100"
 _GUIDE = "CUDA C++ programming guide"
 _GUESS = "guess"
 
 # What no machine code says. To be replaced by what a GPU says: the name is that of the measurement.
 ASSUMPTIONS: dict[str, Assumption] = {
-    "LDS": Assumption(33, "from shared memory to the use, beside passes", f"{_LUO}: 29 of 4 bytes; the rest guessed"),
+    "LDS": Assumption(33, "from shared memory to the use, beside passes", _PUBLISHED),
     "SHFL": Assumption(24, "a shuffle to the use of its result", _GUESS),
     "MUFU": Assumption(22, "a reciprocal or exponential to the use of its result", _GUESS),
     "LDC": Assumption(40, "a load from constant memory at an address in a register", _GUESS),
@@ -45,20 +45,20 @@ ASSUMPTIONS: dict[str, Assumption] = {
     "BAR": Assumption(20, "the last warp's arrival at a barrier of the block to the next instruction of all", _GUESS),
     "read": Assumption(12, "a store or load until its operands may be overwritten", _GUESS),
     "other": Assumption(6, "any other instruction with a scoreboard, to the use of its result", _GUESS),
-    "LDG": Assumption(600, "a load from memory past L2, to the use of its result", f"{_LUO}: 479; the rest guessed"),
-    "L2": Assumption(263, "a load from L2, or a reduction there", f"{_LUO}: 263"),
+    "LDG": Assumption(600, "a load from memory past L2, to the use of its result", _PUBLISHED),
+    "L2": Assumption(263, "a load from L2, or a reduction there", f"{_PUBLISHED}: 263"),
     "MEMBAR": Assumption(500, "a fence of the GPU", _GUESS),
-    "remote": Assumption(
-        350, "an asynchronous store until its receiver goes on", f"{_LUO}: 180 of a load; the rest guessed"
-    ),
+    "remote": Assumption(350, "an asynchronous store until its receiver goes on", _PUBLISHED),
     "cluster": Assumption(500, "a barrier of the cluster, from the last arrival", _GUESS),
-    "HMMA": Assumption(6.5, "between two m16n8k16, or m16n8k8 of TF32, of a scheduler", f"{_LUO}: 62 % of the peak"),
+    "HMMA": Assumption(
+        6.5, "between two m16n8k16, or m16n8k8 of TF32, of a scheduler", f"{_PUBLISHED}: 62 % of the peak"
+    ),
     "MUFU rate": Assumption(8, "between two reciprocals or exponentials of a scheduler", f"{_GUIDE}: 4 lanes a cycle"),
     "shared": Assumption(
         1, "a pass over shared memory: 32 banks, 8 lanes of 16 bytes", f"{_GUIDE}; the 8 lanes guessed"
     ),
     "remote bytes": Assumption(
-        14, "bytes a cycle from the others of the cluster", f"{_LUO}: 3.3 TB/s of all SMs, clusters of 2"
+        14, "bytes a cycle from the others of the cluster", f"{_PUBLISHED}: 3.3 TB/s of all SMs, clusters of 2"
     ),
     "L2 bytes": Assumption(32, "bytes a cycle into a block from L2", _GUESS),
 }

@@ -152,7 +152,8 @@ enum Meeting : int {
   emptied = 3,       // and 4: it may be written again
   states_ready = 5,  // all states that the block's own threads wrote are there
   multipliers = 6,   // the multiplying warps among themselves
-  gate_warps = 7     // the gates' among themselves
+  gate_warps = 7,    // the gates' among themselves
+  everybody = 8      // all of the block
 };
 
 // What the threads of one role wrote before hand_over, those of the other see after take_over.
@@ -313,7 +314,7 @@ FRNN_DEVICE void meet_cluster(const Tiling& tiling) {
 
 // The same, and of the block where it is not: after it, shared memory is ready for whoever may write into it.
 FRNN_DEVICE void meet_writers(const Tiling& tiling) {
-  if (!is_cluster(tiling.exchange)) sync_threads();
+  if (!is_cluster(tiling.exchange)) take_over(everybody);
   meet_cluster(tiling);
 }
 

@@ -361,7 +361,7 @@ class ForwardGates {
   using Real = typename Product::Real;
   static constexpr int gates = Cell::gates, saved = Cell::saved;
   // Columns whose arithmetic overlaps: as many as there are registers for.
-  static constexpr int together = count < 2 || (count == 4 && !counted) ? 1 : 2;
+  static constexpr int together = !two_roles || count < 2 || (count == 4 && !counted) ? 1 : 2;
 
  public:
   FRNN_DEVICE ForwardGates(const ForwardArguments& arguments, const PersistentForward& layer, const Place& place,

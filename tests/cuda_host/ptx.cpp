@@ -384,6 +384,7 @@ void Table::others() {
     add_release(t.get<uint32_t*>(i, 0), t.get<uint32_t>(i, 1), t.file, i.line);
   };
   table_["prefetch.global.L2"] = [](PtxThread&, const I&) {};
+  table_["setmaxnreg.inc.sync.aligned.u32"] = table_["setmaxnreg.dec.sync.aligned.u32"] = [](PtxThread&, const I&) {};
 
   table_["barrier.cluster.arrive.release.aligned"] = [](PtxThread& t, const I& i) { cluster_arrive(t.file, i.line); };
   table_["barrier.cluster.wait.acquire.aligned"] = [](PtxThread& t, const I& i) { cluster_wait(t.file, i.line); };
@@ -444,13 +445,14 @@ Table::Table() {
   others();
 }
 
-// ld and st of the generic, global, parameter and own shared space: the space, cache hints, a vector, a type. Alignment
+// ld and st of the generic, global, parameter and own shared space: the space, hints, a vector, a type. Alignment
 // is that of the whole vector.
 bool is_plain_access(const std::vector<std::string>& parts) {
   if (parts[0] != "ld" && parts[0] != "st") return false;
   for (size_t k = 1; k + 1 < parts.size(); ++k) {
     bool known = false;
-    for (const char* part : {"global", "shared", "param", "cg", "cs", "nc", "v2", "v4"}) known |= parts[k] == part;
+    for (const char* part : {"global", "shared", "param", "volatile", "cg", "cs", "nc", "v2", "v4"})
+      known |= parts[k] == part;
     if (!known) return false;
   }
   return true;
