@@ -304,9 +304,8 @@ class SumSender : public SumBuffers<wavefront> {
   };
   FRNN_DEVICE void look_up(Targets& to, int octet, bool to_below) const {
 #if defined(FRNN_CUDA_CLUSTERS)
-    if (!counted) return;
     FRNN_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; counted && half < 2; ++half) {
       const int known = octet + half < place_.total_octets ? octet + half : 0;
       to.of[half] = targets()[(to_below ? place_.total_octets : 0) + known];
     }
@@ -808,8 +807,6 @@ class BackwardProducts {
       exchange.wait_for_credit(s, j);
       if (operands_of_step > 1) operand += slabs_ * slab_bytes;
     };
-    // Of a group of row tiles, of which fetch(m, k) is there. The operand is loaded anew for each group, one slab
-    // ahead: in registers it would take the place of rows.
     using Targets = typename Sender::Targets;
     const auto octet_of = [&](int tile, bool below, int m) {
       return 2 * ((below ? tile + m - own_tiles : tile + m) * multiply_warps + warp_index());
@@ -818,17 +815,10 @@ class BackwardProducts {
     const auto look_up = [&](Targets& to, int tile, int m) {
       exchange.look_up(to, octet_of(tile, is_below(tile), m), is_below(tile));
     };
-    const auto multiply = [&](typename Product::Sums(&sums)[group], Targets& to, int tile, const auto& multiply_by) {
-      look_up(to, tile, 0);
-      auto next = Product::operand(operand, g < columns);
-      FRNN_UNROLL
-      for (int k = 0; k < most; ++k) {
-        if (n < 0 && k >= slabs) break;
-        const auto b = next;
-        if (k + 1 < most) next = Product::operand(operand + (k + 1 < slabs ? k + 1 : k) * slab_bytes, g < columns);
-        FRNN_UNROLL
-        for (int m = 0; m < group; ++m) multiply_by(sums[m], b, m, k);
-      }
+    // The operand is loaded anew for each group of row tiles, one slab ahead: in registers it would take the place of
+    // rows.
+    const auto load_operand = [&](int k) {
+      return Product::operand(operand + (k < slabs ? k : 0) * slab_bytes, g < columns);
     };
     // phase: sends
     const auto send = [&](const typename Product::Sums(&sums)[group], Targets& to, int tile) {
@@ -848,8 +838,16 @@ class BackwardProducts {
       turn_below(r * group);
       typename Product::Sums sums[group];
       Targets to;
-      multiply(sums, to, r * group,
-               [&](auto& sum, const auto& b, int m, int k) { sum.add(resident_[r][k][m], b, columns); });
+      look_up(to, r * group, 0);
+      auto next = load_operand(0);
+      FRNN_UNROLL
+      for (int k = 0; k < most; ++k) {
+        if (n < 0 && k >= slabs) continue;
+        const auto b = next;
+        if (k + 1 < most) next = load_operand(k + 1);
+        FRNN_UNROLL
+        for (int m = 0; m < group; ++m) sums[m].add(resident_[r][k][m], b, columns);
+      }
       send(sums, to, r * group);
     }
     FRNN_NO_UNROLL
@@ -858,11 +856,20 @@ class BackwardProducts {
       typename Product::Sums sums[group];
       Targets to;
       const char* const stored = stored_ + (tile - register_groups * group) * slabs * tile_bytes;
-      multiply(sums, to, tile, [&](auto& sum, const auto& b, int m, int k) {
-        uint32_t a[8];
-        fetch_tile(a, stored + (m * slabs + k) * tile_bytes);
-        sum.add(a, b, columns);
-      });
+      look_up(to, tile, 0);
+      auto next = load_operand(0);
+      FRNN_UNROLL
+      for (int k = 0; k < most; ++k) {
+        if (n < 0 && k >= slabs) continue;
+        const auto b = next;
+        if (k + 1 < most) next = load_operand(k + 1);
+        FRNN_UNROLL
+        for (int m = 0; m < group; ++m) {
+          uint32_t a[8];
+          fetch_tile(a, stored + (m * slabs + k) * tile_bytes);
+          sums[m].add(a, b, columns);
+        }
+      }
       send(sums, to, tile);
     }
     // phase: sends

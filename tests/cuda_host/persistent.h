@@ -192,11 +192,12 @@ inline Plan plan_of(const Case& arguments, const LayerSizes& sizes, const Steps&
                      : make_wavefront_plan(sizes, layers, steps, device, backward, tf32, allowed(arguments));
 }
 
-inline Launch launch_of(const Plan& plan, int seed) {
+// Argument `threads`: of a block, where the kernels were not compiled as this program is.
+inline Launch launch_of(const Case& arguments, const Plan& plan, int seed) {
   Launch l;
   l.grid_x = plan.tiling.blocks * plan.tiling.teams;
   l.grid_y = plan.directions;
-  l.threads = kernel_threads;
+  l.threads = arguments.number("threads", kernel_threads);
   l.cluster = plan.variant == Variant::cluster ? plan.tiling.blocks : 1;
   l.shared_bytes = size_t(plan.tiling.shared_bytes);
   l.cooperative = plan.variant == Variant::grid;

@@ -94,7 +94,7 @@ struct Backward {
       BackwardKernel kernel = backward_kernel<multiply, false>(sizes.kind, plan.shape);
       if constexpr (multiply != Multiply::float32)
         if (layers > 1) kernel = backward_kernel<multiply, true>(sizes.kind, plan.shape);
-      launch(launch_of(plan, seed), [&] { kernel(a); });
+      launch(launch_of(arguments, plan, seed), [&] { kernel(a); });
 
       Error gates_error, h_error, c_error;
       bool zeros = true;

@@ -105,7 +105,7 @@ struct Forward {
       ForwardKernel kernel = forward_kernel<multiply, false>(sizes.kind, plan.shape);
       if constexpr (multiply != Multiply::float32)
         if (layers > 1) kernel = forward_kernel<multiply, true>(sizes.kind, plan.shape);
-      launch(launch_of(plan, seed), [&] { kernel(a); });
+      launch(launch_of(arguments, plan, seed), [&] { kernel(a); });
 
       Error y_error, h_error, c_error, gates_error, cells_error;
       bool carried = true;
