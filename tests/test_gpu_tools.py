@@ -39,8 +39,9 @@ def test_registers_shared_memory_and_spills_are_read_from_ptxas() -> None:
     first, second = cuda_compile.parse(REPORT, "persistent_x.cu", "90a")
     assert (first.name, first.registers, first.shared, first.stack, first.spilled) == ("_Z5firstv", 38, 1024, 0, 0)
     assert (second.registers, second.shared, second.stack, second.spilled) == (255, 0, 8, 16)
-    assert second.must_not_spill
-    assert not cuda_compile.parse(REPORT, "step.cu", "90a")[1].must_not_spill
+    assert second.may_spill == 0
+    assert cuda_compile.parse(REPORT, "step.cu", "90a")[1].may_spill > second.spilled
+    assert 0 < cuda_compile.parse(REPORT, "persistent_backward_float32.cu", "80")[1].may_spill < 100
 
 
 def test_a_report_of_another_form_is_refused() -> None:

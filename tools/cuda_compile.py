@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import re
 import shlex
@@ -24,6 +25,14 @@ FOLDER = cuda_build.ROOT / "build" / "cuda-compile"
 WARNINGS = ["-Werror=all-warnings"]
 
 
+# To be taken away, and no more than this: where one kind of warps has both roles, gates need registers that W_hh has.
+KNOWN_SPILLS = {
+    ("80", "persistent_backward_bfloat16.cu"): 176,
+    ("80", "persistent_backward_float16.cu"): 176,
+    ("80", "persistent_backward_float32.cu"): 80,
+}
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One entry of ptxas' report; sizes in bytes."""
@@ -37,8 +46,16 @@ class Kernel:
     spilled: int  # stores and loads together
 
     @property
-    def must_not_spill(self) -> bool:
-        return self.source.startswith("persistent")
+    def may_spill(self) -> float:
+        """Bytes of stores and loads."""
+        if not self.source.startswith("persistent"):
+            return math.inf
+        return KNOWN_SPILLS.get((self.arch, self.source), 0)
+
+    @property
+    def uses_stack(self) -> bool:
+        """Beside what is spilled: arrays that are not in registers."""
+        return self.source.startswith("persistent") and self.stack > 0 and self.spilled == 0
 
 
 def parse(report: str, source: str, arch: str) -> list[Kernel]:
@@ -164,7 +181,7 @@ def main() -> int:
         print(f"registers per thread; shared: static, in bytes; nvcc {cuda_build.nvcc_version(nvcc)}")
         print_table(kernels, architectures)
     # With a limit to waits, say, a few registers more are wanted than there are, and such a build is not for measuring.
-    spilling = [k for k in kernels if k.spilled and k.must_not_spill and not cuda_build.further_flags()]
+    spilling = [k for k in kernels if (k.spilled > k.may_spill or k.uses_stack) and not cuda_build.further_flags()]
     for kernel in spilling:
         errors.append(
             f"{kernel.source}: {demangled([kernel.name])[0]} spills {kernel.spilled} bytes on sm_{kernel.arch}"

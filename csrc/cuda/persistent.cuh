@@ -139,12 +139,14 @@ constexpr bool two_roles = false;
 constexpr int gate_threads = two_roles ? 128 : multiply_threads;
 constexpr int kernel_threads = two_roles ? multiply_threads + gate_threads : multiply_threads;
 // Registers of a thread of either role, 65536 in all: as few for those that multiply as hold their part of W_hh.
-template <class Product, bool backward>
-constexpr int multiply_registers = Product::per_chunk == 8 ? (backward ? 200 : 216)
+template <class Product, bool backward, bool wavefront>
+constexpr int multiply_registers = Product::per_chunk == 8 ? (backward    ? 200
+                                                              : wavefront ? 208
+                                                                          : 216)
                                    : Product::is_straight  ? (backward ? 200 : 208)
                                                            : 192;
-template <class Product, bool backward>
-constexpr int gate_registers = (65536 - multiply_threads * multiply_registers<Product, backward>) / 128;
+template <class Product, bool backward, bool wavefront>
+constexpr int gate_registers = (65536 - multiply_threads * multiply_registers<Product, backward, wavefront>) / 128;
 
 // Barriers of the block, by number. (0 is sync_threads.)
 enum Meeting : int {

@@ -196,6 +196,12 @@ class SumReceiver : public SumBuffers<wavefront> {
   template <class T>
   static FRNN_DEVICE void add_sources(T& total, const char* part, int stride, int count) {
     constexpr int most = wavefront ? 8 : 16, together = 4;
+    if (!two_roles) {
+      FRNN_UNROLL
+      for (int i = 0; i < most; ++i)
+        if (i < count) total = total + *reinterpret_cast<const T*>(part + i * stride);
+      return;
+    }
     if (sizeof(T) == sizeof(float) && count == most) {
       T parts[most];
       FRNN_UNROLL
@@ -392,7 +398,7 @@ class BackwardGates {
   // keeps it in part; none beside a cell state.
   static constexpr bool reads_h = saved == 0, reads_previous_h = saved > 0 && !Cell::has_cell;
   // Columns whose arithmetic overlaps: as many as there are registers for.
-  static constexpr int together = count > 1 && counted ? 2 : 1;
+  static constexpr int together = count > 1 && counted && !wavefront ? 2 : 1;
 
  public:
   // Gate gradients that W_hh^T and W_ih^T multiply: where they differ, the second have an operand of their own.
@@ -927,7 +933,7 @@ __global__ void __launch_bounds__(kernel_threads, 1)
   };
   if constexpr (two_roles) {
     if (thread_index() < multiply_threads) {
-      raise_registers<multiply_registers<Product, true>>();
+      raise_registers<multiply_registers<Product, true, wavefront>>();
       begin_exchange();
       const Products products(arguments, layer, place);
       with_exchange<wavefront>(tiling, [&](auto counted) {
@@ -942,7 +948,7 @@ __global__ void __launch_bounds__(kernel_threads, 1)
         exchange.end();
       });
     } else {
-      lower_registers<gate_registers<Product, true>>();
+      lower_registers<gate_registers<Product, true, wavefront>>();
       with_exchange<wavefront>(tiling, [&](auto counted) {
         do_gates(counted, [&](auto gates) {
           gates.begin();

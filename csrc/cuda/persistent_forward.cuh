@@ -876,7 +876,7 @@ __global__ void __launch_bounds__(kernel_threads, 1)
   };
   if constexpr (two_roles) {
     if (thread_index() < multiply_threads) {
-      raise_registers<multiply_registers<Product, false>>();
+      raise_registers<multiply_registers<Product, false, wavefront>>();
       const Products products(arguments, layer, place);
       with_exchange<wavefront>(tiling, [&](auto counted) {
         StateReceiver<Product, wavefront, decltype(counted)::value> exchange(tiling, place, arguments.workspace,
@@ -890,7 +890,7 @@ __global__ void __launch_bounds__(kernel_threads, 1)
         end_turns(num_steps * tiles);
       });
     } else {
-      lower_registers<gate_registers<Product, false>>();
+      lower_registers<gate_registers<Product, false, wavefront>>();
       with_exchange<wavefront>(tiling, [&](auto counted) {
         do_gates(counted, [&](auto gates) {
           gates.begin();
