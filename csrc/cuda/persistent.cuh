@@ -140,9 +140,9 @@ constexpr int gate_threads = two_roles ? 128 : multiply_threads;
 constexpr int kernel_threads = two_roles ? multiply_threads + gate_threads : multiply_threads;
 // Registers of a thread of either role, 65536 in all: as few for those that multiply as hold their part of W_hh.
 template <class Product, bool backward, bool wavefront>
-constexpr int multiply_registers = Product::per_chunk == 8 ? (backward    ? 200
-                                                              : wavefront ? 208
-                                                                          : 216)
+constexpr int multiply_registers = Product::per_chunk == 8 ? (wavefront  ? 208
+                                                              : backward ? 200
+                                                                         : 216)
                                    : Product::is_straight  ? (backward ? 200 : 208)
                                                            : 192;
 template <class Product, bool backward, bool wavefront>
