@@ -66,6 +66,21 @@ __global__ void approximations(const uint32_t* in, uint32_t* out) {
   words_of_thread(out)[1] = as_bits(approximate_reciprocal(x));
 }
 
+// What nvcc makes of conditions now and then: a predicate and the constant of all ones, which is "true".
+__global__ void predicates(const uint32_t* in, uint32_t* out) {
+  const uint32_t x = words_of_thread(in)[0], y = words_of_thread(in)[1];
+  uint32_t* const to = words_of_thread(out);
+#ifdef __CUDA_ARCH__
+  asm("{\n\t.reg .pred p;\n\tsetp.lt.u32 p, %2, %3;\n\txor.pred p, p, -1;\n\tselp.b32 %0, %2, %3, p;\n\t"
+      "and.pred p, p, -1;\n\tselp.b32 %1, 5, 7, p;\n\t}"
+      : "=r"(to[0]), "=r"(to[1])
+      : "r"(x), "r"(y));
+#else
+  to[0] = x < y ? y : x;
+  to[1] = x < y ? 7 : 5;
+#endif
+}
+
 __global__ void exchange_in_warp(const uint32_t* in, uint32_t* out) {
   const uint32_t x = words_of_thread(in)[0];
   uint32_t* const to = words_of_thread(out);

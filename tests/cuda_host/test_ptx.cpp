@@ -89,6 +89,7 @@ int main() {
       {"places", places, spread},
       {"conversions", conversions, shape(1024, 4), false, any_float},
       {"approximations", approximations, shape(256), true, moderate_float},
+      {"predicates", predicates, shape(64)},
       {"exchange_in_warp", exchange_in_warp, shape(64), false, moderate_float},
       {"product_bfloat16", product_bfloat16, shape(32), false, small_pair<BFloat16>},
       {"product_float16", product_float16, shape(32), false, small_pair<Half>},
