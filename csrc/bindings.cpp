@@ -317,8 +317,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cuda_device", &cuda_device, py::arg("index"), "What the planner knows of a CUDA device.");
   m.def("cuda_barrier", &cuda_barriers, py::arg("kind"), py::arg("rounds"),
         "So many barriers of one \"cluster\" or of the whole \"grid\", or \"exchange\"s of a word between all blocks "
-        "of a "
-        "cluster, one after the other, on the current stream; for benchmarks.");
+        "of a cluster, one after the other, on the current stream; for benchmarks.");
   m.def("cuda_allow", &allow, py::arg("block") = true, py::arg("cluster") = true, py::arg("grid") = true,
         py::arg("none") = true, py::arg("counted") = true, py::arg("barriers") = true, py::arg("team_blocks") = 0,
         py::arg("most_columns") = 0, py::arg("most_steps") = 0, py::arg("layers") = 0,

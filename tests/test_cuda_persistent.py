@@ -97,6 +97,18 @@ def test_every_shape_agrees_with_float64(direction: str, name: str) -> None:
         _run(f"persistent_{direction}", f"{SHAPES[name]} kind={kind} dtype={dtype}")
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("direction", PASSES)
+def test_one_kind_of_warps_computes_the_same(direction: str, exchange: str) -> None:
+    """The same sources for a GPU whose warps cannot hand registers to others; in every shape."""
+    shapes = [shape for shape in SHAPES.values() if f"exchange={exchange} " in shape + " "]
+    assert len(shapes) >= 3
+    for number, shape in enumerate(shapes):
+        float32 = "tf32" if "layers" in shape else "float32"
+        kind, dtype = (("lstm", "bfloat16"), ("gru", float32))[number % 2]
+        _run(f"persistent_{direction}", f"{shape} kind={kind} dtype={dtype}", "plain_one_role")
+
+
 # The sizes that the shapes of plan.h are made for, and a tail.
 FULL_SIZES = {
     "lstm, bfloat16, H 768": "kind=lstm dtype=bfloat16 exchange=counted blocks=16 H=768",
@@ -190,6 +202,7 @@ def test_no_thread_races_with_another(direction: str, exchange: str) -> None:
         kernels = [("lstm", "bfloat16"), ("gru", "tf32")]
     for seed, (kind, dtype) in enumerate(kernels, start=1):
         _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} kind={kind} dtype={dtype} seed={seed}", "thread")
+    _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} kind=gru dtype=tf32 seed=1", "thread_one_role")
     _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} ragged=1 seed=4", "thread")
     _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} masked=1 kind=gru seed=5", "thread")
 

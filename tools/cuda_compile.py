@@ -157,10 +157,18 @@ def _describe(kernel: Kernel | None) -> str:
     return " ".join(notes)
 
 
+def is_like_another(source: Path, arch: str) -> bool:
+    """Of the architectures with clusters and one kind of warps: what another number type shows as well."""
+    return arch in ("100", "120") and source.name.startswith("persistent") and "bfloat16" not in source.name
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at once")
     parser.add_argument("--arch", action="append", help="only this architecture, e.g. 90a (may be repeated)")
+    parser.add_argument(
+        "--quick", action="store_true", help="of sm_100 and sm_120, whose kernels are alike, only the bfloat16 ones"
+    )
     parser.add_argument("sources", nargs="*", help="only these files of csrc/cuda")
     arguments = parser.parse_args()
     nvcc = cuda_build.find_nvcc()
@@ -173,8 +181,9 @@ def main() -> int:
     architectures = [arch for arch in architectures if not arguments.arch or arch in arguments.arch]
     known = [*cuda_build.sources(), *cuda_build.programs()]
     sources = [s for s in known if not arguments.sources or s.name in arguments.sources]
+    jobs = [(s, a) for s in sources for a in architectures if not (arguments.quick and is_like_another(s, a))]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        done = list(pool.map(lambda job: compile_one(nvcc, *job), [(s, a) for s in sources for a in architectures]))
+        done = list(pool.map(lambda job: compile_one(nvcc, *job), jobs))
     kernels = [kernel for found, _ in done for kernel in found]
     errors = [error for _, error in done if error]
     if kernels:

@@ -1,8 +1,10 @@
 // Launches of the persistent kernels, and what the driver says of their residency.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 
 #include "persistent.cuh"
@@ -46,19 +48,27 @@ const void* kernel_of(const Plan& plan, CellKind kind) {
   return plan.backward ? select<Backward>(plan, kind) : select<Forward>(plan, kind);
 }
 
-// Lets a kernel take all shared memory of a block and any cluster size, on the current device. These limits belong to
-// the kernel, for all host threads: if each launch set its own, another's smaller one could come between. Once, because
-// setting them may wait for copies.
-cudaError_t lift_limits(const void* kernel, const DeviceInfo& device) {
+// Lets a kernel take all shared memory of a block and any cluster size, on the current device, and reads how many
+// threads its blocks have there: whether its warps have two roles depends on what it was compiled for. These limits
+// belong to the kernel, for all host threads: if each launch set its own, another's smaller one could come between.
+// Once, because setting them may wait for copies.
+cudaError_t prepare(const void* kernel, const DeviceInfo& device, int& threads) {
   static std::mutex mutex;
-  static std::set<std::pair<int, const void*>> lifted;
+  static std::map<std::pair<int, const void*>, int> prepared;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (lifted.count({device.index, kernel})) return cudaSuccess;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device.shared_per_block));
+  const auto found = prepared.find({device.index, kernel});
+  if (found != prepared.end()) {
+    threads = found->second;
+    return cudaSuccess;
+  }
+  cudaFuncAttributes attributes = {};
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device.shared_per_block));
   if (error == cudaSuccess && device.max_cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess) lifted.insert({device.index, kernel});
+  threads = attributes.maxThreadsPerBlock;
+  if (error == cudaSuccess) prepared[{device.index, kernel}] = threads;
   return error;
 }
 
@@ -72,10 +82,7 @@ struct Configuration {
   Configuration(const void* kernel, const Plan& plan, const DeviceInfo& device, cudaStream_t stream) {
     const Tiling& t = plan.tiling;
     config.gridDim = dim3(unsigned(t.blocks * t.teams), unsigned(plan.directions));
-    // As the kernel was compiled for this device: whether its warps have two roles.
-    cudaFuncAttributes attributes = {};
-    error = cudaFuncGetAttributes(&attributes, kernel);
-    threads = attributes.maxThreadsPerBlock;
+    error = prepare(kernel, device, threads);
     config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(t.shared_bytes);
     config.stream = stream;
@@ -90,7 +97,6 @@ struct Configuration {
       attribute.val.cooperative = 1;
       config.numAttrs = 1;
     }
-    if (error == cudaSuccess) error = lift_limits(kernel, device);
   }
   Configuration(const Configuration&) = delete;
 };
@@ -110,10 +116,20 @@ int resident(const void* kernel, const Plan& plan, const DeviceInfo& device) {
   return -1;
 }
 
+// Whether the kernels, in which rows and strides have 31 bits (row_at), can address what a part points at.
+bool has_short_strides(const PersistentForward& part) {
+  return std::max({part.projection_stride, part.y_stride, part.factors_stride}) <= INT32_MAX;
+}
+bool has_short_strides(const PersistentBackward& part) {
+  return std::max({part.y_stride, part.grad_y_stride, part.factors_stride}) <= INT32_MAX;
+}
+
 template <class Arguments, class Part>
 const char* launch(const LayerSizes& sizes, const Steps& steps, const Part* parts, const Plan& plan,
                    const DeviceInfo& device, void* workspace, void* stream) {
   if (plan.variant == Variant::none) return "this plan has no persistent kernel";
+  for (int p = 0; p < plan.parts(); ++p)
+    if (!has_short_strides(parts[p])) return "rows of a sequence are 2^31 elements apart or more";
   Arguments arguments = {};
   arguments.hidden_size = sizes.hidden_size;
   arguments.steps = steps;

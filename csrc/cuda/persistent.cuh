@@ -138,15 +138,18 @@ constexpr bool two_roles = false;
 #endif
 constexpr int gate_threads = two_roles ? 128 : multiply_threads;
 constexpr int kernel_threads = two_roles ? multiply_threads + gate_threads : multiply_threads;
-// Registers of a thread of either role, 65536 in all: as few for those that multiply as hold their part of W_hh.
+// Registers of a thread of either role. What one side gives up is all that the other can get: a launch of
+// kernel_threads has launch_registers each (as many as 65536 allow, in eights), and who asks for more than those waits
+// for ever. As few for those that multiply as hold their part of W_hh.
+constexpr int launch_registers = 65536 / (multiply_threads + 128) / 8 * 8;
 template <class Product, bool backward, bool wavefront>
 constexpr int multiply_registers = Product::per_chunk == 8 ? (wavefront  ? 208
-                                                              : backward ? 200
+                                                              : backward ? 192
                                                                          : 216)
-                                   : Product::is_straight  ? (backward ? 200 : 208)
+                                   : Product::is_straight  ? (backward ? 192 : 208)
                                                            : 192;
 template <class Product, bool backward, bool wavefront>
-constexpr int gate_registers = (65536 - multiply_threads * multiply_registers<Product, backward, wavefront>) / 128;
+constexpr int gate_registers = 3 * launch_registers - 2 * multiply_registers<Product, backward, wavefront>;
 
 // Barriers of the block, by number. (0 is sync_threads.)
 enum Meeting : int {

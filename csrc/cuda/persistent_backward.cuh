@@ -413,8 +413,7 @@ class BackwardGates {
         range_(range),
         exchange_(arguments.tiling, place, arguments.workspace, range.count, exchanges),
         H_(int(arguments.hidden_size)),
-        states_(reinterpret_cast<float*>(shared_memory() + arguments.tiling.states) + thread.index),
-        has_mask_(arguments.steps.mask != nullptr) {}
+        states_(reinterpret_cast<float*>(shared_memory() + arguments.tiling.states) + thread.index) {}
 
   // The gradients of the last states, and what the first step wants from memory.
   FRNN_DEVICE void begin() {
@@ -453,7 +452,7 @@ class BackwardGates {
     for (int first = 0; first < count; first += together) {
       if (!two_roles || count > together) prepare(work, j, first);
       FRNN_UNROLL
-      for (int i = 0; i < together; ++i) work.keeps[i] = has_mask_ && !opaque(mask[i]);
+      for (int i = 0; i < together; ++i) work.keeps[i] = has_mask() && !opaque(mask[i]);
       if (first + together < count) {
         look_up(mask, first + together, j);
         fetch(first + together, j);
@@ -504,6 +503,7 @@ class BackwardGates {
     const int part = place_.part();
     return arguments_.part[count == 4 ? int(opaque(uint32_t(part))) : part];
   }
+  FRNN_DEVICE bool has_mask() const { return arguments_.steps.mask != nullptr; }
   FRNN_DEVICE int batch_row(int j, int i) const {
     return place_.first_column + j * tile_columns + thread_.column<count>(i);
   }
@@ -584,7 +584,7 @@ class BackwardGates {
     for (int i = 0; i < together; ++i) {
       const int at = j * tile_columns + thread_.column<count>(first + i);
       mask[i] = 1;
-      if (has_mask_ && is_live(j, first + i)) mask[i] = load_streaming(arguments_.steps.mask + first_row_ + at);
+      if (has_mask() && is_live(j, first + i)) mask[i] = load_streaming(arguments_.steps.mask + first_row_ + at);
     }
   }
 
@@ -707,7 +707,6 @@ class BackwardGates {
   SumReceiver<wavefront, counted> exchange_;
   const int H_;
   float* const states_;
-  const bool has_mask_;
   RowsOfSteps rows_of_steps_;
   StepRows previous_;
   // Of the step whose saved values are here; the thread's columns from limit_ on have no live row.

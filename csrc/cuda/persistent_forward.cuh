@@ -208,7 +208,7 @@ class StateSender : public StateBuffers<Product, wavefront> {
   }
 
   // All threads of the gates, before a step.
-  FRNN_DEVICE void begin_step(int s, int j) {
+  FRNN_DEVICE void begin_step(int j) {
 #if defined(FRNN_CUDA_CLUSTERS)
     if (two_roles && !counted && tiling_.exchange == Exchange::barriers && j == 0) cluster_keep_up();
 #endif
@@ -361,7 +361,7 @@ class ForwardGates {
   using Real = typename Product::Real;
   static constexpr int gates = Cell::gates, saved = Cell::saved;
   // Columns whose arithmetic overlaps: as many as there are registers for.
-  static constexpr int together = !two_roles || count < 2 || (count == 4 && !counted) ? 1 : 2;
+  static constexpr int together = two_roles && count == 2 ? 2 : 1;
 
  public:
   FRNN_DEVICE ForwardGates(const ForwardArguments& arguments, const PersistentForward& layer, const Place& place,
@@ -379,8 +379,7 @@ class ForwardGates {
         part_(shared_memory() + arguments.tiling.sums +
               (thread.unit / 8 * gates * half_tile_pairs + thread.unit % 8) * int(sizeof(Pair))),
         states_(reinterpret_cast<uint32_t*>(shared_memory() + arguments.tiling.states) + thread.index),
-        biases_(reinterpret_cast<Biases*>(shared_memory() + arguments.tiling.biases) + thread.index),
-        has_mask_(arguments.steps.mask != nullptr) {}
+        biases_(reinterpret_cast<Biases*>(shared_memory() + arguments.tiling.biases) + thread.index) {}
 
   // Initial states, biases, and what the first step wants from memory.
   FRNN_DEVICE void begin() {
@@ -433,7 +432,7 @@ class ForwardGates {
     Columns work;
     uint8_t mask[together];
     S factor[together];
-    if (two_roles) exchange_.begin_step(s, j);
+    if (two_roles) exchange_.begin_step(j);
     look_up(mask, factor, 0, j);
     if (two_roles && count <= together) prepare(work, 0, j);
     // phase: barrier
@@ -444,7 +443,7 @@ class ForwardGates {
       if (!two_roles || count > together) prepare(work, first, j);
       FRNN_UNROLL
       for (int i = 0; i < together; ++i) {
-        work.keeps[i] = has_mask_ && !opaque(mask[i]);
+        work.keeps[i] = has_mask() && !opaque(mask[i]);
         work.factor[i] = factor[i];
       }
       if (first + together < count) {
@@ -501,6 +500,7 @@ class ForwardGates {
     const int part = place_.part();
     return arguments_.part[count == 4 ? int(opaque(uint32_t(part))) : part];
   }
+  FRNN_DEVICE bool has_mask() const { return arguments_.steps.mask != nullptr; }
   FRNN_DEVICE int batch_row(int j, int i) const {
     return place_.first_column + j * tile_columns + thread_.column<count>(i);
   }
@@ -530,7 +530,7 @@ class ForwardGates {
       mask[i] = 1;
       factor[i] = {};
       if (!is_live(j, first + i)) continue;
-      if (has_mask_) mask[i] = load_streaming(arguments_.steps.mask + row);
+      if (has_mask()) mask[i] = load_streaming(arguments_.steps.mask + row);
       if (wavefront && layer_.factors)
         factor[i] =
             load_streaming(typed<S>(layer_.factors) + int64_t(row) * layer_.factors_stride + thread_.global_unit);
@@ -674,7 +674,6 @@ class ForwardGates {
   const char* const part_;
   uint32_t* const states_;
   Biases* const biases_;
-  const bool has_mask_;
   RowsOfSteps rows_of_steps_;
   // Of the step whose projections are here; the thread's columns from limit_ on have no live row.
   int first_row_ = 0, limit_ = 0;

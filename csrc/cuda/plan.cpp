@@ -16,8 +16,9 @@ namespace {
 
 using namespace measured;  // constants of the cost model
 
-// Of shared memory, for a column tile's running states: two numbers for each unit and column.
+// Threads of a block that do gates, in whichever way the kernels were compiled.
 constexpr int fewest_gate_threads = 128;
+// Of shared memory, for a column tile's running states: two numbers for each unit and column.
 constexpr int64_t state_bytes = 2 * most_units * tile_columns * 4;
 
 // Projections of so many bytes of a direction at once, but of no fewer steps: for each part W_hh is loaded again.

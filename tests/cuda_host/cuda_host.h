@@ -29,10 +29,17 @@ namespace cuda {
 
 constexpr int warp_size = 32;
 
+namespace detail {
+void set_registers(int count, const char* file, int line);
+}
 template <int count>
-void raise_registers() {}
+void raise_registers(FRNN_CALLER) {
+  detail::set_registers(count, file, line);
+}
 template <int count>
-void lower_registers() {}
+void lower_registers(FRNN_CALLER) {
+  detail::set_registers(count, file, line);
+}
 inline uint32_t opaque(uint32_t value) { return value; }
 
 int thread_index();

@@ -211,6 +211,7 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barrier;
   std::map<int, Barrier> named;
+  std::map<int, int> registers;  // that each warp has asked for, of a thread
   std::unordered_map<const void*, MbarrierState> mbarriers;
 
   bool holds(const void* p, size_t bytes) const;
@@ -537,6 +538,12 @@ void Engine::finish(Block& block) {
   const Fibre& f = *block.fibres.back();
   for (size_t i = shape.shared_bytes; i < shape.shared_bytes + guard_bytes; ++i)
     if (uint8_t(block.shared[i]) != guard_byte) fail(f, "the block has written past its shared memory");
+  // Of the registers that the launch gave the block, as many as there are in eights, warps can only hand on their own.
+  const int warps = shape.threads / cuda::warp_size;
+  int wanted = 0;
+  for (const auto& [warp, count] : block.registers) wanted += count;
+  if (int(block.registers.size()) == warps && wanted > warps * (65536 / shape.threads / 8 * 8))
+    fail(f, "warps ask for more registers than the others gave up");
   for (const auto& [id, barrier] : block.named)
     if (barrier.arrived > 0) fail(f, "the block returned from half of named barrier " + std::to_string(id));
   for (const Delivery& d : deliveries)
@@ -852,6 +859,15 @@ void named_barrier(int id, int threads, const char* file, int line) {
 void named_barrier_arrive(int id, int threads, const char* file, int line) {
   in_scheduler("named_barrier_arrive", file, line, [=](Fibre& f) { arrive_named(f, id, threads, false); });
 }
+
+namespace detail {
+void set_registers(int count, const char* file, int line) {
+  in_scheduler("set_registers", file, line, [=](Fibre& f) {
+    if (count % 8 || count < 24 || count > 256) fail(f, "a thread has 24 to 256 registers, in eights");
+    f.block->registers[f.thread / warp_size] = count;
+  });
+}
+}  // namespace detail
 
 bool any_in_warp(bool condition, const char* file, int line) {
   uint32_t value = condition;

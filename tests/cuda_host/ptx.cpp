@@ -7,6 +7,7 @@
 #include <cstring>
 #include <fstream>
 #include <sstream>
+#include <type_traits>
 
 #include "cuda/device.h"
 #include "engine.h"
@@ -28,6 +29,7 @@ class PtxThread {
   template <class T>
   T get(const PtxInstruction& i, int operand) const {
     const uint64_t word = this->word(i.operands.at(size_t(operand)));
+    if constexpr (std::is_same_v<T, bool>) return word & 1;  // a predicate's constant for true is -1
     T value;
     memcpy(&value, &word, sizeof value);
     return value;
@@ -384,7 +386,9 @@ void Table::others() {
     add_release(t.get<uint32_t*>(i, 0), t.get<uint32_t>(i, 1), t.file, i.line);
   };
   table_["prefetch.global.L2"] = [](PtxThread&, const I&) {};
-  table_["setmaxnreg.inc.sync.aligned.u32"] = table_["setmaxnreg.dec.sync.aligned.u32"] = [](PtxThread&, const I&) {};
+  table_["setmaxnreg.inc.sync.aligned.u32"] = table_["setmaxnreg.dec.sync.aligned.u32"] = [](PtxThread& t, const I& i) {
+    cuda::detail::set_registers(t.get<int>(i, 0), t.file, i.line);
+  };
 
   table_["barrier.cluster.arrive.release.aligned"] = [](PtxThread& t, const I& i) { cluster_arrive(t.file, i.line); };
   table_["barrier.cluster.wait.acquire.aligned"] = [](PtxThread& t, const I& i) { cluster_wait(t.file, i.line); };

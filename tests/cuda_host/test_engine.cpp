@@ -371,6 +371,12 @@ void misuse() {
     if (warp_index() < 2) named_barrier(1, 96);
   });
   fails("two sizes of one named barrier", shape(64, 0), "expects", [] { named_barrier(1, warp_index() ? 64 : 96); });
+  fails("warps that ask for registers that nobody gave up", shape(384, 0), "more registers", [] {
+    if (thread_index() < 256)
+      raise_registers<216>();
+    else
+      lower_registers<80>();  // 72 are left
+  });
   fails("a block that returns from half of a named barrier", shape(64, 0), "half of named barrier 1",
         [] { named_barrier_arrive(1, 128); });
   fails("a named barrier of 20 threads", shape(32, 0), "multiple of 32", [] { named_barrier(1, 20); });
