@@ -67,8 +67,48 @@ def check_names(what: str, given: Mapping[str, Any], known: Iterable[str]) -> No
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Values of the options of layers that are given."""
-    if "recompute" in options:
-        check_flag("recompute", options["recompute"])
+    for name in ("recompute", "recurrent_bias", "stateful"):
+        if name in options:
+            check_flag(name, options[name])
+    for name in ("input_dropout", "weight_dropout"):
+        if name in options:
+            check_rate(name, options[name])
+    bptt_steps, forget_bias = options.get("bptt_steps"), options.get("forget_bias")
+    if bptt_steps is not None:
+        if not isinstance(bptt_steps, int) or isinstance(bptt_steps, bool):
+            raise TypeError(f"bptt_steps: expected an int or None, got {_describe(bptt_steps)}")
+        if bptt_steps < 1:
+            raise ValueError(f"bptt_steps: expected at least 1, got {bptt_steps}")
+    if forget_bias is not None and not _is_number(forget_bias):
+        raise TypeError(f"forget_bias: expected a number or None, got {_describe(forget_bias)}")
+    init = options.get("init", "torch")
+    if init not in ("torch", "keras"):
+        raise ValueError(f"init: expected 'torch' or 'keras', got {init!r}")
+
+
+def check_fit(options: Mapping[str, Any], *, is_lstm: bool, is_gru: bool, bias: bool, bidirectional: bool) -> None:
+    """Options that have no meaning for a layer such as this."""
+    if is_gru and not options.get("recurrent_bias", True):
+        raise ValueError(
+            "recurrent_bias: expected True for a GRU, whose reset gate acts on the recurrent bias alone: without it "
+            "the layer is another model"
+        )
+    if options.get("forget_bias") is not None:
+        if not is_lstm:
+            raise ValueError("forget_bias: expected None, only an LSTM has a forget gate")
+        if not bias:
+            raise ValueError("forget_bias: expected None with bias=False, where no gate has a bias")
+    if bidirectional:
+        if options.get("stateful", False):
+            raise ValueError(
+                "stateful: expected False with bidirectional=True: the reverse direction begins at the end of each "
+                "call's sequence, and what it left belongs to the beginning"
+            )
+        if options.get("bptt_steps") is not None:
+            raise ValueError(
+                "bptt_steps: expected None with bidirectional=True: the reverse direction comes through the whole "
+                "sequence before the first step's output is there"
+            )
 
 
 def check_counts(num_layers: Any, proj_size: Any, hidden_size: int) -> None:
@@ -82,9 +122,16 @@ def check_counts(num_layers: Any, proj_size: Any, hidden_size: int) -> None:
 
 
 def check_dropout(dropout: Any) -> None:
-    is_number = isinstance(dropout, numbers.Real) and not isinstance(dropout, bool)
-    if not is_number or not 0 <= dropout <= 1:
-        raise ValueError(f"dropout: expected a number from 0 to 1, got {_describe(dropout)}")
+    check_rate("dropout", dropout)
+
+
+def check_rate(name: str, rate: Any) -> None:
+    if not _is_number(rate) or not 0 <= rate <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {_describe(rate)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_nonlinearity(nonlinearity: Any) -> None:
@@ -136,8 +183,8 @@ def _make_param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
         columns = settings.input_size if layer == 0 else state_size * settings.num_directions
         for suffix in (f"_l{layer}", f"_l{layer}_reverse") if settings.bidirectional else (f"_l{layer}",):
             specs += [(f"weight_ih{suffix}", (rows, columns)), (f"weight_hh{suffix}", (rows, state_size))]
-            if settings.bias:
-                specs += [(f"bias_ih{suffix}", (rows,)), (f"bias_hh{suffix}", (rows,))]
+            biases = ("bias_ih", "bias_hh")[: settings.num_biases]
+            specs += [(f"{bias}{suffix}", (rows,)) for bias in biases]
             if state_size != settings.hidden_size:
                 specs.append((f"weight_hr{suffix}", (state_size, settings.hidden_size)))
     return tuple(specs)
@@ -145,7 +192,7 @@ def _make_param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
 
 def check_param_count(settings: Settings, params: Sequence[Any]) -> None:
     """Before anything is worked out for each of so many layers."""
-    per_layer = settings.num_directions * (2 + 2 * settings.bias + (settings.state_size != settings.hidden_size))
+    per_layer = settings.num_directions * (2 + settings.num_biases + (settings.state_size != settings.hidden_size))
     expected = len(settings.cell_names) if settings.is_cell else settings.num_layers * per_layer
     if len(params) == expected:
         return

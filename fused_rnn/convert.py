@@ -15,7 +15,7 @@ from . import _checks
 from .cells import GRUCell, LSTMCell, RNNCell
 from .class_tests import methods_that_test_for
 from .layers import GRU, LSTM, RNN
-from .settings import LAYER_OPTIONS, LayerOptions, show_options
+from .settings import CONVERT_OPTIONS, LayerOptions, show_options
 from .subclasses import fused_subclass, names_of_ours, why_no_fused_subclass
 from .twin import HasTwin, become_torch_nn, change_class, own_class, why_not_torch_nn
 
@@ -86,7 +86,7 @@ def convert(
 ) -> tuple[ModelT, ConversionReport]: ...
 
 
-@show_options(LAYER_OPTIONS)
+@show_options(CONVERT_OPTIONS)
 def convert(model: Any, *, inplace: bool = True, return_report: bool = False, **options: Unpack[LayerOptions]) -> Any:
     """Make every ``torch.nn`` LSTM, GRU, RNN and cell of a model a fused one.
 
@@ -110,18 +110,23 @@ def convert(model: Any, *, inplace: bool = True, return_report: bool = False, **
         model: any module, a recurrent one included.
         inplace: ``False`` leaves ``model`` as it is and converts a copy of its modules. The copy holds the very
             Parameters and buffers of ``model``; for independent ones convert ``copy.deepcopy(model)``.
-        options: those of :class:`fused_rnn.LSTM` that ``torch.nn`` lacks, for the layers that are converted.
+        options: those of :class:`fused_rnn.LSTM` that ``torch.nn`` lacks and that concern no parameter, for the layers
+            that are converted.
         return_report: return a :class:`ConversionReport` as well, and warn of nothing that is in it.
 
     Returns:
         ``model``, or the copy; with ``return_report`` the pair ``(model, report)``.
 
     Raises:
-        TypeError, ValueError: ``model`` is no ``torch.nn.Module``; an option is unknown, or out of range.
+        TypeError, ValueError: ``model`` is no ``torch.nn.Module``; an option is unknown, out of range, or has no
+            meaning for one of the layers, which is named. Nothing is changed then.
     """
     _check_model(model)
-    _checks.check_names("convert", options, LAYER_OPTIONS)
+    _checks.check_names("convert", options, CONVERT_OPTIONS)
     _checks.check_options(options)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase) and not isinstance(module, HasTwin):
+            _check_fit(name, module, options)
     if not inplace:
         model = _copy_sharing_tensors(model)
     report = ConversionReport()
@@ -183,6 +188,14 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
     for name in found:
         become_torch_nn(model.get_submodule(name))
     return model
+
+
+def _check_fit(name: str, module: nn.RNNBase, options: LayerOptions) -> None:
+    is_lstm, is_gru = module.mode == "LSTM", module.mode == "GRU"
+    try:
+        _checks.check_fit(options, is_lstm=is_lstm, is_gru=is_gru, bias=module.bias, bidirectional=module.bidirectional)
+    except ValueError as error:
+        raise ValueError(f"{error} (of {_quote(name)})") from None
 
 
 def _quote(name: str) -> str:

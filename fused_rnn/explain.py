@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import GRU, LSTM, RNN
-from .settings import StepOptions
+from .settings import Settings, StepOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,6 +47,8 @@ class Explanation:
     """What the planner chose for these sizes, see :func:`fused_rnn.ops.plan`; ``None`` for the reference."""
     live_steps: int | None = None
     """Of T * B steps those that count; ``None`` without ``lengths`` and ``mask``."""
+    options: tuple[str, ...] = ()
+    """What Python does around the kernels: a sentence for each of the layer's options that needs it."""
 
     def __str__(self) -> str:
         purpose = "with gradients" if self.training else "without gradients"
@@ -61,6 +63,7 @@ class Explanation:
             )
         if self.reason is not None:
             lines.append(f"  because: {self.reason}")
+        lines += [f"  {option}" for option in self.options]
         if self.plan is not None:
             lines.append(f"  forward: {_describe_pass(self.plan)}")
             if "backward" in self.plan:
@@ -169,9 +172,12 @@ def explain(
     plan = None
     if call.why_reference is None:
         assert backend.ops is not None
+        num_steps = call.num_steps if sizes is None else len(sizes)
+        if training and settings.around is not None and settings.around.bptt_steps is not None and sizes is None:
+            num_steps = min(num_steps, settings.around.bptt_steps)
         plan = backend.ops.plan(
             settings,
-            T=call.num_steps if sizes is None else len(sizes),
+            T=num_steps,
             B=batch_size if sizes is None else sizes[0],
             batch_sizes=sizes,
             dtype=call.input.dtype,
@@ -189,7 +195,25 @@ def explain(
         training=training,
         plan=plan,
         live_steps=live_steps,
+        options=_options(settings, call.num_steps, training),
     )
+
+
+def _options(settings: Settings, num_steps: int, with_gradients: bool) -> tuple[str, ...]:
+    around = settings.around
+    if around is None:
+        return ()
+    sentences = []
+    if around.input_dropout:
+        sentences.append("input_dropout: the input is multiplied by a factor for each row and feature first")
+    if around.weight_dropout:
+        sentences.append("weight_dropout: every W_hh is multiplied by factors drawn once for the call first")
+    if not around.recurrent_bias:
+        sentences.append("recurrent_bias=False: the kernels get zeros")
+    k = around.bptt_steps
+    if k is not None and k < num_steps and with_gradients:
+        sentences.append(f"bptt_steps={k}: {-(-num_steps // k)} calls, the passes below are those of the longest")
+    return tuple(sentences)
 
 
 def _packed_sizes(mask: Tensor) -> list[int]:

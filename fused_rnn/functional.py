@@ -13,7 +13,7 @@ L layers, D directions and G gates per unit (LSTM 4, GRU 3, RNN 1)::
 ``params`` is the flat list of :mod:`torch.nn`, for each layer, and in it each direction: ``weight_ih`` (G*H, I; D*P in
 place of I above the first layer), ``weight_hh`` (G*H, P), with ``bias`` ``bias_ih`` (G*H) and ``bias_hh`` (G*H), with a
 projection ``weight_hr`` (P, H). :func:`torch.nn.Module.parameters` of a layer gives it in this order. The rows of a
-weight are in the order i, f, g, o for an LSTM and r, z, n for a GRU.
+weight are in the order i, f, g, o for an LSTM and r, z, n for a GRU. ``recurrent_bias=False`` is without ``bias_hh``.
 
 Dtypes: float32, float64, bfloat16 and float16, and the complex ones through the reference; input, states and
 parameters share one. Under :class:`torch.autocast` they are cast as ``torch.nn`` has it: to the autocast dtype, except
@@ -37,8 +37,10 @@ from . import _checks, backend
 from .settings import (
     CALL_OPTIONS,
     EVERY_STEP,
-    LAYER_OPTIONS,
+    FUNCTION_OPTIONS,
+    NOTHING_AROUND,
     STEP_OPTIONS,
+    Around,
     CallOptions,
     CellKind,
     Controls,
@@ -90,6 +92,8 @@ def lstm(
             is then packed data as in :class:`torch.nn.utils.rnn.PackedSequence`.
         recompute: keep only the states for the backward pass, and compute the gates there again: less memory, more
             time, the same numbers.
+        input_dropout, weight_dropout, recurrent_bias, bptt_steps: as :class:`fused_rnn.LSTM` has them; the dropouts
+            act while ``training``.
         lengths: steps of each row from the first, any integer dtype on any device, 0 to T. On the CPU an error says if
             one is not in that range; on other devices, and under :func:`torch.compile`, a negative one counts as 0 and
             a larger one as T.
@@ -254,7 +258,17 @@ def _settings_of_params(
     for name, flag in flags:
         _checks.check_flag(name, flag)
     _checks.check_options(options)
-    layer_options: dict[str, Any] = {name: value for name, value in options.items() if name in LAYER_OPTIONS}
+    _checks.check_fit(
+        options,
+        is_lstm=kind == CellKind.LSTM,
+        is_gru=kind == CellKind.GRU,
+        bias=bias,
+        bidirectional=bidirectional,
+    )
+    given: dict[str, Any] = {name: value for name, value in options.items() if name in FUNCTION_OPTIONS}
+    around = Around(**{name: given.pop(name) for name in Around._fields if name in given})
+    if not training:
+        around = around.in_eval_mode()
     return Settings(
         input_size,
         hidden_size,
@@ -265,7 +279,8 @@ def _settings_of_params(
         bidirectional,
         batch_first,
         dropout=dropout if training else 0.0,
-        **layer_options,
+        around=None if around == NOTHING_AROUND else around,
+        **given,
     )
 
 
@@ -350,7 +365,7 @@ def steps_of(batch_sizes: Tensor | None, given: Mapping[str, Any]) -> Steps:
 def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
     """A whole stack: ``(output, (h_n, c_n))`` of an LSTM, ``(output, h_n)`` of the others."""
     results = None
-    if steps is EVERY_STEP and not (settings.dropout and settings.num_layers > 1):
+    if steps is EVERY_STEP and settings.around is None and not (settings.dropout and settings.num_layers > 1):
         # The operator checks what it is given, so the usual call need not be checked twice, which would take as long as
         # a small one computes. What is wrong with a call that is not valid, prepare_layers says in the user's terms.
         kernels = backend.eager_kernels()
@@ -400,14 +415,20 @@ def _call_override(
     function, also = _PUBLIC[settings.kind]
     if settings.is_cell:
         return handle_torch_function(_PUBLIC_CELLS[settings.kind], tensors, input, hx, *params, **also)
-    fields = settings._asdict() | steps._asdict()
-    names = (*_ARGUMENTS, *LAYER_OPTIONS, *Steps._fields)
-    arguments = {name: fields[name] for name in names if fields[name] is not _DEFAULTS[name]}
-    if settings.dropout:
+    around = settings.around or NOTHING_AROUND
+    fields = settings._asdict() | around._asdict() | steps._asdict()
+    names = (*_ARGUMENTS, *FUNCTION_OPTIONS, *Steps._fields)
+    arguments = {name: fields[name] for name in names if not _is_default(name, fields[name])}
+    if settings.dropout or around != around.in_eval_mode():
         arguments["training"] = True
     if settings.state_size != settings.hidden_size:
         arguments["proj_size"] = settings.state_size
     return handle_torch_function(function, tensors, input, hx, params, **arguments, **also)
+
+
+def _is_default(name: str, value: Any) -> bool:
+    default = _DEFAULTS[name]
+    return value is default or (not isinstance(value, Tensor) and bool(value == default))
 
 
 def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps) -> Call:
@@ -451,6 +472,8 @@ def _run_layers(
             return _run_layers(settings, input, hx, params, steps)
 
     call = prepare_layers(settings, input, hx, params, steps)
+    if settings.around is not None:
+        return _run_around(settings, settings.around, call, hx, params, steps)
     input, h, c, controls = call[:4]
     if call.batch is None:
         input = input.unsqueeze(1)
@@ -465,6 +488,72 @@ def _run_layers(
     if call.batch is None:
         return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if settings.kind == CellKind.LSTM else c_n
     return output, h_n, c_n
+
+
+def _run_around(
+    settings: Settings, around: Around, call: Call, hx: Any, params: Sequence[Any], steps: Steps
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A checked call whose options are for Python, as calls without them."""
+    _checks.check_memory(settings, call.input, hx, params)
+    params = _params_of_operator(settings, around, params)
+    input = call.input
+    if around.input_dropout:
+        input = _drop_inputs(settings, around.input_dropout, call)
+    settings = settings._replace(around=None)
+    k = around.bptt_steps
+    if k is not None and k < call.num_steps and torch.is_grad_enabled():
+        return _run_slices(settings, k, call, input, hx, params, steps)
+    return _run_layers(settings, input, hx, params, steps)
+
+
+def _params_of_operator(settings: Settings, around: Around, params: Sequence[Tensor]) -> list[Tensor]:
+    """With W_hh as this call's dropout leaves it, and zeros for a recurrent bias that there is not."""
+    per_cell = len(params) // (settings.num_layers * settings.num_directions)
+    no_bias = None
+    result = []
+    for first in range(0, len(params), per_cell):
+        w_ih, w_hh, *others = params[first : first + per_cell]
+        if around.weight_dropout:
+            w_hh = torch.nn.functional.dropout(w_hh, around.weight_dropout, training=True)
+        if settings.num_biases == 1:
+            no_bias = torch.zeros_like(others[0], requires_grad=False) if no_bias is None else no_bias
+            others.insert(1, no_bias)
+        result += [w_ih, w_hh, *others]
+    return result
+
+
+def _drop_inputs(settings: Settings, rate: float, call: Call) -> Tensor:
+    """The input times a factor, 0 or 1 / (1 - rate), for each row and feature, which is the same at every step."""
+    input = call.input
+    batch = 1 if call.batch is None else call.batch
+    factors = torch.nn.functional.dropout(input.new_ones(batch, settings.input_size), rate, training=True)
+    batch_sizes = call.controls.batch_sizes
+    if batch_sizes is not None:
+        return input * torch.cat([factors[:rows] for rows in batch_sizes.tolist()])
+    return input * (factors.unsqueeze(1) if settings.batch_first and call.batch is not None else factors)
+
+
+def _run_slices(
+    settings: Settings, k: int, call: Call, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Calls of k steps each, one after the other: no gradient goes from one to the one before."""
+    if steps.batch_sizes is not None:
+        raise RuntimeError(
+            "bptt_steps: expected None with packed data, whose rows end in the middle of a slice; pad it, "
+            "torch.nn.utils.rnn.pad_packed_sequence, and pass the lengths, lengths="
+        )
+    dim = 1 if settings.batch_first and call.batch is not None else 0
+    outputs = []
+    for first in range(0, call.num_steps, k):
+        count = min(k, call.num_steps - first)
+        of_slice = EVERY_STEP
+        if steps.lengths is not None or steps.mask is not None:
+            lengths = None if steps.lengths is None else (steps.lengths.long() - first).clamp(0, count)
+            of_slice = Steps(None, lengths, None if steps.mask is None else steps.mask.narrow(dim, first, count))
+        output, h, c = _run_layers(settings, input.narrow(dim, first, count), hx, params, of_slice)
+        outputs.append(output)
+        hx = (h.detach(), c.detach()) if settings.kind == CellKind.LSTM else h.detach()
+    return torch.cat(outputs, dim), h, c
 
 
 def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any]) -> Call:
@@ -580,4 +669,4 @@ _PUBLIC_CELLS: dict[CellKind, Callable[..., Any]] = {
     CellKind.RNN_RELU: rnn_cell,
 }
 _ARGUMENTS = ("bias", "num_layers", "dropout", "bidirectional", "batch_first")
-_DEFAULTS: dict[str, Any] = Settings._field_defaults | Steps._field_defaults
+_DEFAULTS: dict[str, Any] = Settings._field_defaults | Around._field_defaults | Steps._field_defaults

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _checks, functional
+from . import _checks, carried, functional, initial
 from .settings import (
     EVERY_STEP,
     LAYER_OPTIONS,
+    NOTHING_AROUND,
     STEP_OPTIONS,
+    Around,
     CellKind,
     LayerOptions,
     Settings,
@@ -28,6 +30,19 @@ if TYPE_CHECKING:
 __all__ = ["GRU", "LSTM", "RNN"]
 
 _KINDS = {kind.name: kind for kind in CellKind}
+
+
+def _in_around(name: str) -> Any:
+    """An attribute that is a field of the layer's :class:`Around`."""
+
+    def get(self: Any) -> Any:
+        return getattr(self._around or NOTHING_AROUND, name)
+
+    def put(self: Any, value: Any) -> None:
+        around = (self._around or NOTHING_AROUND)._replace(**{name: value})
+        self.__dict__["_around"] = None if around == NOTHING_AROUND else around
+
+    return property(get, put)
 
 
 class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
@@ -63,6 +78,10 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             bidirectional=bidirectional,
             proj_size=proj_size,
         )
+        _checks.check_fit(options, is_lstm=mode == "LSTM", is_gru=mode == "GRU", bias=bias, bidirectional=bidirectional)
+        # The parameters get their first values in RNNBase's constructor.
+        self.init = options.get("init", "torch")
+        self.forget_bias = options.get("forget_bias")
         super().__init__(
             mode,
             input_size,
@@ -76,15 +95,63 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             device,
             dtype,
         )
-        for name, default in LAYER_OPTIONS.items():
-            setattr(self, name, options.get(name, default))
+        if bias and not options.get("recurrent_bias", True):
+            self._remove_recurrent_biases()
+        for name, value in options.items():
+            if value != LAYER_OPTIONS[name]:
+                setattr(self, name, value)
 
-    # Of layers that were made, or pickled, without it.
+    # Of layers without these options, and those that were made, or pickled, before there were any.
     recompute: bool = False
+    stateful: bool = False
+    init: str = "torch"
+    forget_bias: float | None = None
+    _around: Around | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "stateful" and value:
+            carried.add_buffers(self)
+        super().__setattr__(name, value)
+
+    # One record, so that a call of a layer without them looks at one attribute.
+    input_dropout: float = _in_around("input_dropout")
+    weight_dropout: float = _in_around("weight_dropout")
+    recurrent_bias: bool = _in_around("recurrent_bias")
+    bptt_steps: int | None = _in_around("bptt_steps")
+
+    def _remove_recurrent_biases(self) -> None:
+        names = [name for name in self._flat_weights_names if name.startswith("bias_hh")]
+        for name in names:
+            delattr(self, name)
+        self._flat_weights_names = [name for name in self._flat_weights_names if name not in names]
+        self._all_weights = [[name for name in of_cell if name not in names] for of_cell in self._all_weights]
+        self._init_flat_weights()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as ``init`` and ``forget_bias`` say."""
+        if self.init == "keras":
+            initial.draw_as_keras(self)
+        else:
+            super().reset_parameters()
+        if self.forget_bias is not None:
+            initial.set_forget_bias(self, self.forget_bias)
+
+    def reset_state(self, rows: Any = None) -> None:
+        """Forget the state that a stateful layer carries from call to call: the next call begins from zeros.
+
+        Args:
+            rows: of the batch, those to begin anew: a bool tensor (B), or indices; ``None`` for all, after which the
+                next call may have another batch size.
+
+        Raises:
+            RuntimeError: the layer is not stateful, or ``rows`` are given where there is no batch.
+            IndexError: a row is none of the batch.
+        """
+        carried.reset(self, rows)
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in LAYER_OPTIONS}
-        changed = [f", {name}={value}" for name, value in options.items() if value != LAYER_OPTIONS[name]]
+        changed = [f", {name}={value!r}" for name, value in options.items() if value != LAYER_OPTIONS[name]]
         return super().extra_repr() + "".join(changed)
 
     def flatten_parameters(self) -> None:
@@ -109,8 +176,13 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             self.recompute,
             self.dropout if self.training else 0.0,
             (),
+            None if self._around is None else self._around_call(),
         )
         return new_settings(Settings, fields)
+
+    def _around_call(self) -> Around | None:
+        around = self._around if self.training or self._around is None else self._around.in_eval_mode()
+        return None if around == NOTHING_AROUND else around
 
     def _params(self) -> list[Tensor]:
         """The parameters as they are now: parametrizations, pruning and ``functional_call`` exchange them."""
@@ -125,6 +197,14 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def _run(self, input: Any, hx: Any, steps: StepOptions) -> Any:
+        if self.stateful:
+            hx = carried.state_of(self, input, hx)
+            output, states = self._compute(input, hx, steps)
+            carried.keep(self, states)
+            return output, states
+        return self._compute(input, hx, steps)
+
+    def _compute(self, input: Any, hx: Any, steps: StepOptions) -> Any:
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, steps)
         given = functional.steps_of(None, steps) if steps else EVERY_STEP
@@ -179,6 +259,19 @@ class LSTM(_Recurrent):
         device, dtype: of the parameters.
         recompute: keep only h and c of every step for the backward pass, not the gates, which it then computes again:
             less than half the memory, more time, the same numbers.
+        input_dropout: in training mode, probability of zeroing a feature of the input, the same at all steps of a row
+            (Gal and Ghahramani 2016; ``dropout`` of a Keras layer). Of the first layer: those above have ``dropout``.
+        weight_dropout: in training mode, probability of zeroing an element of every W_hh, drawn once a call (Wan et al.
+            2013; Merity, Keskar and Socher 2017).
+        recurrent_bias: ``False`` for no ``bias_hh``: one bias per gate.
+        bptt_steps: k, gradients stop at every k-th step, as if the sequence were given in slices of k steps with the
+            state detached between them (truncated back-propagation through time). ``None`` for none. In one direction.
+        stateful: begin where the last call ended, row by row, without its gradient, unless ``hx`` is given;
+            :meth:`reset_state` begins anew. What is carried is in the buffers ``carried_h`` and ``carried_c``, which
+            move with the layer and are no part of its ``state_dict``. In one direction.
+        init: ``"torch"``, or ``"keras"``: W_ih by Glorot and Bengio 2010, W_hh orthogonal, each over all gates
+            together, biases zero but 1 for the forget gate. How :meth:`reset_parameters` draws.
+        forget_bias: first value of ``bias_ih + bias_hh`` of the forget gate; ``None`` for that of ``init``.
 
     Raises:
         TypeError, ValueError: naming the argument that has another type or is out of range.
@@ -357,7 +450,9 @@ class GRU(_SingleState):
     Args:
         proj_size: only 0; the place it has among ``torch.nn.GRU``'s positional arguments.
         recompute: keep only h of every step for the backward pass; see :class:`LSTM`.
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as :class:`LSTM`.
+        recurrent_bias: only ``True``: the reset gate acts on this bias.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, and the other
+            options but ``forget_bias``: as :class:`LSTM`.
 
     Raises:
         TypeError, ValueError: naming the argument that has another type or is out of range.
@@ -413,7 +508,8 @@ class RNN(_SingleState):
         nonlinearity: ``"tanh"`` or ``"relu"``.
         proj_size: only 0; the place it has among ``torch.nn.RNN``'s positional arguments.
         recompute: without effect, h being all that is kept in any case.
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as :class:`LSTM`.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, and the other
+            options but ``forget_bias``: as :class:`LSTM`.
 
     Raises:
         TypeError, ValueError: naming the argument that has another type or is out of range.

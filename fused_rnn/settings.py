@@ -3,6 +3,7 @@
 A setting is written down here and in ``csrc/settings.h``. The operators take it in lists, in the order of the fields:
 :meth:`Settings.flatten` and :meth:`Settings.restore` are the way between, :class:`Controls` is the same for tensors. An
 option that is added is a field here and there; no function between a layer and the kernel that acts on it names it.
+What Python does around the operators is an :class:`Around`.
 
 Letters in shapes, in the whole package: T steps, B batch rows, N rows of packed data, I input_size, H hidden_size, P
 proj_size (H without a projection), G gates per unit (LSTM 4, GRU 3, RNN 1), L layers, D directions.
@@ -36,10 +37,25 @@ class CellKind(IntEnum):
         return (1, 1, 4, 3)[self.value]
 
 
-class LayerOptions(TypedDict, total=False):
-    """Keywords of a layer's constructor that ``torch.nn`` lacks; their defaults are those of :class:`Settings`."""
+class FunctionOptions(TypedDict, total=False):
+    """Keywords that ``torch.nn`` lacks and a functional call shares with a layer's constructor.
+
+    Their defaults are those of :class:`Settings` and :class:`Around`.
+    """
 
     recompute: bool
+    input_dropout: float
+    weight_dropout: float
+    recurrent_bias: bool
+    bptt_steps: int | None
+
+
+class LayerOptions(FunctionOptions, total=False):
+    """Keywords of a layer's constructor that ``torch.nn`` lacks."""
+
+    stateful: bool
+    init: str
+    forget_bias: float | None
 
 
 class StepOptions(TypedDict, total=False):
@@ -49,8 +65,23 @@ class StepOptions(TypedDict, total=False):
     mask: Tensor | None
 
 
-class CallOptions(LayerOptions, StepOptions, total=False):
+class CallOptions(FunctionOptions, StepOptions, total=False):
     """Keywords of a functional call that ``torch.nn`` lacks."""
+
+
+class Around(NamedTuple):
+    """What Python does around the operators of a call; see :class:`fused_rnn.LSTM` for the meaning of each."""
+
+    input_dropout: float = 0.0  # in this call, as weight_dropout: 0 in eval mode
+    weight_dropout: float = 0.0
+    recurrent_bias: bool = True
+    bptt_steps: int | None = None
+
+    def in_eval_mode(self) -> Around:
+        return self._replace(input_dropout=0.0, weight_dropout=0.0)
+
+
+NOTHING_AROUND = Around()
 
 
 class Settings(NamedTuple):
@@ -72,6 +103,12 @@ class Settings(NamedTuple):
 
     dropout: float = 0.0  # between layers, in this call: 0 in eval mode
     cell_names: tuple[str, ...] = ()  # of a cell: what its caller calls w_ih, w_hh[, b_ih, b_hh]
+    around: Around | None = None  # None: nothing
+
+    @property
+    def num_biases(self) -> int:
+        """Of each layer and direction."""
+        return 0 if not self.bias else 1 if self.around is not None and not self.around.recurrent_bias else 2
 
     @property
     def is_cell(self) -> bool:
@@ -109,9 +146,15 @@ _END_OF_INTEGERS = Settings._fields.index("dropout")
 # In the order of the operators' list.
 INTEGER_SETTINGS = Settings._fields[_FIRST_INTEGER:_END_OF_INTEGERS]
 # Keywords with their defaults.
-LAYER_OPTIONS: dict[str, Any] = {name: Settings._field_defaults[name] for name in LayerOptions.__annotations__}
+_DEFAULTS = Settings._field_defaults | Around._field_defaults
+FUNCTION_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in FunctionOptions.__annotations__}
+LAYER_OPTIONS: dict[str, Any] = FUNCTION_OPTIONS | {"stateful": False, "init": "torch", "forget_bias": None}
 STEP_OPTIONS: dict[str, Any] = dict.fromkeys(StepOptions.__annotations__)
-CALL_OPTIONS = LAYER_OPTIONS | STEP_OPTIONS
+CALL_OPTIONS = FUNCTION_OPTIONS | STEP_OPTIONS
+# Of layers that exist already: those that concern no parameter.
+CONVERT_OPTIONS = {
+    name: default for name, default in LAYER_OPTIONS.items() if name not in ("recurrent_bias", "init", "forget_bias")
+}
 
 # Every set of sizes in use, a few per model: a cell's step feels the making of a record.
 _of_cells: dict[tuple[Any, ...], Settings] = {}

@@ -14,7 +14,11 @@ from .weights import OF_ASSIGNMENT
 _log = logging.getLogger("fused_rnn")
 
 # Unknown to torch.nn; why_not_torch_nn has seen that what a module computes does not depend on their values.
-_LEFT_BEHIND = (*LAYER_OPTIONS, *OF_ASSIGNMENT)
+_LEFT_BEHIND = (*LAYER_OPTIONS, "_around", *OF_ASSIGNMENT)
+# What is left of the first values of the parameters is the parameters.
+_CHANGE_NUMBERS = {
+    name: default for name, default in LAYER_OPTIONS.items() if name not in ("recompute", "init", "forget_bias")
+}
 
 
 class HasTwin:
@@ -67,7 +71,7 @@ def change_class(module: nn.Module, target: type[nn.Module]) -> None:
 def why_not_torch_nn(module: Any) -> str | None:
     """Why ``torch.nn`` has nothing that computes what this fused module does; ``None`` if it has.
 
-    Options that ``torch.nn`` lacks and that change the numbers belong here. (``recompute`` changes none.)
+    Options that ``torch.nn`` lacks and that change the numbers belong here.
     """
     cls = own_class(module)
     if "_torch_class" not in vars(cls):
@@ -77,6 +81,10 @@ def why_not_torch_nn(module: Any) -> str | None:
             if is_ours
             else f"it is a {cls.__qualname__}, a subclass of a fused_rnn module"
         )
+    if isinstance(module, nn.RNNBase):
+        for name, default in _CHANGE_NUMBERS.items():
+            if (value := getattr(module, name)) != default:
+                return f"it has {name}={value!r}, which torch.nn.{vars(cls)['_torch_class'].__name__} has not"
     return "its forward was replaced on the object" if "forward" in vars(module) else None
 
 

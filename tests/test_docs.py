@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fused_rnn
+from fused_rnn.settings import LAYER_OPTIONS
 from fused_rnn.twin import HasTwin
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -59,7 +60,20 @@ def test_code_of_the_page_on_a_way_runs_from_top_to_bottom(way: str, monkeypatch
 def test_all_pages_with_code_are_run_here() -> None:
     pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "```python" in path.read_text()}
     ways = {f"in-your-program/{way}.md" for way in WAYS}
-    assert pages == {"in-your-program.md", "index.md", "migrating.md", "variable-lengths.md", *ways}
+    assert pages == {"in-your-program.md", "index.md", "migrating.md", "options.md", "variable-lengths.md", *ways}
+
+
+def test_code_of_the_page_on_options_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = run_page(DOCS / "options.md", monkeypatch, torch=torch, fused_rnn=fused_rnn)
+    assert page.model.lstm.carried_h is None and page.model.lstm.weight_hh_l0.grad is not None
+
+
+def test_page_on_options_has_all_of_them_and_tests_that_exist() -> None:
+    rows = re.findall(r"^\| `(\w+)=.*\| `([\w/.]+)` \|$", (DOCS / "options.md").read_text(), re.MULTILINE)
+    assert {option for option, _ in rows} == set(LAYER_OPTIONS)
+    tests = (Path(__file__).parent / "test_options.py").read_text()
+    for _, name in rows:
+        assert (Path(__file__).parents[1] / name).exists() if "/" in name else f"def {name}(" in tests
 
 
 def test_code_of_the_first_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

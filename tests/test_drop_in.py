@@ -488,8 +488,8 @@ ONEDNN_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 @pytest.mark.parametrize("lower_input", [False, True], ids=["float32 input", "bfloat16 input"])
 @pytest.mark.parametrize("case", AUTOCAST_CASES, ids=str)
 def test_autocast_gives_the_dtypes_and_values_of_torch_nn(case: Case | CellCase, lower_input: bool) -> None:
-    # torch.nn's LSTM layers call oneDNN here. Where that has no bfloat16, on processors without AVX-512, they fail or keep
-    # another dtype; their values are computed without oneDNN then, and ours keep the dtype that others give.
+    # torch.nn's LSTM layers call oneDNN here. Where that has no bfloat16, on processors without AVX-512, they fail or
+    # keep another dtype; their values are computed without oneDNN then, and ours keep the dtype that others give.
     without_onednn = isinstance(case, Case) and case.cell == "LSTM" and case.packing == "padded" and not ONEDNN_BFLOAT16
     results = []
     for module in case.twins():

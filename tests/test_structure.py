@@ -25,7 +25,7 @@ LEVELS = [
     {"ops"},
     {"backend"},
     {"functional", "packed_weights"},
-    {"reference", "weights"},
+    {"reference", "weights", "initial", "carried"},
     {"twin"},
     {"layers", "cells"},
     {"subclasses", "explain"},

@@ -1,0 +1,40 @@
+"""First values of a layer's parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["draw_as_keras", "set_forget_bias"]
+
+
+def draw_as_keras(layer: Any) -> None:
+    """As Keras draws them, of the same shapes transposed: W_ih by Glorot and Bengio 2010 over all gates together, W_hh
+    orthogonal over all gates together (Saxe 2014), no bias but 1 for an LSTM's forget gate (Jozefowicz 2015).
+
+    A projection, which Keras lacks, is drawn as W_ih is.
+    """
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name.startswith("weight_hh"):
+                nn.init.orthogonal_(parameter)
+            elif name.startswith("weight"):
+                rows, columns = parameter.shape
+                limit = math.sqrt(6 / (rows + columns))
+                parameter.uniform_(-limit, limit)
+            else:
+                parameter.zero_()
+    if layer.mode == "LSTM":
+        set_forget_bias(layer, 1.0)
+
+
+def set_forget_bias(layer: Any, value: float) -> None:
+    """``bias_ih + bias_hh`` of the forget gate of an LSTM: ``value``."""
+    H = layer.hidden_size
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name.startswith("bias"):
+                parameter[H : 2 * H].fill_(value if name.startswith("bias_ih") else 0.0)
