@@ -3,10 +3,10 @@
 :class:`LSTM`, :class:`GRU`, :class:`RNN` and the cells take the place of ``torch.nn``'s; :func:`convert` puts them in a
 model that exists, :class:`patch` in those that are being built. :mod:`fused_rnn.functional` has the same as functions,
 :mod:`fused_rnn.reference` in plain PyTorch; :func:`use_backend` chooses, :func:`explain` says what runs,
-:mod:`fused_rnn.packed_weights` what memory inference keeps.
+:mod:`fused_rnn.packed_weights` what memory inference keeps, :mod:`fused_rnn.diagnostics` how gradients and gates fare.
 """
 
-from . import functional, packed_weights, reference
+from . import diagnostics, functional, packed_weights, reference
 from .backend import use_backend
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import ConversionReport, ConversionWarning, convert, revert
@@ -27,6 +27,7 @@ __all__ = [
     "ConversionWarning",
     "Explanation",
     "convert",
+    "diagnostics",
     "explain",
     "functional",
     "packed_weights",

@@ -60,12 +60,27 @@ def test_code_of_the_page_on_a_way_runs_from_top_to_bottom(way: str, monkeypatch
 def test_all_pages_with_code_are_run_here() -> None:
     pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "```python" in path.read_text()}
     ways = {f"in-your-program/{way}.md" for way in WAYS}
-    assert pages == {"in-your-program.md", "index.md", "migrating.md", "options.md", "variable-lengths.md", *ways}
+    assert pages == {
+        "in-your-program.md",
+        "index.md",
+        "migrating.md",
+        "diagnostics.md",
+        "options.md",
+        "variable-lengths.md",
+        *ways,
+    }
 
 
 def test_code_of_the_page_on_options_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     page = run_page(DOCS / "options.md", monkeypatch, torch=torch, fused_rnn=fused_rnn)
     assert page.model.lstm.carried_h is None and page.model.lstm.weight_hh_l0.grad is not None
+
+
+def test_code_of_the_page_on_diagnostics_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_page(DOCS / "diagnostics.md", monkeypatch, torch=torch, fused_rnn=fused_rnn)
+    assert re.search(r"gradient flow of rnn.*\|dL/dc\| layer 1.*gates of rnn", capsys.readouterr().out, re.DOTALL)
 
 
 def test_page_on_options_has_all_of_them_and_tests_that_exist() -> None:

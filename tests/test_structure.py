@@ -28,7 +28,7 @@ LEVELS = [
     {"reference", "weights", "initial", "carried"},
     {"twin"},
     {"layers", "cells"},
-    {"subclasses", "explain"},
+    {"subclasses", "explain", "diagnostics"},
     {"class_tests"},
     {"convert"},
     {"patching"},

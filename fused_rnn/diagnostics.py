@@ -1,0 +1,440 @@
+"""What goes on inside the recurrent layers of a model: how far gradients reach, and what the gates do.
+
+Both functions run a program of the caller once, with the layers taken step by step, so that every state is at hand.
+That is slow, as a look inside may be; the layers are what they were afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from . import _checks, formulas, functional
+from .layers import GRU, LSTM, RNN
+from .settings import CellKind, Settings
+
+__all__ = ["GateStatistics", "GradientFlow", "gate_statistics", "gradient_flow"]
+
+_LAYERS = (LSTM, GRU, RNN)
+
+
+class _Direction(NamedTuple):
+    """One layer in one direction during one call; lists in order of time."""
+
+    inputs: list[Tensor]  # (B, I)
+    before: list[Tensor]  # h (B, P) that each step began with
+    h: list[Tensor]  # after it
+    c: list[Tensor]  # empty without a cell state
+    new_c: list[Tensor]  # before a masked row had its own again: what h was made of
+    live: list[Tensor] | None  # bool (B, 1)
+    params: list[Tensor]
+
+
+@dataclass
+class GradientFlow:
+    """Norms of the gradient of a loss with respect to the states of one module; see :func:`gradient_flow`.
+
+    Attributes:
+        module: its name in the model, "" for the model itself.
+        h: (L, D, T) float64 on the CPU, by layer, direction and step: the mean over the rows of |dL/dh_t|.
+        c: the same for c, ``None`` unless the module is an LSTM.
+    """
+
+    module: str
+    h: Tensor
+    c: Tensor | None
+
+    def __str__(self) -> str:
+        T = self.h.shape[2]
+        steps = sorted({0, T // 4, T // 2, 3 * T // 4, T - 1})
+        rows = [["", *(f"t={t}" for t in steps)]]
+        for name, values in self._states():
+            for label, line in _by_direction(values):
+                rows.append([f"|dL/d{name}| {label}", *(f"{line[t]:.2e}" for t in steps)])
+        return f"gradient flow of {self.module or 'the model'}\n" + _table(rows)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the norms over the steps with matplotlib, on ``axes`` or new ones, which are returned."""
+        axes = axes or _new_axes()
+        for name, values in self._states():
+            for label, line in _by_direction(values):
+                axes.semilogy(line.clamp(min=1e-30).tolist(), label=f"{name}, {label}", ls="-" if name == "h" else "--")
+        axes.set(xlabel="step", ylabel="mean norm of the gradient", title=self.module)
+        axes.legend()
+        return axes
+
+    def _states(self) -> list[tuple[str, Tensor]]:
+        return [("h", self.h), *([] if self.c is None else [("c", self.c)])]
+
+
+@dataclass
+class GateStatistics:
+    """What the gates of one module do; see :func:`gate_statistics`.
+
+    Attributes:
+        module: its name in the model, "" for the model itself.
+        low, high: by gate (i, f, g, o of an LSTM, r, z, n of a GRU, h of an RNN), (L, D) float64: the share of its
+            values, over steps, rows and units, that are at the lower and at the upper end of its range.
+        dead: bool (L, D, H): units whose output is the same, to 1e-6, at all steps of all rows.
+    """
+
+    module: str
+    low: dict[str, Tensor]
+    high: dict[str, Tensor]
+    dead: Tensor = field(repr=False)
+
+    def __str__(self) -> str:
+        gates = list(self.low)
+        rows = [["", *(f"{gate} {end}" for gate in gates for end in ("low", "high")), "dead units"]]
+        L, D, H = self.dead.shape
+        for layer in range(L):
+            for direction in range(D):
+                shares = [f"{end[gate][layer, direction]:.0%}" for gate in gates for end in (self.low, self.high)]
+                dead = int(self.dead[layer, direction].sum())
+                rows.append([_label(layer, direction, D), *shares, f"{dead} of {H}"])
+        return f"gates of {self.module or 'the model'}\n" + _table(rows)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the shares as bars with matplotlib, on ``axes`` or new ones, which are returned."""
+        axes = axes or _new_axes()
+        L, D, _ = self.dead.shape
+        labels, lows, highs = [], [], []
+        for layer in range(L):
+            for direction in range(D):
+                for gate in self.low:
+                    labels.append(f"{gate}, {_label(layer, direction, D)}")
+                    lows.append(-float(self.low[gate][layer, direction]))
+                    highs.append(float(self.high[gate][layer, direction]))
+        places = range(len(labels))
+        axes.barh(places, lows, label="at the lower end")
+        axes.barh(places, highs, label="at the upper end")
+        axes.set(yticks=places, yticklabels=labels, xlim=(-1, 1), xlabel="share of the values", title=self.module)
+        axes.invert_yaxis()
+        axes.legend()
+        return axes
+
+
+def gradient_flow(model: nn.Module, loss: Callable[[], Tensor]) -> list[GradientFlow]:
+    r"""How far the gradient of a loss reaches back in every layer of a model.
+
+    Args:
+        model: a layer of this package, or a model with some in it.
+        loss: runs the model, forward alone, and returns the loss, a tensor of one element.
+
+    Returns:
+        For each layer that ran, in the order of its first call, a :class:`GradientFlow`; print it, or ``plot()`` it.
+        The steps of several calls of a layer stand one after the other. A masked step has the state that it carries.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``loss`` is no function.
+        ValueError: the model has no layer of this package, none of them ran, or the loss has more than one element or
+            no gradient.
+    """
+    _check_call("loss", loss)
+    with torch.enable_grad(), _recording(model) as calls:
+        value = loss()
+    _check_ran(calls)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(f"loss: expected it to return a tensor of one element, got {_checks._describe(value)}")
+    if not value.requires_grad:
+        raise ValueError("loss: expected a loss that has a gradient, got one that depends on nothing that requires it")
+    states = [s for cells in calls.values() for call in cells for d in call for s in (*d.h, *d.c, *d.new_c)]
+    gradients = dict(
+        zip(map(id, states), torch.autograd.grad(value.reshape(()), states, allow_unused=True), strict=True)
+    )
+
+    def norms(states: list[Tensor], new: list[Tensor], live: list[Tensor] | None) -> Tensor:
+        means = []
+        for t, (state, of_step) in enumerate(zip(states, new, strict=True)):
+            g, g_new = (gradients[id(s)] for s in (state, of_step))
+            g = torch.zeros_like(state) if g is None else g
+            if live is not None and of_step is not state:
+                g = torch.where(live[t], torch.zeros_like(state) if g_new is None else g_new, g)
+            means.append(g.detach().double().norm(dim=-1).mean().cpu())
+        return torch.stack(means)
+
+    flows = []
+    for name, cells in calls.items():
+        D = 2 if model.get_submodule(name).bidirectional else 1
+        columns = [[call[k] for call in cells] for k in range(len(cells[0]))]
+        h = torch.stack([torch.cat([norms(d.h, d.h, None) for d in column]) for column in columns]).unflatten(
+            0, (-1, D)
+        )
+        c = None
+        if cells[0][0].c:
+            c = torch.stack([torch.cat([norms(d.c, d.new_c, d.live) for d in column]) for column in columns])
+            c = c.unflatten(0, (-1, D))
+        flows.append(GradientFlow(name, h, c))
+    return flows
+
+
+def gate_statistics(model: nn.Module, call: Callable[[], Any], saturation: float = 0.05) -> list[GateStatistics]:
+    """How many gates are saturated, and which units are dead, in every layer of a model.
+
+    Args:
+        model: a layer of this package, or a model with some in it.
+        call: runs the model; what it returns is not looked at.
+        saturation: a sigmoid below this share of its range, or above 1 minus it, is saturated; and so is a tanh of the
+            corresponding share of (-1, 1). The h of a ReLU is at its lower end where it is 0.
+
+    Returns:
+        For each layer that ran a :class:`GateStatistics`, over all steps that count of all its calls.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``call`` is no function.
+        ValueError: the model has no layer of this package, none of them ran, or ``saturation`` is not from 0 to 0.5.
+    """
+    _check_call("call", call)
+    if not _checks._is_number(saturation) or not 0 <= saturation <= 0.5:
+        raise ValueError(f"saturation: expected a number from 0 to 0.5, got {_checks._describe(saturation)}")
+    with torch.no_grad(), _recording(model) as calls:
+        call()
+    _check_ran(calls)
+    statistics = []
+    with torch.no_grad():
+        for name, cells in calls.items():
+            layer: Any = model.get_submodule(name)
+            D = 2 if layer.bidirectional else 1
+            columns = [[made[k] for made in cells] for k in range(len(cells[0]))]
+            found = [_statistics_of(layer._settings(), column, saturation) for column in columns]
+            low, high = (_by_gate([f[end] for f in found], D) for end in ("low", "high"))
+            dead = torch.stack([f["dead"] for f in found]).unflatten(0, (-1, D))
+            statistics.append(GateStatistics(name, low, high, dead))
+    return statistics
+
+
+def _by_gate(shares: list[dict[str, float]], D: int) -> dict[str, Tensor]:
+    return {
+        gate: torch.tensor([share[gate] for share in shares], dtype=torch.float64).unflatten(0, (-1, D))
+        for gate in shares[0]
+    }
+
+
+def _statistics_of(settings: Settings, calls: Sequence[_Direction], saturation: float) -> dict[str, Any]:
+    """Shares at both ends by gate, and dead units, of one layer and direction."""
+    live = [
+        counts
+        for made in calls
+        for counts in made.live or [torch.ones_like(h[:, :1], dtype=torch.bool) for h in made.h]
+    ]
+    counts = torch.cat(live).squeeze(1)
+
+    def rows(which: str) -> Tensor:
+        return torch.cat([state for made in calls for state in getattr(made, which)])[counts].double()
+
+    gates, hidden = _gates(settings, calls[0].params, rows("inputs"), rows("before"), rows("h"))
+    if settings.kind == CellKind.LSTM:
+        hidden = gates["o"] * rows("c").tanh()  # before a projection
+    low, high = {}, {}
+    for gate, values in gates.items():
+        if gate == "h" and settings.kind == CellKind.RNN_RELU:
+            low[gate], high[gate] = float((values == 0).double().mean()), 0.0
+            continue
+        bottom, top = (0.0, 1.0) if gate in ("i", "f", "o", "r", "z") else (-1.0, 1.0)
+        margin = saturation * (top - bottom)
+        low[gate] = float((values < bottom + margin).double().mean())
+        high[gate] = float((values > top - margin).double().mean())
+    constant = (hidden.amax(0) - hidden.amin(0)) <= 1e-6
+    return {"low": low, "high": high, "dead": constant.cpu()}
+
+
+def _gates(
+    settings: Settings, params: Sequence[Tensor], x: Tensor, before: Tensor, h: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gates of all steps, (N, H) each, and h."""
+    w_ih, w_hh, *others = (p.double() for p in params)
+    b_ih, b_hh = others[:2] if settings.bias else (None, None)
+    of_x, of_h = nn.functional.linear(x, w_ih, b_ih), nn.functional.linear(before, w_hh, b_hh)
+    if settings.kind == CellKind.LSTM:
+        i, f, g, o = (of_x + of_h).chunk(4, dim=-1)
+        gates = {"i": i.sigmoid(), "f": f.sigmoid(), "g": g.tanh(), "o": o.sigmoid()}
+        return gates, h
+    if settings.kind == CellKind.GRU:
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3, dim=-1), of_h.chunk(3, dim=-1)
+        r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+        return {"r": r, "z": z, "n": (x_n + r * h_n).tanh()}, h
+    return {"h": h}, h
+
+
+# Layers taken step by step.
+
+
+@contextlib.contextmanager
+def _recording(model: Any) -> Iterator[dict[str, list[list[_Direction]]]]:
+    """What it gives fills with the steps of every call of a layer: by name, call, and layer and direction."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {_checks._describe(model)}")
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _LAYERS)]
+    if not layers:
+        raise ValueError("model: expected an LSTM, GRU or RNN of fused_rnn in it; fused_rnn.convert makes some")
+    calls: dict[str, list[list[_Direction]]] = {}
+    forwards = {}
+    for name, layer in layers:
+        forwards[name] = vars(layer).get("_compute")
+
+        def compute(input: Any, hx: Any, steps: Any, layer: Any = layer, name: str = name) -> Any:
+            result, made = _run_by_steps(layer, input, hx, steps)
+            calls.setdefault(name, []).append(made)
+            return result
+
+        vars(layer)["_compute"] = compute
+    try:
+        yield calls
+    finally:
+        for name, layer in layers:
+            if forwards[name] is None:
+                del vars(layer)["_compute"]
+            else:
+                vars(layer)["_compute"] = forwards[name]
+
+
+def _run_by_steps(layer: Any, input: Any, hx: Any, steps: Any) -> tuple[Any, list[_Direction]]:
+    """A call of the layer, and its steps."""
+    if isinstance(input, PackedSequence):
+        x, lengths = pad_packed_sequence(input)
+        steps = {"lengths": lengths.to(x.device)}
+        settings = layer._settings()._replace(batch_first=False)
+    else:
+        x, settings = input, layer._settings()
+    params = layer._params()
+    given = functional.steps_of(None, steps)
+    call = functional.prepare_layers(settings, x, hx, params, given)
+    cut = None
+    if settings.around is not None:
+        cut = settings.around.bptt_steps
+        params = functional._params_of_operator(settings, settings.around, params)
+        if settings.around.input_dropout:
+            x = functional._drop_inputs(settings, settings.around.input_dropout, call)
+        settings = settings._replace(around=None)
+    if call.batch is None:
+        x = x.unsqueeze(1)
+    elif settings.batch_first:
+        x = x.transpose(0, 1)
+    h0, c0 = (None if s is None else s.unsqueeze(1) if call.batch is None else s for s in (call.h, call.c))
+    live = None if call.controls.mask is None else list(call.controls.mask.unsqueeze(-1).unbind(0))
+    made, h_n, c_n = [], [], []
+    per_cell = len(params) // (settings.num_layers * settings.num_directions)
+    for k in range(settings.num_layers):
+        outputs = []
+        for d in range(settings.num_directions):
+            index = k * settings.num_directions + d
+            of_cell = list(params[index * per_cell : (index + 1) * per_cell])
+            states = tuple(None if s is None else s[index] for s in (h0, c0))
+            cell = _run_direction(settings, x, states, of_cell, d == 1, live, cut)
+            made.append(cell)
+            last = 0 if d == 1 else -1
+            h_n.append(cell.h[last])
+            c_n += cell.c[last:][:1]
+            output = torch.stack(cell.h)
+            outputs.append(output if live is None else torch.where(torch.stack(live), output, 0))
+        x = torch.cat(outputs, -1)
+        if k + 1 < settings.num_layers:
+            x = nn.functional.dropout(x, settings.dropout, training=True)
+    ends: Any = torch.stack(h_n)
+    if call.batch is None:
+        x = x.squeeze(1)
+    elif settings.batch_first:
+        x = x.transpose(0, 1)
+    if c_n:
+        ends = (ends, torch.stack(c_n))
+    if call.batch is None:
+        ends = tuple(s.squeeze(1) for s in ends) if c_n else ends.squeeze(1)
+    if isinstance(input, PackedSequence):
+        return (pack_padded_sequence(x, lengths, enforce_sorted=input.sorted_indices is None), ends), made
+    return (x, ends), made
+
+
+def _run_direction(
+    settings: Settings,
+    x: Tensor,
+    states: tuple[Tensor | None, ...],
+    params: list[Tensor],
+    reverse: bool,
+    live: list[Tensor] | None,
+    cut: int | None,
+) -> _Direction:
+    """One layer in one direction; a state is one tensor, whoever reads it."""
+    B, H, P = x.shape[1], settings.hidden_size, settings.state_size
+    accumulate = formulas._accumulation_dtype(x.dtype)
+    w_ih, w_hh, *others = (p.to(accumulate) for p in params)
+    w_hr = others.pop() if P != H else None
+    b_ih, b_hh = others if settings.bias else (None, None)
+    h = x.new_zeros(B, P) if states[0] is None else states[0]
+    c = None
+    if settings.kind == CellKind.LSTM:
+        c = (x.new_zeros(B, H) if states[1] is None else states[1]).to(accumulate)
+    if live is not None:  # what stands in a masked step must not meet a product, nor its gradient
+        x = torch.where(torch.stack(live), x, 0)
+    of_x = nn.functional.linear(x.to(accumulate), w_ih, b_ih).unbind(0)
+    T = x.shape[0]
+    made = _Direction(list(x.unbind(0)), [h] * T, [h] * T, [], [], live, params)
+    if c is not None:
+        made = made._replace(c=[c] * T, new_c=[c] * T)
+    for t in range(T - 1, -1, -1) if reverse else range(T):
+        if cut is not None and t % cut == 0 and t > 0:
+            h, c = h.detach(), None if c is None else c.detach()
+        made.before[t] = h
+        h_before = h.to(accumulate)
+        of_h = nn.functional.linear(h_before, w_hh, b_hh)
+        new_h, new_c = formulas.STEPS[settings.kind](of_x[t], of_h, h_before, c)
+        if w_hr is not None:
+            new_h = nn.functional.linear(new_h, w_hr)
+        new_h = new_h.to(x.dtype)
+        if new_c is not None:
+            made.new_c[t] = new_c
+        if live is not None:
+            new_h = torch.where(live[t], new_h, h)
+            new_c = None if new_c is None or c is None else torch.where(live[t], new_c, c)
+        made.h[t] = h = new_h
+        if new_c is not None:
+            made.c[t] = c = new_c
+    return made
+
+
+def _check_call(name: str, call: Any) -> None:
+    if not callable(call):
+        raise TypeError(
+            f"{name}: expected a function without arguments that runs the model, got {_checks._describe(call)}"
+        )
+
+
+def _check_ran(calls: dict[str, Any]) -> None:
+    if not calls:
+        raise ValueError("model: expected a call of one of its layers, none ran")
+
+
+# Tables and pictures.
+
+
+def _label(layer: int, direction: int, D: int) -> str:
+    return f"layer {layer}" + (" reverse" if direction else " forward" if D == 2 else "")
+
+
+def _by_direction(values: Tensor) -> list[tuple[str, Tensor]]:
+    L, D, _ = values.shape
+    return [(_label(k, d, D), values[k, d]) for k in range(L) for d in range(D)]
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *others = (
+            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(["  " + first, *others]).rstrip())
+    return "\n".join(lines)
+
+
+def _new_axes() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("plot: needs matplotlib, pip install matplotlib") from error
+    return pyplot.subplots()[1]
