@@ -42,7 +42,7 @@ class GradientFlow:
 
     Attributes:
         module: its name in the model, "" for the model itself.
-        h: (L, D, T) float64 on the CPU, by layer, direction and step: the mean over the rows of |dL/dh_t|.
+        h: (L, D, T) float64 on the CPU, by layer, direction and step: the norm of a row of dL/dh_t, mean over the rows.
         c: the same for c, ``None`` unless the module is an LSTM.
     """
 
@@ -121,7 +121,7 @@ class GateStatistics:
 
 
 def gradient_flow(model: nn.Module, loss: Callable[[], Tensor]) -> list[GradientFlow]:
-    r"""How far the gradient of a loss reaches back in every layer of a model.
+    """How far the gradient of a loss reaches back in every layer of a model.
 
     Args:
         model: a layer of this package, or a model with some in it.
@@ -371,7 +371,10 @@ def _run_direction(
         c = (x.new_zeros(B, H) if states[1] is None else states[1]).to(accumulate)
     if live is not None:  # what stands in a masked step must not meet a product, nor its gradient
         x = torch.where(torch.stack(live), x, 0)
-    of_x = nn.functional.linear(x.to(accumulate), w_ih, b_ih).unbind(0)
+    x_gates = nn.functional.linear(x.to(accumulate), w_ih, b_ih)
+    if torch.is_grad_enabled() and not x_gates.requires_grad:
+        x_gates.requires_grad_()  # the states of a frozen layer have gradients, too
+    of_x = x_gates.unbind(0)
     T = x.shape[0]
     made = _Direction(list(x.unbind(0)), [h] * T, [h] * T, [], [], live, params)
     if c is not None:

@@ -138,6 +138,14 @@ def test_gradients_stop_where_bptt_steps_says() -> None:
     assert (flow.h[0, 0] > 0).tolist() == [False] * 3 + [True] * 3
 
 
+def test_a_frozen_layer_has_gradients_of_its_states() -> None:
+    layer, x = make("LSTM"), data(T, B, INPUT)
+    (expected,) = gradient_flow(layer, lambda: layer(x)[0].square().sum())
+    (flow,) = gradient_flow(layer.requires_grad_(False), lambda: layer(x)[0].square().sum())
+    assert_close(flow.h, expected.h)
+    assert_close(flow.c, expected.c)
+
+
 def test_several_layers_and_calls_of_a_model() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict(
