@@ -428,7 +428,7 @@ def _call_override(
 
 def _is_default(name: str, value: Any) -> bool:
     default = _DEFAULTS[name]
-    return value is default or (not isinstance(value, Tensor) and bool(value == default))
+    return value is default or (name not in Steps._fields and bool(value == default))
 
 
 def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps) -> Call:
