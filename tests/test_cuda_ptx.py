@@ -89,7 +89,8 @@ def test_persistent_kernels_agree_with_float64(direction: str, dtype: str) -> No
             assert result.returncode == 0, f"{case}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
+# float16 is what bfloat16 is but for the functions of device.h, which are compared one by one above.
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
 @pytest.mark.parametrize("direction", PASSES)
 def test_persistent_kernels_of_several_layers_agree_with_float64(direction: str, dtype: str) -> None:
     ptx = cuda_host.translate(KERNELS / f"persistent_wavefront_{dtype}.cu")

@@ -158,8 +158,11 @@ def _describe(kernel: Kernel | None) -> str:
 
 
 def is_like_another(source: Path, arch: str) -> bool:
-    """Of the architectures with clusters and one kind of warps: what another number type shows as well."""
-    return arch in ("100", "120") and source.name.startswith("persistent") and "bfloat16" not in source.name
+    """Persistent kernels for float16, beside those for bfloat16; and of the two architectures that have one kind of
+    warps, in clusters, all but the bfloat16 ones of the first."""
+    if not source.name.startswith("persistent") or "bfloat16" in source.name:
+        return source.name.startswith("persistent") and arch == "120"
+    return "float16" in source.name or arch in ("100", "120")
 
 
 def main() -> int:
@@ -167,7 +170,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at once")
     parser.add_argument("--arch", action="append", help="only this architecture, e.g. 90a (may be repeated)")
     parser.add_argument(
-        "--quick", action="store_true", help="of sm_100 and sm_120, whose kernels are alike, only the bfloat16 ones"
+        "--quick", action="store_true", help="of kernels that are alike (float16, sm_100 and sm_120), one of each kind"
     )
     parser.add_argument("sources", nargs="*", help="only these files of csrc/cuda")
     arguments = parser.parse_args()

@@ -32,7 +32,7 @@ VARIANTS = {
     "thread": ["-O1", "-fsanitize=thread", "-DFRNN_HOST_TSAN"],
 }
 # With one kind of warps, as for a GPU whose warps cannot hand registers to others.
-VARIANTS |= {f"{name}_one_role": [*VARIANTS[name], "-DFRNN_ONE_ROLE"] for name in ("plain", "thread")}
+VARIANTS["plain_one_role"] = [*VARIANTS["plain"], "-DFRNN_ONE_ROLE"]
 # The exit status of a program in which ThreadSanitizer found a race.
 RACE = 66
 # Programs with the persistent kernels in them, and what those of small sizes (``few_registers``) are compiled without.
@@ -55,10 +55,9 @@ def build(name: str, variant: str = "plain") -> Path:
 
 def engine(variant: str = "plain") -> Step:
     flags = ["-O2", "-fno-tree-loop-distribute-patterns"]
-    threads = variant.startswith("thread")
-    if threads:
+    if variant == "thread":
         flags.append("-DFRNN_HOST_TSAN")
-    folder = BUILD / ("thread" if threads else "plain")
+    folder = BUILD / ("thread" if variant == "thread" else "plain")
     return compile_step(folder / "engine.o", [*flags, str(SOURCES / "engine.cpp")])
 
 
@@ -108,7 +107,7 @@ def run(
     if skip_site:
         environment["FRNN_SKIP_SITE"] = skip_site
     command = [str(program), *map(str, arguments)]
-    if program.parent.name.startswith("thread"):
+    if program.parent.name == "thread":
         # ThreadSanitizer's memory map does not survive the address layouts of some kernels.
         setarch = shutil.which("setarch")
         command = [setarch, "-R", *command] if setarch else command
