@@ -60,6 +60,8 @@ ASAN_BUILD := build/sanitize
 # is checked well enough.
 comma := ,
 ASAN_ISAS := portable,$(if $(shell grep -sw avx512_bf16 /proc/cpuinfo),avx512$(comma)avx512_bf16,avx2)
+# Those that hold some of these tests: under a sanitizer the mere collection of all takes most of a minute.
+ASAN_TESTS = $(shell grep -l 'mark[.]asan' tests/test_*.py)
 ASAN_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
 ASAN_ENVIRONMENT = LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH="$$(echo $(ASAN_BUILD)/lib.*)"
@@ -67,7 +69,7 @@ ASAN_ENVIRONMENT = LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UB
 test-asan: build  ## the tests marked asan, on kernels with address and undefined-behaviour sanitizers
 	FUSED_RNN_SANITIZE=address,undefined FUSED_RNN_ISAS=$(ASAN_ISAS) \
 		$(RUN) setup.py --quiet build --build-base $(ASAN_BUILD)
-	$(call run_tests,$(ASAN_ENVIRONMENT) $(BIN)/pytest tests --capture=sys,asan)
+	$(call run_tests,$(ASAN_ENVIRONMENT) $(BIN)/pytest $(ASAN_TESTS) --capture=sys,asan)
 
 build: $(BUILT) $(INSTALLED)  ## create .venv with PyTorch in it, compile what changed
 
