@@ -1,6 +1,6 @@
 """What each option of a layer costs: time of a training step with it over the plain layer's, in turns, in one run.
 
-python -m benchmarks.options                                 # all options, 2 threads and 1, under 5 minutes
+python -m benchmarks.options                                 # all options, 2 threads and 1, about a minute
 python -m benchmarks.options --only weight_dropout
 python -m benchmarks.options --json benchmarks/results/options-NAME.json --docs docs/options.md
 """

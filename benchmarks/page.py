@@ -70,8 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def kept_results() -> list[Path]:
-    """Return the results of layers in benchmarks/results. (Those of programs are a table in the documentation.)"""
-    return sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith("programs-"))
+    """Return the results of layers in benchmarks/results. (Those of programs and options are tables in the documentation.)"""
+    return sorted(
+        p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith(("programs-", "options-"))
+    )
 
 
 def page(paths: Sequence[Path]) -> str:

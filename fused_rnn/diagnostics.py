@@ -81,7 +81,7 @@ class GateStatistics:
         module: its name in the model, "" for the model itself.
         low, high: by gate (i, f, g, o of an LSTM, r, z, n of a GRU, h of an RNN), (L, D) float64: the share of its
             values, over steps, rows and units, that are at the lower and at the upper end of its range.
-        dead: bool (L, D, H): units whose output is the same, to 1e-6, at all steps of all rows.
+        dead: bool (L, D, H): units whose output is the same, to 5e-7, at all steps of all rows.
     """
 
     module: str
@@ -218,19 +218,9 @@ def _by_gate(shares: list[dict[str, float]], D: int) -> dict[str, Tensor]:
 
 def _statistics_of(settings: Settings, calls: Sequence[_Direction], saturation: float) -> dict[str, Any]:
     """Shares at both ends by gate, and dead units, of one layer and direction."""
-    live = [
-        counts
-        for made in calls
-        for counts in made.live or [torch.ones_like(h[:, :1], dtype=torch.bool) for h in made.h]
-    ]
-    counts = torch.cat(live).squeeze(1)
-
-    def rows(which: str) -> Tensor:
-        return torch.cat([state for made in calls for state in getattr(made, which)])[counts].double()
-
-    gates, hidden = _gates(settings, calls[0].params, rows("inputs"), rows("before"), rows("h"))
-    if settings.kind == CellKind.LSTM:
-        hidden = gates["o"] * rows("c").tanh()  # before a projection
+    of_calls = [_gates_of_call(settings, made) for made in calls]  # each with the weights that its dropout left
+    gates = {gate: torch.cat([of_call[0][gate] for of_call in of_calls]) for gate in of_calls[0][0]}
+    hidden = torch.cat([of_call[1] for of_call in of_calls])
     low, high = {}, {}
     for gate, values in gates.items():
         if gate == "h" and settings.kind == CellKind.RNN_RELU:
@@ -240,26 +230,33 @@ def _statistics_of(settings: Settings, calls: Sequence[_Direction], saturation: 
         margin = saturation * (top - bottom)
         low[gate] = float((values < bottom + margin).double().mean())
         high[gate] = float((values > top - margin).double().mean())
-    constant = (hidden.amax(0) - hidden.amin(0)) <= 1e-6
-    return {"low": low, "high": high, "dead": constant.cpu()}
+    return {"low": low, "high": high, "dead": ((hidden - hidden[:1]).abs() <= 5e-7).all(0).cpu()}
 
 
-def _gates(
-    settings: Settings, params: Sequence[Tensor], x: Tensor, before: Tensor, h: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The gates of all steps, (N, H) each, and h."""
+def _gates_of_call(settings: Settings, made: _Direction) -> tuple[dict[str, Tensor], Tensor]:
+    """By gate, and h of the units before a projection, (N, H) of the steps that count."""
+    counts = None if made.live is None else torch.cat(made.live).squeeze(1)
+
+    def rows(states: list[Tensor]) -> Tensor:
+        joined = torch.cat(states).double()
+        return joined if counts is None else joined[counts]
+
+    gates = _gates(settings, made.params, rows(made.inputs), rows(made.before), rows(made.h))
+    return gates, gates["o"] * rows(made.c).tanh() if made.c else rows(made.h)
+
+
+def _gates(settings: Settings, params: Sequence[Tensor], x: Tensor, before: Tensor, h: Tensor) -> dict[str, Tensor]:
     w_ih, w_hh, *others = (p.double() for p in params)
     b_ih, b_hh = others[:2] if settings.bias else (None, None)
+    if settings.kind in (CellKind.RNN_TANH, CellKind.RNN_RELU):
+        return {"h": h}
     of_x, of_h = nn.functional.linear(x, w_ih, b_ih), nn.functional.linear(before, w_hh, b_hh)
     if settings.kind == CellKind.LSTM:
         i, f, g, o = (of_x + of_h).chunk(4, dim=-1)
-        gates = {"i": i.sigmoid(), "f": f.sigmoid(), "g": g.tanh(), "o": o.sigmoid()}
-        return gates, h
-    if settings.kind == CellKind.GRU:
-        (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3, dim=-1), of_h.chunk(3, dim=-1)
-        r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-        return {"r": r, "z": z, "n": (x_n + r * h_n).tanh()}, h
-    return {"h": h}, h
+        return {"i": i.sigmoid(), "f": f.sigmoid(), "g": g.tanh(), "o": o.sigmoid()}
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3, dim=-1), of_h.chunk(3, dim=-1)
+    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+    return {"r": r, "z": z, "n": (x_n + r * h_n).tanh()}
 
 
 # Layers taken step by step.
@@ -274,9 +271,8 @@ def _recording(model: Any) -> Iterator[dict[str, list[list[_Direction]]]]:
     if not layers:
         raise ValueError("model: expected an LSTM, GRU or RNN of fused_rnn in it; fused_rnn.convert makes some")
     calls: dict[str, list[list[_Direction]]] = {}
-    forwards = {}
+    carried = [(layer, layer.carried_h, layer.carried_c) for _, layer in layers if layer.stateful]
     for name, layer in layers:
-        forwards[name] = vars(layer).get("_compute")
 
         def compute(input: Any, hx: Any, steps: Any, layer: Any = layer, name: str = name) -> Any:
             result, made = _run_by_steps(layer, input, hx, steps)
@@ -287,11 +283,10 @@ def _recording(model: Any) -> Iterator[dict[str, list[list[_Direction]]]]:
     try:
         yield calls
     finally:
-        for name, layer in layers:
-            if forwards[name] is None:
-                del vars(layer)["_compute"]
-            else:
-                vars(layer)["_compute"] = forwards[name]
+        for _, layer in layers:
+            del vars(layer)["_compute"]
+        for layer, h, c in carried:
+            layer.carried_h, layer.carried_c = h, c
 
 
 def _run_by_steps(layer: Any, input: Any, hx: Any, steps: Any) -> tuple[Any, list[_Direction]]:
@@ -303,6 +298,18 @@ def _run_by_steps(layer: Any, input: Any, hx: Any, steps: Any) -> tuple[Any, lis
     else:
         x, settings = input, layer._settings()
     params = layer._params()
+    region = functional.autocast_region(settings, x)
+    if region is not None:
+        x, hx, params = functional.autocast(settings, region, x, hx, params, packed=x is not input)
+        with torch.autocast(region, enabled=False):
+            return _run_checked(settings, input, x, hx, params, steps)
+    return _run_checked(settings, input, x, hx, params, steps)
+
+
+def _run_checked(
+    settings: Settings, input: Any, x: Any, hx: Any, params: Sequence[Tensor], steps: Any
+) -> tuple[Any, list[_Direction]]:
+    """The same after the casts of autocast; x is the input, padded where that is packed."""
     given = functional.steps_of(None, steps)
     call = functional.prepare_layers(settings, x, hx, params, given)
     cut = None
@@ -342,11 +349,12 @@ def _run_by_steps(layer: Any, input: Any, hx: Any, steps: Any) -> tuple[Any, lis
     elif settings.batch_first:
         x = x.transpose(0, 1)
     if c_n:
-        ends = (ends, torch.stack(c_n))
+        ends = (ends, torch.stack(c_n).to(x.dtype))
     if call.batch is None:
         ends = tuple(s.squeeze(1) for s in ends) if c_n else ends.squeeze(1)
     if isinstance(input, PackedSequence):
-        return (pack_padded_sequence(x, lengths, enforce_sorted=input.sorted_indices is None), ends), made
+        assert given.lengths is not None
+        return (pack_padded_sequence(x, given.lengths.cpu(), enforce_sorted=input.sorted_indices is None), ends), made
     return (x, ends), made
 
 

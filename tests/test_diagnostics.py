@@ -132,6 +132,51 @@ def test_results_of_a_call_are_what_they_are_without() -> None:
         assert_close(states, of_expected)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_dtypes_of_results_are_those_of_the_layer(name: str, autocast: bool) -> None:
+    layer = make(name).to(torch.float32 if autocast else torch.bfloat16)
+    x = data(T, B, INPUT).bfloat16()
+    seen: list[Any] = []
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output, states = layer(x)
+        seen.append([output, *(states if name == "LSTM" else [states])])
+        return output.float().square().sum()
+
+    (flow,) = gradient_flow(layer, loss)
+    loss()
+    assert bool((flow.h > 0).all())
+    for found, expected in zip(*seen, strict=True):
+        assert found.dtype == expected.dtype
+        assert_close(found.float(), expected.float(), rtol=0.05, atol=0.02)
+
+
+def test_what_a_stateful_layer_carries_is_left_alone() -> None:
+    layer, x = make("LSTM", stateful=True), data(T, B, INPUT)
+    layer(x)
+    kept = layer.carried_h.clone()
+    gradient_flow(layer, lambda: layer(x)[0].sum())
+    gate_statistics(layer, lambda: layer(x))
+    assert_close(layer.carried_h, kept, rtol=0, atol=0)
+
+
+def test_gates_are_those_of_each_call_and_its_dropout() -> None:
+    layer, x = make("LSTM", weight_dropout=0.5), data(T, B, INPUT)
+    shares = []
+    for calls in ((0,), (1,), (0, 1)):
+
+        def run(calls: tuple[int, ...] = calls) -> None:
+            for seed in calls:
+                torch.manual_seed(seed)
+                layer(4 * x)
+
+        shares.append(gate_statistics(layer, run, saturation=0.3)[0].low["o"])
+    assert shares[0] != shares[1]
+    assert_close(shares[2], (shares[0] + shares[1]) / 2)
+
+
 def test_gradients_stop_where_bptt_steps_says() -> None:
     layer, x = make("LSTM", bptt_steps=3), data(T, B, INPUT)
     (flow,) = gradient_flow(layer, lambda: layer(x)[0][-1].sum())
