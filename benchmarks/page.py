@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def kept_results() -> list[Path]:
-    """Return the results of layers in benchmarks/results. (Those of programs and options are tables in the documentation.)"""
+    """Return the results of layers in benchmarks/results. (Those of programs and options are tables in the docs.)"""
     return sorted(
         p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith(("programs-", "options-"))
     )

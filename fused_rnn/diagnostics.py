@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import _checks, formulas, functional
+from . import _checks, carried, formulas, functional
 from .layers import GRU, LSTM, RNN
 from .settings import CellKind, Settings
 
@@ -271,21 +271,25 @@ def _recording(model: Any) -> Iterator[dict[str, list[list[_Direction]]]]:
     if not layers:
         raise ValueError("model: expected an LSTM, GRU or RNN of fused_rnn in it; fused_rnn.convert makes some")
     calls: dict[str, list[list[_Direction]]] = {}
-    carried = [(layer, layer.carried_h, layer.carried_c) for _, layer in layers if layer.stateful]
+    before = [(layer, layer.carried_h, layer.carried_c) for _, layer in layers if layer.stateful]
     for name, layer in layers:
 
-        def compute(input: Any, hx: Any, steps: Any, layer: Any = layer, name: str = name) -> Any:
-            result, made = _run_by_steps(layer, input, hx, steps)
+        def run(input: Any, hx: Any, steps: Any, layer: Any = layer, name: str = name) -> Any:
+            if layer.stateful:
+                hx = carried.state_of(layer, input, hx)
+            results, made = _run_by_steps(layer, input, hx, steps)
             calls.setdefault(name, []).append(made)
-            return result
+            if layer.stateful:
+                carried.keep(layer, results[1])
+            return results
 
-        vars(layer)["_compute"] = compute
+        vars(layer)["_run"] = run
     try:
         yield calls
     finally:
         for _, layer in layers:
-            del vars(layer)["_compute"]
-        for layer, h, c in carried:
+            del vars(layer)["_run"]
+        for layer, h, c in before:
             layer.carried_h, layer.carried_c = h, c
 
 

@@ -39,6 +39,8 @@ def _in_around(name: str) -> Any:
         return getattr(self._around or NOTHING_AROUND, name)
 
     def put(self: Any, value: Any) -> None:
+        if name == "stateful" and value:
+            carried.add_buffers(self)
         around = (self._around or NOTHING_AROUND)._replace(**{name: value})
         self.__dict__["_around"] = None if around == NOTHING_AROUND else around
 
@@ -103,21 +105,16 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
 
     # Of layers without these options, and those that were made, or pickled, before there were any.
     recompute: bool = False
-    stateful: bool = False
     init: str = "torch"
     forget_bias: float | None = None
     _around: Around | None = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "stateful" and value:
-            carried.add_buffers(self)
-        super().__setattr__(name, value)
 
     # One record, so that a call of a layer without them looks at one attribute.
     input_dropout: float = _in_around("input_dropout")
     weight_dropout: float = _in_around("weight_dropout")
     recurrent_bias: bool = _in_around("recurrent_bias")
     bptt_steps: int | None = _in_around("bptt_steps")
+    stateful: bool = _in_around("stateful")
 
     def _remove_recurrent_biases(self) -> None:
         names = [name for name in self._flat_weights_names if name.startswith("bias_hh")]
@@ -197,22 +194,21 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def _run(self, input: Any, hx: Any, steps: StepOptions) -> Any:
-        if self.stateful:
-            hx = carried.state_of(self, input, hx)
-            output, states = self._compute(input, hx, steps)
-            carried.keep(self, states)
-            return output, states
-        return self._compute(input, hx, steps)
-
-    def _compute(self, input: Any, hx: Any, steps: StepOptions) -> Any:
-        if isinstance(input, PackedSequence):
-            return self._run_packed(input, hx, steps)
-        given = functional.steps_of(None, steps) if steps else EVERY_STEP
-        return functional.call_layers(self._settings(), input, hx, self._params(), given)
-
-    def _run_packed(self, input: PackedSequence, hx: Any, steps: StepOptions) -> Any:
-        """A packed batch. ``hx`` and the results' states are in the order the sequences had before they were sorted."""
         settings = self._settings()
+        carries_on = settings.around is not None and settings.around.stateful
+        if carries_on:
+            hx = carried.state_of(self, input, hx)
+        if isinstance(input, PackedSequence):
+            results = self._run_packed(settings, input, hx, steps)
+        else:
+            given = functional.steps_of(None, steps) if steps else EVERY_STEP
+            results = functional.call_layers(settings, input, hx, self._params(), given)
+        if carries_on:
+            carried.keep(self, results[1])
+        return results
+
+    def _run_packed(self, settings: Settings, input: PackedSequence, hx: Any, steps: StepOptions) -> Any:
+        """A packed batch. ``hx`` and the results' states are in the order the sequences had before they were sorted."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
         _checks.check_sorted_indices(input)
         if hx is not None and sorted_indices is not None:

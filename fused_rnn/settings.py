@@ -76,6 +76,7 @@ class Around(NamedTuple):
     weight_dropout: float = 0.0
     recurrent_bias: bool = True
     bptt_steps: int | None = None
+    stateful: bool = False  # of a layer: no function has it
 
     def in_eval_mode(self) -> Around:
         return self._replace(input_dropout=0.0, weight_dropout=0.0)
@@ -148,7 +149,11 @@ INTEGER_SETTINGS = Settings._fields[_FIRST_INTEGER:_END_OF_INTEGERS]
 # Keywords with their defaults.
 _DEFAULTS = Settings._field_defaults | Around._field_defaults
 FUNCTION_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in FunctionOptions.__annotations__}
-LAYER_OPTIONS: dict[str, Any] = FUNCTION_OPTIONS | {"stateful": False, "init": "torch", "forget_bias": None}
+LAYER_OPTIONS: dict[str, Any] = FUNCTION_OPTIONS | {
+    "stateful": _DEFAULTS["stateful"],
+    "init": "torch",
+    "forget_bias": None,
+}
 STEP_OPTIONS: dict[str, Any] = dict.fromkeys(StepOptions.__annotations__)
 CALL_OPTIONS = FUNCTION_OPTIONS | STEP_OPTIONS
 # Of layers that exist already: those that concern no parameter.

@@ -282,7 +282,7 @@ def test_layers_are_themselves_again_after_an_error() -> None:
 
     with pytest.raises(KeyError):
         gradient_flow(layer, fail)
-    assert "_compute" not in vars(layer)
+    assert "_run" not in vars(layer)
 
 
 def test_what_is_wrong_with_a_call_is_named() -> None:
