@@ -19,6 +19,24 @@ namespace fused_rnn {
 
 enum class CellKind : int32_t { rnn_tanh = 0, rnn_relu = 1, lstm = 2, gru = 3 };
 
+// Of a gate or a state.
+enum class Activation : int32_t { tanh = 0, sigmoid = 1, relu = 2, hard_sigmoid = 3, softsign = 4, identity = 5 };
+
+// What a call does beside the plain cell; fused_rnn/settings.py describes each. Numbers that are 0 stand for nothing.
+struct Within {
+  Activation activation = Activation::tanh;
+  Activation recurrent_activation = Activation::sigmoid;
+  bool reset_after = true;
+  bool peephole = false;
+  bool coupled_gates = false;
+  int64_t bptt_steps = 0;
+  bool reset_state = false;
+  double cell_clip = 0;
+  double recurrent_grad_clip = 0;
+  double zoneout = 0;
+  double zoneout_cell = 0;
+};
+
 enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 // A sequence of rows. Row b of step t begins at data + step(t) + b * batch_stride; features are contiguous.

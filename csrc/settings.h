@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,7 +21,7 @@ using OptionalTensor = std::optional<Tensor>;
 // Stands last in the list of integers, and so in every compiled or exported program: what PyTorch's caches and files
 // keep of an operator is its name and its arguments, and calls of another version must not look the same. To be raised
 // with every change of a schema, or of what an operator computes (tests/test_operators.py).
-inline constexpr int64_t operators_version = 2;
+inline constexpr int64_t operators_version = 3;
 
 struct Settings {
   CellKind kind = CellKind::lstm;
@@ -29,40 +30,52 @@ struct Settings {
   bool bidirectional = false;
   bool batch_first = false;  // of the input and the output
   bool recompute = false;    // a backward pass computes the gates again
+  bool plain = true;         // nothing within
+  Within within;
 
   int64_t num_directions() const { return bidirectional ? 2 : 1; }
 
   using Integers = c10::SmallVector<int64_t, 8>;
   using Numbers = c10::SmallVector<double, 1>;
 
+  // Of a plain cell; those of others are made in Python.
   Integers integers() const {
     Integers list;
     each_integer(*this, [&](const char*, const auto& field, int64_t, int64_t) { list.push_back(int64_t(field)); });
     list.push_back(operators_version);
     return list;
   }
-  // No setting is a real number yet.
-  Numbers numbers() const { return {}; }
 
   static Settings restore(at::IntArrayRef integers, at::ArrayRef<double> numbers) {
     Settings settings;
-    size_t next = 0;
     TORCH_CHECK(!integers.empty() && integers.back() == operators_version, "settings: expected those of version ",
                 operators_version, " of the operators, got ", integers,
                 ": compile or export the model again with this version of fused_rnn");
     integers = integers.slice(0, integers.size() - 1);
-    each_integer(settings, [&](const char* name, auto& field, int64_t least, int64_t most) {
+    size_t next = 0;
+    const auto read = [&](const char* name, auto& field, int64_t least, int64_t most) {
       TORCH_CHECK(next < integers.size(), "settings: ", name, " is missing, got ", integers.size(), " values");
       const int64_t value = integers[next++];
       TORCH_CHECK(value >= least && value <= most, name, ": expected ", least, " to ", most, ", got ", value);
       field = static_cast<std::remove_reference_t<decltype(field)>>(value);
-    });
+    };
+    each_integer(settings, read);
+    settings.plain = numbers.empty();
+    size_t next_number = 0;
+    if (!settings.plain) {
+      each_integer_within(settings.within, read);
+      each_number_within(settings.within, [&](const char* name, double& field, double most) {
+        TORCH_CHECK(next_number < numbers.size(), "numbers: ", name, " is missing, got ", numbers.size(), " values");
+        field = numbers[next_number++];
+        TORCH_CHECK(field >= 0 && field <= most, name, ": expected 0 to ", most, ", got ", field);
+      });
+    }
     TORCH_CHECK(next == integers.size(), "settings: expected ", next, " values, got ", integers.size());
-    TORCH_CHECK(numbers.empty(), "numbers: expected none, got ", numbers.size());
+    TORCH_CHECK(next_number == numbers.size(), "numbers: expected ", next_number, ", got ", numbers.size());
     return settings;
   }
 
-  // Names of the settings in the order of the list of integers.
+  // Names of the settings of a plain cell in the order of the list of integers.
   static std::vector<std::string> integer_names() {
     std::vector<std::string> names;
     each_integer(Settings(), [&](const char* name, const auto&, int64_t, int64_t) { names.emplace_back(name); });
@@ -82,6 +95,26 @@ struct Settings {
     visit("batch_first", self.batch_first, 0, 1);
     visit("recompute", self.recompute, 0, 1);
   }
+
+  template <class Visit>
+  static void each_integer_within(Within& within, Visit visit) {
+    visit("activation", within.activation, 0, 5);
+    visit("recurrent_activation", within.recurrent_activation, 0, 5);
+    visit("reset_after", within.reset_after, 0, 1);
+    visit("peephole", within.peephole, 0, 1);
+    visit("coupled_gates", within.coupled_gates, 0, 1);
+    visit("bptt_steps", within.bptt_steps, 0, std::numeric_limits<int64_t>::max());
+    visit("reset_state", within.reset_state, 0, 1);
+  }
+
+  template <class Visit>
+  static void each_number_within(Within& within, Visit visit) {
+    constexpr double any = std::numeric_limits<double>::infinity();
+    visit("cell_clip", within.cell_clip, any);
+    visit("recurrent_grad_clip", within.recurrent_grad_clip, any);
+    visit("zoneout", within.zoneout, 1.0);
+    visit("zoneout_cell", within.zoneout_cell, 1.0);
+  }
 };
 
 // Tensors without a gradient that steer a call of a stack; letters as in problem.h.
@@ -90,8 +123,13 @@ struct Controls {
   OptionalTensor mask;         // bool (T, B): which steps are live
   // Factors of the outputs of all layers but the last: (L - 1, T, B, D * P) or (L - 1, N, D * P).
   OptionalTensor dropout;
+  OptionalTensor reset;              // bool (T, B): rows that begin anew before a step; in the reverse direction after
+  OptionalTensor recurrent_dropout;  // (L * D, B, P): factors of h before w_hh
+  // uint8 (L * D, N, ceil(size / 8)), bit u % 8 of byte u / 8 for unit u: which keep the state before the step.
+  OptionalTensor zoneout;       // of h, size P
+  OptionalTensor zoneout_cell;  // of c, size H
 
-  static constexpr size_t count = 3;
+  static constexpr size_t count = 7;
 
   // None for a call without any; else one for each field, (0,) for one that there is not. (PyTorch's tracer knows no
   // list of optional tensors.)
@@ -101,7 +139,7 @@ struct Controls {
     const auto given = [&](size_t i) {
       return list[i].dim() == 1 && list[i].size(0) == 0 ? std::nullopt : OptionalTensor(list[i]);
     };
-    return {given(0), given(1), given(2)};
+    return {given(0), given(1), given(2), given(3), given(4), given(5), given(6)};
   }
 };
 

@@ -377,6 +377,7 @@ def _run_direction(
     w_ih, w_hh, *others = (p.to(accumulate) for p in params)
     w_hr = others.pop() if P != H else None
     b_ih, b_hh = others if settings.bias else (None, None)
+    cell = formulas.Cell(w_hh, b_hh, None, formulas.within_of(settings))
     h = x.new_zeros(B, P) if states[0] is None else states[0]
     c = None
     if settings.kind == CellKind.LSTM:
@@ -396,8 +397,7 @@ def _run_direction(
             h, c = h.detach(), None if c is None else c.detach()
         made.before[t] = h
         h_before = h.to(accumulate)
-        of_h = nn.functional.linear(h_before, w_hh, b_hh)
-        new_h, new_c = formulas.STEPS[settings.kind](of_x[t], of_h, h_before, c)
+        new_h, new_c = formulas.STEPS[settings.kind](cell, of_x[t], h_before, h_before, c)
         if w_hr is not None:
             new_h = nn.functional.linear(new_h, w_hr)
         new_h = new_h.to(x.dtype)

@@ -12,58 +12,139 @@ shapes: :mod:`fused_rnn.settings`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .settings import CellKind, Controls, Settings
+from .settings import NOTHING_WITHIN, CellKind, Controls, Settings, Within
 
 __all__ = ["run_stack", "run_step"]
 
 
 State = tuple[Tensor, Tensor | None]
-Step = Callable[[Tensor, Tensor, Tensor, Any], State]
 
 
-# The cells. x_gates = W_ih x_t + b_ih and h_gates = W_hh h_{t-1} + b_hh, both (B, G*H); h (B, H or P), c (B, H).
+class Cell(NamedTuple):
+    """What a step is given beside the state: the weights of one layer and direction, and what changes the formulas."""
+
+    w_hh: Tensor
+    b_hh: Tensor | None
+    peephole: Tensor | None  # of i, f, o: (3*H)
+    within: Within
+
+    def recurrent(self, h: Tensor) -> Tensor:
+        return linear(h, self.w_hh, self.b_hh)
 
 
-def rnn_tanh_step(x_gates: Tensor, h_gates: Tensor, h: Tensor, c: Tensor | None) -> State:
-    """Elman network (Elman 1990): h' = tanh(W_ih x + b_ih + W_hh h + b_hh)."""
-    return torch.tanh(x_gates + h_gates), c
+# The functions that options name.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "hard_sigmoid": torch.nn.functional.hardsigmoid,
+    "softsign": torch.nn.functional.softsign,
+    "identity": lambda x: x,
+}
 
 
-def rnn_relu_step(x_gates: Tensor, h_gates: Tensor, h: Tensor, c: Tensor | None) -> State:
-    """Elman network of rectified units (Le, Jaitly and Hinton 2015): h' = max(0, W_ih x + b_ih + W_hh h + b_hh)."""
-    return torch.relu(x_gates + h_gates), c
+# The cells. x_gates = W_ih x_t + b_ih (B, G*H); h (B, H or P), c (B, H). For what is multiplied by W_hh there is
+# h_dropped, which is h times the factors of recurrent_dropout (Gal and Ghahramani 2016), if any.
 
 
-def lstm_step(x_gates: Tensor, h_gates: Tensor, h: Tensor, c: Tensor) -> State:
-    """Long short-term memory (Hochreiter and Schmidhuber 1997) with a forget gate (Gers 2000); gates i, f, g, o."""
-    i, f, g, o = (x_gates + h_gates).chunk(4, dim=-1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
+def rnn_step(cell: Cell, x_gates: Tensor, h_dropped: Tensor, h: Tensor, c: Tensor | None) -> State:
+    """Elman network (Elman 1990): h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or another function in place of tanh.
+
+    Of rectified units: Le, Jaitly and Hinton 2015.
+    """
+    return ACTIVATIONS[cell.within.activation](x_gates + cell.recurrent(h_dropped)), c
+
+
+def lstm_step(cell: Cell, x_gates: Tensor, h_dropped: Tensor, h: Tensor, c: Tensor | None) -> State:
+    """Long short-term memory (Hochreiter and Schmidhuber 1997) with a forget gate (Gers 2000); gates i, f, g, o.
+
+    With peepholes (Gers and Schmidhuber 2000) i and f see the old c, and o the new one; coupled, i is 1 - f (Greff et
+    al. 2015).
+    """
+    assert c is not None
+    options = cell.within
+    activation, recurrent_activation = ACTIVATIONS[options.activation], ACTIVATIONS[options.recurrent_activation]
+    i, f, g, o = (x_gates + cell.recurrent(h_dropped)).chunk(4, dim=-1)
+    if cell.peephole is not None:
+        p_i, p_f, p_o = cell.peephole.chunk(3)
+        i, f = i + p_i * c, f + p_f * c
+    f = recurrent_activation(f)
+    i = 1 - f if options.coupled_gates else recurrent_activation(i)
+    c = f * c + i * activation(g)
+    if options.cell_clip is not None:
+        c = c.clamp(-options.cell_clip, options.cell_clip)
+    if cell.peephole is not None:
+        o = o + p_o * c
+    h = recurrent_activation(o) * activation(c)
     return h, c
 
 
-def gru_step(x_gates: Tensor, h_gates: Tensor, h: Tensor, c: Tensor | None) -> State:
-    """Gated recurrent unit (Cho 2014), the reset gate after the product with W_hh as in cuDNN; gates r, z, n."""
+def gru_step(cell: Cell, x_gates: Tensor, h_dropped: Tensor, h: Tensor, c: Tensor | None) -> State:
+    """Gated recurrent unit (Cho 2014), the reset gate after the product with W_hh as in cuDNN; gates r, z, n.
+
+    With ``reset_after=False`` it is before the product, as Cho has it.
+    """
+    options = cell.within
+    activation, recurrent_activation = ACTIVATIONS[options.activation], ACTIVATIONS[options.recurrent_activation]
     x_r, x_z, x_n = x_gates.chunk(3, dim=-1)
-    h_r, h_z, h_n = h_gates.chunk(3, dim=-1)
-    r = torch.sigmoid(x_r + h_r)
-    z = torch.sigmoid(x_z + h_z)
-    n = torch.tanh(x_n + r * h_n)
+    h_r, h_z, h_n = cell.recurrent(h_dropped).chunk(3, dim=-1)
+    r = recurrent_activation(x_r + h_r)
+    z = recurrent_activation(x_z + h_z)
+    if options.reset_after:
+        n = activation(x_n + r * h_n)
+    else:
+        b_n = None if cell.b_hh is None else cell.b_hh.chunk(3)[2]
+        n = activation(x_n + linear(r * h_dropped, cell.w_hh.chunk(3)[2], b_n))
     return (1 - z) * n + z * h, c
 
 
-STEPS: dict[int, Step] = {
-    CellKind.RNN_TANH: rnn_tanh_step,
-    CellKind.RNN_RELU: rnn_relu_step,
+STEPS: dict[int, Callable[[Cell, Tensor, Tensor, Tensor, Tensor | None], State]] = {
+    CellKind.RNN_TANH: rnn_step,
+    CellKind.RNN_RELU: rnn_step,
     CellKind.LSTM: lstm_step,
     CellKind.GRU: gru_step,
 }
+
+
+class _ClampedGradient(torch.autograd.Function):
+    """x itself, whose gradient is clamped; differentiable again, and under the transforms of torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, limit: float) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.clamp(-ctx.limit, ctx.limit), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return tangent.clone()
+
+
+def unpack_bits(bits: Tensor, size: int) -> Tensor:
+    """bool (..., size), of which bit u % 8 of byte u / 8 of ``bits`` (..., ceil(size / 8)) is element u."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.unsqueeze(-1) >> shifts & 1).flatten(-2)[..., :size].bool()
+
+
+def _zone(new: Tensor, old: Tensor, keeps: Tensor | None, rate: float) -> Tensor:
+    """Zoneout (Krueger et al. 2017): units that keep what they had; without a draw, what that is on average."""
+    if keeps is not None:
+        return torch.where(keeps, old, new)
+    return (1 - rate) * new + rate * old if rate else new
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -77,33 +158,55 @@ def _carry(new: Tensor, old: Tensor) -> Tensor:
     return new if b == old.shape[0] else torch.cat([new, old[b:]])
 
 
+class _Course(NamedTuple):
+    """What happens to one layer in one direction, step by step; each a list of T tensors in order of time."""
+
+    inputs: Sequence[Tensor]  # (b_t, I)
+    live: Sequence[Tensor] | None  # (B, 1): rows that are False there keep their state, and their output is 0
+    reset: Sequence[Tensor] | None  # (B, 1): rows that begin anew before the step; in the reverse direction after it
+    zoneout: Sequence[Tensor] | None  # bool (b_t, P): units that keep their h
+    zoneout_cell: Sequence[Tensor] | None  # bool (b_t, H)
+
+
 def _layer(
     kind: int,
-    inputs: Sequence[Tensor],
-    h: Tensor,
-    c: Tensor | None,
+    course: _Course,
+    state: State,
     weights: Sequence[Tensor | None],
     reverse: bool,
-    live: Sequence[Tensor] | None = None,
+    within: Within,
+    anew: tuple[Tensor | float, Tensor | float] = (0, 0),
+    factors: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """One layer in one direction.
 
-    ``inputs`` holds T tensors (b_t, I). Sequences are sorted by falling length, so step t concerns the first b_t rows
-    of the state; of the others the forward direction has passed the end, the backward one not yet reached it. With
-    ``live``, T tensors (B, 1), the rows that are False there keep their state at that step, and their output is 0.
-    Returns the T outputs (b_t, P) in order of time, h_n (B, P) and c_n (B, H).
+    Sequences are sorted by falling length, so step t concerns the first b_t rows of the state; of the others the
+    forward direction has passed the end, the backward one not yet reached it. ``anew``: h (B, P) and c (B, H) that rows
+    begin anew from. ``factors``: (B, P), of h before W_hh. Returns the T outputs (b_t, P) in order of time, h_n (B, P)
+    and c_n (B, H).
     """
+    h, c = state
     dtype = h.dtype
     accumulate = _accumulation_dtype(dtype)
-    w_ih, w_hh, b_ih, b_hh, w_hr = (None if w is None else w.to(accumulate) for w in weights)
+    w_ih, w_hh, b_ih, b_hh, w_hr, peephole = (None if w is None else w.to(accumulate) for w in weights)
     assert w_ih is not None and w_hh is not None
+    cell = Cell(w_hh, b_hh, peephole, within)
     if c is not None:
         c = c.to(accumulate)
+    anew_h, anew_c = (s.to(t) if isinstance(s, Tensor) else s for s, t in zip(anew, (dtype, accumulate), strict=True))
     outputs = []
-    order = reversed(range(len(inputs))) if reverse else range(len(inputs))
+    inputs, live, reset = course[:3]
+    k, num_steps = within.bptt_steps, len(inputs)
+    order = reversed(range(num_steps)) if reverse else range(num_steps)
     for t in order:
         x = inputs[t]
         b = x.shape[0]
+        mark = t + 1 if reverse else t
+        if reset is not None and mark < num_steps:
+            h = torch.where(reset[mark], anew_h, h)
+            c = None if c is None else torch.where(reset[mark], anew_c, c)
+        if k is not None and t > 0 and t % k == 0:
+            h, c = h.detach(), None if c is None else c.detach()
         h_previous, c_previous = h[:b].to(accumulate), None if c is None else c[:b]
         if live is not None:
             # The state of a row without any step is whatever the caller gave: it must meet neither a product, which
@@ -111,11 +214,17 @@ def _layer(
             h_previous = torch.where(live[t], h_previous, 0)
             c_previous = None if c_previous is None else torch.where(live[t], c_previous, 0)
         x_gates = linear(x.to(accumulate), w_ih, b_ih)
-        h_gates = linear(h_previous, w_hh, b_hh)
-        h_t, c_t = STEPS[kind](x_gates, h_gates, h_previous, c_previous)
+        h_dropped = h_previous if factors is None else h_previous * factors[:b].to(accumulate)
+        h_t, c_t = STEPS[kind](cell, x_gates, h_dropped, h_previous, c_previous)
         if w_hr is not None:  # Sak, Senior and Beaufays 2014: h is projected from H to P before it is used again
             h_t = linear(h_t, w_hr)
+        h_t = _zone(h_t, h_previous, None if course.zoneout is None else course.zoneout[t], within.zoneout)
+        if c_t is not None and c_previous is not None:
+            keeps = None if course.zoneout_cell is None else course.zoneout_cell[t]
+            c_t = _zone(c_t, c_previous, keeps, within.zoneout_cell)
         h_t = h_t.to(dtype)
+        if within.recurrent_grad_clip is not None:  # FlashRNN (Poeppel et al. 2024)
+            h_t = _ClampedGradient.apply(h_t, within.recurrent_grad_clip)
         if live is None:
             outputs.append(h_t)
         else:
@@ -144,8 +253,9 @@ def run_stack(
         input: (T, B, I), or (B, T, I) with ``batch_first``, or packed data (N, I) with ``batch_sizes``.
         h0: (L*D, B, P) or ``None`` for zeros. c0: (L*D, B, H) or ``None``; LSTM only.
         params: for each layer and direction in turn w_ih (G*H, I of the layer), w_hh (G*H, P), with ``bias``
-            b_ih (G*H) and b_hh (G*H), and for a projected LSTM w_hr (P, H).
-        controls: which steps there are, and factors of the layers' outputs.
+            b_ih (G*H) and b_hh (G*H), for a projected LSTM w_hr (P, H), with ``peephole`` w_peephole (3*H). Behind them
+            all, with ``reset_state``, the h (L*D, B, P) and for an LSTM c (L*D, B, H) that rows begin anew from.
+        controls: which steps there are, where rows begin anew, and what was drawn at random.
 
     Returns:
         ``(output, h_n, c_n)``: (T, B, D*P) — a transposed view of that with ``batch_first``, (N, D*P) if packed —,
@@ -153,22 +263,31 @@ def run_stack(
         for float16 and bfloat16 sums and c are float32 within the call and h is rounded at every step.
     """
     kind, num_layers, num_directions = settings.kind, settings.num_layers, settings.num_directions
-    batch_sizes, mask, dropout = controls
+    within = within_of(settings)
+    batch_sizes, mask, dropout, reset, recurrent_dropout, zoneout, zoneout_cell = controls
+    states = 0 if not within.reset_state else 2 if kind == CellKind.LSTM else 1
+    anew, params = params[len(params) - states :], params[: len(params) - states]
     per_cell = len(params) // (num_layers * num_directions)
-    has_projection = per_cell > (4 if settings.bias else 2)
+    has_projection = per_cell > 2 + 2 * settings.bias + within.peephole
 
     if batch_sizes is not None:
-        inputs: Sequence[Tensor] = input.split(batch_sizes.tolist())
+        sizes: list[int] = batch_sizes.tolist()
+        inputs: Sequence[Tensor] = input.split(sizes)
         join: Callable[..., Tensor] = torch.cat
     else:
         inputs = (input.transpose(0, 1) if settings.batch_first else input).unbind(0)
         join = torch.stack
+        sizes = [inputs[0].shape[0]] * len(inputs)
     batch = inputs[0].shape[0]
     live = None
     if mask is not None:
         live = mask.unsqueeze(-1).unbind(0)
         # What stands in a masked step, NaN included, must not meet a product, nor its gradient.
         inputs = [torch.where(counts, x, 0) for counts, x in zip(live, inputs, strict=True)]
+    resets = None if reset is None else reset.unsqueeze(-1).unbind(0)
+
+    def of_steps(bits: Tensor | None, index: int, size: int) -> Sequence[Tensor] | None:
+        return None if bits is None else unpack_bits(bits[index], size).split(sizes)
 
     h_n, c_n = [], []
     for layer in range(num_layers):
@@ -176,28 +295,46 @@ def run_stack(
         for direction in range(num_directions):
             index = layer * num_directions + direction
             weights: list[Tensor | None] = list(params[index * per_cell : (index + 1) * per_cell])
+            peephole = weights.pop() if within.peephole else None
             w_hr = weights.pop() if has_projection else None
             w_ih, w_hh, b_ih, b_hh = weights if settings.bias else (*weights, None, None)
             assert w_hh is not None
-            h = h0[index] if h0 is not None else input.new_zeros(batch, w_hh.shape[1])
+            rows, size = w_hh.shape
+            hidden_size = rows // kind.num_gates
+            h = h0[index] if h0 is not None else input.new_zeros(batch, size)
             c = None
             if kind == CellKind.LSTM:
-                c = c0[index] if c0 is not None else input.new_zeros(batch, w_hh.shape[0] // 4)
-            outputs, h, c = _layer(kind, inputs, h, c, (w_ih, w_hh, b_ih, b_hh, w_hr), direction == 1, live)
+                c = c0[index] if c0 is not None else input.new_zeros(batch, hidden_size)
+            outputs, h, c = _layer(
+                kind,
+                _Course(
+                    inputs, live, resets, of_steps(zoneout, index, size), of_steps(zoneout_cell, index, hidden_size)
+                ),
+                (h, c),
+                (w_ih, w_hh, b_ih, b_hh, w_hr, peephole),
+                direction == 1,
+                within,
+                (anew[0][index] if states else 0, anew[1][index] if states == 2 else 0),
+                None if recurrent_dropout is None else recurrent_dropout[index],
+            )
             directions.append(outputs)
             h_n.append(h)
             if c is not None:
                 c_n.append(c)
         inputs = [torch.cat(both, dim=-1) for both in zip(*directions, strict=True)]
         if dropout is not None and layer < num_layers - 1:
-            factors = dropout[layer]
-            steps = factors.unbind(0) if batch_sizes is None else factors.split(batch_sizes.tolist())
-            inputs = [x * f for x, f in zip(inputs, steps, strict=True)]
+            inputs = [x * f for x, f in zip(inputs, dropout[layer].flatten(0, -2).split(sizes), strict=True)]
 
     output = join(inputs)
     if settings.batch_first and batch_sizes is None:
         output = output.transpose(0, 1)
     return output, torch.stack(h_n), torch.stack(c_n) if c_n else input.new_empty(0)
+
+
+def within_of(settings: Settings) -> Within:
+    """What the formulas are to do beside the plain cell."""
+    within = settings.within or NOTHING_WITHIN
+    return within._replace(activation="relu") if settings.kind == CellKind.RNN_RELU else within
 
 
 def run_step(
@@ -214,6 +351,7 @@ def run_step(
     Returns:
         ``(h, c)`` after the step in the dtype of ``h``; ``c`` is ``None`` unless the cell is an LSTM.
     """
-    weights = (*params, None) if settings.bias else (*params, None, None, None)
-    _, h, c = _layer(settings.kind, [input], h, c, weights, reverse=False)
+    weights = (*params, None, None) if settings.bias else (*params, None, None, None, None)
+    course = _Course([input], None, None, None, None)
+    _, h, c = _layer(settings.kind, course, (h, c), weights, False, within_of(settings))
     return h, c

@@ -365,7 +365,12 @@ def steps_of(batch_sizes: Tensor | None, given: Mapping[str, Any]) -> Steps:
 def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
     """A whole stack: ``(output, (h_n, c_n))`` of an LSTM, ``(output, h_n)`` of the others."""
     results = None
-    if steps is EVERY_STEP and settings.around is None and not (settings.dropout and settings.num_layers > 1):
+    if (
+        steps is EVERY_STEP
+        and settings.around is None
+        and settings.within is None
+        and not (settings.dropout and settings.num_layers > 1)
+    ):
         # The operator checks what it is given, so the usual call need not be checked twice, which would take as long as
         # a small one computes. What is wrong with a call that is not valid, prepare_layers says in the user's terms.
         kernels = backend.eager_kernels()

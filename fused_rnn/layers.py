@@ -174,6 +174,7 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             self.dropout if self.training else 0.0,
             (),
             None if self._around is None else self._around_call(),
+            None,
         )
         return new_settings(Settings, fields)
 

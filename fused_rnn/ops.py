@@ -450,12 +450,18 @@ def _check_sizes(
         _checks.check_states_like_input(input, h, c)
 
 
+def _on_device(controls: Controls) -> dict[str, Tensor | None]:
+    """Those that have to be on the input's device."""
+    return {name: tensor for name, tensor in controls._asdict().items() if name != "batch_sizes"}
+
+
 @torch.library.register_fake("fused_rnn::rnn_forward")
 def _(input, h0, c0, params, controls, integers, numbers, save):  # type: ignore[no-untyped-def]
     settings = Settings.restore(integers, numbers, input, params)
-    batch_sizes, mask, dropout = Controls.restore(controls)
+    given = Controls.restore(controls)
+    batch_sizes, mask = given.batch_sizes, given.mask
     _check_sizes(settings, input, h0, c0, params, batch_sizes is not None)
-    _check_devices(input, batch_sizes, h0=h0, c0=c0, params=params, mask=mask, dropout=dropout)
+    _check_devices(input, batch_sizes, h0=h0, c0=c0, params=params, **_on_device(given))
     kind, L, D = settings.kind, settings.num_layers, settings.num_directions
     H, P = settings.hidden_size, settings.state_size
     if batch_sizes is not None:
@@ -489,12 +495,12 @@ def _(  # type: ignore[no-untyped-def]
     needs, reuse_gates,
 ):  # fmt: skip
     settings = Settings.restore(integers, numbers, input, params)
-    batch_sizes, mask, dropout = Controls.restore(controls)
+    given = Controls.restore(controls)
     gradients = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
     saved = {"output": output, "gates": gates, "cells": cells, "hidden": hidden}
-    _check_devices(input, batch_sizes, **gradients, h0=h0, c0=c0, params=params, mask=mask, dropout=dropout, **saved)
+    _check_devices(input, given.batch_sizes, **gradients, h0=h0, c0=c0, params=params, **_on_device(given), **saved)
     grad_input = _gradient_like(input, input, needs[0])
-    if needs[0] and settings.batch_first and batch_sizes is None:
+    if needs[0] and settings.batch_first and given.batch_sizes is None:
         grad_input = input.new_empty(input.shape[1], input.shape[0], input.shape[2]).transpose(0, 1)
     return (
         grad_input,

@@ -3,7 +3,8 @@
 A setting is written down here and in ``csrc/settings.h``. The operators take it in lists, in the order of the fields:
 :meth:`Settings.flatten` and :meth:`Settings.restore` are the way between, :class:`Controls` is the same for tensors. An
 option that is added is a field here and there; no function between a layer and the kernel that acts on it names it.
-What Python does around the operators is an :class:`Around`.
+What Python does around the operators is an :class:`Around`, what the operators do beside the plain cell a
+:class:`Within`.
 
 Letters in shapes, in the whole package: T steps, B batch rows, N rows of packed data, I input_size, H hidden_size, P
 proj_size (H without a projection), G gates per unit (LSTM 4, GRU 3, RNN 1), L layers, D directions.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 # csrc/settings.h
-OPERATORS_VERSION = 2
+OPERATORS_VERSION = 3
 
 
 class CellKind(IntEnum):
@@ -35,6 +36,20 @@ class CellKind(IntEnum):
     def num_gates(self) -> int:
         """G: rows of W_ih and W_hh per hidden unit."""
         return (1, 1, 4, 3)[self.value]
+
+
+class Activation(IntEnum):
+    """Functions of a gate or state by the names that users give them, in lower case; those of ``csrc/problem.h``."""
+
+    TANH = 0
+    SIGMOID = 1
+    RELU = 2
+    HARD_SIGMOID = 3
+    SOFTSIGN = 4
+    IDENTITY = 5
+
+
+ACTIVATIONS = tuple(activation.name.lower() for activation in Activation)
 
 
 class FunctionOptions(TypedDict, total=False):
@@ -85,6 +100,61 @@ class Around(NamedTuple):
 NOTHING_AROUND = Around()
 
 
+class Within(NamedTuple):
+    """What the operators do beside the plain cell; see :class:`fused_rnn.LSTM` for the meaning of each.
+
+    Up to ``reset_state`` the fields go to the operators as integers, then up to ``zoneout_cell`` as numbers; the rest
+    is for Python, which draws by it what :class:`Controls` have.
+    """
+
+    activation: str = "tanh"
+    recurrent_activation: str = "sigmoid"
+    reset_after: bool = True
+    peephole: bool = False
+    coupled_gates: bool = False
+    bptt_steps: int | None = None
+    reset_state: bool = False  # the parameters are followed by the states that rows begin anew from
+
+    cell_clip: float | None = None
+    recurrent_grad_clip: float | None = None
+    zoneout: float = 0.0
+    zoneout_cell: float = 0.0
+
+    recurrent_dropout: float = 0.0  # in this call: 0 in eval mode
+    training: bool = False  # whether zoneout is drawn; else states are what they would be on average
+
+    def integers(self) -> list[int]:
+        activations = [int(Activation[name.upper()]) for name in self[:2]]
+        return activations + [0 if value is None else int(value) for value in self[2:_END_OF_WITHIN_INTEGERS]]
+
+    def numbers(self) -> list[float]:
+        return [0.0 if value is None else float(value) for value in self[_END_OF_WITHIN_INTEGERS:_END_OF_WITHIN]]
+
+    @staticmethod
+    def restore(integers: Sequence[int], numbers: Sequence[float]) -> Within:
+        activation, recurrent_activation = (Activation(value).name.lower() for value in integers[:2])
+        reset_after, peephole, coupled_gates, bptt_steps, reset_state = integers[2:]
+        cell_clip, recurrent_grad_clip, zoneout, zoneout_cell = numbers
+        return Within(
+            activation=activation,
+            recurrent_activation=recurrent_activation,
+            reset_after=bool(reset_after),
+            peephole=bool(peephole),
+            coupled_gates=bool(coupled_gates),
+            bptt_steps=bptt_steps or None,
+            reset_state=bool(reset_state),
+            cell_clip=cell_clip or None,
+            recurrent_grad_clip=recurrent_grad_clip or None,
+            zoneout=zoneout,
+            zoneout_cell=zoneout_cell,
+        )
+
+
+_END_OF_WITHIN_INTEGERS = Within._fields.index("reset_state") + 1
+_END_OF_WITHIN = Within._fields.index("zoneout_cell") + 1
+NOTHING_WITHIN = Within()
+
+
 class Settings(NamedTuple):
     """Everything about a call of a layer or cell that is no tensor.
 
@@ -105,6 +175,7 @@ class Settings(NamedTuple):
     dropout: float = 0.0  # between layers, in this call: 0 in eval mode
     cell_names: tuple[str, ...] = ()  # of a cell: what its caller calls w_ih, w_hh[, b_ih, b_hh]
     around: Around | None = None  # None: nothing
+    within: Within | None = None  # None: the plain cell
 
     @property
     def num_biases(self) -> int:
@@ -122,7 +193,10 @@ class Settings(NamedTuple):
     def flatten(self) -> tuple[list[int], list[float]]:
         """The arguments ``settings`` and ``numbers`` of the operators."""
         values: Any = self[_FIRST_INTEGER:_END_OF_INTEGERS]
-        return [*map(int, values), OPERATORS_VERSION], []
+        within = self.within
+        if within is None:
+            return [*map(int, values), OPERATORS_VERSION], []
+        return [*map(int, values), *within.integers(), OPERATORS_VERSION], within.numbers()
 
     @staticmethod
     def restore(integers: Sequence[int], numbers: Sequence[float], input: Tensor, params: Sequence[Tensor]) -> Settings:
@@ -134,8 +208,10 @@ class Settings(NamedTuple):
             )
         kind = CellKind(integers[0])
         rows, state_size = params[1].shape
-        values: Any = (kind, *integers[1:-1])
-        return Settings(input.shape[-1], rows // kind.num_gates, state_size, *values)
+        end = len(INTEGER_SETTINGS)
+        values: Any = (kind, *integers[1:end])
+        settings = Settings(input.shape[-1], rows // kind.num_gates, state_size, *values)
+        return settings._replace(within=Within.restore(integers[end:-1], numbers)) if numbers else settings
 
 
 # Settings from the tuple of all fields: what a small call of a layer feels less than Settings(...).
@@ -196,6 +272,11 @@ class Controls(NamedTuple):
     batch_sizes: Tensor | None = None  # int64 (T) on the CPU: the batch is packed
     mask: Tensor | None = None  # bool (T, B): which steps are live
     dropout: Tensor | None = None  # (L - 1, T, B, D * P) or (L - 1, N, D * P): factors of all outputs but the last
+    reset: Tensor | None = None  # bool (T, B): rows that begin anew before a step, or in the reverse direction after it
+    recurrent_dropout: Tensor | None = None  # (L * D, B, P): factors of h before W_hh
+    # uint8 (L * D, T * B or N, size / 8), bit u % 8 of byte u / 8 for unit u: which keep the state before the step.
+    zoneout: Tensor | None = None  # of h, size P
+    zoneout_cell: Tensor | None = None  # of c, size H
 
     def flatten(self, input: Tensor) -> list[Tensor]:
         """The argument ``controls`` of the operators."""

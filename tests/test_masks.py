@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
+from fused_rnn.settings import Controls
 
 F64 = torch.float64
 DTYPES = (torch.float32, F64, torch.bfloat16, torch.float16)
@@ -674,10 +675,10 @@ def test_they_are_keywords_only() -> None:
     ],
 )
 def test_the_operator_checks_its_mask(mask: Tensor, message: str) -> None:
-    layer, none = fused_rnn.GRU(3, 4), torch.empty(0)
+    layer = fused_rnn.GRU(3, 4)
     params, settings = list(layer.parameters()), layer._settings().flatten()[0]
     with pytest.raises(RuntimeError, match=message), torch.no_grad():
-        torch.ops.fused_rnn.rnn_forward(X, None, None, params, [none, mask, none], settings, [], False)
-    sizes = PACKED.batch_sizes
+        torch.ops.fused_rnn.rnn_forward(X, None, None, params, Controls(mask=mask).flatten(X), settings, [], False)
+    controls = Controls(PACKED.batch_sizes, mask).flatten(PACKED.data)
     with pytest.raises(RuntimeError, match="mask: expected none with batch_sizes"), torch.no_grad():
-        torch.ops.fused_rnn.rnn_forward(PACKED.data, None, None, params, [sizes, mask, none], settings, [], False)
+        torch.ops.fused_rnn.rnn_forward(PACKED.data, None, None, params, controls, settings, [], False)

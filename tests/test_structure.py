@@ -187,12 +187,12 @@ def test_settings_come_out_of_the_operators_lists_as_they_went_in(given: Setting
     assert restored.flatten() == (integers, numbers)
 
 
-@pytest.mark.parametrize("there", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize("there", list(itertools.product((False, True), repeat=len(Controls._fields))), ids=str)
 def test_controls_come_out_of_the_operators_list_as_they_went_in(there: tuple[bool, ...]) -> None:
-    tensors: list[Any] = [torch.tensor([2, 1]), torch.ones(2, 2, dtype=torch.bool), torch.ones(1, 2, 2, 4)]
+    tensors: list[Any] = [torch.full((2,), i) for i in range(len(there))]
     given = Controls(*(t if is_there else None for t, is_there in zip(tensors, there, strict=True)))
     flat = given.flatten(torch.zeros(2, 2, 3))
-    assert len(flat) == (3 if any(there) else 0)
+    assert len(flat) == (len(there) if any(there) else 0)
     restored = Controls.restore(flat) if flat else Controls()
     assert all(a is b for a, b in zip(restored, given, strict=True))
 

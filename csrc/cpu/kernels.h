@@ -6,8 +6,6 @@
 
 namespace fused_rnn {
 
-enum class Activation : int32_t { tanh = 0, sigmoid = 1 };
-
 // Functions of one instruction set. They return false, having written nothing, when memory is lacking.
 struct KernelTable {
   const char* isa;
