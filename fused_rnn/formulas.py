@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
-    "hard_sigmoid": torch.nn.functional.hardsigmoid,
+    "hard_sigmoid": lambda x: torch.nn.functional.relu6(x + 3) / 6,  # torch's own has a float32 slope in float64
     "softsign": torch.nn.functional.softsign,
     "identity": lambda x: x,
 }
@@ -201,12 +201,12 @@ def _layer(
     for t in order:
         x = inputs[t]
         b = x.shape[0]
+        if k is not None and t > 0 and t % k == 0:
+            h, c = h.detach(), None if c is None else c.detach()
         mark = t + 1 if reverse else t
         if reset is not None and mark < num_steps:
             h = torch.where(reset[mark], anew_h, h)
             c = None if c is None else torch.where(reset[mark], anew_c, c)
-        if k is not None and t > 0 and t % k == 0:
-            h, c = h.detach(), None if c is None else c.detach()
         h_previous, c_previous = h[:b].to(accumulate), None if c is None else c[:b]
         if live is not None:
             # The state of a row without any step is whatever the caller gave: it must meet neither a product, which
