@@ -381,9 +381,9 @@ def check_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int,
                 if not 0 <= value <= num_steps:
                     raise RuntimeError(f"lengths: expected 0 to {num_steps}, the steps of the input, got {value}")
     shape: tuple[int, ...] = (num_steps,)
-    layout = "T"
+    layout = "(T)"
     if batch is not None:
-        layout, shape = ("B, T", (batch, num_steps)) if settings.batch_first else ("T, B", (num_steps, batch))
+        layout, shape = ("(B, T)", (batch, num_steps)) if settings.batch_first else ("(T, B)", (num_steps, batch))
     if mask is not None:
         _check_bool("mask", mask, input, shape, layout)
     if reset is not None or steps.reset_state is not None:
@@ -427,7 +427,7 @@ def _check_bool(name: str, value: Tensor, input: Tensor, shape: tuple[int, ...],
     if value.dtype is not torch.bool:
         raise RuntimeError(f"{name}: expected torch.bool, got {value.dtype}")
     if value.shape != shape:
-        raise RuntimeError(f"{name}: expected {shape}, ({layout}), got {_shape(value)}")
+        raise RuntimeError(f"{name}: expected {shape}, {layout}, got {_shape(value)}")
     if value.device != input.device:
         raise RuntimeError(f"{name}: expected on {input.device} as the input is, got {value.device}")
     _check_memory(name, value)
