@@ -635,7 +635,8 @@ def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[An
         _checks.check_states_like_input(input, h, c)
     anew: tuple[Tensor, ...] = ()
     if steps is not EVERY_STEP:
-        _checks.check_reset(settings, steps, input, sizes, "(B)" if sizes else "without a batch", sizes)
+        layout = "(B)" if sizes else "without a batch"
+        _checks.check_reset(settings, steps, input, tuple(sizes), layout, tuple(sizes))
         anew = _anew(settings, steps)
     is_empty = settings.hidden_size == 0 or settings.input_size == 0
     why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input)
