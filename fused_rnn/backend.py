@@ -113,11 +113,12 @@ _check_name("environment variable FUSED_RNN_BACKEND", _name_at_start)
 use_backend(_name_at_start)
 
 
-def why_reference(input: Tensor) -> str | None:
+def why_reference(input: Tensor, has_reset: bool = False) -> str | None:
     """Why the reference computes a call, one sentence; ``None`` if the kernels do.
 
     Args:
         input: any tensor of the call; the others have its dtype and device.
+        has_reset: whether rows begin anew within the call.
 
     Raises:
         ImportError: the compiled extension is missing and the backend is not ``"reference"``.
@@ -133,6 +134,8 @@ def why_reference(input: Tensor) -> str | None:
             "fused_rnn.use_backend('reference')"
         ) from _import_error
     reason: str | None = ops.why_not_fused(input)
+    if reason is None and has_reset and input.device.type == "cuda":
+        reason = "no fused kernel for reset= on cuda tensors: the CPU has one"
     if reason is not None and name == "fused":
         raise RuntimeError(f"the backend in use is 'fused': {reason}")
     return reason

@@ -42,10 +42,10 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
         """Everything a call needs to know but its tensors."""
         return cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[: len(self._params())])
 
-    def _run(self, input: Tensor, hx: Any) -> Any:
+    def _run(self, input: Tensor, hx: Any, reset: Any, reset_state: Any) -> Any:
         params = self._params()
         settings = cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[: len(params)])
-        return functional.call_cell(settings, input, hx, params)
+        return functional.call_cell(settings, input, hx, params, functional.cell_steps(reset, reset_state))
 
 
 class LSTMCell(_Cell):
@@ -74,12 +74,23 @@ class LSTMCell(_Cell):
     def _kind(self) -> CellKind:
         return CellKind.LSTM
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """One step.
 
         Args:
             input: (B, I), or (I) without a batch.
             hx: ``(h, c)``, each (B, H), or (H) without a batch; ``None`` for zeros.
+            reset: bool (B), or () without a batch, on the input's device: rows whose state is thrown away before the
+                step.
+            reset_state: ``(h, c)`` that they begin anew from, shaped like ``hx``; ``None`` for zeros. Only with
+                ``reset``.
 
         Returns:
             ``(h, c)`` after the step, shaped as ``hx``.
@@ -89,7 +100,7 @@ class LSTMCell(_Cell):
             ValueError: a wrong number of dimensions, or an input of another dtype than the parameters.
             RuntimeError: another size, dtype or device that does not fit.
         """
-        return self._run(input, hx)
+        return self._run(input, hx, reset, reset_state)
 
 
 class GRUCell(_Cell):
@@ -108,9 +119,19 @@ class GRUCell(_Cell):
     def _kind(self) -> CellKind:
         return CellKind.GRU
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step: ``hx`` is h (B, H), or (H) without a batch, and so is the result. Errors: see :class:`LSTMCell`."""
-        return self._run(input, hx)
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Tensor:
+        """One step: ``hx`` is h (B, H), or (H) without a batch, and so are ``reset_state`` and the result.
+
+        The rest, and errors: see :class:`LSTMCell`.
+        """
+        return self._run(input, hx, reset, reset_state)
 
 
 class RNNCell(_Cell):
@@ -139,6 +160,16 @@ class RNNCell(_Cell):
     def _kind(self) -> CellKind:
         return functional.rnn_kind(self.nonlinearity)
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step: ``hx`` is h (B, H), or (H) without a batch, and so is the result. Errors: see :class:`LSTMCell`."""
-        return self._run(input, hx)
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Tensor:
+        """One step: ``hx`` is h (B, H), or (H) without a batch, and so are ``reset_state`` and the result.
+
+        The rest, and errors: see :class:`LSTMCell`.
+        """
+        return self._run(input, hx, reset, reset_state)
