@@ -134,13 +134,19 @@ class _ClampedGradient(torch.autograd.Function):
         return tangent.clone()
 
 
+def clamp_gradient(x: Tensor, limit: float) -> Tensor:
+    """x, whose gradient is clamped to -limit to limit on its way back."""
+    result: Tensor = _ClampedGradient.apply(x, limit)
+    return result
+
+
 def unpack_bits(bits: Tensor, size: int) -> Tensor:
     """bool (..., size), of which bit u % 8 of byte u / 8 of ``bits`` (..., ceil(size / 8)) is element u."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits.unsqueeze(-1) >> shifts & 1).flatten(-2)[..., :size].bool()
 
 
-def _zone(new: Tensor, old: Tensor, keeps: Tensor | None, rate: float) -> Tensor:
+def zone(new: Tensor, old: Tensor, keeps: Tensor | None, rate: float) -> Tensor:
     """Zoneout (Krueger et al. 2017): units that keep what they had; without a draw, what that is on average."""
     if keeps is not None:
         return torch.where(keeps, old, new)
@@ -218,13 +224,13 @@ def _layer(
         h_t, c_t = STEPS[kind](cell, x_gates, h_dropped, h_previous, c_previous)
         if w_hr is not None:  # Sak, Senior and Beaufays 2014: h is projected from H to P before it is used again
             h_t = linear(h_t, w_hr)
-        h_t = _zone(h_t, h_previous, None if course.zoneout is None else course.zoneout[t], within.zoneout)
+        h_t = zone(h_t, h_previous, None if course.zoneout is None else course.zoneout[t], within.zoneout)
         if c_t is not None and c_previous is not None:
             keeps = None if course.zoneout_cell is None else course.zoneout_cell[t]
-            c_t = _zone(c_t, c_previous, keeps, within.zoneout_cell)
+            c_t = zone(c_t, c_previous, keeps, within.zoneout_cell)
         h_t = h_t.to(dtype)
         if within.recurrent_grad_clip is not None:  # FlashRNN (Poeppel et al. 2024)
-            h_t = _ClampedGradient.apply(h_t, within.recurrent_grad_clip)
+            h_t = clamp_gradient(h_t, within.recurrent_grad_clip)
         if live is None:
             outputs.append(h_t)
         else:

@@ -482,11 +482,12 @@ def test_torch_compile_has_the_options_in_one_graph(options: dict[str, Any]) -> 
 def test_explain_names_what_python_does() -> None:
     layer = make("LSTM", input_dropout=0.5, weight_dropout=0.5, recurrent_bias=False, bptt_steps=3)
     text = str(fused_rnn.explain(layer, data(T, B, INPUT)))
-    for option in ("input_dropout", "weight_dropout", "recurrent_bias=False", "bptt_steps=3: 3 calls"):
+    for option in ("input_dropout", "weight_dropout", "recurrent_bias=False", "bptt_steps=3: the kernels stop"):
         assert f"  {option}" in text
+    assert "bptt_steps=3: 3 calls" in str(fused_rnn.explain(layer, data(T, B, INPUT), lengths=torch.tensor([T, 3, 2])))
     with torch.no_grad():
         text = str(fused_rnn.explain(layer.eval(), data(T, B, INPUT)))
-    assert "  recurrent_bias" in text and "calls" not in text and "_dropout:" not in text
+    assert "  recurrent_bias" in text and "bptt_steps=3:" not in text and "_dropout:" not in text
 
 
 def test_repr_shows_what_is_not_the_default() -> None:
