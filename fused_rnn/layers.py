@@ -307,9 +307,26 @@ class LSTM(_Recurrent):
             less than half the memory, more time, the same numbers.
         input_dropout: in training mode, probability of zeroing a feature of the input, the same at all steps of a row
             (Gal and Ghahramani 2016; ``dropout`` of a Keras layer). Of the first layer: those above have ``dropout``.
+        recurrent_dropout: in training mode, probability of zeroing a unit of h where it meets W_hh, the same at all
+            steps of a row, in every layer and direction (Gal and Ghahramani 2016). Nothing but that product sees it.
         weight_dropout: in training mode, probability of zeroing an element of every W_hh, drawn once a call (Wan et al.
             2013; Merity, Keskar and Socher 2017).
+        zoneout, zoneout_cell: in training mode, probability of a unit to keep its h, or its c, of the step before,
+            drawn for each row and step; in eval mode the mean of both, weighted by it (Krueger et al. 2017). The new h
+            is made of the new c, also where the old one is kept.
+        activation: the function of g and, in h, of c in place of tanh: ``"tanh"``, ``"sigmoid"``, ``"relu"``,
+            ``"hard_sigmoid"`` (x / 6 + 1 / 2 between 0 and 1, as ``torch.nn.Hardsigmoid``), ``"softsign"`` or
+            ``"identity"``.
+        recurrent_activation: that of i, f and o in place of the logistic function, one of the same.
+        reset_after: only ``True``; :class:`GRU` has it.
         recurrent_bias: ``False`` for no ``bias_hh``: one bias per gate.
+        peephole: i and f see the c before the step, o the one after it (Gers and Schmidhuber 2000):
+            ``weight_peephole_l{k}`` times c is added to what :math:`\sigma` is taken of.
+        coupled_gates: i = 1 - f; the rows of i are without effect (Greff et al. 2015).
+        cell_clip: c is clamped between minus and plus this in every step, before o and h are made of it (Sak, Senior
+            and Beaufays 2014; ``cell_clip`` of TensorFlow's ``LSTMCell``). ``None`` for not at all.
+        recurrent_grad_clip: the gradient of every h is clamped between minus and plus this on its way back, before it
+            goes through the step (FlashRNN, Poeppel et al. 2024). ``None`` for not at all.
         bptt_steps: k, gradients stop at every k-th step, as if the sequence were given in slices of k steps with the
             state detached between them (truncated back-propagation through time). ``None`` for none. In one direction.
         stateful: begin where the last call ended, row by row, without its gradient, unless ``hx`` is given;
@@ -324,8 +341,8 @@ class LSTM(_Recurrent):
 
     Parameters, for layer k, and with suffix ``_reverse`` for the second direction, each drawn uniformly between
     :math:`\pm 1 / \sqrt{H}`: ``weight_ih_l{k}`` (4*H, I; D*P in place of I for k > 0), ``weight_hh_l{k}`` (4*H, P),
-    ``bias_ih_l{k}`` and ``bias_hh_l{k}`` (4*H), ``weight_hr_l{k}`` (P, H) with a projection. Rows in the order i, f, g,
-    o.
+    ``bias_ih_l{k}`` and ``bias_hh_l{k}`` (4*H), ``weight_hr_l{k}`` (P, H) with a projection, ``weight_peephole_l{k}``
+    (3*H) with ``peephole``. Rows in the order i, f, g, o, of peepholes i, f, o.
 
     Differences from ``torch.nn.LSTM``: arguments that it would misread or fail on in its depths are errors that name
     them, float16 works on the CPU under autocast, and ``isinstance(layer, torch.nn.LSTM)`` is false.
@@ -496,9 +513,13 @@ class GRU(_SingleState):
     Args:
         proj_size: only 0; the place it has among ``torch.nn.GRU``'s positional arguments.
         recompute: keep only h of every step for the backward pass; see :class:`LSTM`.
-        recurrent_bias: only ``True``: the reset gate acts on this bias.
+        activation: the function of n in place of tanh. recurrent_activation: that of r and z.
+        reset_after: ``False`` for :math:`n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r \odot h_{t-1}) + b_{hn})`, as Cho et
+            al. have it, and Keras and ONNX by that name and ``linear_before_reset=0``.
+        recurrent_bias: only ``True`` with ``reset_after``, where the reset gate acts on this bias.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, and the other
-            options but ``forget_bias``: as :class:`LSTM`.
+            options but ``forget_bias``, ``peephole``, ``coupled_gates``, ``cell_clip`` and ``zoneout_cell``: as
+            :class:`LSTM`.
 
     Raises:
         TypeError, ValueError: naming the argument that has another type or is out of range.
@@ -551,11 +572,11 @@ class RNN(_SingleState):
         h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad\text{or } \max(0, \cdot) \text{ for "relu"}
 
     Args:
-        nonlinearity: ``"tanh"`` or ``"relu"``.
+        nonlinearity: ``"tanh"`` or ``"relu"``, or one of the others that ``activation`` of an :class:`LSTM` may be.
         proj_size: only 0; the place it has among ``torch.nn.RNN``'s positional arguments.
         recompute: without effect, h being all that is kept in any case.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, and the other
-            options but ``forget_bias``: as :class:`LSTM`.
+            options but those of gates and of a cell state: as :class:`LSTM`.
 
     Raises:
         TypeError, ValueError: naming the argument that has another type or is out of range.
