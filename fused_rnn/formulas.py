@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
-    "hard_sigmoid": torch.nn.functional.hardsigmoid,
+    "hard_sigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1),  # torch.nn's own has no second derivative
     "softsign": torch.nn.functional.softsign,
     "identity": lambda x: x,
 }
@@ -113,7 +113,7 @@ STEPS: dict[int, Callable[[Cell, Tensor, Tensor, Tensor, Tensor | None], State]]
 
 
 class _ClampedGradient(torch.autograd.Function):
-    """x itself, whose gradient is clamped; differentiable again, and under the transforms of torch.func."""
+    """x itself, whose gradient is clamped; differentiable again, and under vmap."""
 
     generate_vmap_rule = True
 
@@ -129,6 +129,10 @@ class _ClampedGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad.clamp(-ctx.limit, ctx.limit), None
 
+
+class _ClampedGradientForwardToo(_ClampedGradient):
+    """The same with forward mode, a function that the tracer of torch.compile does not take."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
         return tangent.clone()
@@ -136,7 +140,8 @@ class _ClampedGradient(torch.autograd.Function):
 
 def clamp_gradient(x: Tensor, limit: float) -> Tensor:
     """x, whose gradient is clamped to -limit to limit on its way back."""
-    result: Tensor = _ClampedGradient.apply(x, limit)
+    function = _ClampedGradient if torch.compiler.is_compiling() else _ClampedGradientForwardToo
+    result: Tensor = function.apply(x, limit)
     return result
 
 

@@ -156,8 +156,8 @@ class Within(NamedTuple):
     def in_mode(self, training: bool) -> Within:
         """Of a call in training mode, or in eval mode, where nothing is drawn."""
         if training:
-            return self._replace(training=True) if self.zoneout or self.zoneout_cell else self
-        return self._replace(recurrent_dropout=0.0) if self.recurrent_dropout else self
+            return self._replace(training=bool(self.zoneout or self.zoneout_cell))
+        return self._replace(recurrent_dropout=0.0, training=False)
 
     def integers(self) -> list[int]:
         activations = [int(Activation[name.upper()]) for name in self[:2]]
