@@ -27,7 +27,7 @@ T, B, INPUT, H = 6, 3, 4, 5
 
 @pytest.fixture(params=["reference", "fused"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """By the formulas, or by what computes such a call where nobody chooses: the kernels, where they have the option."""
+    """By the formulas, or by what computes such a call by itself: the kernels, where they have the option."""
     if request.param == "fused" and not fused_available():
         pytest.skip("the kernels are not in use")
     with fused_rnn.use_backend("auto" if request.param == "fused" else "reference"):
@@ -393,7 +393,7 @@ def test_rows_of_other_lengths_are_rows_by_themselves(
 @pytest.mark.parametrize("layout", ["lengths", "packed"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_draws_of_rows_of_other_lengths(backend: str, name: str, layout: str) -> None:
-    """Bits are of the steps of a packed batch in its order, else of all steps; factors of its rows as they are sorted."""
+    """Bits are of the steps of a packed batch in its order, else of all steps; factors of its sorted rows."""
     layer = make(name, zoneout=0.5, recurrent_dropout=0.4)
     x, lengths = data(T, B, INPUT), torch.tensor([T, 4, 2])
     seed = 11
@@ -485,19 +485,19 @@ def build(row: Row) -> tuple[Any, Callable[..., tuple[Tensor, ...]], list[Tensor
     names, parameters = zip(*layer.named_parameters(), strict=True)
     steps: dict[str, Tensor] = {}
     if layout == "mask":
-        steps = {"mask": torch.tensor([[True, True], [False, True], [True, False], [True, True]])}
+        steps = {"mask": torch.tensor([[True, True], [False, True], [True, False]])}
 
     def call(x: Tensor, h: Tensor, c: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(1)
         given = dict(zip(names, values, strict=True))
-        argument: Any = pack_padded_sequence(x, [4, 2]) if layout == "packed" else x
+        argument: Any = pack_padded_sequence(x, [3, 2]) if layout == "packed" else x
         hx = (h, c) if name == "LSTM" else h
         output, states = torch.func.functional_call(layer, given, (argument, hx), steps)
         return getattr(output, "data", output) if layout == "packed" else output, *flat(states)
 
     size = row["proj_size"] or 2
     states = [data(2 if row["bidirectional"] else 1, 2, n, seed=5 + n) for n in (size, 2)]
-    x = data(*((2, 4) if layout == "batch first" else (4, 2)), 3)
+    x = data(*((2, 3) if layout == "batch first" else (3, 2)), 3)
     arguments = [x, *states, *(p.detach().clone() for p in parameters)]
     if name != "LSTM":
         arguments[2] = torch.zeros(1, dtype=torch.float64)
@@ -513,7 +513,7 @@ def name_of(row: Row) -> str:
 def test_derivatives(backend: str, row: Row) -> None:
     _, call, arguments = build(row)
     assert torch.autograd.gradcheck(call, arguments, fast_mode=True)
-    if row in ROWS_ALONE or row["layout"] == "time first":
+    if backend == "fused" or row in ROWS_ALONE:
         assert torch.autograd.gradgradcheck(call, arguments, fast_mode=True)
 
 
@@ -608,7 +608,7 @@ def test_zoneout_keeps_so_many_units(option: str) -> None:
 @pytest.mark.parametrize(("name", "options"), DRAWN, ids=str)
 def test_the_seed_gives_the_numbers_whatever_the_threads(backend: str, name: str, options: dict[str, Any]) -> None:
     if backend == "reference":
-        sizes = (10, 4)
+        sizes = (3, 4)
     else:
         sizes = (30, 16)  # enough work for two threads
     layer = getattr(fused_rnn, name)(8, 40, num_layers=2, bidirectional=True, **options)
@@ -666,7 +666,7 @@ def test_recurrent_dropout_is_the_same_in_all_slices_of_bptt_steps(backend: str)
     ("name", "options"),
     [
         ("LSTM", {"zoneout": 0.3, "zoneout_cell": 0.3, "recurrent_dropout": 0.3, "peephole": True, "cell_clip": 1.0}),
-        ("GRU", {"activation": "relu", "bptt_steps": 4, "recurrent_grad_clip": 0.5}),
+        ("GRU", {"activation": "relu", "bptt_steps": 2, "recurrent_grad_clip": 0.5}),
         ("GRU", {"reset_after": False}),
         ("RNN", {"nonlinearity": "softsign", "zoneout": 0.3}),
         ("LSTMCell", {"zoneout": 0.3, "peephole": True}),
@@ -677,7 +677,7 @@ def test_recurrent_dropout_is_the_same_in_all_slices_of_bptt_steps(backend: str)
 def test_torch_compile_has_the_options_in_one_graph(backend: str, name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     layer = make(name, **options)
-    x = data(B, INPUT) if name.endswith("Cell") else data(T, B, INPUT)
+    x = data(B, INPUT) if name.endswith("Cell") else data(3, B, INPUT)
     other = copy.deepcopy(layer)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     for training in (True, False):
