@@ -10,7 +10,8 @@
 //   one_matrix                         whether x, y and their gradients must be matrices of N rows at one distance
 //   adds_into_grad_x                   whether the directions of a layer add into grad_x, which then holds zeros
 //   copy(to, from)                     of one size, both contiguous
-//   masks_in_kernels                   whether steps may have a mask; the others get the packed batch of its live steps
+//   masks_in_kernels                   whether steps may have a mask; the others get the packed batch of its pieces
+//   options                            whether layers may have options and rows that begin anew
 //   wavefronts                         whether it may run several layers at once; with
 //     layers_at_once(sizes, layers, steps, backward)     how many of so many equal layers
 //     forward(layer, count), backward(layer, count)      those: lowest first, each with a y or a grad_x only where it
@@ -22,8 +23,8 @@
 #include <torch/library.h>
 
 #include "cpu/plan.h"
-#include "live_steps.h"
 #include "ops.h"
+#include "pieces.h"
 
 namespace fused_rnn {
 
@@ -111,11 +112,17 @@ struct Stack {
   std::vector<int64_t> sizes, offsets;
   std::vector<Tensor> dropout;  // factors, (N, D * P)
   Tensor mask;                  // (T, B), or undefined
+  Tensor reset;                 // (T, B), or undefined
   Tensor h0, c0;
+  Tensor reset_h, reset_c;       // what rows begin anew from; undefined: zeros
+  Tensor recurrent_dropout;      // (L * D, B, P)
+  Tensor zoneout, zoneout_cell;  // (L * D, N, bytes)
 
   CellKind kind() const { return settings.kind; }
   int64_t num_layers() const { return settings.num_layers; }
-  int64_t params_per_direction() const { return 2 + (settings.has_biases ? 2 : 0) + (projects() ? 1 : 0); }
+  int64_t params_per_direction() const {
+    return 2 + (settings.has_biases ? 2 : 0) + (projects() ? 1 : 0) + (settings.within.peephole ? 1 : 0);
+  }
   bool projects() const { return P != H; }
 
   Stack(const Tensor& input_, const OptionalTensor& h0_, const OptionalTensor& c0_, at::TensorList params_,
@@ -133,7 +140,9 @@ struct Stack {
     // Before the steps, whose number is no more than that of the input's elements only then.
     TORCH_CHECK(I >= 1, "input: expected at least 1 feature, got ", input_.sizes());
     read_steps(controls.batch_sizes);
-    if (controls.mask) read_mask(*controls.mask);
+    if (controls.mask) mask = read_marks(*controls.mask, "mask");
+    if (controls.reset) reset = read_marks(*controls.reset, "reset");
+    check_within(controls);
 
     const int64_t layers = num_layers(), fewest = settings.has_biases ? 4 : 2, given = int64_t(params_.size());
     TORCH_CHECK(given >= fewest, "params: expected at least ", fewest, " tensors, got ", given);
@@ -143,16 +152,68 @@ struct Stack {
     TORCH_CHECK(H >= 1 && P >= 1, "params[1]: expected at least 1 unit, got ", params_[1].sizes());
     TORCH_CHECK(P == H || kind() == CellKind::lstm, "params[1]: only an LSTM has a projection, got ",
                 params_[1].sizes());
-    const int64_t expected = layers * D * params_per_direction();
+    const int64_t states = settings.within.reset_state ? 1 + has_cell_state(kind()) : 0;
+    const int64_t expected = layers * D * params_per_direction() + states;
     TORCH_CHECK(given == expected, "params: expected ", expected, " tensors, got ", given);
-    params.reserve(expected);
+    params.reserve(expected - states);
     for (int64_t l = 0; l < layers; ++l) {
       for (int64_t d = 0; d < D; ++d) read_params(params_, l);
     }
     h0 = initial(h0_, P, "h0");
     TORCH_CHECK(!c0_ || has_cell_state(kind()), "c0: expected none without a cell state");
     c0 = initial(c0_, H, "c0");
+    if (states > 0) reset_h = initial(params_[expected - states], P, "reset_state");
+    if (states > 1) reset_c = initial(params_[expected - 1], H, "reset_state");
     if (controls.dropout) read_dropout(*controls.dropout);
+    if (controls.recurrent_dropout) recurrent_dropout = initial(controls.recurrent_dropout, P, "recurrent_dropout");
+    if (controls.zoneout) zoneout = read_bits(*controls.zoneout, P, "zoneout");
+    if (controls.zoneout_cell) zoneout_cell = read_bits(*controls.zoneout_cell, H, "zoneout_cell");
+  }
+
+  void check_within(const Controls& controls) {
+    Within& within = settings.within;
+    const bool is_lstm = kind() == CellKind::lstm;
+    TORCH_CHECK(within.reset_after, "reset_after: no kernel for a reset gate before the product");
+    TORCH_CHECK(is_lstm || (!within.peephole && !within.coupled_gates && within.cell_clip == 0 &&
+                            within.zoneout_cell == 0 && !controls.zoneout_cell),
+                "settings: peephole, coupled_gates, cell_clip and zoneout_cell are of an LSTM alone");
+    TORCH_CHECK(within.bptt_steps == 0 || (!packed && !mask.defined() && D == 1),
+                "bptt_steps: expected a padded batch without a mask, in one direction");
+    TORCH_CHECK(!within.reset_state || reset.defined(), "reset_state: expected none without reset");
+    if (kind() == CellKind::rnn_relu) within.activation = Activation::relu;
+  }
+
+  // Whether nothing concerns the gates and states of a step but the cell's own formulas.
+  bool plain_gates() const {
+    const Within& w = settings.within;
+    const Activation own = kind() == CellKind::rnn_relu ? Activation::relu : Activation::tanh;
+    return settings.plain ||
+           (w.activation == own && w.recurrent_activation == Activation::sigmoid && !w.peephole && !w.coupled_gates &&
+            w.cell_clip == 0 && w.recurrent_grad_clip == 0 && w.zoneout == 0 && w.zoneout_cell == 0);
+  }
+  template <class Layer>
+  void put_options(Layer& layer) const {
+    layer.plain_gates = plain_gates() && !recurrent_dropout.defined() && !zoneout.defined() && !zoneout_cell.defined();
+    layer.within = settings.within;
+  }
+  Extras extras(int64_t i) const {
+    Extras e;
+    if (settings.plain && !reset.defined()) return e;
+    e.reset_h = const_slice(reset_h, i);
+    e.reset_c = const_slice(reset_c, i);
+    e.dropout = const_slice(recurrent_dropout, i);
+    e.zoneout = static_cast<const uint8_t*>(const_slice(zoneout, i));
+    e.zoneout_cell = static_cast<const uint8_t*>(const_slice(zoneout_cell, i));
+    return e;
+  }
+
+  Tensor read_bits(const Tensor& given, int64_t size, const char* name) const {
+    const std::vector<int64_t> shape{num_layers() * D, N, (size + 7) / 8};
+    TORCH_CHECK(given.device() == input.device() && given.scalar_type() == at::kByte && given.sizes() == shape, name,
+                ": expected uint8 ", shape, " on ", input.device(), ", got ", given.scalar_type(), " ", given.sizes(),
+                " on ", given.device());
+    check_memory(given, name);
+    return given.contiguous();
   }
 
   void read_dropout(const Tensor& factors) {
@@ -194,14 +255,14 @@ struct Stack {
     TORCH_CHECK(N == input.size(0), "batch_sizes: expected a sum of ", input.size(0), ", got ", N);
   }
 
-  void read_mask(const Tensor& given) {
-    TORCH_CHECK(!packed, "mask: expected none with batch_sizes");
+  Tensor read_marks(const Tensor& given, const char* name) const {
+    TORCH_CHECK(!packed, name, ": expected none with batch_sizes");
     TORCH_CHECK(given.device() == input.device() && given.scalar_type() == at::kBool &&
                     given.sizes() == at::IntArrayRef({T, B}),
-                "mask: expected bool [", T, ", ", B, "] on ", input.device(), ", got ", given.scalar_type(), " ",
+                name, ": expected bool [", T, ", ", B, "] on ", input.device(), ", got ", given.scalar_type(), " ",
                 given.sizes(), " on ", given.device());
-    check_memory(given, "mask");
-    mask = given.contiguous();
+    check_memory(given, name);
+    return given.contiguous();
   }
 
   void read_params(at::TensorList given, int64_t layer) {
@@ -222,6 +283,7 @@ struct Stack {
       read({G * H});
     }
     if (projects()) read({P, H});
+    if (settings.within.peephole) read({3 * H});
   }
 
   Tensor initial(const OptionalTensor& state, int64_t size, const char* name) const {
@@ -250,8 +312,12 @@ struct Stack {
       s.offsets = offsets.data();
     }
     if (mask.defined()) s.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+    if (reset.defined()) s.reset = static_cast<const uint8_t*>(reset.const_data_ptr());
     return s;
   }
+
+  // Of the parameters of a direction.
+  int64_t projection() const { return settings.has_biases ? 4 : 2; }
 
   int64_t first_param(int64_t layer, int64_t d) const { return (layer * D + d) * params_per_direction(); }
 
@@ -264,7 +330,8 @@ struct Stack {
       w.b_ih = p[2].const_data_ptr();
       w.b_hh = p[3].const_data_ptr();
     }
-    if (projects()) w.w_hr = p[params_per_direction() - 1].const_data_ptr();
+    if (projects()) w.w_hr = p[projection()].const_data_ptr();
+    if (settings.within.peephole) w.peephole = p[params_per_direction() - 1].const_data_ptr();
     return w;
   }
 
@@ -308,30 +375,40 @@ struct Stack {
     return mask.defined() && state.defined() ? at::where(rows_with_steps(), final, state) : final;
   }
 
-  // Where some steps are masked, the others; the stack itself has no mask afterwards.
-  std::optional<LiveSteps> take_mask() {
-    if (!mask.defined()) return std::nullopt;
-    const Tensor taken = std::exchange(mask, Tensor());
-    std::optional<LiveSteps> live(taken);
-    if (live->all()) live.reset();
-    return live;
+  // The pieces that the batch is run as, if it is not run as it stands; mask and reset are no more afterwards, then.
+  std::optional<Pieces> take_pieces() {
+    if (!mask.defined() && !(reset.defined() && B <= most_rows_in_pieces && settings.within.bptt_steps == 0)) return {};
+    const auto bytes = [](const Tensor& t) { return static_cast<const uint8_t*>(data_or_null(t)); };
+    std::optional<Pieces> pieces(std::in_place, T, B, bytes(mask), bytes(reset));
+    const bool masks = mask.defined() && pieces->count() != T * B;
+    mask.reset();
+    // Pieces side by side are worth their copies where they make the batch so much shorter.
+    const bool worth = !pieces->whole() && 4 * int64_t(pieces->sizes().size()) <= 3 * T;
+    if (!masks && !worth) return {};
+    reset.reset();
+    return pieces;
   }
+  static constexpr int64_t most_rows_in_pieces = 16;
 
-  // The stack over the live steps alone.
-  Stack packed_as(const LiveSteps& live) const {
+  // The stack over the pieces of its batch.
+  Stack packed_as(const Pieces& pieces) const {
     Stack result = *this;
     result.packed = true;
     result.batch_first = false;
-    result.mask.reset();
-    result.input = live.pack(input);
-    result.sizes = live.sizes();
-    result.offsets = live.offsets();
+    result.input = pieces.pack(input);
+    result.sizes = pieces.sizes();
+    result.offsets = pieces.offsets();
     result.T = int64_t(result.sizes.size());
     result.B = result.T > 0 ? result.sizes[0] : 0;
-    result.N = live.count();
-    for (Tensor& factors : result.dropout) factors = live.pack(factors.view({T, B, D * P}));
-    if (h0.defined()) result.h0 = live.pack_states(h0);
-    if (c0.defined()) result.c0 = live.pack_states(c0);
+    result.N = pieces.count();
+    for (Tensor& factors : result.dropout) factors = pieces.pack(factors.view({T, B, D * P}));
+    result.h0 = pieces.initial_states(h0, reset_h, D);
+    result.c0 = pieces.initial_states(c0, reset_c, D);
+    result.reset_h.reset();
+    result.reset_c.reset();
+    if (recurrent_dropout.defined()) result.recurrent_dropout = pieces.pack_rows(recurrent_dropout);
+    if (zoneout.defined()) result.zoneout = pieces.pack_each(zoneout);
+    if (zoneout_cell.defined()) result.zoneout_cell = pieces.pack_each(zoneout_cell);
     return result;
   }
 
@@ -433,6 +510,7 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
     layer.sizes = stack.layer_sizes(l);
     layer.steps = steps;
     layer.inference = !save;
+    stack.put_options(layer);
     if (together.size() == 1) layer.x = stack.sequence(x);
     const int64_t first = l + 1 - int64_t(together.size());
     const bool goes_on = first + at_once <= L && l + 1 < first + at_once;  // the next layer runs with this one
@@ -449,6 +527,7 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
       DirectionForward& dir = layer.direction[d];
       const int64_t i = l * D + d;
       dir.weights = stack.weights(l, d);
+      dir.extras = stack.extras(i);
       dir.h0 = const_slice(h0, i);
       dir.c0 = const_slice(c0, i);
       dir.h_n = mutable_slice(h_n, i);
@@ -469,22 +548,30 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
 }
 
 template <class Backend>
+void check_options(const Stack& stack) {
+  TORCH_CHECK(Backend::options || (stack.settings.plain && !stack.reset.defined() &&
+                                   !stack.recurrent_dropout.defined() && !stack.zoneout.defined()),
+              "settings: no kernel for options and resets on ", stack.input.device());
+}
+
+template <class Backend>
 ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                           at::TensorList params, at::TensorList controls, Integers settings, Numbers numbers,
                           bool save) {
   Backend backend(input);
   Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
-  std::optional<LiveSteps> live;
-  if constexpr (!Backend::masks_in_kernels) live = stack.take_mask();
+  check_options<Backend>(stack);
+  std::optional<Pieces> pieces;
+  if constexpr (!Backend::masks_in_kernels) pieces = stack.take_pieces();
   ForwardResult result;
-  if (!live) {
+  if (!pieces) {
     result = run_forward(backend, stack, save, stack.N);
   } else if constexpr (!Backend::masks_in_kernels) {
-    result = run_forward(backend, stack.packed_as(*live), save, stack.N);
+    result = run_forward(backend, stack.packed_as(*pieces), save, stack.N);
     auto& [output, h_n, c_n, gates, cells, hidden] = result;
-    output = live->unpack(output);
-    h_n = live->unpack_states(h_n, stack.h0);
-    if (has_cell_state(stack.kind())) c_n = live->unpack_states(c_n, stack.c0);
+    output = pieces->unpack(output);
+    h_n = pieces->final_states(h_n, stack.h0, stack.reset_h, stack.D);
+    if (has_cell_state(stack.kind())) c_n = pieces->final_states(c_n, stack.c0, stack.reset_c, stack.D);
   }
   if (stack.batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
   return result;
@@ -514,6 +601,13 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   std::vector<Tensor> grad_params;
   grad_params.reserve(stack.params.size());
   for (size_t i = 0; i < stack.params.size(); ++i) grad_params.push_back(make(needs[3 + i], stack.params[i].sizes()));
+  // Of the states behind the parameters, where rows begin anew in the kernels.
+  const size_t behind = 3 + stack.params.size();
+  const bool kernels_reset = stack.reset.defined();
+  const Tensor grad_reset_h = make(kernels_reset && stack.reset_h.defined() && needs[behind], {L * D, B, P});
+  const Tensor grad_reset_c = make(kernels_reset && stack.reset_c.defined() && needs[behind + 1], {L * D, B, H});
+  if (stack.reset_h.defined()) grad_params.push_back(grad_reset_h);
+  if (stack.reset_c.defined()) grad_params.push_back(grad_reset_c);
   BackwardResult result(grad_input, grad_h0, grad_c0, grad_params);
   if (N == 0) return result;
 
@@ -523,7 +617,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
     if (l == 0 && needs[0]) return true;
     for (int64_t i = stack.first_param(l, 0); i < stack.first_param(l + 1, 0); ++i)
       if (needs[3 + i]) return true;
-    return grad_h0.numel() > 0 || grad_c0.numel() > 0;
+    return grad_h0.numel() > 0 || grad_c0.numel() > 0 || grad_reset_h.numel() > 0 || grad_reset_c.numel() > 0;
   };
   while (lowest < L && !layer_needed(lowest)) ++lowest;
 
@@ -554,10 +648,12 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
     layer.grad_x = stack.sequence(grad_x);
     if (l < highest && !stack.dropout.empty()) layer.factors = stack.sequence(stack.dropout[l]);
     layer.reuse_gates = reuse_gates;
+    stack.put_options(layer);
     for (int64_t d = 0; d < D; ++d) {
       DirectionBackward& dir = layer.direction[d];
       const int64_t i = l * D + d;
       dir.weights = stack.weights(l, d);
+      dir.extras = stack.extras(i);
       dir.h0 = const_slice(h0, i);
       dir.c0 = const_slice(c0, i);
       dir.gates = const_slice(given.gates, i);
@@ -576,7 +672,10 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
         dir.grad_b_ih = grad(2);
         dir.grad_b_hh = grad(3);
       }
-      if (stack.projects()) dir.grad_w_hr = grad(stack.params_per_direction() - 1);
+      if (stack.projects()) dir.grad_w_hr = grad(stack.projection());
+      if (stack.settings.within.peephole) dir.grad_peephole = grad(stack.params_per_direction() - 1);
+      dir.grad_reset_h = mutable_slice(grad_reset_h, i);
+      dir.grad_reset_c = mutable_slice(grad_reset_c, i);
     }
     if (goes_on) continue;
     std::reverse(together.begin(), together.end());
@@ -598,8 +697,9 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
   const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
   const bool has_cell = has_cell_state(stack.kind());
-  std::optional<LiveSteps> live;
-  if constexpr (!Backend::masks_in_kernels) live = stack.take_mask();
+  check_options<Backend>(stack);
+  std::optional<Pieces> pieces;
+  if constexpr (!Backend::masks_in_kernels) pieces = stack.take_pieces();
   TORCH_CHECK(int64_t(needs.size()) == 3 + int64_t(params.size()), "needs: expected ", 3 + params.size(),
               " values, got ", needs.size());
   const auto rows_first = [&](const Tensor& t, const char* name) {
@@ -632,23 +732,34 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   saved(hidden, below > 0, {below, N, D * P}, dtype, "hidden");
 
   BackwardResult result;
-  if (!live) {
+  if (!pieces) {
     result = run_backward(backend, stack, given, needs, reuse_gates);
   } else if constexpr (!Backend::masks_in_kernels) {
     const Tensor final_h = given.grad_h_n, final_c = given.grad_c_n;
-    const auto packed_state = [&](const Tensor& t) { return t.defined() ? live->pack_states(t) : t; };
-    given = {given.grad_output.defined() ? live->pack(given.grad_output) : Tensor(),
-             packed_state(final_h),
-             packed_state(final_c),
-             live->pack(given.output),
-             front(gates, live->count()),
-             front(cells, live->count()),
-             front(hidden, live->count())};
-    result = run_backward(backend, stack.packed_as(*live), given, needs, reuse_gates);
+    given = {given.grad_output.defined() ? pieces->pack(given.grad_output) : Tensor(),
+             pieces->final_gradients(final_h, D),
+             pieces->final_gradients(final_c, D),
+             pieces->pack(given.output),
+             front(gates, pieces->count()),
+             front(cells, pieces->count()),
+             front(hidden, pieces->count())};
+    // The initial states of pieces are those of rows, and what they begin anew from.
+    const size_t behind = 3 + stack.params.size();
+    const bool anew_h = stack.reset_h.defined() && needs[behind];
+    const bool anew_c = stack.reset_c.defined() && needs[behind + 1];
+    const bool first_h = needs[1] && stack.h0.defined(), first_c = needs[2] && stack.c0.defined() && has_cell;
+    c10::List<bool> of_pieces = needs.copy();
+    of_pieces[1] = first_h || anew_h;
+    of_pieces[2] = first_c || anew_c;
+    const c10::List<bool>& wanted = of_pieces;
+    result = run_backward(backend, stack.packed_as(*pieces), given, wanted, reuse_gates);
     auto& [grad_input, grad_h0, grad_c0, grad_params] = result;
-    if (needs[0]) grad_input = live->unpack(grad_input);
-    if (needs[1] && stack.h0.defined()) grad_h0 = live->unpack_states(grad_h0, final_h);
-    if (needs[2] && stack.c0.defined() && has_cell) grad_c0 = live->unpack_states(grad_c0, final_c);
+    const Tensor of_h = grad_h0, of_c = grad_c0, none = grad_h0.new_empty({0});
+    if (needs[0]) grad_input = pieces->unpack(grad_input);
+    grad_h0 = first_h ? pieces->initial_gradient(of_h, final_h, D) : none;
+    grad_c0 = first_c ? pieces->initial_gradient(of_c, final_c, D) : none.clone();
+    if (stack.reset_h.defined()) grad_params.push_back(anew_h ? pieces->anew_gradient(of_h, final_h, D) : none.clone());
+    if (stack.reset_c.defined()) grad_params.push_back(anew_c ? pieces->anew_gradient(of_c, final_c, D) : none.clone());
   }
   if (needs[0] && stack.batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
   return result;

@@ -30,6 +30,7 @@ struct Cpu {
   static constexpr bool one_matrix = false;
   static constexpr bool adds_into_grad_x = true;
   static constexpr bool masks_in_kernels = false;
+  static constexpr bool options = true;
   static constexpr bool wavefronts = false;
   explicit Cpu(const Tensor&) {}
   static void copy(const Tensor& to, const Tensor& from) {

@@ -171,6 +171,7 @@ class Cuda {
   static constexpr bool one_matrix = true;
   static constexpr bool adds_into_grad_x = false;
   static constexpr bool masks_in_kernels = true;
+  static constexpr bool options = false;
   static constexpr bool wavefronts = true;
 
   explicit Cuda(const Tensor& input) : stream_(input), options_(input.options()) {

@@ -55,7 +55,15 @@ struct Steps {
   const int64_t* offsets = nullptr;  // T + 1 entries, offsets[T] = N
   // Dense only: (T, B) bytes, 0 where row b has no step t: its state goes on as it is. Null: there are none.
   const uint8_t* mask = nullptr;
+  // Dense only: (T, B) bytes; where not 0 row b begins anew before step t, in the reverse direction after it. Null:
+  // none.
+  const uint8_t* reset = nullptr;
 
+  // Whether row b begins anew before step t.
+  FRNN_HOST_DEVICE bool begins_anew(int64_t t, int64_t b, bool reverse) const {
+    const int64_t mark = reverse ? t + 1 : t;
+    return mark < T && reset[mark * B + b] != 0;
+  }
   FRNN_HOST_DEVICE int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   FRNN_HOST_DEVICE int64_t first_row(int64_t t) const { return offsets ? offsets[t] : t * B; }
   FRNN_HOST_DEVICE int64_t total_rows() const { return offsets ? offsets[T] : T * B; }
@@ -66,11 +74,21 @@ struct Steps {
 
 // Parameters of one direction, row-major and contiguous, in the layer's dtype.
 struct Weights {
-  const void* w_ih = nullptr;  // (G * H, I)
-  const void* w_hh = nullptr;  // (G * H, P)
-  const void* b_ih = nullptr;  // (G * H) or null
-  const void* b_hh = nullptr;  // (G * H) or null
-  const void* w_hr = nullptr;  // (P, H) or null: no projection
+  const void* w_ih = nullptr;      // (G * H, I)
+  const void* w_hh = nullptr;      // (G * H, P)
+  const void* b_ih = nullptr;      // (G * H) or null
+  const void* b_hh = nullptr;      // (G * H) or null
+  const void* w_hr = nullptr;      // (P, H) or null: no projection
+  const void* peephole = nullptr;  // (3 * H) or null, of i, f, o
+};
+
+// What options give a direction of a layer beside its weights. Null: nothing.
+struct Extras {
+  const void* reset_h = nullptr;          // (B, P), layer dtype: what rows begin anew from; null: zeros
+  const void* reset_c = nullptr;          // (B, H)
+  const void* dropout = nullptr;          // (B, P), layer dtype: factors of h before w_hh
+  const uint8_t* zoneout = nullptr;       // (N, ceil(P / 8)): bit u % 8 of byte u / 8: unit u keeps its h
+  const uint8_t* zoneout_cell = nullptr;  // (N, ceil(H / 8)): its c
 };
 
 struct LayerSizes {
@@ -85,6 +103,7 @@ struct LayerSizes {
 // One direction of one layer, forward. Pointers without a word on null are never null.
 struct DirectionForward {
   Weights weights;
+  Extras extras;
   const void* h0 = nullptr;  // (B, P) or null: zeros
   const void* c0 = nullptr;  // (B, H) or null: zeros
   void* h_n = nullptr;       // (B, P) or null: not needed
@@ -101,11 +120,14 @@ struct LayerForward {
   Sequence factors;               // of y on its way to a layer above that runs at the same time; data null: ones
   DirectionForward direction[2];  // direction[1] runs from the last step to the first
   bool inference = false;         // the weights may well be those of the next call
+  bool plain_gates = true;        // nothing of what follows concerns the gates
+  Within within;
 };
 
 // One direction of one layer, backward. A null gradient is one that nobody needs.
 struct DirectionBackward {
   Weights weights;
+  Extras extras;
   const void* h0 = nullptr;
   const void* c0 = nullptr;
   const void* gates = nullptr;  // null: computed again from x and the states
@@ -119,6 +141,9 @@ struct DirectionBackward {
   void* grad_b_ih = nullptr;
   void* grad_b_hh = nullptr;
   void* grad_w_hr = nullptr;
+  void* grad_peephole = nullptr;
+  void* grad_reset_h = nullptr;  // (B, P)
+  void* grad_reset_c = nullptr;  // (B, H)
 };
 
 struct LayerBackward {
@@ -130,6 +155,8 @@ struct LayerBackward {
   Sequence grad_x;           // data null: not needed
   Sequence factors;          // as forward
   bool reuse_gates = false;  // nobody reads the saved gates after this: their memory may be written
+  bool plain_gates = true;
+  Within within;
   DirectionBackward direction[2];
 };
 

@@ -255,21 +255,21 @@ def raise_input_type(settings: Settings, input: Any) -> NoReturn:
     raise TypeError(f"input: expected a Tensor, got {_describe(input)}{hint}")
 
 
-def split_state(kind: CellKind, hx: Any) -> tuple[Tensor | None, Tensor | None]:
+def split_state(kind: CellKind, hx: Any, name: str = "hx") -> tuple[Tensor | None, Tensor | None]:
     """``hx`` as ``(h, c)``: both ``None`` if it is, c ``None`` unless the cell is an LSTM's."""
     if hx is None:
         return None, None
     if kind == CellKind.LSTM:
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             error = RuntimeError if isinstance(hx, (tuple, list)) else TypeError
-            raise error(f"hx: expected a tuple (h_0, c_0) of two Tensors or None, got {_describe(hx)}")
+            raise error(f"{name}: expected a tuple (h_0, c_0) of two Tensors or None, got {_describe(hx)}")
         for index, state in enumerate(hx):
             if not isinstance(state, Tensor):
-                raise TypeError(f"hx[{index}]: expected a Tensor, got {_describe(state)}")
+                raise TypeError(f"{name}[{index}]: expected a Tensor, got {_describe(state)}")
         return hx[0], hx[1]
     if not isinstance(hx, Tensor):
         hint = "; only an LSTM takes a pair (h_0, c_0)" if isinstance(hx, (tuple, list)) else ""
-        raise TypeError(f"hx: expected a Tensor or None, got {_describe(hx)}{hint}")
+        raise TypeError(f"{name}: expected a Tensor or None, got {_describe(hx)}{hint}")
     return hx, None
 
 
@@ -402,14 +402,12 @@ def check_sorted_indices(packed: PackedSequence) -> None:
 
 
 def check_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int, batch: int | None) -> None:
-    """Which steps count; T and ``batch`` as :func:`check_layer_input` returned them."""
-    batch_sizes, lengths, mask = steps
+    """Which steps count, and where rows begin anew; T and ``batch`` as :func:`check_layer_input` returned them."""
+    if steps.batch_sizes is not None:
+        check_padded(steps)
+    lengths, mask, reset = steps.lengths, steps.mask, steps.reset
     for name, value in (("lengths", lengths), ("mask", mask)):
-        if value is None:
-            continue
-        if batch_sizes is not None:
-            raise RuntimeError(f"{name}: expected None with packed data, which says itself how long each row is")
-        if not isinstance(value, Tensor):
+        if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a Tensor or None, got {_describe(value)}")
     if lengths is not None:
         expected: tuple[int, ...] = () if batch is None else (batch,)
@@ -424,19 +422,57 @@ def check_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int,
             for value in lengths.reshape(-1).tolist():
                 if not 0 <= value <= num_steps:
                     raise RuntimeError(f"lengths: expected 0 to {num_steps}, the steps of the input, got {value}")
+    shape: tuple[int, ...] = (num_steps,)
+    layout = "(T)"
+    if batch is not None:
+        layout, shape = ("(B, T)", (batch, num_steps)) if settings.batch_first else ("(T, B)", (num_steps, batch))
     if mask is not None:
-        if batch is None:
-            layout, expected = "T", (num_steps,)
-        else:
-            batch_first = settings.batch_first
-            layout, expected = ("B, T", (batch, num_steps)) if batch_first else ("T, B", (num_steps, batch))
-        if mask.dtype is not torch.bool:
-            raise RuntimeError(f"mask: expected torch.bool, got {mask.dtype}")
-        if mask.shape != expected:
-            raise RuntimeError(f"mask: expected {expected}, ({layout}), got {_shape(mask)}")
-        if mask.device != input.device:
-            raise RuntimeError(f"mask: expected on {input.device} as the input is, got {mask.device}")
-        _check_memory("mask", mask)
+        _check_bool("mask", mask, input, shape, layout)
+    if reset is not None or steps.reset_state is not None:
+        states = settings.num_layers * settings.num_directions
+        sizes = (states,) if batch is None else (states, batch)
+        check_reset(settings, steps, input, shape, layout, sizes)
+
+
+def check_padded(steps: Steps) -> None:
+    """Beside packed data: nothing that speaks of the steps of a padded batch."""
+    for name in ("lengths", "mask"):
+        if getattr(steps, name) is not None:
+            raise RuntimeError(f"{name}: expected None with packed data, which says itself how long each row is")
+    for name in ("reset", "reset_state"):
+        if getattr(steps, name) is not None:
+            raise RuntimeError(
+                f"{name}: expected None with packed data; pad it, torch.nn.utils.rnn.pad_packed_sequence, and pass the "
+                "lengths, lengths="
+            )
+
+
+def check_reset(
+    settings: Settings, steps: Steps, input: Tensor, shape: tuple[int, ...], layout: str, sizes: tuple[int, ...]
+) -> None:
+    """``reset`` of this shape, by name ``layout``, and ``reset_state`` of these sizes before the last."""
+    reset, reset_state = steps.reset, steps.reset_state
+    if reset is None:
+        raise RuntimeError("reset_state: expected None without reset, which says where rows begin anew from it")
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset: expected a Tensor or None, got {_describe(reset)}")
+    _check_bool("reset", reset, input, shape, layout)
+    h, c = split_state(settings.kind, reset_state, "reset_state")
+    if h is not None:
+        h_shape, c_shape = (*sizes, settings.state_size), (*sizes, settings.hidden_size)
+        _check_state_shapes(h, c, h_shape, c_shape, False, "reset_state")
+        check_states_like_input(input, h, c, "reset_state")
+        check_state_memory(reset_state, "reset_state")
+
+
+def _check_bool(name: str, value: Tensor, input: Tensor, shape: tuple[int, ...], layout: str) -> None:
+    if value.dtype is not torch.bool:
+        raise RuntimeError(f"{name}: expected torch.bool, got {value.dtype}")
+    if value.shape != shape:
+        raise RuntimeError(f"{name}: expected {shape}, {layout}, got {_shape(value)}")
+    if value.device != input.device:
+        raise RuntimeError(f"{name}: expected on {input.device} as the input is, got {value.device}")
+    _check_memory(name, value)
 
 
 def _values_can_be_read(tensor: Tensor) -> bool:
@@ -459,12 +495,12 @@ def check_memory(settings: Settings, input: Any, hx: Any, params: Sequence[Any])
         _check_memory(name, param)
 
 
-def check_state_memory(hx: Any) -> None:
+def check_state_memory(hx: Any, name: str = "hx") -> None:
     if isinstance(hx, (tuple, list)):
         for index, state in enumerate(hx):
-            _check_memory(f"hx[{index}]", state)
+            _check_memory(f"{name}[{index}]", state)
     else:
-        _check_memory("hx", hx)
+        _check_memory(name, hx)
 
 
 def _check_memory(name: str, tensor: Any) -> None:
@@ -512,7 +548,7 @@ def check_cell_input(settings: Settings, input: Tensor, h: Tensor | None, c: Ten
 
 
 def _check_state_shapes(
-    h: Tensor, c: Tensor | None, h_shape: tuple[int, ...], c_shape: tuple[int, ...], is_cell: bool
+    h: Tensor, c: Tensor | None, h_shape: tuple[int, ...], c_shape: tuple[int, ...], is_cell: bool, name: str = "hx"
 ) -> None:
     if h.shape == h_shape and (c is None or c.shape == c_shape):
         return
@@ -520,16 +556,16 @@ def _check_state_shapes(
         if state is not None and state.shape != shape:
             # torch.nn's cells tell a state that is no vector or matrix from one of another size
             error = ValueError if is_cell and state.dim() not in (1, 2) else RuntimeError
-            raise error(f"{'hx' if c is None else f'hx[{index}]'}: expected {shape}, got {_shape(state)}")
+            raise error(f"{name if c is None else f'{name}[{index}]'}: expected {shape}, got {_shape(state)}")
 
 
-def check_states_like_input(input: Tensor, h: Tensor, c: Tensor | None) -> None:
+def check_states_like_input(input: Tensor, h: Tensor, c: Tensor | None, state_name: str = "hx") -> None:
     """States in the input's dtype, on its device."""
     dtype, device = input.dtype, input.device
     if h.dtype is dtype and h.device == device and (c is None or (c.dtype is dtype and c.device == device)):
         return
     for index, state in enumerate((h, c)):
-        name = "hx" if c is None else f"hx[{index}]"
+        name = state_name if c is None else f"{state_name}[{index}]"
         if state is not None and state.dtype is not dtype:
             raise RuntimeError(f"{name}: expected {dtype} as the input has, got {state.dtype}")
         if state is not None and state.device != device:

@@ -114,11 +114,14 @@ _check_name("environment variable FUSED_RNN_BACKEND", _name_at_start)
 use_backend(_name_at_start)
 
 
-def why_reference(input: Tensor, settings: Settings | None = None, recorded: bool = False) -> str | None:
+def why_reference(
+    input: Tensor, has_reset: bool = False, settings: Settings | None = None, recorded: bool = False
+) -> str | None:
     """Why the reference computes a call, one sentence; ``None`` if the kernels do.
 
     Args:
         input: any tensor of the call; the others have its dtype and device.
+        has_reset: whether rows begin anew within the call.
         settings: of the call, where something is within.
         recorded: whether it keeps what a backward pass needs.
 
@@ -136,6 +139,8 @@ def why_reference(input: Tensor, settings: Settings | None = None, recorded: boo
             "fused_rnn.use_backend('reference')"
         ) from _import_error
     reason: str | None = ops.why_not_fused(input)
+    if reason is None and has_reset and input.device.type == "cuda":
+        reason = "no fused kernel for reset= on cuda tensors: the CPU has one"
     if reason is None and settings is not None and settings.within is not None:
         reason = ops.why_not_within(settings.kind, settings.within, input, recorded)
     if reason is not None and name == "fused":

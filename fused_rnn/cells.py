@@ -109,9 +109,10 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
         names = (*_NAMES[: len(params) - 1], "weight_peephole") if within.peephole else _NAMES[: len(params)]
         return cell_settings(self._kind(), self.input_size, self.hidden_size, names, within)
 
-    def _run(self, input: Tensor, hx: Any) -> Any:
+    def _run(self, input: Tensor, hx: Any, reset: Any, reset_state: Any) -> Any:
         params = self._params()
-        return functional.call_cell(self._settings_for(params), input, hx, params)
+        steps = functional.cell_steps(reset, reset_state)
+        return functional.call_cell(self._settings_for(params), input, hx, params, steps)
 
 
 class LSTMCell(_Cell):
@@ -150,12 +151,23 @@ class LSTMCell(_Cell):
     def _kind(self) -> CellKind:
         return CellKind.LSTM
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """One step.
 
         Args:
             input: (B, I), or (I) without a batch.
             hx: ``(h, c)``, each (B, H), or (H) without a batch; ``None`` for zeros.
+            reset: bool (B), or () without a batch, on the input's device: rows whose state is thrown away before the
+                step.
+            reset_state: ``(h, c)`` that they begin anew from, shaped like ``hx``; ``None`` for zeros. Only with
+                ``reset``.
 
         Returns:
             ``(h, c)`` after the step, shaped as ``hx``.
@@ -165,7 +177,7 @@ class LSTMCell(_Cell):
             ValueError: a wrong number of dimensions, or an input of another dtype than the parameters.
             RuntimeError: another size, dtype or device that does not fit.
         """
-        return self._run(input, hx)
+        return self._run(input, hx, reset, reset_state)
 
 
 class GRUCell(_Cell):
@@ -192,9 +204,19 @@ class GRUCell(_Cell):
     def _kind(self) -> CellKind:
         return CellKind.GRU
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step: ``hx`` is h (B, H), or (H) without a batch, and so is the result. Errors: see :class:`LSTMCell`."""
-        return self._run(input, hx)
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Tensor:
+        """One step: ``hx`` is h (B, H), or (H) without a batch, and so are ``reset_state`` and the result.
+
+        The rest, and errors: see :class:`LSTMCell`.
+        """
+        return self._run(input, hx, reset, reset_state)
 
 
 class RNNCell(_Cell):
@@ -229,6 +251,16 @@ class RNNCell(_Cell):
     def _call_within(self) -> Within | None:
         return functional.with_nonlinearity(super()._call_within(), self.nonlinearity)
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step: ``hx`` is h (B, H), or (H) without a batch, and so is the result. Errors: see :class:`LSTMCell`."""
-        return self._run(input, hx)
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Tensor:
+        """One step: ``hx`` is h (B, H), or (H) without a batch, and so are ``reset_state`` and the result.
+
+        The rest, and errors: see :class:`LSTMCell`.
+        """
+        return self._run(input, hx, reset, reset_state)

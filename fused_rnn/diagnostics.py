@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from . import _checks, carried, formulas, functional
 from .layers import GRU, LSTM, RNN
-from .settings import CellKind, Controls, Settings
+from .settings import CellKind, Controls, Settings, Steps
 
 __all__ = ["GateStatistics", "GradientFlow", "gate_statistics", "gradient_flow"]
 
@@ -312,25 +312,27 @@ def _recording(model: Any) -> Iterator[dict[str, list[list[_Direction]]]]:
 def _run_by_steps(layer: Any, input: Any, hx: Any, steps: Any) -> tuple[Any, list[_Direction]]:
     """A call of the layer, and its steps."""
     if isinstance(input, PackedSequence):
+        _checks.check_padded(functional.steps_of(None, steps))
         x, lengths = pad_packed_sequence(input)
         steps = {"lengths": lengths.to(x.device)}
         settings = layer._settings()._replace(batch_first=False)
     else:
         x, settings = input, layer._settings()
     params = layer._params()
+    given = functional.steps_of(None, steps)
     region = functional.autocast_region(settings, x)
     if region is not None:
         x, hx, params = functional.autocast(settings, region, x, hx, params, packed=x is not input)
+        given = functional.cast_reset_state(given, x)
         with torch.autocast(region, enabled=False):
-            return _run_checked(settings, input, x, hx, params, steps)
-    return _run_checked(settings, input, x, hx, params, steps)
+            return _run_checked(settings, input, x, hx, params, given)
+    return _run_checked(settings, input, x, hx, params, given)
 
 
 def _run_checked(
-    settings: Settings, input: Any, x: Any, hx: Any, params: Sequence[Tensor], steps: Any
+    settings: Settings, input: Any, x: Any, hx: Any, params: Sequence[Tensor], given: Steps
 ) -> tuple[Any, list[_Direction]]:
     """The same after the casts of autocast; x is the input, padded where that is packed."""
-    given = functional.steps_of(None, steps)
     call = functional.prepare_layers(settings, x, hx, params, given)
     if settings.around is not None:
         params = functional._params_of_operator(settings, settings.around, params)
@@ -344,7 +346,11 @@ def _run_checked(
     h0, c0 = (None if s is None else s.unsqueeze(1) if call.batch is None else s for s in (call.h, call.c))
     within = formulas.within_of(settings)
     drawn = functional._draw_within(settings, within, call, call.controls)
-    live = None if call.controls.mask is None else list(call.controls.mask.unsqueeze(-1).unbind(0))
+    anew = tuple(s.unsqueeze(1) if call.batch is None else s for s in call.anew)
+    live, reset = (
+        None if steps is None else list(steps.unsqueeze(-1).unbind(0))
+        for steps in (call.controls.mask, call.controls.reset)
+    )
     made, h_n, c_n = [], [], []
     per_cell = len(params) // (settings.num_layers * settings.num_directions)
     for k in range(settings.num_layers):
@@ -353,7 +359,9 @@ def _run_checked(
             index = k * settings.num_directions + d
             of_cell = list(params[index * per_cell : (index + 1) * per_cell])
             states = tuple(None if s is None else s[index] for s in (h0, c0))
-            cell = _run_direction(settings, x, states, of_cell, d == 1, live, _drawn_for(drawn, index))
+            beginnings = None if reset is None else (reset, tuple(s[index] for s in anew))
+            of_cell_drawn = _drawn_for(drawn, index)
+            cell = _run_direction(settings, x, states, of_cell, d == 1, live, of_cell_drawn, beginnings)
             made.append(cell)
             last = 0 if d == 1 else -1
             h_n.append(cell.h[last])
@@ -398,8 +406,12 @@ def _run_direction(
     reverse: bool,
     live: list[Tensor] | None,
     drawn: _Drawn,
+    beginnings: tuple[list[Tensor], tuple[Tensor, ...]] | None,
 ) -> _Direction:
-    """One layer in one direction; a state is one tensor, whoever reads it."""
+    """One layer in one direction; a state is one tensor, whoever reads it.
+
+    ``beginnings``: where rows begin anew, T of bool (B, 1), and the states that they begin from, none for zeros.
+    """
     B, H, P = x.shape[1], settings.hidden_size, settings.state_size
     accumulate = formulas._accumulation_dtype(x.dtype)
     w_ih, w_hh, *others = (p.to(accumulate) for p in params)
@@ -429,6 +441,11 @@ def _run_direction(
     for t in range(T - 1, -1, -1) if reverse else range(T):
         if within.bptt_steps is not None and t % within.bptt_steps == 0 and t > 0:
             h, c = h.detach(), None if c is None else c.detach()
+        mark = t + 1 if reverse else t
+        if beginnings is not None and mark < T:
+            rows, anew = beginnings[0][mark], beginnings[1] or (h.new_zeros(()), h.new_zeros(()))
+            h = torch.where(rows, anew[0].to(h.dtype), h)
+            c = None if c is None else torch.where(rows, anew[-1].to(c.dtype), c)
         h_before = h.to(accumulate)
         made.before[t] = h_dropped = h_before if drawn.factors is None else h_before * drawn.factors.to(accumulate)
         new_h, new_c = formulas.STEPS[settings.kind](cell, of_x[t], h_dropped, h_before, c)

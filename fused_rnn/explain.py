@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import GRU, LSTM, RNN
-from .settings import EVERY_STEP, NOTHING_AROUND, NOTHING_WITHIN, Around, Settings, StepOptions
+from .settings import NOTHING_AROUND, NOTHING_WITHIN, Around, Settings, StepOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,6 +47,10 @@ class Explanation:
     """What the planner chose for these sizes, see :func:`fused_rnn.ops.plan`; ``None`` for the reference."""
     live_steps: int | None = None
     """Of T * B steps those that count; ``None`` without ``lengths`` and ``mask``."""
+    reset_steps: int | None = None
+    """Of T * B steps those that ``reset`` marks; ``None`` without it."""
+    reset_from: str = "zeros"
+    """What rows begin anew from there: ``"zeros"`` or ``"reset_state"``."""
     options: tuple[str, ...] = ()
     """A sentence for each option that this call has beside ``torch.nn``'s: what is done for it, and where."""
 
@@ -61,6 +65,9 @@ class Explanation:
             lines.append(
                 f"  {self.live_steps} of {self.num_steps * self.batch_size} steps count: {self._of_the_others()}"
             )
+        if self.reset_steps is not None:
+            of = f"{self.reset_steps} of {self.num_steps * self.batch_size} steps"
+            lines.append(f"  {of} are marked in reset: rows begin anew there from {self.reset_from}")
         if self.reason is not None:
             lines.append(f"  because: {self.reason}")
         lines += [f"  {option}" for option in self.options]
@@ -128,7 +135,7 @@ def explain(
 
     Args:
         module: a layer or cell of this package.
-        input, hx: what it would be called with. lengths, mask: the same, for layers.
+        input, hx: what it would be called with. lengths, mask, reset, reset_state: the same; the first two for layers.
 
     Returns:
         An :class:`Explanation`; print it.
@@ -145,33 +152,33 @@ def explain(
         if isinstance(input, PackedSequence):
             data, batch_sizes = input.data, input.batch_sizes
     elif isinstance(module, _CELLS):
-        names = [name for name, value in steps.items() if value is not None]
-        if names:
-            raise TypeError(f"{names[0]}: expected None for a cell, which takes one step")
+        given = [name for name in ("lengths", "mask") if steps.get(name) is not None]
+        if given:
+            raise TypeError(f"{given[0]}: expected None for a cell, which takes one step")
         settings, params = module._settings(), module._params()
     else:
         hint = "; fused_rnn.convert makes one" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""
         raise TypeError(f"module: expected a layer or cell of fused_rnn, got a {type(module).__name__}{hint}")
 
+    given_steps = functional.steps_of(batch_sizes, steps)
     region = functional.autocast_region(settings, data)
     if region is not None:
         data, hx, params = functional.autocast(settings, region, data, hx, params)
+        given_steps = functional.cast_reset_state(given_steps, data)
     if isinstance(module, _LAYERS):
-        given = functional.steps_of(batch_sizes, steps)
-        call = functional.prepare_layers(settings, data, hx, params, given)
+        call = functional.prepare_layers(settings, data, hx, params, given_steps)
     else:
-        given = EVERY_STEP
-        call = functional.prepare_cell(settings, data, hx, params)
-    mask = call.controls.mask
+        call = functional.prepare_cell(settings, data, hx, params, given_steps)
+    mask, reset = call.controls.mask, call.controls.reset
 
-    tensors = (call.input, call.h, call.c, *params)
+    tensors = (call.input, call.h, call.c, *params, *call.anew)
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None)
     batch_size = 1 if call.batch is None else call.batch
     sizes = None if batch_sizes is None else batch_sizes.tolist()
     live_steps = None if mask is None else int(mask.sum())
     if mask is not None and live_steps != mask.numel() and call.input.device.type == "cpu":
         sizes = _packed_sizes(mask)
-    in_slices = functional.is_in_slices(settings, given, call)
+    in_slices = functional.is_in_slices(settings, given_steps, call)
     plan = None
     if call.why_reference is None:
         assert backend.ops is not None
@@ -199,6 +206,8 @@ def explain(
         training=training,
         plan=plan,
         live_steps=live_steps,
+        reset_steps=None if reset is None else int(reset.sum()),
+        reset_from="reset_state" if call.anew else "zeros",
         options=(
             *_options_around(settings.around or NOTHING_AROUND),
             *_options_within(settings, call, training, in_slices),

@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
-    "hard_sigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1),  # torch.nn's own has no second derivative
+    "hard_sigmoid": lambda x: torch.nn.functional.relu6(x + 3) / 6,  # torch's own has a float32 slope in float64
     "softsign": torch.nn.functional.softsign,
     "identity": lambda x: x,
 }
@@ -212,12 +212,12 @@ def _layer(
     for t in order:
         x = inputs[t]
         b = x.shape[0]
-        mark = t + 1 if reverse else t
-        if reset is not None and mark < num_steps:
-            h = torch.where(reset[mark], anew_h, h)
-            c = None if c is None else torch.where(reset[mark], anew_c, c)
         if k is not None and t > 0 and t % k == 0:
             h, c = h.detach(), None if c is None else c.detach()
+        mark = t + 1 if reverse else t
+        if reset is not None and mark < num_steps:  # after the cut, which is of what the steps before have left
+            h = torch.where(reset[mark], anew_h, h)
+            c = None if c is None else torch.where(reset[mark], anew_c, c)
         h_previous, c_previous = h[:b].to(accumulate), None if c is None else c[:b]
         if live is not None:
             # The state of a row without any step is whatever the caller gave: it must meet neither a product, which
@@ -276,8 +276,8 @@ def run_stack(
     kind, num_layers, num_directions = settings.kind, settings.num_layers, settings.num_directions
     within = within_of(settings)
     batch_sizes, mask, dropout, reset, recurrent_dropout, zoneout, zoneout_cell = controls
-    states = 0 if not within.reset_state else 2 if kind == CellKind.LSTM else 1
-    anew, params = params[len(params) - states :], params[: len(params) - states]
+    params, anew = split_params(settings, params)
+    states = len(anew)
     per_cell = len(params) // (num_layers * num_directions)
     has_projection = per_cell > 2 + 2 * settings.bias + within.peephole
 
@@ -340,6 +340,14 @@ def run_stack(
     if settings.batch_first and batch_sizes is None:
         output = output.transpose(0, 1)
     return output, torch.stack(h_n), torch.stack(c_n) if c_n else input.new_empty(0)
+
+
+def split_params(settings: Settings, params: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The parameters of :func:`run_stack`, and the states behind them that rows begin anew from."""
+    if settings.within is None or not settings.within.reset_state:
+        return params, ()
+    end = len(params) - (2 if settings.kind == CellKind.LSTM else 1)
+    return params[:end], params[end:]
 
 
 def within_of(settings: Settings) -> Within:

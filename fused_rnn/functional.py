@@ -8,7 +8,8 @@ L layers, D directions and G gates per unit (LSTM 4, GRU 3, RNN 1)::
     c_0, c_n     (L*D, B, H), or (L*D, H) without a batch
     output       as the input, with D*P in place of I
     lengths      (B), or () without a batch
-    mask         (T, B); (B, T) with batch_first; (T) without a batch
+    mask, reset  (T, B); (B, T) with batch_first; (T) without a batch
+    reset_state  as the initial states
 
 ``params`` is the flat list of :mod:`torch.nn`, for each layer, and in it each direction: ``weight_ih`` (G*H, I; D*P in
 place of I above the first layer), ``weight_hh`` (G*H, P), with ``bias`` ``bias_ih`` (G*H) and ``bias_hh`` (G*H), with a
@@ -108,6 +109,10 @@ def lstm(
             other step a row keeps its state exactly, in either direction, and its output is 0; what stands in the input
             there, NaN included, changes nothing, and its gradient is 0. A row of no step ends in its initial state.
             Neither goes with ``batch_sizes``.
+        reset: bool on the input's device, shaped like ``mask``. Where True the row's state is thrown away before that
+            step, in every layer, and begins anew; the reverse direction begins anew after it has read that step. No
+            gradient goes from one side to the other. In a step that does not count, too. Not with ``batch_sizes``.
+        reset_state: ``(h, c)`` that rows begin anew from, shaped like ``hx``; ``None`` for zeros. Only with ``reset``.
 
     Returns:
         ``(output, (h_n, c_n))``. With ``batch_first`` the output is a transposed view of (T, B, D*P) storage.
@@ -202,6 +207,8 @@ def lstm_cell(
     b_hh: Tensor | None = None,
     *,
     w_peephole: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
     training: bool = False,
     **options: Unpack[StepFunctionOptions],
 ) -> tuple[Tensor, Tensor]:
@@ -211,6 +218,8 @@ def lstm_cell(
         input: (B, I), or (I) without a batch.
         hx: ``(h, c)``, each (B, H), or (H) without a batch; ``None`` for zeros.
         w_ih, w_hh: (4*H, I) and (4*H, H). b_ih, b_hh: (4*H), or ``None``. w_peephole: (3*H) of i, f, o, or ``None``.
+        reset: bool (B), or () without a batch, on the input's device: rows whose state is thrown away before the step.
+        reset_state: ``(h, c)`` that they begin anew from, shaped like ``hx``; ``None`` for zeros. Only with ``reset``.
         training: whether recurrent_dropout and zoneout are drawn, for this step alone.
         recurrent_dropout, zoneout, zoneout_cell, activation, recurrent_activation, coupled_gates, cell_clip: as
             :class:`fused_rnn.LSTM` has them.
@@ -218,8 +227,8 @@ def lstm_cell(
     Returns:
         ``(h, c)`` after the step.
     """
-    given = (w_ih, w_hh, b_ih, b_hh)
-    return _functional_cell(CellKind.LSTM, "tanh", input, hx, given, w_peephole, training, options)
+    given, steps = (w_ih, w_hh, b_ih, b_hh), cell_steps(reset, reset_state)
+    return _functional_cell(CellKind.LSTM, "tanh", input, hx, given, w_peephole, steps, training, options)
 
 
 @show_options(STEP_FUNCTION_OPTIONS)
@@ -231,6 +240,8 @@ def gru_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
+    reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
     training: bool = False,
     **options: Unpack[StepFunctionOptions],
 ) -> Tensor:
@@ -238,7 +249,8 @@ def gru_cell(
 
     ``reset_after`` is :class:`fused_rnn.GRU`'s.
     """
-    return _functional_cell(CellKind.GRU, "tanh", input, hx, (w_ih, w_hh, b_ih, b_hh), None, training, options)
+    given, steps = (w_ih, w_hh, b_ih, b_hh), cell_steps(reset, reset_state)
+    return _functional_cell(CellKind.GRU, "tanh", input, hx, given, None, steps, training, options)
 
 
 @show_options(STEP_FUNCTION_OPTIONS)
@@ -251,6 +263,8 @@ def rnn_cell(
     b_hh: Tensor | None = None,
     nonlinearity: str = "tanh",
     *,
+    reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
     training: bool = False,
     **options: Unpack[StepFunctionOptions],
 ) -> Tensor:
@@ -258,8 +272,8 @@ def rnn_cell(
 
     ``nonlinearity`` is :class:`fused_rnn.RNN`'s; of the options it has ``recurrent_dropout`` and ``zoneout``.
     """
-    kind = rnn_kind(nonlinearity)
-    return _functional_cell(kind, nonlinearity, input, hx, (w_ih, w_hh, b_ih, b_hh), None, training, options)
+    given, steps = (w_ih, w_hh, b_ih, b_hh), cell_steps(reset, reset_state)
+    return _functional_cell(rnn_kind(nonlinearity), nonlinearity, input, hx, given, None, steps, training, options)
 
 
 def rnn_kind(nonlinearity: str) -> CellKind:
@@ -335,7 +349,8 @@ def _call_without_sizes(
 ) -> Any:
     """A call whose first weight has no sizes to tell: one for ``__torch_function__``, of a graph's node, or wrong."""
     states, weights = (v if isinstance(v, (tuple, list)) else (v,) for v in (hx, params))
-    tensors = (input, *states, *weights, *(given[name] for name in Steps._fields if name in given))
+    of_steps = [given[name] for name in Steps._fields if name in given]
+    tensors = (input, *states, *weights, *_flat(of_steps))
     if not _is_overridden(tensors):
         _checks.raise_first_weight(params)
     defaults = CALL_OPTIONS | (function.__kwdefaults__ or {})
@@ -354,28 +369,29 @@ def _functional_cell(
     hx: Any,
     weights: tuple[Any, ...],
     w_peephole: Tensor | None,
+    steps: Steps,
     training: bool,
     options: StepFunctionOptions,
 ) -> Any:
     w_ih = weights[0]
     if not _is_matrix(w_ih):
-        tensors = (*(hx if isinstance(hx, (tuple, list)) else (hx,)), input, *weights, w_peephole)
+        tensors = (*_flat([hx]), input, *weights, w_peephole, *_flat(steps))
         if not _is_overridden(tensors):
             _checks.raise_not_matrix("w_ih", w_ih)
         given = {"nonlinearity": nonlinearity, "w_peephole": w_peephole, "training": training}
-        changed = {name: value for name, value in given.items() if value is not _CELL_DEFAULTS[name]}
+        changed = {name: value for name, value in given.items() if value is not _CELL_DEFAULTS[name]} | _given(steps)
         return handle_torch_function(_PUBLIC_CELLS[kind], tensors, input, hx, *weights, **changed, **options)
     rows, input_size = w_ih.shape
     params = cell_params(*weights)
     names = _CELL_NAMES[: len(params)]
     cell = (kind, input_size, rows // kind.num_gates)
     if w_peephole is None and not options and nonlinearity not in OTHER_NONLINEARITIES:
-        return call_cell(cell_settings(*cell, names), input, hx, params)
+        return call_cell(cell_settings(*cell, names), input, hx, params, steps)
     _checks.check_flag("training", training)
     within = with_nonlinearity(_within_cell(kind, w_peephole is not None, training, options), nonlinearity)
     if w_peephole is not None:
         names, params = (*names, "w_peephole"), [*params, w_peephole]
-    return call_cell(cell_settings(*cell, names, *([] if within is None else [within])), input, hx, params)
+    return call_cell(cell_settings(*cell, names, *([] if within is None else [within])), input, hx, params, steps)
 
 
 def _within_cell(kind: CellKind, peephole: bool, training: bool, options: StepFunctionOptions) -> Within | None:
@@ -412,6 +428,7 @@ class Call(NamedTuple):
     num_steps: int
     batch: int | None  # None: no batch dimension
     why_reference: str | None  # None: the kernels compute it
+    anew: tuple[Tensor, ...] = ()  # h, and c of an LSTM, that rows begin anew from; none: zeros
 
 
 def steps_of(batch_sizes: Tensor | None, given: Mapping[str, Any]) -> Steps:
@@ -420,6 +437,13 @@ def steps_of(batch_sizes: Tensor | None, given: Mapping[str, Any]) -> Steps:
     if batch_sizes is None and all(value is None for value in given.values()):
         return EVERY_STEP
     return Steps(batch_sizes, **given)
+
+
+def cell_steps(reset: Any, reset_state: Any) -> Steps:
+    """The same of a cell."""
+    if reset is None and reset_state is None:
+        return EVERY_STEP
+    return Steps(reset=reset, reset_state=reset_state)
 
 
 def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
@@ -447,26 +471,37 @@ def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], 
     return (output, (h_n, c_n)) if settings.kind is _LSTM else (output, h_n)
 
 
-def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) -> Any:
+def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
     """One step of a cell: ``(h, c)`` of an LSTM, h of the others."""
     results = None
-    if settings.within is None:
+    if settings.within is None and steps is EVERY_STEP:
         kernels = backend.eager_kernels()  # as in call_layers
         if kernels is not None:
             results = kernels.try_step(settings, input, hx, params)
         elif (kernels := backend.traced_kernels()) is not None:
             results = kernels.trace_step(settings, input, hx, params)
     if results is None:
-        tensors = _tensors(input, hx, params, EVERY_STEP)
+        tensors = _tensors(input, hx, params, steps)
         if _is_overridden(tensors):
-            return _call_override(settings, tensors, input, hx, params, EVERY_STEP)
-        results = _run_cell(settings, input, hx, params)
+            return _call_override(settings, tensors, input, hx, params, steps)
+        results = _run_cell(settings, input, hx, params, steps)
     return results if settings.kind is _LSTM else results[0]
 
 
 def _tensors(input: Any, hx: Any, params: Sequence[Any], steps: Steps) -> tuple[Any, ...]:
-    states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    return (input, *states, *params, *steps)
+    if steps is EVERY_STEP:
+        states = hx if isinstance(hx, (tuple, list)) else (hx,)
+        return (input, *states, *params)
+    return (*_flat([input, hx]), *params, *_flat(steps))
+
+
+def _flat(arguments: Sequence[Any]) -> list[Any]:
+    """With the states of an LSTM one by one."""
+    return [t for value in arguments for t in (value if isinstance(value, (tuple, list)) else (value,))]
+
+
+def _given(steps: Steps) -> dict[str, Any]:
+    return {name: value for name, value in steps._asdict().items() if value is not None}
 
 
 def _is_overridden(tensors: tuple[Any, ...]) -> bool:
@@ -489,7 +524,7 @@ def _call_override(
         changed = {name: fields[name] for name in STEP_FUNCTION_OPTIONS if not _is_default(name, fields[name])}
         if within.peephole:
             *params, changed["w_peephole"] = params
-        changed |= {"training": True} if training else {}
+        changed |= ({"training": True} if training else {}) | _given(steps)
         return handle_torch_function(_PUBLIC_CELLS[settings.kind], tensors, input, hx, *params, **also, **changed)
     names = (*_ARGUMENTS, *FUNCTION_OPTIONS, *Steps._fields)
     arguments = {name: fields[name] for name in names if not _is_default(name, fields[name])}
@@ -515,9 +550,23 @@ def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[
         _checks.check_states_like_input(input, h, c)
     _checks.check_steps(settings, steps, input, num_steps, batch)
     mask = _live_steps(settings, steps, input, num_steps, batch)
-    controls = Controls(steps.batch_sizes, mask)
-    why_reference = backend.why_reference(input, *_what_is_within(settings, num_steps, steps, (input, h, c, *params)))
-    return Call(input, h, c, controls, num_steps, batch, why_reference)
+    reset = None if steps.reset is None else _in_time_order(settings, steps.reset, batch).contiguous()
+    controls, anew = Controls(steps.batch_sizes, mask, reset=reset), _anew(settings, steps)
+    within = _what_is_within(settings, num_steps, steps, (input, h, c, *params, *anew))
+    why_reference = backend.why_reference(input, reset is not None, *within)
+    return Call(input, h, c, controls, num_steps, batch, why_reference, anew)
+
+
+def _anew(settings: Settings, steps: Steps) -> tuple[Tensor, ...]:
+    states = _checks.split_state(settings.kind, steps.reset_state, "reset_state")
+    return tuple(state for state in states if state is not None)
+
+
+def _in_time_order(settings: Settings, steps: Tensor, batch: int | None) -> Tensor:
+    """(T, B) of what a caller says of each step."""
+    if batch is None:
+        return steps.unsqueeze(1)
+    return steps.transpose(0, 1) if settings.batch_first else steps
 
 
 def _what_is_within(
@@ -539,7 +588,7 @@ def is_in_slices(settings: Settings, steps: Steps, call: Call) -> bool:
 
 def _is_sliced(steps: Steps, input: Tensor | None) -> bool:
     assert input is not None
-    return input.is_cuda or any(given is not None for given in steps)
+    return input.is_cuda or any(given is not None for given in (steps.batch_sizes, steps.lengths, steps.mask))
 
 
 def _of_call(settings: Settings, num_steps: int) -> Settings:
@@ -558,12 +607,9 @@ def _without_bptt_steps(settings: Settings) -> Settings:
 
 def _live_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int, batch: int | None) -> Tensor | None:
     """``lengths`` and ``mask`` as one mask (T, B) in the order of memory."""
-    _, lengths, mask = steps
+    lengths, mask = steps.lengths, steps.mask
     if mask is not None:
-        if batch is None:
-            mask = mask.unsqueeze(1)
-        elif settings.batch_first:
-            mask = mask.transpose(0, 1)
+        mask = _in_time_order(settings, mask, batch)
     if lengths is not None:
         step = torch.arange(num_steps, device=input.device).unsqueeze(1)
         # from the CPU to a GPU without waiting for it; the other way the values must have come before they are read
@@ -584,6 +630,7 @@ def _run_layers(
     region = autocast_region(settings, input)
     if region is not None:
         input, hx, params = autocast(settings, region, input, hx, params, packed=steps.batch_sizes is not None)
+        steps = cast_reset_state(steps, input)
         with torch.autocast(region, enabled=False):
             return _run_layers(settings, input, hx, params, steps)
 
@@ -595,18 +642,24 @@ def _run_layers(
     settings = _of_call(settings, call.num_steps)
     within = settings.within
     input, h, c, controls = call[:4]
+    anew = call.anew
     if call.batch is None:
         input = input.unsqueeze(1)
         h = None if h is None else h.unsqueeze(1)
         c = None if c is None else c.unsqueeze(1)
+        anew = tuple(state.unsqueeze(1) for state in anew)
     if call.batch is None or controls.batch_sizes is not None:
         settings = settings._replace(batch_first=False)
     if settings.dropout and settings.num_layers > 1:
         controls = controls._replace(dropout=_dropout_factors(settings, input))
     if within is not None:
         controls = _draw_within(settings, within, call, controls, recurrent_dropout)
+    of_operator = params
+    if anew:
+        of_operator = [*params, *anew]
+        settings = settings._replace(within=(within or NOTHING_WITHIN)._replace(reset_state=True))
     run = backend.implementation(call.why_reference).run_stack
-    output, h_n, c_n = _compute(run, settings, call, params, input, h, c, params, controls)
+    output, h_n, c_n = _compute(run, settings, call, params, input, h, c, of_operator, controls)
     if call.batch is None:
         return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if settings.kind == CellKind.LSTM else c_n
     return output, h_n, c_n
@@ -670,17 +723,18 @@ def _run_slices(
     for first in range(0, call.num_steps, k):
         count = min(k, call.num_steps - first)
         of_slice = EVERY_STEP
-        if steps.lengths is not None or steps.mask is not None:
+        if steps is not EVERY_STEP:
             lengths = None if steps.lengths is None else (steps.lengths.long() - first).clamp(0, count)
-            of_slice = Steps(None, lengths, None if steps.mask is None else steps.mask.narrow(dim, first, count))
+            mask, reset = (None if s is None else s.narrow(dim, first, count) for s in (steps.mask, steps.reset))
+            of_slice = Steps(None, lengths, mask, reset, steps.reset_state)
         output, h, c = _run_layers(settings, input.narrow(dim, first, count), hx, params, of_slice, factors)
         outputs.append(output)
         hx = (h.detach(), c.detach()) if settings.kind == CellKind.LSTM else h.detach()
     return torch.cat(outputs, dim), h, c
 
 
-def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any]) -> Call:
-    """Check a call of one cell. States that are not given are zeros afterwards."""
+def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Call:
+    """Check a call of one cell. States that are not given are zeros afterwards, those of a reset are what it says."""
     h, c = (None, None) if hx is None else _checks.split_state(settings.kind, hx)
     sizes = _checks.check_cell_input(settings, input, h, c)
     _checks.check_params(settings, params, input)
@@ -689,30 +743,43 @@ def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[An
         c = h if settings.kind == CellKind.LSTM else None
     else:
         _checks.check_states_like_input(input, h, c)
+    anew: tuple[Tensor, ...] = ()
+    if steps is not EVERY_STEP:
+        layout = "(B)" if sizes else "without a batch"
+        _checks.check_reset(settings, steps, input, tuple(sizes), layout, tuple(sizes))
+        anew = _anew(settings, steps)
     is_empty = settings.hidden_size == 0 or settings.input_size == 0
-    within = _what_is_within(settings, 1, EVERY_STEP, (input, h, c, *params))
-    why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input, *within)
-    return Call(input, h, c, Controls(), 1, sizes[0] if sizes else None, why_reference)
+    within = _what_is_within(settings, 1, EVERY_STEP, (input, h, c, *params, *anew))
+    why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input, False, *within)
+    return Call(input, h, c, Controls(reset=steps.reset), 1, sizes[0] if sizes else None, why_reference, anew)
 
 
-def _run_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+def _run_cell(
+    settings: Settings, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP
+) -> tuple[Tensor, Tensor | None]:
     """``(h, c)``, c ``None`` unless it is an LSTM's."""
     region = autocast_region(settings, input)
     if region is not None:
         input, hx, params = autocast(settings, region, input, hx, params)
+        steps = cast_reset_state(steps, input)
         with torch.autocast(region, enabled=False):
-            return _run_cell(settings, input, hx, params)
+            return _run_cell(settings, input, hx, params, steps)
 
-    call = prepare_cell(settings, input, hx, params)
+    call = prepare_cell(settings, input, hx, params, steps)
     input, h, c = call[:3]
     assert h is not None
+    if steps.reset is not None:
+        _checks.check_memory(settings, input, hx, params)
+        rows = steps.reset.unsqueeze(-1)
+        anew: Any = call.anew or (0, 0)
+        h, c = torch.where(rows, anew[0], h), None if c is None else torch.where(rows, anew[-1], c)
     if call.batch is None:
         input, h, c = input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)
     implementation = backend.implementation(call.why_reference)
     if settings.within is None:
         h, c = _compute(implementation.run_step, settings, call, params, input, h, c, params)
     else:  # a stack of one layer and one step
-        controls = _draw_within(settings, settings.within, call, call.controls)
+        controls = _draw_within(settings, settings.within, call, Controls())
         states = (h.unsqueeze(0), None if c is None else c.unsqueeze(0))
         run = implementation.run_stack
         _, h, c = _compute(run, settings, call, params, input.unsqueeze(0), *states, params, controls)
@@ -822,6 +889,20 @@ def autocast(
     _checks.check_memory(settings, input, hx, params)  # a cast reads them
     hx = cast(h) if c is None else (cast(h), cast(c))
     return cast(input), hx, [cast(param) for param in params]
+
+
+def cast_reset_state(steps: Steps, input: Tensor) -> Steps:
+    """``reset_state`` in the dtype to which :func:`autocast` has cast the input, as it has cast ``hx``."""
+    if steps.reset_state is None or input.dtype not in _AUTOCAST_FROM:
+        return steps
+    _checks.check_state_memory(steps.reset_state, "reset_state")
+
+    def cast(state: Any) -> Any:
+        return state.to(input.dtype) if isinstance(state, Tensor) and state.dtype in _AUTOCAST_FROM else state
+
+    states = steps.reset_state
+    cast_states = tuple(cast(state) for state in states) if isinstance(states, (tuple, list)) else cast(states)
+    return steps._replace(reset_state=cast_states)
 
 
 # How :func:`_call_override` says a call: the function of each kind, and what else it is told.

@@ -414,6 +414,12 @@ class LSTM(_Recurrent):
                 exactly, in either direction, and its output is 0; what stands in the input there, NaN included,
                 changes nothing, and its gradient is 0. A row of no step ends in its initial state. Not with a
                 PackedSequence.
+            reset: bool, shaped like ``mask``, on the input's device: where True the row's state is thrown away before
+                that step, in every layer, and begins anew, as at the first step of an episode; the reverse direction
+                begins anew after it has read that step. No gradient goes from one side to the other. It acts in a step
+                that does not count, too. Not with a PackedSequence.
+            reset_state: ``(h, c)`` that rows begin anew from, shaped like ``hx``; ``None`` for zeros. Only with
+                ``reset``.
 
         Returns:
             ``(output, (h_n, c_n))``: the last layer's h at all steps, as ``input`` with D*P in place of I, and the
@@ -484,6 +490,11 @@ class _SingleState(_Recurrent):
                 exactly, in either direction, and its output is 0; what stands in the input there, NaN included,
                 changes nothing, and its gradient is 0. A row of no step ends in its initial state. Not with a
                 PackedSequence.
+            reset: bool, shaped like ``mask``, on the input's device: where True the row's state is thrown away before
+                that step, in every layer, and begins anew, as at the first step of an episode; the reverse direction
+                begins anew after it has read that step. No gradient goes from one side to the other. It acts in a step
+                that does not count, too. Not with a PackedSequence.
+            reset_state: h that rows begin anew from, shaped like ``hx``; ``None`` for zeros. Only with ``reset``.
 
         Returns:
             ``(output, h_n)``: the last layer's h at all steps, as ``input`` with D*H in place of I, and h after the

@@ -457,6 +457,7 @@ def _check_sizes(
     settings: Settings, input: Tensor, h: Tensor | None, c: Tensor | None, params: Sequence[Tensor], packed: bool
 ) -> None:
     """What the tracer's short way leaves to the operator, in the words of a user."""
+    params = formulas.split_params(settings, params)[0]
     if params[0].dim() == 2:  # a layer's own size, where the input's may be wrong
         settings = settings._replace(input_size=params[0].shape[1])
     if settings.is_cell:

@@ -90,6 +90,8 @@ class StepOptions(TypedDict, total=False):
 
     lengths: Tensor | None
     mask: Tensor | None
+    reset: Tensor | None
+    reset_state: Tensor | tuple[Tensor, Tensor] | None
 
 
 class CallOptions(FunctionOptions, StepOptions, total=False):
@@ -301,11 +303,13 @@ def _make_cell_settings(
 
 
 class Steps(NamedTuple):
-    """Which steps a call has, as its caller says it."""
+    """Which steps a call has, and where rows begin anew, as its caller says it."""
 
     batch_sizes: Tensor | None = None  # int64 (T) on the CPU: the batch is packed
     lengths: Tensor | None = None
     mask: Tensor | None = None
+    reset: Tensor | None = None
+    reset_state: Any = None  # as hx: h, or (h, c) of an LSTM
 
 
 EVERY_STEP = Steps()

@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,7 @@ def test_all_pages_with_code_are_run_here() -> None:
         "migrating.md",
         "diagnostics.md",
         "options.md",
+        "resets.md",
         "variable-lengths.md",
         *ways,
     }
@@ -95,6 +97,20 @@ def test_code_of_the_first_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: py
     page = run_page(DOCS / "index.md", monkeypatch)
     assert page.x.grad is not None and type(page.model.recurrent) is fused_rnn.GRU
     assert "LSTM" in capsys.readouterr().out
+
+
+def test_code_of_the_page_on_resets_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"layer": fused_rnn.GRU(4, 6), "x": torch.randn(5, 3, 4), "hx": None}
+    names |= {"reset": torch.rand(5, 3) < 0.3, "initial": torch.zeros(1, 3, 6)}
+    page = run_page(DOCS / "resets.md", monkeypatch, torch=torch, fused_rnn=fused_rnn, **names)
+    assert page.model.initial.grad is not None and page.model.initial.grad.count_nonzero() > 0
+    for episode, (begin, end) in enumerate(((0, 5), (5, 8), (8, 16))):
+        alone = page.model.lstm(page.episodes[episode])[0]
+        torch.testing.assert_close(page.in_one_row[begin:end, 0], alone)
+        torch.testing.assert_close(page.in_three_rows[: end - begin, episode], alone)
+    parts = page.episodes[0].split([2, 3])
+    torch.testing.assert_close(page.output[:5, 0], torch.cat([page.model.lstm(part)[0] for part in parts]))
 
 
 def test_code_of_the_page_on_lengths_runs(monkeypatch: pytest.MonkeyPatch) -> None:

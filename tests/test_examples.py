@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fused_rnn
 from fused_rnn import demo
 
 EXAMPLES = demo.EXAMPLES
@@ -33,6 +34,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     "forecast": ("--steps", "4", "--compare-steps", "2"),
     "imdb": ("--sample", "--epochs", "1", "--compare-steps", "3"),
     "long_dependencies": ("--lengths", "8", "--steps", "4", "--compare-steps", "2"),
+    "memory_ppo": ("--environments", "4", "--rollout", "24", "--steps", "18", "--compare-steps", "2"),
     "nsmc": ("--sample", "--epochs", "1", "--compare-steps", "3"),
     "word_lm": ("--sample", "--epochs", "1", "--steps", "3", "--compare-steps", "2"),
 }
@@ -81,6 +83,8 @@ def test_without_the_source_the_list_says_where_examples_are(
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", SMALL)
 def test_example_runs_and_learns_as_torch_nn_does(name: str, tmp_path: Path) -> None:
+    if name == "memory_ppo":
+        pytest.importorskip("gymnasium")
     out = () if name == "by_hand" else ("--out", str(tmp_path))
     printed = run_example(name, *SMALL[name], *out)
     if name == "by_hand":
@@ -297,6 +301,37 @@ def test_models_have_as_many_parameters_as_published(common: Any) -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 506_715
     model = char_lm.CharLM(80, char_lm.TEXTBOOK, one_bias=True)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_636_432
+
+
+def test_splitting_by_episodes_is_what_reset_does(common: Any) -> None:
+    memory_ppo = load("memory_ppo")
+    torch.manual_seed(0)
+    theirs = memory_ppo.Policy(remembers=True).double()
+    nn.init.normal_(theirs.initial)
+    x, h = torch.randn(9, 5, 2, dtype=torch.float64), torch.randn(1, 5, memory_ppo.HIDDEN, dtype=torch.float64)
+    is_first = torch.rand(9, 5) < 0.3
+    expected = theirs(x, h, is_first)
+    with fused_rnn.use_backend("reference"):
+        found = fused_rnn.convert(theirs)(x, h, is_first)
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+def test_advantages_are_sums_of_discounted_errors_up_to_the_end_of_an_episode(common: Any) -> None:
+    memory_ppo = load("memory_ppo")
+    torch.manual_seed(0)
+    reward, value, last = torch.rand(6, 3), torch.randn(6, 3), torch.randn(3)
+    terminated, ended = torch.zeros(6, 3, dtype=torch.bool), torch.zeros(6, 3, dtype=torch.bool)
+    terminated[2, 0] = ended[2, 0] = ended[3, 1] = True  # the pole of the first falls; the time of the second is over
+    after = torch.cat([value[1:], last[None]])
+    errors = reward + memory_ppo.DISCOUNT * after * ~terminated - value
+    expected = torch.zeros(6, 3)
+    for row, ends in enumerate(((2, 5), (3, 5), (5, 5))):
+        for t in range(6):
+            end = ends[0] if t <= ends[0] else ends[1]
+            weights = (memory_ppo.DISCOUNT * memory_ppo.TRACE) ** torch.arange(end - t + 1)
+            expected[t, row] = (weights * errors[t : end + 1, row]).sum()
+    torch.testing.assert_close(memory_ppo.advantages(reward, value, terminated, ended, last), expected)
 
 
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="the data for trying workloads is not here")

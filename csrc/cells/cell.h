@@ -11,17 +11,20 @@
 //                        which of the grad_gates belong to w_ih and w_hh: `gates` of them from `first` on, the j-th
 //                        being the gradient of weight gate `gate[j]`
 //
-//   forward(x, r, h_prev, c_prev, h, c, saved)
+//   forward(x, r, h_prev, c_prev, h, c, saved, options)
 //       x[gates]: input projections with their biases; r[gates]: recurrent products (with b_hh where it is apart)
-//   backward(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev)
+//   backward(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev, options)
 //       dh, dc: gradients of this step's h and c; grads[grad_gates]; dh_prev: the part of the gradient of h_prev that
 //       does not go through w_hh; dc_prev: the gradient of c_prev
+//   options: PlainGates where a call leaves them out, or what options.h describes. h and c are those of the cell's own
+//       formulas: zoneout, resets and dropout are for the loops.
 //
 // V is a scalar or a SIMD vector (cells/math.h, Lanes).
 #pragma once
 
 #include "../problem.h"
 #include "math.h"
+#include "options.h"
 
 namespace fused_rnn {
 

@@ -16,11 +16,12 @@ struct Gru {
   static constexpr GateGrads input_grads = {0, {2, 0, 1, 0}};
   static constexpr GateGrads hidden_grads = {1, {0, 1, 2, 0}};
 
-  template <class V>
-  static FRNN_HOST_DEVICE void forward(const V* x, const V* r, V h_prev, V, V& h, V&, V* saved_values) {
-    const V reset = sigmoid<V>(x[0] + r[0]);
-    const V update = sigmoid<V>(x[1] + r[1]);
-    const V candidate = tanh<V>(x[2] + reset * r[2]);
+  template <class V, class Options = PlainGates>
+  static FRNN_HOST_DEVICE void forward(const V* x, const V* r, V h_prev, V, V& h, V&, V* saved_values,
+                                       const Options& options = {}) {
+    const V reset = options.template gate<V>(x[0] + r[0]);
+    const V update = options.template gate<V>(x[1] + r[1]);
+    const V candidate = options.template state<V>(x[2] + reset * r[2]);
     h = candidate + update * (h_prev - candidate);
     saved_values[0] = reset;
     saved_values[1] = update;
@@ -28,14 +29,15 @@ struct Gru {
     saved_values[3] = r[2];
   }
 
-  template <class V>
-  static FRNN_HOST_DEVICE void backward(const V* saved_values, V, V h_prev, V, V, V dh, V, V* grads, V& dh_prev, V&) {
+  template <class V, class Options = PlainGates>
+  static FRNN_HOST_DEVICE void backward(const V* saved_values, V, V h_prev, V, V, V dh, V, V* grads, V& dh_prev, V&,
+                                        const Options& options = {}) {
     using S = typename Lanes<V>::Scalar;
     const V reset = saved_values[0], update = saved_values[1], candidate = saved_values[2], hidden = saved_values[3];
-    const V dcandidate = dh * (S(1) - update) * (S(1) - candidate * candidate);
+    const V dcandidate = options.template state_gradient<V>(dh * (S(1) - update), candidate);
     grads[0] = dcandidate;
-    grads[1] = dcandidate * hidden * reset * (S(1) - reset);
-    grads[2] = dh * (h_prev - candidate) * update * (S(1) - update);
+    grads[1] = options.template gate_gradient<V>(dcandidate * hidden, reset);
+    grads[2] = options.template gate_gradient<V>(dh * (h_prev - candidate), update);
     grads[3] = dcandidate * reset;
     dh_prev = dh * update;
   }

@@ -1,5 +1,6 @@
 // LSTM (Hochreiter & Schmidhuber 1997, with the forget gate of Gers 1999), gates in torch.nn's order i, f, g, o:
 //   c' = sigmoid(f) * c + sigmoid(i) * tanh(g)        h' = sigmoid(o) * tanh(c')
+// With peepholes (Gers & Schmidhuber 2000) i and f see c, o sees c'; coupled, i is 1 - f; c' may be clamped.
 #pragma once
 
 #include "cell.h"
@@ -16,39 +17,89 @@ struct Lstm {
   static constexpr GateGrads input_grads = {0, {0, 1, 2, 3}};
   static constexpr GateGrads hidden_grads = {0, {0, 1, 2, 3}};
 
-  template <class V>
-  static FRNN_HOST_DEVICE void forward(const V* x, const V* r, V, V c_prev, V& h, V& c, V* saved_values) {
-    const V i = sigmoid<V>(x[0] + r[0]);
-    const V f = sigmoid<V>(x[1] + r[1]);
-    const V g = tanh<V>(x[2] + r[2]);
-    const V o = sigmoid<V>(x[3] + r[3]);
-    c = f * c_prev + i * g;
-    h = o * tanh<V>(c);
+  template <class V, class Options = PlainGates>
+  static FRNN_HOST_DEVICE void forward(const V* x, const V* r, V, V c_prev, V& h, V& c, V* saved_values,
+                                       const Options& options = {}) {
+    V a_i = x[0] + r[0], a_f = x[1] + r[1];
+    if constexpr (!Options::plain) {
+      if (options.within.peephole) {
+        a_i = a_i + options.peephole[0] * c_prev;
+        a_f = a_f + options.peephole[1] * c_prev;
+      }
+    }
+    V i = options.template gate<V>(a_i);
+    const V f = options.template gate<V>(a_f);
+    if constexpr (!Options::plain) {
+      if (options.within.coupled_gates) i = typename Lanes<V>::Scalar(1) - f;
+    }
+    const V g = options.template state<V>(x[2] + r[2]);
+    c = new_cell<V>(i, f, g, c_prev, options);
+    V a_o = x[3] + r[3];
+    if constexpr (!Options::plain) {
+      if (options.within.peephole) a_o = a_o + options.peephole[2] * c;
+    }
+    const V o = options.template gate<V>(a_o);
+    h = o * options.template state<V>(c);
     saved_values[0] = i;
     saved_values[1] = f;
     saved_values[2] = g;
     saved_values[3] = o;
   }
 
-  // h before a projection, from what was saved.
-  template <class V>
-  static FRNN_HOST_DEVICE V hidden(const V* saved_values, V c) {
-    return saved_values[3] * tanh<V>(c);
+  template <class V, class Options>
+  static FRNN_HOST_DEVICE V new_cell(V i, V f, V g, V c_prev, const Options& options) {
+    const V c = f * c_prev + i * g;
+    if constexpr (!Options::plain) {
+      if (options.within.cell_clip > 0) return clamped<V>(c, typename Lanes<V>::Scalar(options.within.cell_clip));
+    }
+    return c;
   }
 
-  template <class V>
+  // c of this step before zoneout, from what was saved; c: after it.
+  template <class V, class Options>
+  static FRNN_HOST_DEVICE V cell_of(const V* saved_values, V c, V c_prev, const Options& options) {
+    if constexpr (Options::plain) return c;
+    return new_cell<V>(saved_values[0], saved_values[1], saved_values[2], c_prev, options);
+  }
+
+  // h before a projection, from what was saved.
+  template <class V, class Options = PlainGates>
+  static FRNN_HOST_DEVICE V hidden(const V* saved_values, V c, V c_prev = {}, const Options& options = {}) {
+    return saved_values[3] * options.template state<V>(cell_of<V>(saved_values, c, c_prev, options));
+  }
+
+  template <class V, class Options = PlainGates>
   static FRNN_HOST_DEVICE void backward(const V* saved_values, V, V, V c, V c_prev, V dh, V dc, V* grads, V& dh_prev,
-                                        V& dc_prev) {
-    using S = typename Lanes<V>::Scalar;
+                                        V& dc_prev, const Options& options = {}) {
     const V i = saved_values[0], f = saved_values[1], g = saved_values[2], o = saved_values[3];
-    const V tanh_c = tanh<V>(c);
-    const V dc_total = dc + dh * o * (S(1) - tanh_c * tanh_c);
-    grads[0] = dc_total * g * i * (S(1) - i);
-    grads[1] = dc_total * c_prev * f * (S(1) - f);
-    grads[2] = dc_total * i * (S(1) - g * g);
-    grads[3] = dh * tanh_c * o * (S(1) - o);
+    const V cell = cell_of<V>(saved_values, c, c_prev, options);
+    const V tanh_c = options.template state<V>(cell);
+    V dc_total = dc + options.template state_gradient<V>(dh * o, tanh_c);
+    grads[3] = options.template gate_gradient<V>(dh * tanh_c, o);
+    if constexpr (!Options::plain) {
+      using L = Lanes<V>;
+      using S = typename L::Scalar;
+      if (options.within.peephole) dc_total = dc_total + options.peephole[2] * grads[3];
+      if (options.within.cell_clip > 0) {
+        const S limit = S(options.within.cell_clip);
+        dc_total = L::select(absolute(f * c_prev + i * g) > limit, V{}, dc_total);
+      }
+    }
+    V di = dc_total * g, df = dc_total * c_prev;
+    if constexpr (!Options::plain) {
+      if (options.within.coupled_gates) {
+        df = df - di;
+        di = V{};
+      }
+    }
+    grads[0] = options.template gate_gradient<V>(di, i);
+    grads[1] = options.template gate_gradient<V>(df, f);
+    grads[2] = options.template state_gradient<V>(dc_total * i, g);
     dh_prev = V{};
     dc_prev = dc_total * f;
+    if constexpr (!Options::plain) {
+      if (options.within.peephole) dc_prev = dc_prev + options.peephole[0] * grads[0] + options.peephole[1] * grads[1];
+    }
   }
 };
 

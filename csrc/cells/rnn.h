@@ -1,4 +1,5 @@
-// The plain recurrence (Elman 1990): h' = tanh(x + W_hh h) or max(0, x + W_hh h).
+// The plain recurrence (Elman 1990): h' = tanh(x + W_hh h) or max(0, x + W_hh h), or another
+// function, which the options say then.
 #pragma once
 
 #include "cell.h"
@@ -29,7 +30,7 @@ struct Relu {
   }
 };
 
-template <CellKind kind_, class Activation>
+template <CellKind kind_, class Function>
 struct Elman {
   static constexpr CellKind kind = kind_;
   static constexpr int gates = 1;
@@ -40,14 +41,23 @@ struct Elman {
   static constexpr GateGrads input_grads = {0, {0, 0, 0, 0}};
   static constexpr GateGrads hidden_grads = {0, {0, 0, 0, 0}};
 
-  template <class V>
-  static FRNN_HOST_DEVICE void forward(const V* x, const V* r, V, V, V& h, V&, V*) {
-    h = Activation::template value<V>(x[0] + r[0]);
+  template <class V, class Options = PlainGates>
+  static FRNN_HOST_DEVICE void forward(const V* x, const V* r, V, V, V& h, V&, V*, const Options& options = {}) {
+    if constexpr (Options::plain) {
+      h = Function::template value<V>(x[0] + r[0]);
+    } else {
+      h = options.template state<V>(x[0] + r[0]);
+    }
   }
 
-  template <class V>
-  static FRNN_HOST_DEVICE void backward(const V*, V h, V, V, V, V dh, V, V* grads, V& dh_prev, V&) {
-    grads[0] = dh * Activation::template slope<V>(h);
+  template <class V, class Options = PlainGates>
+  static FRNN_HOST_DEVICE void backward(const V*, V h, V, V, V, V dh, V, V* grads, V& dh_prev, V&,
+                                        const Options& options = {}) {
+    if constexpr (Options::plain) {
+      grads[0] = dh * Function::template slope<V>(h);
+    } else {
+      grads[0] = options.template state_gradient<V>(dh, h);
+    }
     dh_prev = V{};
   }
 };

@@ -48,6 +48,7 @@ class BackwardPass {
         B_(layer.steps.B),
         projects_(layer.direction[0].weights.w_hr != nullptr),
         wants_x_(layer.grad_x.data != nullptr),
+        plain_gates_(layer.plain_gates),
         state_stride_(round_up(P_, width) + 16),
         unit_stride_(round_up(H_, width) + 16),
         grad_stride_(round_up(GG * H_, width) + 32),
@@ -88,14 +89,18 @@ class BackwardPass {
   };
   struct DirectionScratch {
     E *w_ih, *w_hh, *w_hr;
-    A* grad_state;  // (B, state_stride) gradient of h, of the step that comes next in the scan
-    A* grad_cell;   // (B, unit_stride)
-    E* grads;       // (chunk_rows, grad_stride) gate gradients
-    E* grad_h;      // (chunk_rows, state_stride) gradient of the projected h
-    E* hidden;      // (chunk_rows, unit_stride) h before its projection
+    A* grad_state;       // (B, state_stride) gradient of h, of the step that comes next in the scan
+    A* grad_cell;        // (B, unit_stride)
+    E* grads;            // (chunk_rows, grad_stride) gate gradients
+    E* grad_h;           // (chunk_rows, state_stride) gradient of the projected h
+    E* hidden;           // (chunk_rows, unit_stride) h before its projection
+    A* through;          // (B, state_stride) gradient of the h that was multiplied, where that is h times factors
+    S* dropped;          // (chunk_rows, P) that h
+    A *anew_h, *anew_c;  // (B, P), (B, H) gradients of what rows begin anew from; null: not needed
     WeightGradient ih, hh, hr;
     A *bias_ih, *bias_hh;  // (G * H), null: not needed
-    bool wants_weights() const { return ih.result || hh.result || hr.result || bias_ih || bias_hh; }
+    A* peephole;           // (3 * H), null: not needed
+    bool wants_weights() const { return ih.result || hh.result || hr.result || bias_ih || bias_hh || peephole; }
   };
   struct ThreadScratch {
     A* grad_hidden;  // (B, unit_stride) gradient of h before its projection
@@ -119,6 +124,11 @@ class BackwardPass {
       s.grads = layout.take<E>(chunk_rows_ * grad_stride_);
       s.grad_h = layout.take<E>(projects_ ? chunk_rows_ * state_stride_ : 0);
       s.hidden = layout.take<E>(projects_ ? chunk_rows_ * unit_stride_ : 0);
+      s.through = dir.extras.dropout ? layout.take<A>(B_ * state_stride_) : nullptr;
+      s.dropped = dir.extras.dropout ? layout.take<S>(chunk_rows_ * P_) : nullptr;
+      s.anew_h = dir.grad_reset_h ? layout.take<A>(B_ * P_) : nullptr;
+      s.anew_c = dir.grad_reset_c ? layout.take<A>(B_ * H_) : nullptr;
+      s.peephole = dir.grad_peephole ? layout.take<A>(3 * H_) : nullptr;
       s.ih = weight_gradient(layout, dir.grad_w_ih, G * H_, I_);
       s.hh = weight_gradient(layout, dir.grad_w_hh, G * H_, P_);
       s.hr = weight_gradient(layout, dir.grad_w_hr, P_, H_);
@@ -176,7 +186,7 @@ class BackwardPass {
   int64_t most_operand_rows() const { return round_up(chunk_rows_, width * Operand<E>::group); }
 
   // Whether anything wants gradients of a state before some step.
-  bool wants_state(int d) const { return T_ > 1 || layer_.direction[d].grad_h0; }
+  bool wants_state(int d) const { return T_ > 1 || layer_.direction[d].grad_h0 || layer_.direction[d].grad_reset_h; }
 
   // Columns of the gradient of the input that a thread computes where it reads the weights in place, padded.
   int64_t own_input_columns() const {
@@ -215,6 +225,9 @@ class BackwardPass {
         if (direction_[d].wants_weights()) pack_operands(d, step, stop, thread, mine);
         everyone_->wait();
         if (direction_[d].wants_weights()) weight_gradients(d, chunk_row(d, step, stop), begun, thread, mine);
+        if constexpr (Cell::kind == CellKind::lstm) {
+          if (direction_[d].peephole) peephole_gradient(d, step, stop, begun, thread);
+        }
       }
       begun = true;
       step = stop;
@@ -267,12 +280,41 @@ class BackwardPass {
     return rows_of<S>(y.data) + layer_.steps.step(y, t) + b * y.batch_stride + d * P_;
   }
 
-  // h before step t of row b; null: zeros.
-  const S* previous_state(int d, int64_t t, int64_t b) const {
+  bool begins_anew(int d, int64_t t, int64_t b) const {
+    return layer_.steps.reset && layer_.steps.begins_anew(t, b, d == 1);
+  }
+
+  // The state before step t of row b. Null: zeros, or elsewhere.
+  struct Before {
+    const S* h;
+    const A* cell;  // of an earlier step
+    const S* c;     // that the call was given
+  };
+  Before before(int d, int64_t t, int64_t b) const {
+    const DirectionBackward& dir = layer_.direction[d];
+    const auto given = [&](const void* h, const void* c) {
+      return Before{h ? rows_of<S>(h) + b * P_ : nullptr, nullptr, c ? rows_of<S>(c) + b * H_ : nullptr};
+    };
+    if (begins_anew(d, t, b)) return given(dir.extras.reset_h, dir.extras.reset_c);
     const int64_t previous = previous_time(d, t, b);
-    if (previous >= 0) return y_row(d, previous, b);
-    const void* h0 = layer_.direction[d].h0;
-    return h0 ? rows_of<S>(h0) + b * P_ : nullptr;
+    if (previous < 0) return given(dir.h0, dir.c0);
+    const A* cell = nullptr;
+    if constexpr (Cell::has_cell) cell = rows_of<A>(dir.cells) + (layer_.steps.first_row(previous) + b) * H_;
+    return {y_row(d, previous, b), cell, nullptr};
+  }
+
+  // c of such a state, of one vector of units.
+  FRNN_INLINE V cell_before(const Before& before, int64_t unit) const {
+    if (before.cell) return Simd<A>::load_n(before.cell + unit, H_ - unit);
+    if (before.c) return Simd<A>::load_n(before.c + unit, H_ - unit);
+    return V{};
+  }
+
+  // Saved gates of row b of step t; chunk_row: where it is in the chunk.
+  FRNN_INLINE const S* saved_gates(int d, int64_t t, int64_t b, int64_t chunk_row) const {
+    const void* gates = layer_.direction[d].gates;
+    if (!gates) return recomputation_.gates(d, chunk_row);
+    return rows_of<S>(gates) + (layer_.steps.first_row(t) + b) * Cell::saved * H_;
   }
 
   void pack(int thread, ThreadScratch& mine) {
@@ -305,6 +347,8 @@ class BackwardPass {
       copy_row<A>(dir.grad_h_n ? rows_of<S>(dir.grad_h_n) + r * P_ : nullptr, s.grad_state + r * state_stride_, P_);
       if constexpr (Cell::has_cell)
         copy_row<A>(dir.grad_c_n ? rows_of<S>(dir.grad_c_n) + r * H_ : nullptr, s.grad_cell + r * unit_stride_, H_);
+      if (s.anew_h) copy_row<A, A>(nullptr, s.anew_h + r * P_, P_);
+      if (s.anew_c) copy_row<A, A>(nullptr, s.anew_c + r * H_, H_);
     }
   }
 
@@ -315,6 +359,8 @@ class BackwardPass {
       if (dir.grad_h0) copy_row<A>(s.grad_state + r * state_stride_, rows_of<S>(dir.grad_h0) + r * P_, P_);
       if (Cell::has_cell && dir.grad_c0)
         copy_row<A>(s.grad_cell + r * unit_stride_, rows_of<S>(dir.grad_c0) + r * H_, H_);
+      if (s.anew_h) copy_row<A>(s.anew_h + r * P_, rows_of<S>(dir.grad_reset_h) + r * P_, P_);
+      if (s.anew_c) copy_row<A>(s.anew_c + r * H_, rows_of<S>(dir.grad_reset_c) + r * H_, H_);
     }
   }
 
@@ -335,23 +381,79 @@ class BackwardPass {
         barrier.wait();
         gradient_before_projection(d, rows, row + r0, unit_panels, mine);
       }
-      gradients_of_rows(d, t, r0, rows, unit_panels, row, mine);
+      if (plain_gates_) {
+        gradients_of_rows<true>(d, t, r0, rows, unit_panels, row, mine);
+      } else {
+        gradients_of_rows<false>(d, t, r0, rows, unit_panels, row, mine);
+      }
       barrier.wait();
-      A* grad_state = s.grad_state + r0 * state_stride_;
-      if (step + 1 == T_ && !layer_.direction[d].grad_h0) {
-        // Nobody asks for the gradient of the initial state.
-      } else if (packs_) {
+      const bool scales = s.through != nullptr;
+      A* product = (scales ? s.through : s.grad_state) + r0 * state_stride_;
+      const bool wanted = step + 1 < T_ || layer_.direction[d].grad_h0 || s.anew_h;  // else it is of the initial state
+      if (wanted && packs_) {
         for (int64_t r = 0; r < rows; ++r)
           mine.a_rows[r] = s.grads + (row + r0 + r) * grad_stride_ + Cell::hidden_grads.first * H_;
-        product_columns<E>(rows, mine.a_rows, w_hh, state_panels.begin, state_panels.end, grad_state, state_stride_,
-                           !projects_, step % 2 == 1);
-      } else {
+        product_columns<E>(rows, mine.a_rows, w_hh, state_panels.begin, state_panels.end, product, state_stride_,
+                           !scales && !(projects_ && plain_gates_), step % 2 == 1);
+      } else if (wanted) {
         multiply_in_place(rows, s.grads + (row + r0) * grad_stride_, layer_.direction[d].weights.w_hh,
-                          Cell::hidden_grads, P_, state_panels, grad_state + state_panels.begin * panel_columns,
-                          state_stride_, true, mine);
+                          Cell::hidden_grads, P_, state_panels, product + state_panels.begin * panel_columns,
+                          state_stride_, !scales, mine);
       }
+      const Share features = features_of(state_panels, P_);
+      if (scales) through_dropout(d, t, r0, rows, row, features);
+      if (layer_.steps.reset || layer_.within.bptt_steps > 0)
+        cut(d, t, r0, rows, features, features_of(unit_panels, H_));
       // With a projection every thread reads all of grad_state in the next step.
       row += all;
+    }
+  }
+
+  static Share features_of(Share panels, int64_t features) {
+    panels.begin *= panel_columns;
+    panels.end = panels.end * panel_columns < features ? panels.end * panel_columns : features;
+    return panels;
+  }
+
+  // Of the owned features: the gradient that came through the product, times the factors by which h was multiplied
+  // before it; and that h, for the gradient of the weight.
+  void through_dropout(int d, int64_t t, int64_t r0, int64_t rows, int64_t row, Share features) {
+    DirectionScratch& s = direction_[d];
+    for (int64_t r = r0; r < r0 + rows; ++r) {
+      const S* factors = rows_of<S>(layer_.direction[d].extras.dropout) + r * P_;
+      const S* h = before(d, t, r).h;
+      A* grad = s.grad_state + r * state_stride_;
+      S* dropped = s.dropped + (row + r) * P_;
+      for (int64_t u = features.begin; u < features.end; u += width) {
+        const int64_t n = features.end - u;
+        const V factor = Simd<A>::load_n(factors + u, n);
+        Simd<A>::store(grad + u, Simd<A>::load(grad + u) + Simd<A>::load(s.through + r * state_stride_ + u) * factor);
+        Simd<A>::store_n(dropped + u, h ? Simd<A>::load_n(h + u, n) * factor : V{}, n);
+      }
+    }
+  }
+
+  // Of the owned features of the state before step t: no gradient goes further back where a row begins anew, or where
+  // back-propagation ends.
+  void cut(int d, int64_t t, int64_t r0, int64_t rows, Share features, Share units) {
+    DirectionScratch& s = direction_[d];
+    const int64_t k = layer_.within.bptt_steps;
+    const bool all = k > 0 && t > 0 && t % k == 0;
+    for (int64_t r = r0; r < r0 + rows; ++r) {
+      const bool anew = begins_anew(d, t, r);
+      if (!anew && !all) continue;
+      end_gradient(s.grad_state + r * state_stride_, anew && s.anew_h ? s.anew_h + r * P_ : nullptr, features);
+      if constexpr (Cell::has_cell)
+        end_gradient(s.grad_cell + r * unit_stride_, anew && s.anew_c ? s.anew_c + r * H_ : nullptr, units);
+    }
+  }
+
+  // The gradient goes to `sum`, if that is there, and is zero then.
+  static void end_gradient(A* grad, A* sum, Share features) {
+    for (int64_t u = features.begin; u < features.end; u += width) {
+      const int64_t n = features.end - u;
+      if (sum) Simd<A>::store_n(sum + u, Simd<A>::load_n(sum + u, n) + Simd<A>::load(grad + u), n);
+      Simd<A>::store(grad + u, V{});
     }
   }
 
@@ -376,11 +478,28 @@ class BackwardPass {
   // grad_h = grad_y + what came back through time, rounded as an operand.
   void gradient_of_projected(int d, int64_t t, int64_t r0, int64_t rows, int64_t row, Share panels) {
     DirectionScratch& s = direction_[d];
-    const int64_t stop = panels.end * panel_columns < P_ ? panels.end * panel_columns : P_;
+    const Share features = features_of(panels, P_);
     for (int64_t r = r0; r < r0 + rows; ++r) {
-      for (int64_t u = panels.begin * panel_columns; u < stop; u += width)
-        Simd<A>::store(s.grad_h + (row + r) * state_stride_ + u, output_gradient(d, t, r, u));
+      for (int64_t u = features.begin; u < features.end; u += width) {
+        V grad = output_gradient(d, t, r, u);
+        if (!plain_gates_) {
+          V to_before{};
+          divide_state_gradient(d, t, r, u, grad, to_before);
+          Simd<A>::store(s.grad_state + r * state_stride_ + u, to_before);
+        }
+        Simd<A>::store(s.grad_h + (row + r) * state_stride_ + u, grad);
+      }
     }
+  }
+
+  // With options: the gradient of h after step t, clipped, as that of the step's own h, and of the h before, which
+  // zoneout keeps.
+  FRNN_INLINE void divide_state_gradient(int d, int64_t t, int64_t r, int64_t u, V& grad, V& to_before) const {
+    const double clip = layer_.within.recurrent_grad_clip;
+    if (clip > 0) grad = clamped<V>(grad, A(clip));
+    const uint8_t* bits = row_of_bits(layer_.direction[d].extras.zoneout, layer_.steps.first_row(t) + r, P_);
+    const Zoneout<A> zone{bits, A(layer_.within.zoneout)};
+    if (zone.any()) zone.divide(grad, to_before, u, P_ - u);
   }
 
   // grad_y + grad_state of one vector.
@@ -403,6 +522,7 @@ class BackwardPass {
   static constexpr int group = 2;
 
   // Gate gradients of one step for the owned rows and units; row: of the chunk, before row 0 of the step.
+  template <bool plain>
   void gradients_of_rows(int d, int64_t t, int64_t r0, int64_t rows, Share panels, int64_t row, ThreadScratch& mine) {
     const int64_t begin = panels.begin * panel_columns;
     const int64_t end = panels.end * panel_columns < H_ ? panels.end * panel_columns : H_;
@@ -412,12 +532,12 @@ class BackwardPass {
       for (int64_t unit = begin; unit < end; unit += width) {
         units[waiting++] = {r0 + r, unit, row + r0 + r, mine.grad_hidden + r * unit_stride_};
         if (waiting == group) {
-          gate_gradients<group>(d, t, units);
+          gate_gradients<group, plain>(d, t, units);
           waiting = 0;
         }
       }
     }
-    if (waiting > 0) gate_gradients<1>(d, t, units);
+    if (waiting > 0) gate_gradients<1, plain>(d, t, units);
   }
 
   // One vector of units of one row; the row within the chunk; where the gradient of h before a projection stands.
@@ -426,43 +546,55 @@ class BackwardPass {
     const A* grad_hidden;
   };
 
-  template <int N>
+  template <int N, bool plain>
   FRNN_INLINE void gate_gradients(int d, int64_t t, const Units* units) {
     using Values = Pack<V, N, rough_gates<S>>;
     const DirectionBackward& dir = layer_.direction[d];
     DirectionScratch& s = direction_[d];
     const int64_t first_row = layer_.steps.first_row(t);
     Values saved[Cell::saved + 1], grads[GG], h{}, h_prev{}, c{}, c_prev{}, dh, dc{}, dh_prev, dc_prev{};
+    Values h_to_before{}, c_to_before{};  // past the cell, by zoneout
 #pragma GCC unroll 2
     for (int i = 0; i < N; ++i) {
       const auto [r, unit, chunk_row, grad_hidden] = units[i];
       const int64_t n = H_ - unit;
-      const S* gates = (dir.gates ? rows_of<S>(dir.gates) + (first_row + r) * Cell::saved * H_
-                                  : recomputation_.gates(d, chunk_row)) +
-                       unit;
+      const S* gates = saved_gates(d, t, r, chunk_row) + unit;
 #pragma GCC unroll 4
       for (int g = 0; g < Cell::saved; ++g) saved[g].v[i] = Simd<A>::load_n(gates + g * H_, n);
-      if constexpr (Cell::has_cell) {
-        c.v[i] = Simd<A>::load_n(rows_of<A>(dir.cells) + (first_row + r) * H_ + unit, n);
-        const int64_t previous = previous_time(d, t, r);
-        if (previous >= 0) {
-          c_prev.v[i] = Simd<A>::load_n(rows_of<A>(dir.cells) + (layer_.steps.first_row(previous) + r) * H_ + unit, n);
-        } else if (dir.c0) {
-          c_prev.v[i] = Simd<A>::load_n(rows_of<S>(dir.c0) + r * H_ + unit, n);
+      if constexpr (Cell::has_cell || Cell::kind == CellKind::gru) {
+        const Before state = before(d, t, r);
+        if constexpr (Cell::has_cell) {
+          c.v[i] = Simd<A>::load_n(rows_of<A>(dir.cells) + (first_row + r) * H_ + unit, n);
+          c_prev.v[i] = cell_before(state, unit);
+          dc.v[i] = Simd<A>::load(s.grad_cell + r * unit_stride_ + unit);
+        } else if (state.h) {
+          h_prev.v[i] = Simd<A>::load_n(state.h + unit, n);
         }
-        dc.v[i] = Simd<A>::load(s.grad_cell + r * unit_stride_ + unit);
-      }
-      if constexpr (Cell::kind == CellKind::gru) {
-        const S* state = previous_state(d, t, r);
-        if (state) h_prev.v[i] = Simd<A>::load_n(state + unit, n);
       }
       if constexpr (Cell::saved == 0) h.v[i] = Simd<A>::load_n(y_row(d, t, r) + unit, n);
       dh.v[i] = projects_ ? Simd<A>::load(grad_hidden + unit) : output_gradient(d, t, r, unit);
+      if constexpr (!plain) {
+        if (!projects_) divide_state_gradient(d, t, r, unit, dh.v[i], h_to_before.v[i]);
+        if constexpr (Cell::has_cell) {
+          const Zoneout<A> zone{row_of_bits(dir.extras.zoneout_cell, first_row + r, H_), A(layer_.within.zoneout_cell)};
+          if (zone.any()) zone.divide(dc.v[i], c_to_before.v[i], unit, n);
+        }
+      }
     }
-    Cell::template backward<Values>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev);
     Values hidden{};
-    if constexpr (Cell::has_cell) {
-      if (projects_) hidden = Cell::template hidden<Values>(saved, c);
+    if constexpr (plain) {
+      Cell::template backward<Values>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev);
+      if constexpr (Cell::has_cell) {
+        if (projects_) hidden = Cell::template hidden<Values>(saved, c);
+      }
+    } else {
+      const Options<Values> options = options_of<N>(d, units);
+      Cell::template backward<Values>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev, options);
+      dh_prev = dh_prev + h_to_before;
+      dc_prev = dc_prev + c_to_before;
+      if constexpr (Cell::has_cell) {
+        if (projects_) hidden = Cell::template hidden<Values>(saved, c, c_prev, options);
+      }
     }
 #pragma GCC unroll 2
     for (int i = 0; i < N; ++i) {
@@ -475,6 +607,14 @@ class BackwardPass {
       }
       if (!projects_) Simd<A>::store(s.grad_state + r * state_stride_ + unit, dh_prev.v[i]);
     }
+  }
+
+  template <int N>
+  FRNN_INLINE auto options_of(int d, const Units* units) const {
+    Options<Pack<V, N, rough_gates<S>>> options{layer_.within, {}};
+    for (int i = 0; i < N; ++i)
+      load_peephole<S>(options, layer_.direction[d].weights.peephole, H_, units[i].unit, H_ - units[i].unit, i);
+    return options;
   }
 
   // The chunk's rows of grad_x: gate gradients times w_ih, the rows divided over the whole team.
@@ -535,7 +675,9 @@ class BackwardPass {
       pack_shared(s.ih.operand, I_, mine.b_rows);
     }
     if (s.hh.result) {
-      each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) { mine.b_rows[row] = previous_state(d, t, b); });
+      each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
+        mine.b_rows[row] = s.dropped ? s.dropped + row * P_ : before(d, t, b).h;
+      });
       pack_shared(s.hh.operand, P_, mine.b_rows);
     }
     if (s.hr.result) {
@@ -568,6 +710,45 @@ class BackwardPass {
         add_outer_product(s.hr, H_, 0, rows, K, begun, mine);
       });
     }
+  }
+
+  // Adds the chunk to this thread's part of the gradient of the peephole weights.
+  void peephole_gradient(int d, int64_t begin, int64_t end, bool begun, int thread) {
+    using One = Pack<V, 1, rough_gates<S>>;
+    DirectionScratch& s = direction_[d];
+    const Share own = own_peepholes(thread);
+    if (!begun) {
+      for (int k = 0; k < 3; ++k) copy_row<A, A>(nullptr, s.peephole + k * H_ + own.begin, own.end - own.begin);
+    }
+    const Options<One> options{layer_.within, {}};
+    each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
+      const Before state = before(d, t, b);
+      const S* gates = saved_gates(d, t, b, row);
+      const A* cells = rows_of<A>(layer_.direction[d].cells) + (layer_.steps.first_row(t) + b) * H_;
+      for (int64_t u = own.begin; u < own.end; u += width) {
+        const int64_t n = own.end - u;
+        One saved[Cell::saved + 1];
+        for (int g = 0; g < Cell::saved; ++g) saved[g].v[0] = Simd<A>::load_n(gates + g * H_ + u, n);
+        const One before_step{{cell_before(state, u)}}, after{{Simd<A>::load_n(cells + u, n)}};
+        const V cell = Cell::template cell_of<One>(saved, after, before_step, options).v[0];
+        const auto add = [&](int k, int gate, V seen) __attribute__((always_inline)) {
+          A* sum = s.peephole + k * H_ + u;
+          const V grad = Simd<A>::load_n(s.grads + row * grad_stride_ + gate * H_ + u, n);
+          Simd<A>::store_n(sum, Simd<A>::load_n(sum, n) + grad * seen, n);
+        };
+        add(0, 0, before_step.v[0]);
+        add(1, 1, before_step.v[0]);
+        add(2, 3, cell);
+      }
+    });
+  }
+
+  // Whole vectors, so that no two threads write to one.
+  Share own_peepholes(int thread) const {
+    Share own((H_ + width - 1) / width, thread, plan_.threads());
+    own.begin = own.begin * width < H_ ? own.begin * width : H_;
+    own.end = own.end * width < H_ ? own.end * width : H_;
+    return own;
   }
 
   // Rows of a weight gradient that are computed together: their transposed gate gradients stay in L2.
@@ -657,6 +838,12 @@ class BackwardPass {
       if (s.bias_hh) copy_row<A>(s.bias_hh + first, rows_of<S>(dir.grad_b_hh) + first, n);
     }
     store_sums(s.hr, H_, rows.begin, rows.end);
+    if (s.peephole) {
+      const Share own = own_peepholes(thread);
+      for (int k = 0; k < 3; ++k)
+        copy_row<A>(s.peephole + k * H_ + own.begin, rows_of<S>(dir.grad_peephole) + k * H_ + own.begin,
+                    own.end - own.begin);
+    }
   }
 
   void store_sums(const WeightGradient& w, int64_t N, int64_t begin, int64_t end) {
@@ -669,7 +856,7 @@ class BackwardPass {
   const int64_t I_, H_, P_;
   const int D_;
   const int64_t T_, B_;
-  const bool projects_, wants_x_;
+  const bool projects_, wants_x_, plain_gates_;
   const int64_t state_stride_, unit_stride_, grad_stride_;
   GateRecomputation<Cell, S> recomputation_;
   friend class GateRecomputation<Cell, S>;

@@ -11,6 +11,7 @@
 #include "../cells/rnn.h"
 #include "fingerprint.h"
 #include "in_place.h"
+#include "options.h"
 #include "packed.h"
 #include "plan.h"
 #include "team.h"
@@ -125,6 +126,7 @@ class ForwardPass {
         B_(layer.steps.B),
         panels_((H_ + panel_units - 1) / panel_units),
         projects_(layer.direction[0].weights.w_hr != nullptr),
+        plain_gates_(layer.plain_gates),
         saves_gates_(layer.direction[0].gates != nullptr),
         // Rows of a stride that is no multiple of 4 KiB: tiles read several rows at the same column.
         state_stride_(round_up(P_, width) + 16),
@@ -193,7 +195,8 @@ class ForwardPass {
   struct DirectionScratch {
     E *w_ih, *w_hh, *w_hr;
     A *input_bias, *hidden_bias;
-    E* state[2];  // (B, state_stride) h before and after the step
+    E* state[2];  // (B, state_stride) h before and after the step, as it is multiplied
+    A* carried;   // (B, state_stride) h itself, where options tell it from that
     A* cell;      // (B, unit_stride)
     E* hidden;    // (B, unit_stride) h before its projection
   };
@@ -227,6 +230,7 @@ class ForwardPass {
       s.input_bias = layout.take<A>(panels_ * panel_columns);
       s.hidden_bias = layout.take<A>(panels_ * panel_columns);
       for (E*& state : s.state) state = layout.take<E>(B_ * state_stride_);
+      s.carried = layout.take<A>(plain_gates_ ? 0 : B_ * state_stride_);
       s.cell = layout.take<A>(Cell::has_cell ? B_ * unit_stride_ : 0);
       s.hidden = layout.take<E>(projects_ ? B_ * unit_stride_ : 0);
     }
@@ -420,7 +424,7 @@ class ForwardPass {
       return n < 0 ? 0 : n < r1 - r0 ? n : r1 - r0;
     };
     if (first) {
-      for (int64_t r = r0; r < r1; ++r) begin_row(dir, s, r);
+      for (int64_t r = r0; r < r1; ++r) begin_row(d, r);
     }
     for (int64_t r = r0; r < r1; ++r) {
       for (int i = 0; i < 2; ++i) mine.state_rows[i][r - r0] = s.state[i] + r * state_stride_;
@@ -435,17 +439,29 @@ class ForwardPass {
         const int64_t t = time(step), rows = live(t);
         advance(d, t, r0, rows, panels, mine, now, chunk_row);
         chunk_row += rows;
-        barrier.wait();
         if (projects_) {
-          project_state(d, t, r0, rows, mine, now, state_columns);
           barrier.wait();
+          project_state(d, t, r0, rows, mine, now, state_columns);
         }
+        if (steps.reset && step + 1 < T_) {
+          begin_anew(d, time(step + 1), r0, r1, now ^ 1,
+                     projects_ ? of_panels(state_columns, ColumnPanels<E>::NV * width, P_)
+                               : of_panels(panels, panel_units, H_),
+                     of_panels(panels, panel_units, H_));
+        }
+        barrier.wait();
         now ^= 1;
         if (first && dir.h_n) {
           // Rows that have no later step end here.
           const int64_t later = step + 1 == T_ ? 0 : reverse ? rows : live(time(step + 1));
-          for (int64_t r = r0 + later; r < r0 + rows; ++r)
-            copy_row<A>(s.state[now] + r * state_stride_, rows_of<S>(dir.h_n) + r * P_, P_);
+          for (int64_t r = r0 + later; r < r0 + rows; ++r) {
+            S* h_n = rows_of<S>(dir.h_n) + r * P_;
+            if (plain_gates_) {
+              copy_row<A>(s.state[now] + r * state_stride_, h_n, P_);
+            } else {
+              copy_row<A>(s.carried + r * state_stride_, h_n, P_);
+            }
+          }
         }
       }
     }
@@ -455,11 +471,47 @@ class ForwardPass {
     }
   }
 
-  void begin_row(const DirectionForward& dir, DirectionScratch& s, int64_t r) {
-    for (E* state : s.state) copy_row<A>(dir.h0 ? rows_of<S>(dir.h0) + r * P_ : nullptr, state + r * state_stride_, P_);
+  // The features of some panels of so many columns.
+  static Share of_panels(Share panels, int64_t columns, int64_t features) {
+    panels.begin = panels.begin * columns < features ? panels.begin * columns : features;
+    panels.end = panels.end * columns < features ? panels.end * columns : features;
+    return panels;
+  }
+
+  void begin_row(int d, int64_t r) {
+    const DirectionForward& dir = layer_.direction[d];
+    DirectionScratch& s = direction_[d];
+    const bool anew = layer_.steps.reset && layer_.steps.begins_anew(d == 1 ? T_ - 1 : 0, r, d == 1);
+    const void* h = anew ? dir.extras.reset_h : dir.h0;
+    const void* c = anew ? dir.extras.reset_c : dir.c0;
+    for (int i = 0; i < 2; ++i) place_state(d, r, i, h, Share(P_, 0, 1));
     if constexpr (Cell::has_cell) {
-      copy_row<A>(dir.c0 ? rows_of<S>(dir.c0) + r * H_ : nullptr, s.cell + r * unit_stride_, H_);
+      copy_row<A>(c ? rows_of<S>(c) + r * H_ : nullptr, s.cell + r * unit_stride_, H_);
       for (int64_t u = H_; u < unit_stride_; ++u) s.cell[r * unit_stride_ + u] = 0;
+    }
+  }
+
+  // Some features of h of row r, from (B, P) or, for null, zeros.
+  void place_state(int d, int64_t r, int which, const void* h, Share features) {
+    const int64_t first = features.begin, count = features.end - features.begin;
+    const S* from = h ? rows_of<S>(h) + r * P_ + first : nullptr;
+    E* state = direction_[d].state[which] + r * state_stride_ + first;
+    if (plain_gates_) return copy_row<A>(from, state, count);
+    const void* dropout = layer_.direction[d].extras.dropout;
+    copy_scaled<A>(from, dropout ? rows_of<S>(dropout) + r * P_ + first : nullptr, state, count);
+    copy_row<A>(from, direction_[d].carried + r * state_stride_ + first, count);
+  }
+
+  // The states of rows that begin anew before step t, of the owned features.
+  void begin_anew(int d, int64_t t, int64_t r0, int64_t r1, int next, Share of_state, Share units) {
+    const Extras& extras = layer_.direction[d].extras;
+    for (int64_t r = r0; r < r1; ++r) {
+      if (!layer_.steps.begins_anew(t, r, d == 1)) continue;
+      place_state(d, r, next, extras.reset_h, of_state);
+      if constexpr (Cell::has_cell) {
+        const S* c = extras.reset_c ? rows_of<S>(extras.reset_c) + r * H_ + units.begin : nullptr;
+        copy_row<A>(c, direction_[d].cell + r * unit_stride_ + units.begin, units.end - units.begin);
+      }
     }
   }
 
@@ -578,6 +630,9 @@ class ForwardPass {
     Places<E> h_next, hidden;
     Places<A> cell, cells;
     Places<S> y, gates;
+    // For options alone: the first unit and how far the next is from it, the row of all steps and of the batch.
+    Places<A> carried;
+    int64_t unit, next_unit, row, batch_row, next_row;
 
     FRNN_INLINE void advance(int64_t n) {
       projected.advance(n);
@@ -589,6 +644,10 @@ class ForwardPass {
       cells.advance(n);
       y.advance(n);
       gates.advance(n);
+      carried.advance(n);
+      unit += n * next_unit;
+      row += n * next_row;
+      batch_row += n * next_row;
     }
   };
 
@@ -621,27 +680,33 @@ class ForwardPass {
       units.y = places(rows_of<S>(y.data) + layer_.steps.step(y, t) + r0 * y.batch_stride + d * P_ + unit,
                        y.batch_stride, width);
       units.gates = places(rows_of<S>(dir.gates) + first_row * Cell::saved * H_ + unit, Cell::saved * H_, width);
+      units.carried = places(s.carried + r0 * state_stride_ + unit, state_stride_, width);
+      units.unit = unit;
+      units.next_unit = by_rows ? 0 : width;
+      units.row = first_row;
+      units.batch_row = r0;
+      units.next_row = by_rows ? 1 : 0;
       const bool saves = dir.gates || dir.cells;
-      if (!by_rows) {
-        gates_of<true>(units, whole, width, saves);
-        if (tail) gates_of<false>(units, 1, left % width, saves);
-      } else if (v < whole) {
-        gates_of<true>(units, rows, width, saves);
+      const int64_t vectors = by_rows ? rows : whole;
+      if (plain_gates_) {
+        if (!by_rows || v < whole) gates_of<true, true>(d, units, vectors, width, saves);
+        if (tail && (!by_rows || v == whole)) gates_of<false, true>(d, units, by_rows ? rows : 1, left % width, saves);
       } else {
-        gates_of<false>(units, rows, left % width, saves);
+        if (!by_rows || v < whole) gates_of<true, false>(d, units, vectors, width, saves);
+        if (tail && (!by_rows || v == whole)) gates_of<false, false>(d, units, by_rows ? rows : 1, left % width, saves);
       }
     }
   }
 
   // `vectors` of them, each of n units: a whole vector, or a part of one.
-  template <bool whole>
-  FRNN_INLINE void gates_of(Units& units, int64_t vectors, int64_t n, bool saves) {
+  template <bool whole, bool plain>
+  FRNN_INLINE void gates_of(int d, Units& units, int64_t vectors, int64_t n, bool saves) {
     for (; vectors >= group; vectors -= group) {
-      gates<group, whole>(units, n, saves);
+      gates<group, whole, plain>(d, units, n, saves);
       units.advance(group);
     }
     for (; vectors > 0; --vectors) {
-      gates<1, whole>(units, n, saves);
+      gates<1, whole, plain>(d, units, n, saves);
       units.advance(1);
     }
   }
@@ -651,8 +716,8 @@ class ForwardPass {
   // well.
   static constexpr int group = G == 4 && FRNN_VECTOR_BYTES == 64 ? 2 : 4;
 
-  template <int N, bool whole>
-  FRNN_INLINE void gates(const Units& units, int64_t n, bool saves) {
+  template <int N, bool whole, bool plain>
+  FRNN_INLINE void gates(int d, const Units& units, int64_t n, bool saves) {
     using Values = Pack<V, N, rough_gates<S>>;
     if (whole) n = width;
     Values x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
@@ -665,17 +730,37 @@ class ForwardPass {
         x[g].v[i] =
             Cell::hidden_bias_apart(g) ? Simd<A>::load(units.projected[i] + g * U * width) : Simd<A>::splat(A(-0.0));
       }
-      if constexpr (Cell::kind == CellKind::gru) h_prev.v[i] = Simd<A>::load(units.h_prev[i]);
+      if constexpr (!plain) {
+        if (!projects_) h_prev.v[i] = Simd<A>::load(units.carried[i]);
+      } else if constexpr (Cell::kind == CellKind::gru) {
+        h_prev.v[i] = Simd<A>::load(units.h_prev[i]);
+      }
       if constexpr (Cell::has_cell) c_prev.v[i] = Simd<A>::load(units.cell[i]);
     }
-    Cell::template forward<Values>(x, r, h_prev, c_prev, h, c, saved);
+    if constexpr (plain) {
+      Cell::template forward<Values>(x, r, h_prev, c_prev, h, c, saved);
+    } else {
+      Options<Values> options{layer_.within, {}};
+      for (int i = 0; i < N; ++i)
+        load_peephole<S>(options, layer_.direction[d].weights.peephole, H_, units.unit + i * units.next_unit, n, i);
+      Cell::template forward<Values>(x, r, h_prev, c_prev, h, c, saved, options);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
+      if constexpr (Cell::has_cell && !plain) {
+        const Zoneout<A> zone{row_of_bits(layer_.direction[d].extras.zoneout_cell, units.row + i * units.next_row, H_),
+                              A(layer_.within.zoneout_cell)};
+        if (zone.any()) c.v[i] = zone.applied(c.v[i], c_prev.v[i], units.unit + i * units.next_unit, n);
+      }
       if constexpr (Cell::has_cell) Simd<A>::store(units.cell[i], c.v[i]);
       if (projects_) {
         Simd<A>::store(units.hidden[i], h.v[i]);
-      } else {
+      } else if constexpr (plain) {
         write_state(units.y[i], units.h_next[i], h.v[i], n);
+      } else {
+        write_state_with_options(d, units.row + i * units.next_row, units.batch_row + i * units.next_row,
+                                 units.unit + i * units.next_unit, units.y[i], units.h_next[i], units.carried[i],
+                                 h.v[i], n);
       }
     }
     if (!saves) return;
@@ -712,6 +797,19 @@ class ForwardPass {
     }
   }
 
+  // The same with options; features from u on, of `row` of all steps and `r` of the batch.
+  FRNN_INLINE void write_state_with_options(int d, int64_t row, int64_t r, int64_t u, S* y, E* state, A* carried, V h,
+                                            int64_t n) {
+    const Extras& extras = layer_.direction[d].extras;
+    const Zoneout<A> zone{row_of_bits(extras.zoneout, row, P_), A(layer_.within.zoneout)};
+    if (zone.any()) h = zone.applied(h, Simd<A>::load(carried), u, n);
+    h = Simd<A>::template rounded<S>(h);
+    Simd<A>::store(carried, h);
+    keep(y, h, n, output_past_caches_);
+    if (extras.dropout) h = h * Simd<A>::load_n(rows_of<S>(extras.dropout) + r * P_ + u, n);
+    Simd<A>::store(state, h);
+  }
+
   // h = w_hr (o * tanh(c)) for the owned rows and columns.
   void project_state(int d, int64_t t, int64_t r0, int64_t rows, const ThreadScratch& mine, int now, Share columns) {
     using C = ColumnPanels<E>;
@@ -722,8 +820,16 @@ class ForwardPass {
     for (int64_t r = 0; r < rows; ++r) {
       S* y = rows_of<S>(layer_.y.data) + layer_.steps.step(layer_.y, t) + (r0 + r) * layer_.y.batch_stride + d * P_;
       E* state = direction_[d].state[now ^ 1] + (r0 + r) * state_stride_;
-      for (int64_t u = columns.begin * C::NV * width; u < end; u += width)
-        write_state(y + u, state + u, Simd<A>::load(mine.state_sums + r * stride + u), P_ - u);
+      A* carried = direction_[d].carried + (r0 + r) * state_stride_;
+      const int64_t row = layer_.steps.first_row(t) + r0 + r;
+      for (int64_t u = columns.begin * C::NV * width; u < end; u += width) {
+        const V h = Simd<A>::load(mine.state_sums + r * stride + u);
+        if (plain_gates_) {
+          write_state(y + u, state + u, h, P_ - u);
+        } else {
+          write_state_with_options(d, row, r0 + r, u, y + u, state + u, carried + u, h, P_ - u);
+        }
+      }
     }
   }
 
@@ -735,6 +841,7 @@ class ForwardPass {
   const bool projects_;
   bool packs_ = true;
   bool past_caches_ = false, output_past_caches_ = false;
+  const bool plain_gates_;
   const bool saves_gates_;      // or, for the backward pass, the cells alone
   PackedCopy* copy_ = nullptr;  // null: none is kept of weights such as these
   std::atomic<bool> changed_{false};

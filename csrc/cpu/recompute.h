@@ -30,6 +30,7 @@ class GateRecomputation {
         P_(layer.sizes.state_size),
         D_(layer.sizes.num_directions),
         panels_((H_ + width - 1) / width),
+        copies_h_(converts || layer.direction[0].extras.dropout),
         x_stride_(round_up(I_, width) + 16),
         h_stride_(round_up(P_, width) + 16) {}
 
@@ -51,10 +52,10 @@ class GateRecomputation {
     for (int i = 0; i < threads_count_; ++i) {
       Thread t;
       t.x = layout.take<E>(converts ? chunk_rows * x_stride_ : 0);
-      t.h = layout.take<E>(converts ? chunk_rows * h_stride_ : 0);
+      t.h = layout.take<E>(copies_h_ ? chunk_rows * h_stride_ : 0);
+      t.rows = layout.take<Row>(chunk_rows);
       t.x_rows = layout.take<const E*>(chunk_rows);
       t.h_rows = layout.take<const E*>(chunk_rows);
-      t.places = layout.take<Place>(chunk_rows);
       t.projected = layout.take<A>(chunk_rows * panel_columns);
       t.sums = layout.take<A>(chunk_rows * panel_columns);
       if (threads_) threads_[i] = t;
@@ -83,7 +84,7 @@ class GateRecomputation {
   FRNN_INLINE const S* gates(int d, int64_t row) const { return direction_[d].gates + row * Cell::saved * H_; }
 
   // This thread's share of the gates of direction d for the rows that each_row(f) visits, calling f(row, t, b); a
-  // barrier must follow. pass: previous_time and previous_state, as in BackwardPass.
+  // barrier must follow. pass: the BackwardPass, for the states before a step.
   template <class EachRow, class Pass>
   void run(int d, int thread, int64_t rows, const EachRow& each_row, const Pass& pass) {
     if constexpr (Cell::saved > 0) {
@@ -103,8 +104,13 @@ class GateRecomputation {
                       {s.input_bias + p * panel_columns});
         product<E, G, vectors_apart>(count, P_, mine.h_rows, s.w_hh + p * hh, 1, hh, mine.sums, panel_columns,
                                      {mine.projected, panel_columns, s.hidden_bias + p * panel_columns});
-        for (int64_t r = 0; r < count; ++r)
-          store_gates(mine, r, p * width, s.gates + (own.begin + r) * Cell::saved * H_);
+        for (int64_t r = 0; r < count; ++r) {
+          if (layer_.plain_gates) {
+            store_gates<true>(d, mine, r, p * width, s.gates + (own.begin + r) * Cell::saved * H_);
+          } else {
+            store_gates<false>(d, mine, r, p * width, s.gates + (own.begin + r) * Cell::saved * H_);
+          }
+        }
       }
     }
   }
@@ -115,48 +121,44 @@ class GateRecomputation {
     A *input_bias = nullptr, *hidden_bias = nullptr;
     S* gates = nullptr;  // (chunk_rows, saved * H)
   };
-  // The states before a row's step; null: zeros.
-  struct Place {
+  // One of a chunk: where its state before the step is, and which row of the batch it is.
+  struct Row {
     const S* h;
-    const A* cell;  // of an earlier step
-    const S* c0;
+    const A* cell;
+    const S* c;
   };
   struct Thread {
     E *x, *h;  // rows that are not multiplied in their storage type
     const E **x_rows, **h_rows;
-    Place* places;
+    Row* rows;
     A *projected, *sums;  // (chunk_rows, one panel)
   };
 
   template <class Pass>
   void locate(int d, int64_t t, int64_t b, int64_t row, const Thread& mine, const Pass& pass) {
-    const DirectionBackward& dir = layer_.direction[d];
     const Sequence& x = layer_.x;
     const S* input = rows_of<S>(x.data) + layer_.steps.step(x, t) + b * x.batch_stride;
-    Place& place = mine.places[row];
-    place = {pass.previous_state(d, t, b), nullptr, nullptr};
-    if constexpr (Cell::has_cell) {
-      const int64_t previous = pass.previous_time(d, t, b);
-      if (previous >= 0) {
-        place.cell = rows_of<A>(dir.cells) + (layer_.steps.first_row(previous) + b) * H_;
-      } else if (dir.c0) {
-        place.c0 = rows_of<S>(dir.c0) + b * H_;
-      }
-    }
+    const auto before = pass.before(d, t, b);
+    mine.rows[row] = {before.h, before.cell, before.c};
     if constexpr (converts) {
       copy_row<A>(input, mine.x + row * x_stride_, I_);
-      copy_row<A>(place.h, mine.h + row * h_stride_, P_);
       mine.x_rows[row] = mine.x + row * x_stride_;
-      mine.h_rows[row] = mine.h + row * h_stride_;
     } else {
       mine.x_rows[row] = input;
-      mine.h_rows[row] = place.h ? place.h : zeros_;
+    }
+    if (copies_h_) {
+      const void* dropout = layer_.direction[d].extras.dropout;
+      copy_scaled<A>(before.h, dropout ? rows_of<S>(dropout) + b * P_ : nullptr, mine.h + row * h_stride_, P_);
+      mine.h_rows[row] = mine.h + row * h_stride_;
+    } else if constexpr (!converts) {
+      mine.h_rows[row] = before.h ? before.h : zeros_;
     }
   }
 
-  FRNN_INLINE void store_gates(const Thread& mine, int64_t row, int64_t unit, S* gates) {
+  template <bool plain>
+  FRNN_INLINE void store_gates(int d, const Thread& mine, int64_t row, int64_t unit, S* gates) {
     const int64_t n = H_ - unit;
-    const Place& place = mine.places[row];
+    const Row& place = mine.rows[row];
     V x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
@@ -171,20 +173,40 @@ class GateRecomputation {
     if constexpr (Cell::has_cell) {
       if (place.cell) {
         c_prev = Simd<A>::load_n(place.cell + unit, n);
-      } else if (place.c0) {
-        c_prev = Simd<A>::load_n(place.c0 + unit, n);
+      } else if (place.c) {
+        c_prev = Simd<A>::load_n(place.c + unit, n);
       }
     }
-    Cell::template forward<V>(x, r, h_prev, c_prev, h, c, saved);
+    if constexpr (plain) {
+      Cell::template forward<V>(x, r, h_prev, c_prev, h, c, saved);
+    } else {
+      forward_with_options(d, unit, n, x, r, h_prev, c_prev, saved);
+    }
 #pragma GCC unroll 4
     for (int g = 0; g < Cell::saved; ++g) Simd<A>::store_n(gates + g * H_ + unit, saved[g], n);
+  }
+
+  FRNN_INLINE void forward_with_options(int d, int64_t unit, int64_t n, const V* x, const V* r, V h_prev, V c_prev,
+                                        V* saved) const {
+    using One = Pack<V, 1>;  // as exact as the plain formulas of a vector
+    Options<One> options{layer_.within, {}};
+    load_peephole<S>(options, layer_.direction[d].weights.peephole, H_, unit, n, 0);
+    One of_x[G], of_r[G], values[Cell::saved + 1], h, c;
+    for (int g = 0; g < G; ++g) {
+      of_x[g].v[0] = x[g];
+      of_r[g].v[0] = r[g];
+    }
+    Cell::template forward<One>(of_x, of_r, One{{h_prev}}, One{{c_prev}}, h, c, values, options);
+    for (int g = 0; g < Cell::saved; ++g) saved[g] = values[g].v[0];
   }
 
   const LayerBackward& layer_;
   const int threads_count_;
   const int64_t I_, H_, P_;
   const int D_;
-  const int64_t panels_, x_stride_, h_stride_;
+  const int64_t panels_;
+  const bool copies_h_;  // rows of h are not multiplied where they stand
+  const int64_t x_stride_, h_stride_;
   Direction direction_[2];
   E* zeros_ = nullptr;
   Thread* threads_ = nullptr;
