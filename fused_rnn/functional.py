@@ -527,7 +527,7 @@ def _call_override(
         changed |= _given(steps)
         if within.peephole:
             *params, changed["w_peephole"] = params
-        changed |= {"training": True} if training else {}
+        changed |= ({"training": True} if training else {}) | _given(steps)
         return handle_torch_function(_PUBLIC_CELLS[settings.kind], tensors, input, hx, *params, **also, **changed)
     names = (*_ARGUMENTS, *FUNCTION_OPTIONS, *Steps._fields)
     arguments = {name: fields[name] for name in names if not _is_default(name, fields[name])}

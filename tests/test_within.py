@@ -662,17 +662,21 @@ def test_recurrent_dropout_is_the_same_in_all_slices_of_bptt_steps(backend: str)
     assert_close(outputs[0], outputs[1])
 
 
+COMPILED: list[tuple[str, dict[str, Any]]] = [
+    ("GRU", {"activation": "relu", "bptt_steps": 2, "recurrent_grad_clip": 0.5}),
+    ("LSTM", {"zoneout": 0.3, "zoneout_cell": 0.3, "recurrent_dropout": 0.3, "peephole": True, "cell_clip": 1.0}),
+    ("GRU", {"reset_after": False}),
+    ("RNN", {"nonlinearity": "softsign", "zoneout": 0.3}),
+    ("LSTMCell", {"zoneout": 0.3, "peephole": True}),
+    ("RNNCell", {"nonlinearity": "sigmoid"}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("LSTM", {"zoneout": 0.3, "zoneout_cell": 0.3, "recurrent_dropout": 0.3, "peephole": True, "cell_clip": 1.0}),
-        ("GRU", {"activation": "relu", "bptt_steps": 2, "recurrent_grad_clip": 0.5}),
-        ("GRU", {"reset_after": False}),
-        ("RNN", {"nonlinearity": "softsign", "zoneout": 0.3}),
-        ("LSTMCell", {"zoneout": 0.3, "peephole": True}),
-        ("RNNCell", {"nonlinearity": "sigmoid"}),
-    ],
+    ("backend", "name", "options"),
+    [("reference", *COMPILED[0]), *(("fused", *given) for given in COMPILED)],
     ids=str,
+    indirect=["backend"],
 )
 def test_torch_compile_has_the_options_in_one_graph(backend: str, name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
