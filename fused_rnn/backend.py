@@ -115,15 +115,15 @@ use_backend(_name_at_start)
 
 
 def why_reference(
-    input: Tensor, has_reset: bool = False, settings: Settings | None = None, recorded: bool = False
+    input: Tensor, settings: Settings | None = None, recorded: bool = False, has_reset: bool = False
 ) -> str | None:
     """Why the reference computes a call, one sentence; ``None`` if the kernels do.
 
     Args:
         input: any tensor of the call; the others have its dtype and device.
-        has_reset: whether rows begin anew within the call.
         settings: of the call, where something is within.
         recorded: whether it keeps what a backward pass needs.
+        has_reset: whether rows begin anew within the call.
 
     Raises:
         ImportError: the compiled extension is missing and the backend is not ``"reference"``.

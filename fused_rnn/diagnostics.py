@@ -344,13 +344,13 @@ def _run_checked(
     elif settings.batch_first:
         x = x.transpose(0, 1)
     h0, c0 = (None if s is None else s.unsqueeze(1) if call.batch is None else s for s in (call.h, call.c))
-    within = formulas.within_of(settings)
-    drawn = functional._draw_within(settings, within, call, call.controls)
     anew = tuple(s.unsqueeze(1) if call.batch is None else s for s in call.anew)
     live, reset = (
         None if steps is None else list(steps.unsqueeze(-1).unbind(0))
         for steps in (call.controls.mask, call.controls.reset)
     )
+    within = formulas.within_of(settings)
+    drawn = functional._draw_within(settings, within, call, call.controls)
     made, h_n, c_n = [], [], []
     per_cell = len(params) // (settings.num_layers * settings.num_directions)
     for k in range(settings.num_layers):
@@ -360,8 +360,7 @@ def _run_checked(
             of_cell = list(params[index * per_cell : (index + 1) * per_cell])
             states = tuple(None if s is None else s[index] for s in (h0, c0))
             beginnings = None if reset is None else (reset, tuple(s[index] for s in anew))
-            of_cell_drawn = _drawn_for(drawn, index)
-            cell = _run_direction(settings, x, states, of_cell, d == 1, live, of_cell_drawn, beginnings)
+            cell = _run_direction(settings, x, states, of_cell, d == 1, live, _drawn_for(drawn, index), beginnings)
             made.append(cell)
             last = 0 if d == 1 else -1
             h_n.append(cell.h[last])

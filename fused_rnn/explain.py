@@ -152,9 +152,9 @@ def explain(
         if isinstance(input, PackedSequence):
             data, batch_sizes = input.data, input.batch_sizes
     elif isinstance(module, _CELLS):
-        given = [name for name in ("lengths", "mask") if steps.get(name) is not None]
-        if given:
-            raise TypeError(f"{given[0]}: expected None for a cell, which takes one step")
+        names = [name for name in ("lengths", "mask") if steps.get(name) is not None]
+        if names:
+            raise TypeError(f"{names[0]}: expected None for a cell, which takes one step")
         settings, params = module._settings(), module._params()
     else:
         hint = "; fused_rnn.convert makes one" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""

@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
-    "hard_sigmoid": lambda x: torch.nn.functional.relu6(x + 3) / 6,  # torch's own has a float32 slope in float64
+    "hard_sigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1),  # torch.nn's own has no second derivative
     "softsign": torch.nn.functional.softsign,
     "identity": lambda x: x,
 }

@@ -206,9 +206,9 @@ def lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
-    w_peephole: Tensor | None = None,
     reset: Tensor | None = None,
     reset_state: tuple[Tensor, Tensor] | None = None,
+    w_peephole: Tensor | None = None,
     training: bool = False,
     **options: Unpack[StepFunctionOptions],
 ) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,8 @@ def lstm_cell(
     Returns:
         ``(h, c)`` after the step.
     """
-    given, steps = (w_ih, w_hh, b_ih, b_hh), cell_steps(reset, reset_state)
+    given = (w_ih, w_hh, b_ih, b_hh)
+    steps = cell_steps(reset, reset_state)
     return _functional_cell(CellKind.LSTM, "tanh", input, hx, given, w_peephole, steps, training, options)
 
 
@@ -379,8 +380,9 @@ def _functional_cell(
         if not _is_overridden(tensors):
             _checks.raise_not_matrix("w_ih", w_ih)
         given = {"nonlinearity": nonlinearity, "w_peephole": w_peephole, "training": training}
-        changed = {name: value for name, value in given.items() if value is not _CELL_DEFAULTS[name]} | _given(steps)
-        return handle_torch_function(_PUBLIC_CELLS[kind], tensors, input, hx, *weights, **changed, **options)
+        changed: dict[str, Any] = {k: value for k, value in given.items() if value is not _CELL_DEFAULTS[k]}
+        changed |= _given(steps) | options
+        return handle_torch_function(_PUBLIC_CELLS[kind], tensors, input, hx, *weights, **changed)
     rows, input_size = w_ih.shape
     params = cell_params(*weights)
     names = _CELL_NAMES[: len(params)]
@@ -474,7 +476,7 @@ def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], 
 def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
     """One step of a cell: ``(h, c)`` of an LSTM, h of the others."""
     results = None
-    if settings.within is None and steps is EVERY_STEP:
+    if steps is EVERY_STEP and settings.within is None:
         kernels = backend.eager_kernels()  # as in call_layers
         if kernels is not None:
             results = kernels.try_step(settings, input, hx, params)
@@ -522,6 +524,7 @@ def _call_override(
     fields = settings._asdict() | around._asdict() | within._asdict() | steps._asdict()
     if settings.is_cell:
         changed = {name: fields[name] for name in STEP_FUNCTION_OPTIONS if not _is_default(name, fields[name])}
+        changed |= _given(steps)
         if within.peephole:
             *params, changed["w_peephole"] = params
         changed |= ({"training": True} if training else {}) | _given(steps)
@@ -551,9 +554,10 @@ def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[
     _checks.check_steps(settings, steps, input, num_steps, batch)
     mask = _live_steps(settings, steps, input, num_steps, batch)
     reset = None if steps.reset is None else _in_time_order(settings, steps.reset, batch).contiguous()
-    controls, anew = Controls(steps.batch_sizes, mask, reset=reset), _anew(settings, steps)
+    controls = Controls(steps.batch_sizes, mask, reset=reset)
+    anew = _anew(settings, steps)
     within = _what_is_within(settings, num_steps, steps, (input, h, c, *params, *anew))
-    why_reference = backend.why_reference(input, reset is not None, *within)
+    why_reference = backend.why_reference(input, *within, has_reset=reset is not None)
     return Call(input, h, c, controls, num_steps, batch, why_reference, anew)
 
 
@@ -749,8 +753,8 @@ def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[An
         _checks.check_reset(settings, steps, input, tuple(sizes), layout, tuple(sizes))
         anew = _anew(settings, steps)
     is_empty = settings.hidden_size == 0 or settings.input_size == 0
-    within = _what_is_within(settings, 1, EVERY_STEP, (input, h, c, *params, *anew))
-    why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input, False, *within)
+    within = _what_is_within(settings, 1, EVERY_STEP, (input, h, c, *params))
+    why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input, *within)
     return Call(input, h, c, Controls(reset=steps.reset), 1, sizes[0] if sizes else None, why_reference, anew)
 
 
