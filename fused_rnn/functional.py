@@ -524,7 +524,6 @@ def _call_override(
     fields = settings._asdict() | around._asdict() | within._asdict() | steps._asdict()
     if settings.is_cell:
         changed = {name: fields[name] for name in STEP_FUNCTION_OPTIONS if not _is_default(name, fields[name])}
-        changed |= _given(steps)
         if within.peephole:
             *params, changed["w_peephole"] = params
         changed |= ({"training": True} if training else {}) | _given(steps)
@@ -753,7 +752,7 @@ def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[An
         _checks.check_reset(settings, steps, input, tuple(sizes), layout, tuple(sizes))
         anew = _anew(settings, steps)
     is_empty = settings.hidden_size == 0 or settings.input_size == 0
-    within = _what_is_within(settings, 1, EVERY_STEP, (input, h, c, *params))
+    within = _what_is_within(settings, 1, EVERY_STEP, (input, h, c, *params, *anew))
     why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input, *within)
     return Call(input, h, c, Controls(reset=steps.reset), 1, sizes[0] if sizes else None, why_reference, anew)
 
