@@ -46,6 +46,7 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
             initial.draw_peepholes(self)
 
     _within: Within | None = None
+    __jit_unused_properties__ = list(CELL_OPTIONS)  # torch.jit.script of a subclass passes them by
 
     recurrent_dropout: float = in_within("recurrent_dropout")
     zoneout: float = in_within("zoneout")
