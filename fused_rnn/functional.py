@@ -828,7 +828,8 @@ def _draw_within(
         recurrent_dropout = _recurrent_dropout_factors(settings, within, call)
     controls = controls._replace(recurrent_dropout=recurrent_dropout)
     if within.training:
-        rows = call.input.shape[0] if controls.batch_sizes is not None else call.num_steps * (call.batch or 1)
+        batch = 1 if call.batch is None else call.batch
+        rows = call.input.shape[0] if controls.batch_sizes is not None else call.num_steps * batch
         cells = settings.num_layers * settings.num_directions
         sizes = (settings.state_size, settings.hidden_size)
         h, c = (

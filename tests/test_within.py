@@ -317,7 +317,7 @@ def test_rates_of_1_and_of_0(backend: str, name: str) -> None:
 ALONE: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {"activation": "softsign"}),
     ("LSTM", {"recurrent_activation": "hard_sigmoid"}),
-    ("LSTM", {"peephole": True}),
+    ("LSTM", {"peephole": True, "recurrent_bias": False}),
     ("LSTM", {"coupled_gates": True}),
     ("LSTM", {"cell_clip": 0.4}),
     ("GRU", {"activation": "relu"}),
@@ -388,6 +388,19 @@ def test_rows_of_other_lengths_are_rows_by_themselves(
         wanted = [total + gradient for total, gradient in zip(wanted, gradients, strict=True)]
     for a, b in zip(found, wanted, strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize(("name", "options"), ALONE + DRAWN, ids=str)
+def test_an_empty_batch_and_no_batch(backend: str, name: str, options: dict[str, Any]) -> None:
+    layer, x = make(name, num_layers=2, **options), data(T, 1, INPUT)
+    assert layer(x[:, :0])[0].shape == (T, 0, H)
+    results = []
+    for unbatched in (False, True):
+        torch.manual_seed(1)
+        output, states = layer(x[:, 0] if unbatched else x)
+        results.append([t if unbatched else t.squeeze(1) for t in (output, *flat(states))])
+    for a, b in zip(*results, strict=True):
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize("layout", ["lengths", "packed"])
