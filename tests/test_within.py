@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from fused_rnn import functional
-from fused_rnn.settings import ACTIVATIONS, CELL_OPTIONS
+from fused_rnn.settings import ACTIVATIONS, CELL_OPTIONS, CellKind, Settings, Within
 
 LAYERS = ("LSTM", "GRU", "RNN")
 T, B, INPUT, H = 6, 3, 4, 5
@@ -970,6 +971,27 @@ def test_what_no_kernel_has_runs_on_the_formulas_and_says_so() -> None:
 
 
 @pytest.mark.kernels
+def test_no_option_within_has_a_kernel_on_cuda() -> None:
+    on_cuda = types.SimpleNamespace(is_cuda=True)
+    for name, value in (("zoneout", 0.5), ("peephole", True), ("recurrent_grad_clip", 1.0)):
+        reason = fused_rnn.ops.why_not_within(CellKind.LSTM, Within(**{name: value}), on_cuda, True)
+        assert reason == f"no fused kernel for cuda tensors has {name}"
+
+
+@pytest.mark.parametrize("row", ROWS[:12], ids=name_of)
+def test_what_is_within_comes_out_of_the_operators_lists_as_it_went_in(row: Row) -> None:
+    layer, _, _ = build(row)
+    layer.recurrent_grad_clip = 0.25
+    settings = layer._settings()
+    integers, numbers = settings.flatten()
+    assert all(type(value) is int for value in integers) and all(type(value) is float for value in numbers)
+    restored = Settings.restore(integers, numbers, torch.empty(3, 2, 3), layer._params())
+    # what Python has drawn by is no part of the lists
+    assert restored.within == settings.within._replace(recurrent_dropout=0.0, training=False)
+    assert restored.flatten() == (integers, numbers)
+
+
+@pytest.mark.kernels
 def test_a_kernel_never_sees_what_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[float]] = []
     run = fused_rnn.ops.run_stack
@@ -1115,3 +1137,6 @@ def test_functions_refuse() -> None:
         functional.gru_cell(x[0], None, *make("GRUCell").parameters(), training=1, zoneout=0.5)
     with pytest.raises(RuntimeError, match=r"hx\[0\]: expected \(3, 5\), got \(2, 5\)"):
         cell(x[0], (data(2, H), data(2, H)))
+    layer.weight_peephole_l0.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="weight_peephole_l0: expected a tensor with memory"):
+        layer(x)
