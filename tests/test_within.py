@@ -1046,6 +1046,23 @@ def test_a_module_with_a_part_of_such_a_name_is_left_alone() -> None:
     assert type(module) is WithActivation and "an attribute activation" in report.left_alone[""]
 
 
+@pytest.mark.parametrize("base", ["LSTM", "LSTMCell"])
+def test_a_subclass_may_have_a_part_of_such_a_name(base: str) -> None:
+    with fused_rnn.patch():
+
+        class WithActivation(getattr(nn, base)):
+            def __init__(self) -> None:
+                super().__init__(INPUT, H)
+                self.activation = nn.ReLU()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.activation(super().forward(x)[0])
+
+    module, x = WithActivation(), torch.randn(B, INPUT)
+    assert module._within is None
+    assert_same(module(x), getattr(fused_rnn, base).forward(module, x)[0].relu())
+
+
 def test_diagnostics_have_the_options(backend: str) -> None:
     options = {"zoneout": 0.3, "zoneout_cell": 0.2, "peephole": True, "cell_clip": 0.5, "recurrent_dropout": 0.3}
     for name, given in (("LSTM", options), ("GRU", {"reset_after": False, "activation": "relu"})):
