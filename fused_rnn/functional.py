@@ -99,9 +99,10 @@ def lstm(
             is then packed data as in :class:`torch.nn.utils.rnn.PackedSequence`.
         recompute: keep only the states for the backward pass, and compute the gates there again: less memory, more
             time, the same numbers.
-        input_dropout, recurrent_dropout, weight_dropout, zoneout, zoneout_cell, activation, recurrent_activation,
-            recurrent_bias, peephole, coupled_gates, cell_clip, recurrent_grad_clip, bptt_steps: as
-            :class:`fused_rnn.LSTM` has them; the dropouts act while ``training``.
+        input_dropout, recurrent_dropout, weight_dropout, zoneout, zoneout_cell: as :class:`fused_rnn.LSTM` has them;
+            drawn while ``training``.
+        activation, recurrent_activation, recurrent_bias, peephole, coupled_gates, cell_clip: the same.
+        recurrent_grad_clip, bptt_steps: the same.
         lengths: steps of each row from the first, any integer dtype on any device, 0 to T. On the CPU an error says if
             one is not in that range; on other devices, and under :func:`torch.compile`, a negative one counts as 0 and
             a larger one as T.
