@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from . import compiled
@@ -89,11 +90,25 @@ def translate(source: Path, arch: str = "90a", csrc: Path = ROOT / "csrc", to: s
     """What nvcc makes of a CUDA source for one architecture: PTX, or (``to="cubin"``) machine code."""
     nvcc = find_nvcc()
     assert nvcc, "nvcc is not there"
+    if to == "ptx" and source.parent == KERNELS and csrc == ROOT / "csrc" and (made := _left_by_make(source, arch)):
+        return made
     # As in tools/cuda_build.py.
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", f"-{to}"]
     folder = BUILD / "nvcc" / ("" if csrc == ROOT / "csrc" else csrc.parent.name)
     command = (nvcc, *flags, f"-I{csrc}", f"-I{SOURCES}", str(source))
     return compiled.make([Step(folder / f"{source.stem}.{arch}.{to}", command)])[0]
+
+
+def _left_by_make(source: Path, arch: str) -> Path | None:
+    """The same PTX, where `make cuda-compile` has made it."""
+    tools = str(ROOT / "tools")
+    if tools not in sys.path:
+        sys.path.insert(0, tools)
+    import cuda_build
+    import cuda_compile
+
+    nvcc = cuda_build.find_nvcc()
+    return cuda_compile.ptx_of(nvcc, source, arch) if nvcc and not cuda_build.further_flags() else None
 
 
 def run(
