@@ -185,9 +185,12 @@ def _describe(kernel: Kernel | None) -> str:
 
 def is_like_another(source: Path, arch: str) -> bool:
     """Persistent kernels for float16, beside those for bfloat16; and of the two architectures that have one kind of
-    warps, in clusters, all but the bfloat16 ones of the first."""
-    if not source.name.startswith("persistent") or "bfloat16" in source.name:
-        return source.name.startswith("persistent") and arch == "120"
+    warps, in clusters, all but the bfloat16 ones of the first. Of other kernels, which ask whether there are clusters
+    and no more than that, those of both; but for the exchange by itself, which takes a second."""
+    if source.name == "barrier.cu":
+        return False
+    if "bfloat16" in source.name:
+        return arch == "120"
     return "float16" in source.name or arch in ("100", "120")
 
 
