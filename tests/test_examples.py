@@ -52,6 +52,12 @@ def common() -> Iterator[Any]:
             del sys.modules[name]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread_in_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in conftest.py; other processes run tests beside them."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 def run_example(name: str, *arguments: str, expect: int = 0) -> str:
     command = [sys.executable, "-m", "fused_rnn", "demo", name, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300)
