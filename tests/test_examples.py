@@ -55,8 +55,9 @@ def common() -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def _one_thread_in_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in conftest.py; other processes run tests beside them."""
+    """As in conftest.py; other processes run tests beside them. And no processes of theirs that wait to compile."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def run_example(name: str, *arguments: str) -> str:
