@@ -26,6 +26,33 @@ void run_layer(const Layer& layer, Run run, bool backward) {
               "fused_rnn: out of memory for packed weights and buffers");
 }
 
+// uint8 (entries, rows, ceil(units / 8)) from the seed, int64 of one element: csrc/cpu/draw.h.
+Tensor draw_bits(const Tensor& seed, int64_t entries, int64_t rows, int64_t units, double rate) {
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed: expected one int64, got ",
+              seed.scalar_type(), " ", seed.sizes());
+  check_memory(seed, "seed");
+  TORCH_CHECK(entries >= 0 && rows >= 0 && units >= 0, "draw_bits: expected sizes that are not negative, got ", entries,
+              ", ", rows, ", ", units);
+  TORCH_CHECK(rate >= 0 && rate <= 1, "rate: expected 0 to 1, got ", rate);
+  const int64_t bytes = units / 8 + (units % 8 > 0);
+  const Tensor bits = at::empty({entries, rows, bytes}, seed.options().dtype(at::kByte));
+  if (bits.numel() == 0) return bits;
+  const uint64_t value = uint64_t(*seed.const_data_ptr<int64_t>());
+  uint8_t* data = bits.mutable_data_ptr<uint8_t>();
+  const auto draw = kernels().draw_bits;
+  const auto run = [&](int64_t begin, int64_t end) {
+    draw(value, begin, end - begin, units, rate, data + begin * bytes);
+  };
+  constexpr int64_t bytes_of_a_thread = 4096;
+  const int64_t all = entries * rows, grain = std::max<int64_t>(1, bytes_of_a_thread / bytes);
+  if (all <= grain || team_is_late() || usable_threads(at::get_num_threads()) == 1) {
+    run(0, all);
+  } else {
+    at::parallel_for(0, all, grain, run);
+  }
+  return bits;
+}
+
 struct Cpu {
   static constexpr bool one_matrix = false;
   static constexpr bool adds_into_grad_x = true;
@@ -63,6 +90,8 @@ TORCH_LIBRARY(fused_rnn, m) {
       "Tensor gates, Tensor cells, int[] settings, float[] numbers, bool[] needs) "
       "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
       {at::Tag::pt2_compliant_tag});
+  m.def("draw_bits(Tensor seed, SymInt entries, SymInt rows, SymInt units, float rate) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
@@ -70,6 +99,7 @@ TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("rnn_backward", &rnn_backward<Cpu>);
   m.impl("cell_forward", &cell_forward<Cpu>);
   m.impl("cell_backward", &cell_backward<Cpu>);
+  m.impl("draw_bits", &draw_bits);
 }
 
 }  // namespace fused_rnn

@@ -854,6 +854,9 @@ def _draw_bits(like: Tensor, shape: tuple[int, ...], size: int, rate: float) -> 
     """uint8 (*shape, ceil(size / 8)): bit u % 8 of byte u / 8 is 1 with probability ``rate``."""
     if size == 0:
         return like.new_empty(*shape, 0, dtype=torch.uint8)
+    if like.device.type == "cpu" and backend.ops is not None:
+        seed = like.new_empty(1, dtype=torch.int64).random_()
+        return backend.ops.draw_bits(seed, *shape, size, rate)
     drawn = like.new_empty(*shape, 8 * -(-size // 8), dtype=torch.bool).bernoulli_(rate)
     # Eight bytes of 0 or 1 as one number. The product has, for byte k, a 1 at bit 8 * k + 7 * j for each j of 1 to 8,
     # no two at the same place: the highest byte is the sum over k of those with j = 8 - k, its bit k.

@@ -20,6 +20,8 @@ step.
 ``cell_forward``          one step: h (B, H), c (B, H) or (0,), gates (1, B, S, H), cells (1, B, H); gates of a cell
                           that saves none (S = 0) are (1, B, 1, H), a copy of h, which callers change in place
 ``cell_backward``         its gradients
+``draw_bits``             uint8 (entries, rows, ceil(units / 8)), each bit 1 with probability ``rate``, those behind the
+                          last unit 0, from the int64 in ``seed`` alone; on the CPU
 ========================= =============================================================================================
 
 Forward mode, and the gradient of a backward pass, go through :mod:`fused_rnn.formulas`: the Autograd kernels of the
@@ -98,6 +100,7 @@ _rnn_forward = torch.ops.fused_rnn.rnn_forward.default
 _rnn_backward = torch.ops.fused_rnn.rnn_backward.default
 _cell_forward = torch.ops.fused_rnn.cell_forward.default
 _cell_backward = torch.ops.fused_rnn.cell_backward.default
+_draw_bits = torch.ops.fused_rnn.draw_bits.default
 
 
 _isa = os.environ.get("FUSED_RNN_ISA")
@@ -427,7 +430,7 @@ def _register_loop_over_examples(operator: torch._ops.OpOverload) -> None:
     torch.library.register_vmap(operator.name(), batched)
 
 
-for _operator in (_rnn_forward, _rnn_backward, _cell_forward, _cell_backward):
+for _operator in (_rnn_forward, _rnn_backward, _cell_forward, _cell_backward, _draw_bits):
     _register_loop_over_examples(_operator)
 
 
@@ -474,6 +477,20 @@ def _check_sizes(
 def _on_device(controls: Controls) -> dict[str, Tensor | None]:
     """Those that have to be on the input's device."""
     return {name: tensor for name, tensor in controls._asdict().items() if name != "batch_sizes"}
+
+
+def draw_bits(seed: Tensor, entries: int, rows: int, units: int, rate: float) -> Tensor:
+    """uint8 (entries, rows, ceil(units / 8)): bit u % 8 of byte u / 8 is 1 with probability ``rate``.
+
+    The same for the same seed, int64 of one element on the CPU, whatever the number of threads.
+    """
+    result: Tensor = _draw_bits(seed, entries, rows, units, rate)
+    return result
+
+
+@torch.library.register_fake("fused_rnn::draw_bits")
+def _(seed, entries, rows, units, rate):  # type: ignore[no-untyped-def]
+    return seed.new_empty(entries, rows, (units + 7) // 8, dtype=torch.uint8)
 
 
 @torch.library.register_fake("fused_rnn::rnn_forward")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_rnn import formulas
 from fused_rnn.check import random_values
-from fused_rnn.settings import CellKind
+from fused_rnn.settings import CellKind, Settings
 
 pytestmark = pytest.mark.compiles
 
@@ -159,8 +159,10 @@ class Problem:
 
     def _layer(self, t: dict[str, Tensor], steps: list[Tensor], h0: Tensor, c0: Tensor | None, reverse: bool) -> Any:
         identity = torch.eye(self.kind.num_gates * self.H, dtype=torch.float64)
-        weights = [identity, t["w_hh"], t.get("b_ih"), t.get("b_hh"), None]
-        return formulas._layer(self.kind, steps, h0, c0, weights, reverse)
+        weights = [identity, t["w_hh"], t.get("b_ih"), t.get("b_hh"), None, None]
+        within = formulas.within_of(Settings(0, self.H, self.H, self.kind))
+        course = formulas._Course(steps, None, None, None, None)
+        return formulas._layer(self.kind, course, (h0, c0), weights, reverse, within)
 
     def _run(self, t: dict[str, Tensor], *, reverse: bool) -> dict[str, Tensor]:
         h0, c0 = self._initial(t)

@@ -17,7 +17,7 @@ from fused_rnn import settings
 
 pytestmark = pytest.mark.kernels
 
-NAMES = ("rnn_forward", "rnn_backward", "cell_forward", "cell_backward")
+NAMES = ("rnn_forward", "rnn_backward", "cell_forward", "cell_backward", "draw_bits")
 
 CASES = [
     *(Case(cell=cell, num_layers=2, bidirectional=True, hx=True, packing="unsorted") for cell in CELLS),

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import functional
+from fused_rnn.settings import Controls
 
 np = pytest.importorskip("numpy")
 
@@ -36,10 +37,10 @@ def test_every_argument_of_every_operator_is_checked(calls: str) -> None:
 
 LARGE = """
 import torch, fused_rnn
-from fused_rnn.settings import OPERATORS_VERSION
+from fused_rnn.settings import OPERATORS_VERSION, Controls, Within
 ops = torch.ops.fused_rnn
 x = torch.zeros(5, 2, 3)
-one, none = torch.zeros(1), torch.zeros(0)
+one, none, bits = torch.zeros(1), torch.zeros(0), torch.zeros(1, 1, 1, dtype=torch.uint8)
 
 def giant(*shape):
     return one.reshape([1] * len(shape)).expand(shape)
@@ -47,8 +48,11 @@ def giant(*shape):
 def params(G, H, I, P=None):
     return [giant(G * H, I), giant(G * H, P or H), giant(G * H), giant(G * H)]
 
-def forward(input, params, controls=(), settings=(2, 1, 1, 0, 0, 0), h0=None, c0=None, save=False):
-    return ops.rnn_forward(input, h0, c0, params, list(controls), [*settings, OPERATORS_VERSION], [], save)
+def forward(input, params, settings=(2, 1, 1, 0, 0, 0), h0=None, c0=None, within=None, save=False, **controls):
+    given = list(Controls(**controls)) if controls else []
+    integers, numbers = ([], []) if within is None else (within.integers(), within.numbers())
+    given = [none if t is None else t for t in given]
+    return ops.rnn_forward(input, h0, c0, params, given, [*settings, *integers, OPERATORS_VERSION], numbers, save)
 
 def step(input, h, c, params, kind):
     return ops.cell_forward(input, h, c, params, [kind, 1, 1, 0, 0, 0, OPERATORS_VERSION], [], True)
@@ -74,18 +78,40 @@ calls = {
     "units": lambda: forward(giant(2, 2**31, 2**30), params(1, 2**31, 2**30), settings=(0, 1, 1, 0, 0, 0)),
     "units of an LSTM": lambda: forward(giant(2, 2**31, 2**30), params(4, 2**29, 2**30)),
     "projection": lambda: forward(giant(1, 1, 1), [*params(4, 2, 1, P=2**59), giant(2**59, 2)]),
-    "packed steps": lambda: forward(giant(2**62, 1), params(4, 4, 1), [torch.tensor([2**62]), none, none]),
+    "packed steps": lambda: forward(giant(2**62, 1), params(4, 4, 1), batch_sizes=torch.tensor([2**62])),
     "packed steps that overflow": lambda: forward(
-        torch.zeros(4, 1), params(4, 4, 1), [torch.tensor([2**62] * 4 + [4]), none, none]
+        torch.zeros(4, 1), params(4, 4, 1), batch_sizes=torch.tensor([2**62] * 4 + [4])
     ),
     "packed steps of a view": lambda: forward(
-        giant(2**62, 1), params(4, 4, 1), [torch.tensor([2**62]).expand(2**62), none, none]
+        giant(2**62, 1), params(4, 4, 1), batch_sizes=torch.tensor([2**62]).expand(2**62)
     ),
     "a mask": lambda: forward(
-        giant(2**61, 1, 1), params(4, 4, 1), [none, torch.ones(1, 1, dtype=torch.bool).expand(2**61, 1), none]
+        giant(2**61, 1, 1), params(4, 4, 1), mask=torch.ones(1, 1, dtype=torch.bool).expand(2**61, 1)
     ),
     "dropout": lambda: forward(
-        giant(2**30, 2**30, 1), params(1, 1, 1) * 2, [none, none, giant(1, 2**30, 2**30, 1)], (0, 1, 2, 0, 0, 0)
+        giant(2**30, 2**30, 1), params(1, 1, 1) * 2, (0, 1, 2, 0, 0, 0), dropout=giant(1, 2**30, 2**30, 1)
+    ),
+    "resets": lambda: forward(
+        giant(2**61, 1, 1), params(4, 4, 1), reset=torch.ones(1, 1, dtype=torch.bool).expand(2**61, 1)
+    ),
+    "resets with a state": lambda: forward(
+        giant(1, 2**61, 1),
+        [*params(1, 1, 1), giant(1, 2**61, 1)],
+        (0, 1, 1, 0, 0, 0),
+        within=Within(reset_state=True),
+        reset=torch.ones(1, 1, dtype=torch.bool).expand(1, 2**61),
+    ),
+    "factors of h": lambda: forward(
+        giant(1, 2**61, 1), params(1, 1, 1), (0, 1, 1, 0, 0, 0), recurrent_dropout=giant(1, 2**61, 1)
+    ),
+    "zoneout": lambda: forward(
+        giant(2**30, 2**30, 1), params(1, 1, 1), (0, 1, 1, 0, 0, 0), zoneout=bits.expand(1, 2**60, 1)
+    ),
+    "zoneout of the cell": lambda: forward(
+        giant(2**30, 2**30, 1), params(4, 4, 1), zoneout_cell=bits.expand(1, 2**60, 1)
+    ),
+    "peepholes": lambda: forward(
+        giant(1, 1, 1), [*params(4, 2**31, 1), giant(3 * 2**31)], within=Within(peephole=True)
     ),
     "a state": lambda: forward(
         giant(1, 2**61, 1), params(1, 1, 1), h0=giant(1, 2**61, 1), settings=(0, 1, 1, 0, 0, 0)
@@ -106,7 +132,7 @@ for name, call in calls.items():
 
 # Nothing to compute, however many steps there are of it.
 no_row = torch.ones(1, 0, dtype=torch.bool).expand(2**62, 0)
-empty = forward(torch.zeros(1, 0, 3).expand(2**62, 0, 3), small, [none, no_row, none])
+empty = forward(torch.zeros(1, 0, 3).expand(2**62, 0, 3), small, mask=no_row)
 assert empty[0].shape == (2**62, 0, 4)
 print("end", flush=True)
 """
@@ -125,14 +151,14 @@ def test_no_product_of_sizes_overflows_before_it_is_checked() -> None:
 def test_what_the_operator_saves_of_masked_calls_is_zeros_behind_the_live_steps(cell: str, dtype: torch.dtype) -> None:
     """It returns that memory, so whatever was freed there before must not show."""
     case = Case(cell, num_layers=2, bidirectional=True, dtype=dtype)
-    layer, x, none = case.build(fused_rnn), case.data().sequence.detach(), torch.empty(0)
+    layer, x = case.build(fused_rnn), case.data().sequence.detach()
     mask = torch.ones(case.steps, case.batch, dtype=torch.bool)
     mask[1::2, 1] = mask[:, 2] = False
     live, all_rows = int(mask.sum()), mask.numel()
     settings, numbers = layer._settings().flatten()
-    params = [p.detach() for p in layer.parameters()]
+    params, controls = [p.detach() for p in layer.parameters()], Controls(mask=mask).flatten(x)
     for _ in range(3):  # what the first saves is overwritten and freed, and the others lie there
-        results = torch.ops.fused_rnn.rnn_forward(x, None, None, params, [none, mask, none], settings, numbers, True)
+        results = torch.ops.fused_rnn.rnn_forward(x, None, None, params, controls, settings, numbers, True)
         for saved in results[3:]:
             if not saved.numel():
                 continue

@@ -19,8 +19,14 @@ struct Gru {
   template <class V, class Options = PlainGates>
   static FRNN_HOST_DEVICE void forward(const V* x, const V* r, V h_prev, V, V& h, V&, V* saved_values,
                                        const Options& options = {}) {
-    const V reset = options.template gate<V>(x[0] + r[0]);
-    const V update = options.template gate<V>(x[1] + r[1]);
+    V gates[2] = {x[0] + r[0], x[1] + r[1]};
+    if constexpr (Options::plain) {
+      gates[0] = sigmoid<V>(gates[0]);
+      gates[1] = sigmoid<V>(gates[1]);
+    } else {
+      options.template gates<V>(gates, 2);
+    }
+    const V reset = gates[0], update = gates[1];
     const V candidate = options.template state<V>(x[2] + reset * r[2]);
     h = candidate + update * (h_prev - candidate);
     saved_values[0] = reset;

@@ -20,30 +20,33 @@ struct Lstm {
   template <class V, class Options = PlainGates>
   static FRNN_HOST_DEVICE void forward(const V* x, const V* r, V, V c_prev, V& h, V& c, V* saved_values,
                                        const Options& options = {}) {
-    V a_i = x[0] + r[0], a_f = x[1] + r[1];
-    if constexpr (!Options::plain) {
-      if (options.within.peephole) {
-        a_i = a_i + options.peephole[0] * c_prev;
-        a_f = a_f + options.peephole[1] * c_prev;
+    if constexpr (Options::plain) {
+      const V i = sigmoid<V>(x[0] + r[0]);
+      const V f = sigmoid<V>(x[1] + r[1]);
+      const V g = tanh<V>(x[2] + r[2]);
+      const V o = sigmoid<V>(x[3] + r[3]);
+      c = f * c_prev + i * g;
+      h = o * tanh<V>(c);
+      saved_values[0] = i;
+      saved_values[1] = f;
+      saved_values[2] = g;
+      saved_values[3] = o;
+    } else {
+      V gates[3] = {x[0] + r[0], x[1] + r[1], x[3] + r[3]};  // i, f, o
+      const bool peephole = options.within.peephole;
+      if (peephole) {
+        gates[0] = gates[0] + options.peephole[0] * c_prev;
+        gates[1] = gates[1] + options.peephole[1] * c_prev;
       }
+      options.template gates<V>(gates, peephole ? 2 : 3);
+      if (options.within.coupled_gates) gates[0] = typename Lanes<V>::Scalar(1) - gates[1];
+      saved_values[0] = gates[0];
+      saved_values[1] = gates[1];
+      saved_values[2] = options.template state<V>(x[2] + r[2]);
+      c = new_cell<V>(gates[0], gates[1], saved_values[2], c_prev, options);
+      saved_values[3] = peephole ? options.template gate<V>(gates[2] + options.peephole[2] * c) : gates[2];
+      h = saved_values[3] * options.template state<V>(c);
     }
-    V i = options.template gate<V>(a_i);
-    const V f = options.template gate<V>(a_f);
-    if constexpr (!Options::plain) {
-      if (options.within.coupled_gates) i = typename Lanes<V>::Scalar(1) - f;
-    }
-    const V g = options.template state<V>(x[2] + r[2]);
-    c = new_cell<V>(i, f, g, c_prev, options);
-    V a_o = x[3] + r[3];
-    if constexpr (!Options::plain) {
-      if (options.within.peephole) a_o = a_o + options.peephole[2] * c;
-    }
-    const V o = options.template gate<V>(a_o);
-    h = o * options.template state<V>(c);
-    saved_values[0] = i;
-    saved_values[1] = f;
-    saved_values[2] = g;
-    saved_values[3] = o;
   }
 
   template <class V, class Options>

@@ -2,6 +2,7 @@
 //
 //   plain                            true where only the cell's own formulas are wanted
 //   state(a), gate(a)                the function of the state (tanh), of a gate (sigmoid)
+//   gates(a, count)                  the latter of several values, in place; not of PlainGates
 //   state_gradient(d, y), gate_gradient(d, y)
 //                                    the gradient of a from that of y = state(a) or gate(a)
 #pragma once
@@ -79,29 +80,45 @@ FRNN_HOST_DEVICE V activation_gradient(Activation which, V d, V y) {
   return d;
 }
 
-// Functions: a struct with activate(which, a) and gradient(which, d, y), so that a target may choose how they are
-// called.
-template <class V, class Functions>
+// own: the functions are the cell's own; else Functions::activate(which, values, count) computes several values at
+// once, so that a target may choose how that is called.
+template <class V, bool own, class Functions = void>
 struct OptionalGates {
   static constexpr bool plain = false;
   const Within& within;
   V peephole[3];  // of i, f, o, where within.peephole is set
 
   template <class>
-  FRNN_HOST_DEVICE V state(const V& a) const {
-    return Functions::activate(within.activation, a);
+  FRNN_HOST_DEVICE V state(V a) const {
+    if constexpr (own) {
+      return PlainGates::state<V>(a);
+    } else {
+      Functions::activate(within.activation, &a, 1);
+      return a;
+    }
   }
   template <class>
-  FRNN_HOST_DEVICE V gate(const V& a) const {
-    return Functions::activate(within.recurrent_activation, a);
+  FRNN_HOST_DEVICE V gate(V a) const {
+    gates<V>(&a, 1);
+    return a;
+  }
+  template <class>
+  FRNN_HOST_DEVICE void gates(V* a, int count) const {
+    if constexpr (own) {
+      for (int k = 0; k < count; ++k) a[k] = PlainGates::gate<V>(a[k]);
+    } else {
+      Functions::activate(within.recurrent_activation, a, count);
+    }
   }
   template <class>
   FRNN_HOST_DEVICE V state_gradient(const V& d, const V& y) const {
-    return Functions::gradient(within.activation, d, y);
+    if constexpr (own) return PlainGates::state_gradient<V>(d, y);
+    return activation_gradient<V>(within.activation, d, y);
   }
   template <class>
   FRNN_HOST_DEVICE V gate_gradient(const V& d, const V& y) const {
-    return Functions::gradient(within.recurrent_activation, d, y);
+    if constexpr (own) return PlainGates::gate_gradient<V>(d, y);
+    return activation_gradient<V>(within.recurrent_activation, d, y);
   }
 };
 

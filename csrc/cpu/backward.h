@@ -48,6 +48,7 @@ class BackwardPass {
         B_(layer.steps.B),
         projects_(layer.direction[0].weights.w_hr != nullptr),
         wants_x_(layer.grad_x.data != nullptr),
+        gates_(gates_wanted<Cell>(layer)),
         plain_gates_(layer.plain_gates),
         state_stride_(round_up(P_, width) + 16),
         unit_stride_(round_up(H_, width) + 16),
@@ -381,11 +382,7 @@ class BackwardPass {
         barrier.wait();
         gradient_before_projection(d, rows, row + r0, unit_panels, mine);
       }
-      if (plain_gates_) {
-        gradients_of_rows<true>(d, t, r0, rows, unit_panels, row, mine);
-      } else {
-        gradients_of_rows<false>(d, t, r0, rows, unit_panels, row, mine);
-      }
+      with_gates(gates_, [&](auto kind) { gradients_of_rows<kind>(d, t, r0, rows, unit_panels, row, mine); });
       barrier.wait();
       const bool scales = s.through != nullptr;
       A* product = (scales ? s.through : s.grad_state) + r0 * state_stride_;
@@ -522,7 +519,7 @@ class BackwardPass {
   static constexpr int group = 2;
 
   // Gate gradients of one step for the owned rows and units; row: of the chunk, before row 0 of the step.
-  template <bool plain>
+  template <Gates kind>
   void gradients_of_rows(int d, int64_t t, int64_t r0, int64_t rows, Share panels, int64_t row, ThreadScratch& mine) {
     const int64_t begin = panels.begin * panel_columns;
     const int64_t end = panels.end * panel_columns < H_ ? panels.end * panel_columns : H_;
@@ -532,12 +529,12 @@ class BackwardPass {
       for (int64_t unit = begin; unit < end; unit += width) {
         units[waiting++] = {r0 + r, unit, row + r0 + r, mine.grad_hidden + r * unit_stride_};
         if (waiting == group) {
-          gate_gradients<group, plain>(d, t, units);
+          gate_gradients<group, kind>(d, t, units);
           waiting = 0;
         }
       }
     }
-    if (waiting > 0) gate_gradients<1, plain>(d, t, units);
+    if (waiting > 0) gate_gradients<1, kind>(d, t, units);
   }
 
   // One vector of units of one row; the row within the chunk; where the gradient of h before a projection stands.
@@ -546,9 +543,10 @@ class BackwardPass {
     const A* grad_hidden;
   };
 
-  template <int N, bool plain>
+  template <int N, Gates kind>
   FRNN_INLINE void gate_gradients(int d, int64_t t, const Units* units) {
     using Values = Pack<V, N, rough_gates<S>>;
+    constexpr bool plain = kind == Gates::plain;
     const DirectionBackward& dir = layer_.direction[d];
     DirectionScratch& s = direction_[d];
     const int64_t first_row = layer_.steps.first_row(t);
@@ -588,7 +586,7 @@ class BackwardPass {
         if (projects_) hidden = Cell::template hidden<Values>(saved, c);
       }
     } else {
-      const Options<Values> options = options_of<N>(d, units);
+      const auto options = options_of<N, kind == Gates::own_functions>(d, units);
       Cell::template backward<Values>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev, options);
       dh_prev = dh_prev + h_to_before;
       dc_prev = dc_prev + c_to_before;
@@ -609,9 +607,9 @@ class BackwardPass {
     }
   }
 
-  template <int N>
+  template <int N, bool own>
   FRNN_INLINE auto options_of(int d, const Units* units) const {
-    Options<Pack<V, N, rough_gates<S>>> options{layer_.within, {}};
+    Options<Pack<V, N, rough_gates<S>>, own> options{layer_.within, {}};
     for (int i = 0; i < N; ++i)
       load_peephole<S>(options, layer_.direction[d].weights.peephole, H_, units[i].unit, H_ - units[i].unit, i);
     return options;
@@ -720,7 +718,7 @@ class BackwardPass {
     if (!begun) {
       for (int k = 0; k < 3; ++k) copy_row<A, A>(nullptr, s.peephole + k * H_ + own.begin, own.end - own.begin);
     }
-    const Options<One> options{layer_.within, {}};
+    const Options<One, true> options{layer_.within, {}};  // no function is asked for
     each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
       const Before state = before(d, t, b);
       const S* gates = saved_gates(d, t, b, row);
@@ -856,7 +854,9 @@ class BackwardPass {
   const int64_t I_, H_, P_;
   const int D_;
   const int64_t T_, B_;
-  const bool projects_, wants_x_, plain_gates_;
+  const bool projects_, wants_x_;
+  const Gates gates_;
+  const bool plain_gates_;
   const int64_t state_stride_, unit_stride_, grad_stride_;
   GateRecomputation<Cell, S> recomputation_;
   friend class GateRecomputation<Cell, S>;

@@ -126,6 +126,7 @@ class ForwardPass {
         B_(layer.steps.B),
         panels_((H_ + panel_units - 1) / panel_units),
         projects_(layer.direction[0].weights.w_hr != nullptr),
+        gates_(gates_wanted<Cell>(layer)),
         plain_gates_(layer.plain_gates),
         saves_gates_(layer.direction[0].gates != nullptr),
         // Rows of a stride that is no multiple of 4 KiB: tiles read several rows at the same column.
@@ -688,25 +689,22 @@ class ForwardPass {
       units.next_row = by_rows ? 1 : 0;
       const bool saves = dir.gates || dir.cells;
       const int64_t vectors = by_rows ? rows : whole;
-      if (plain_gates_) {
-        if (!by_rows || v < whole) gates_of<true, true>(d, units, vectors, width, saves);
-        if (tail && (!by_rows || v == whole)) gates_of<false, true>(d, units, by_rows ? rows : 1, left % width, saves);
-      } else {
-        if (!by_rows || v < whole) gates_of<true, false>(d, units, vectors, width, saves);
-        if (tail && (!by_rows || v == whole)) gates_of<false, false>(d, units, by_rows ? rows : 1, left % width, saves);
-      }
+      with_gates(gates_, [&](auto kind) {
+        if (!by_rows || v < whole) gates_of<true, kind>(d, units, vectors, width, saves);
+        if (tail && (!by_rows || v == whole)) gates_of<false, kind>(d, units, by_rows ? rows : 1, left % width, saves);
+      });
     }
   }
 
   // `vectors` of them, each of n units: a whole vector, or a part of one.
-  template <bool whole, bool plain>
+  template <bool whole, Gates kind>
   FRNN_INLINE void gates_of(int d, Units& units, int64_t vectors, int64_t n, bool saves) {
     for (; vectors >= group; vectors -= group) {
-      gates<group, whole, plain>(d, units, n, saves);
+      gates<group, whole, kind>(d, units, n, saves);
       units.advance(group);
     }
     for (; vectors > 0; --vectors) {
-      gates<1, whole, plain>(d, units, n, saves);
+      gates<1, whole, kind>(d, units, n, saves);
       units.advance(1);
     }
   }
@@ -716,9 +714,10 @@ class ForwardPass {
   // well.
   static constexpr int group = G == 4 && FRNN_VECTOR_BYTES == 64 ? 2 : 4;
 
-  template <int N, bool whole, bool plain>
+  template <int N, bool whole, Gates kind>
   FRNN_INLINE void gates(int d, const Units& units, int64_t n, bool saves) {
     using Values = Pack<V, N, rough_gates<S>>;
+    constexpr bool plain = kind == Gates::plain;
     if (whole) n = width;
     Values x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
 #pragma GCC unroll 4
@@ -740,7 +739,7 @@ class ForwardPass {
     if constexpr (plain) {
       Cell::template forward<Values>(x, r, h_prev, c_prev, h, c, saved);
     } else {
-      Options<Values> options{layer_.within, {}};
+      Options<Values, kind == Gates::own_functions> options{layer_.within, {}};
       for (int i = 0; i < N; ++i)
         load_peephole<S>(options, layer_.direction[d].weights.peephole, H_, units.unit + i * units.next_unit, n, i);
       Cell::template forward<Values>(x, r, h_prev, c_prev, h, c, saved, options);
@@ -841,6 +840,7 @@ class ForwardPass {
   const bool projects_;
   bool packs_ = true;
   bool past_caches_ = false, output_past_caches_ = false;
+  const Gates gates_;
   const bool plain_gates_;
   const bool saves_gates_;      // or, for the backward pass, the cells alone
   PackedCopy* copy_ = nullptr;  // null: none is kept of weights such as these

@@ -6,6 +6,7 @@
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 
 #include "backward.h"
+#include "draw.h"
 #include "forward.h"
 #include "kernels.h"
 #include "peak.h"
@@ -129,7 +130,7 @@ double peak(DType dtype, double seconds) {
 #endif
 
 extern const KernelTable table;
-const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward, &backward, &activation, &peak};
+const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward, &backward, &activation, &peak, &draw_bits};
 
 }  // namespace FRNN_ISA
 }  // namespace fused_rnn

@@ -17,6 +17,8 @@ struct KernelTable {
   // Floating-point operations a second of the multiply-adds that products of this dtype are made of: one thread, no
   // memory, for about `seconds`. For benchmarks.
   double (*peak)(DType dtype, double seconds);
+  // Rows of bits that are 1 with probability `rate` (draw.h).
+  void (*draw_bits)(uint64_t seed, int64_t first_row, int64_t rows, int64_t units, double rate, uint8_t* bits);
 };
 
 // The tables that were compiled, best first; ended by null.

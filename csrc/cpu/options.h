@@ -7,24 +7,49 @@
 namespace fused_rnn {
 namespace FRNN_ISA {
 
-// Out of line: each has the code of all functions in it.
+// Out of line, because it has the code of all functions in it.
 template <class Values>
 struct CalledFunctions {
-  static __attribute__((noinline)) Values activate(Activation which, const Values& a) {
-    return fused_rnn::activate<Values>(which, a);
+  static __attribute__((noinline)) void activate(Activation which, Values* a, int count) {
+    switch (which) {
+      case Activation::tanh: return each(a, count, [](const Values& v) { return tanh<Values>(v); });
+      case Activation::sigmoid: return each(a, count, [](const Values& v) { return sigmoid<Values>(v); });
+      default: return each(a, count, [&](const Values& v) { return fused_rnn::activate<Values>(which, v); });
+    }
   }
-  static __attribute__((noinline)) Values gradient(Activation which, const Values& d, const Values& y) {
-    return activation_gradient<Values>(which, d, y);
+  template <class F>
+  static FRNN_INLINE void each(Values* a, int count, F f) {
+    for (int k = 0; k < count; ++k) a[k] = f(a[k]);
   }
 };
 
-template <class Values>
-using Options = OptionalGates<Values, CalledFunctions<Values>>;
+template <class Values, bool own>
+using Options = OptionalGates<Values, own, CalledFunctions<Values>>;
+
+// How the gates of a layer are computed: by the cell's own formulas alone, with options beside them, or with options
+// among which are other functions.
+enum class Gates { plain, own_functions, any };
+
+template <class F>
+FRNN_INLINE void with_gates(Gates gates, F f) {
+  switch (gates) {
+    case Gates::plain: return f(std::integral_constant<Gates, Gates::plain>());
+    case Gates::own_functions: return f(std::integral_constant<Gates, Gates::own_functions>());
+    case Gates::any: return f(std::integral_constant<Gates, Gates::any>());
+  }
+}
+
+template <class Cell, class Layer>
+Gates gates_wanted(const Layer& layer) {
+  if (layer.plain_gates) return Gates::plain;
+  const bool own = layer.within.activation == Activation::tanh &&
+                   (Cell::gates == 1 || layer.within.recurrent_activation == Activation::sigmoid);
+  return own ? Gates::own_functions : Gates::any;
+}
 
 // The peephole weights of units [unit, unit + n) of vector i.
-template <class S, class Values>
-FRNN_INLINE void load_peephole(Options<Values>& options, const void* peephole, int64_t H, int64_t unit, int64_t n,
-                               int i) {
+template <class S, class Options>
+FRNN_INLINE void load_peephole(Options& options, const void* peephole, int64_t H, int64_t unit, int64_t n, int i) {
   using A = typename Accumulator<S>::type;
   if (!options.within.peephole) return;
   for (int k = 0; k < 3; ++k)

@@ -189,7 +189,7 @@ class GateRecomputation {
   FRNN_INLINE void forward_with_options(int d, int64_t unit, int64_t n, const V* x, const V* r, V h_prev, V c_prev,
                                         V* saved) const {
     using One = Pack<V, 1>;  // as exact as the plain formulas of a vector
-    Options<One> options{layer_.within, {}};
+    Options<One, false> options{layer_.within, {}};
     load_peephole<S>(options, layer_.direction[d].weights.peephole, H_, unit, n, 0);
     One of_x[G], of_r[G], values[Cell::saved + 1], h, c;
     for (int g = 0; g < G; ++g) {
