@@ -9,6 +9,7 @@ Letters in shapes: see :mod:`fused_rnn.settings`.
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from .settings import LAYER_OPTIONS, CellKind, Settings, Steps
+from .settings import ACTIVATIONS, LAYER_OPTIONS, CellKind, Settings, Steps
 
 ParamSpec = tuple[str, tuple[int, ...]]
 
@@ -66,13 +67,23 @@ def check_names(what: str, given: Mapping[str, Any], known: Iterable[str]) -> No
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Values of the options of layers that are given."""
-    for name in ("recompute", "recurrent_bias", "stateful"):
+    """Values of the options of layers and cells that are given."""
+    for name in ("recompute", "recurrent_bias", "stateful", "reset_after", "peephole", "coupled_gates"):
         if name in options:
             check_flag(name, options[name])
-    for name in ("input_dropout", "weight_dropout"):
+    for name in ("input_dropout", "recurrent_dropout", "weight_dropout", "zoneout", "zoneout_cell"):
         if name in options:
             check_rate(name, options[name])
+    for name in ("activation", "recurrent_activation"):
+        if name in options:
+            _check_activation(name, options[name])
+    for name in ("cell_clip", "recurrent_grad_clip"):
+        limit = options.get(name)
+        if limit is not None:
+            if not _is_number(limit):
+                raise TypeError(f"{name}: expected a number or None, got {_describe(limit)}")
+            if not 0 < limit < math.inf:
+                raise ValueError(f"{name}: expected a positive finite number, got {limit}")
     bptt_steps, forget_bias = options.get("bptt_steps"), options.get("forget_bias")
     if bptt_steps is not None:
         if not isinstance(bptt_steps, int) or isinstance(bptt_steps, bool):
@@ -86,13 +97,36 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"init: expected 'torch' or 'keras', got {init!r}")
 
 
-def check_fit(options: Mapping[str, Any], *, is_lstm: bool, is_gru: bool, bias: bool, bidirectional: bool) -> None:
-    """Options that have no meaning for a layer such as this."""
-    if is_gru and not options.get("recurrent_bias", True):
+def check_fit(
+    options: Mapping[str, Any], *, is_lstm: bool, is_gru: bool, bias: bool = True, bidirectional: bool = False
+) -> None:
+    """Options that have no meaning for a layer or cell such as this."""
+    if is_gru and options.get("reset_after", True) and not options.get("recurrent_bias", True):
         raise ValueError(
-            "recurrent_bias: expected True for a GRU, whose reset gate acts on the recurrent bias alone: without it "
-            "the layer is another model"
+            "recurrent_bias: expected True for a GRU with reset_after=True, whose reset gate acts on the recurrent "
+            "bias alone: without it the layer is another model"
         )
+    if not is_gru and not options.get("reset_after", True):
+        raise ValueError("reset_after: expected True, only a GRU has a reset gate")
+    if not is_lstm:
+        for name in ("peephole", "coupled_gates"):
+            if options.get(name, False):
+                raise ValueError(f"{name}: expected False, only an LSTM has it")
+        if options.get("cell_clip") is not None:
+            raise ValueError("cell_clip: expected None, only an LSTM has a cell state")
+        if options.get("zoneout_cell", 0.0):
+            raise ValueError(f"zoneout_cell: expected 0, only an LSTM has a cell state, got {options['zoneout_cell']}")
+        if not is_gru:
+            if options.get("activation", "tanh") != "tanh":
+                raise ValueError(
+                    f"activation: expected 'tanh' for an RNN, whose activation is its nonlinearity=, "
+                    f"got {options['activation']!r}"
+                )
+            if options.get("recurrent_activation", "sigmoid") != "sigmoid":
+                raise ValueError(
+                    "recurrent_activation: expected 'sigmoid' for an RNN, which has no gates, "
+                    f"got {options['recurrent_activation']!r}"
+                )
     if options.get("forget_bias") is not None:
         if not is_lstm:
             raise ValueError("forget_bias: expected None, only an LSTM has a forget gate")
@@ -135,8 +169,12 @@ def _is_number(value: Any) -> bool:
 
 
 def check_nonlinearity(nonlinearity: Any) -> None:
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+    _check_activation("nonlinearity", nonlinearity)
+
+
+def _check_activation(name: str, value: Any) -> None:
+    if value not in ACTIVATIONS:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {value!r}")
 
 
 def check_no_projection(cell: str, proj_size: Any) -> None:
@@ -176,7 +214,8 @@ def _make_param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
     rows = settings.kind.num_gates * settings.hidden_size
     state_size = settings.state_size
     if settings.is_cell:
-        shapes = ((rows, settings.input_size), (rows, state_size), (rows,), (rows,))
+        shapes: list[tuple[int, ...]] = [(rows, settings.input_size), (rows, state_size)]
+        shapes += [(rows,)] * (2 * settings.bias) + [(3 * state_size,)] * settings.has_peepholes
         return tuple(zip(settings.cell_names, shapes, strict=False))
     specs: list[ParamSpec] = []
     for layer in range(settings.num_layers):
@@ -187,12 +226,15 @@ def _make_param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
             specs += [(f"{bias}{suffix}", (rows,)) for bias in biases]
             if state_size != settings.hidden_size:
                 specs.append((f"weight_hr{suffix}", (state_size, settings.hidden_size)))
+            if settings.has_peepholes:
+                specs.append((f"weight_peephole{suffix}", (3 * settings.hidden_size,)))
     return tuple(specs)
 
 
 def check_param_count(settings: Settings, params: Sequence[Any]) -> None:
     """Before anything is worked out for each of so many layers."""
-    per_layer = settings.num_directions * (2 + settings.num_biases + (settings.state_size != settings.hidden_size))
+    has_projection = settings.state_size != settings.hidden_size
+    per_layer = settings.num_directions * (2 + settings.num_biases + has_projection + settings.has_peepholes)
     expected = len(settings.cell_names) if settings.is_cell else settings.num_layers * per_layer
     if len(params) == expected:
         return

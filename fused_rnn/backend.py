@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import formulas
+from .settings import Settings
 
 __all__ = ["use_backend"]
 
@@ -113,11 +114,15 @@ _check_name("environment variable FUSED_RNN_BACKEND", _name_at_start)
 use_backend(_name_at_start)
 
 
-def why_reference(input: Tensor, has_reset: bool = False) -> str | None:
+def why_reference(
+    input: Tensor, settings: Settings | None = None, recorded: bool = False, has_reset: bool = False
+) -> str | None:
     """Why the reference computes a call, one sentence; ``None`` if the kernels do.
 
     Args:
         input: any tensor of the call; the others have its dtype and device.
+        settings: of the call, where something is within.
+        recorded: whether it keeps what a backward pass needs.
         has_reset: whether rows begin anew within the call.
 
     Raises:
@@ -136,6 +141,8 @@ def why_reference(input: Tensor, has_reset: bool = False) -> str | None:
     reason: str | None = ops.why_not_fused(input)
     if reason is None and has_reset and input.device.type == "cuda":
         reason = "no fused kernel for reset= on cuda tensors: the CPU has one"
+    if reason is None and settings is not None and settings.within is not None:
+        reason = ops.why_not_within(settings.kind, settings.within, input, recorded)
     if reason is not None and name == "fused":
         raise RuntimeError(f"the backend in use is 'fused': {reason}")
     return reason

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import _checks, functional
-from .settings import CellKind, Settings, cell_settings
+from . import _checks, functional, initial
+from .options import in_within
+from .settings import CELL_OPTIONS, NOTHING_WITHIN, CellKind, CellOptions, Settings, Within, cell_settings, show_options
 from .twin import HasTwin
 from .weights import ByAttribute
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -19,9 +23,56 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
     """What the three cells share; ``RNNCellBase`` creates and initialises the parameters."""
 
-    def __init__(self, kind: CellKind, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any) -> None:
+    def __init__(
+        self,
+        kind: CellKind,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        device: Any,
+        dtype: Any,
+        options: CellOptions,
+    ) -> None:
         _checks.check_cell_constructor(input_size, hidden_size)
+        _checks.check_names("a cell", options, CELL_OPTIONS)
+        _checks.check_options(options)
+        _checks.check_fit(options, is_lstm=kind == CellKind.LSTM, is_gru=kind == CellKind.GRU)
         super().__init__(input_size, hidden_size, bias, kind.num_gates, device, dtype)
+        for name, default in CELL_OPTIONS.items():
+            value = options.get(name, default)
+            if value != default:
+                setattr(self, name, value)
+        if self.peephole:
+            initial.draw_peepholes(self)
+
+    _within: Within | None = None
+
+    recurrent_dropout: float = in_within("recurrent_dropout")
+    zoneout: float = in_within("zoneout")
+    zoneout_cell: float = in_within("zoneout_cell")
+    activation: str = in_within("activation")
+    recurrent_activation: str = in_within("recurrent_activation")
+    reset_after: bool = in_within("reset_after")
+    coupled_gates: bool = in_within("coupled_gates")
+    cell_clip: float | None = in_within("cell_clip")
+    peephole: bool = in_within("peephole")
+
+    def _prepare_option(self, name: str, value: Any) -> None:
+        """Before an option is set: see that it fits, and that what belongs to it is there."""
+        _checks.check_options({name: value})
+        kind = self._kind()
+        _checks.check_fit({name: value}, is_lstm=kind == CellKind.LSTM, is_gru=kind == CellKind.GRU)
+        if name == "peephole" and value != self.peephole:
+            if value:
+                zeros = self.weight_ih.detach().new_zeros(3 * self.hidden_size)
+                self.register_parameter("weight_peephole", nn.Parameter(zeros))
+            else:
+                del self.weight_peephole
+
+    def extra_repr(self) -> str:
+        options = {name: getattr(self, name) for name in CELL_OPTIONS}
+        changed = [f", {name}={value!r}" for name, value in options.items() if value != CELL_OPTIONS[name]]
+        return super().extra_repr() + "".join(changed)
 
     def _kind(self) -> CellKind:
         raise NotImplementedError
@@ -33,19 +84,35 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
             tensors = [parameters[name] for name in _NAMES]
         except KeyError:  # parametrized, or replaced by a plain tensor
             tensors = [getattr(self, name) for name in _NAMES]
-        return functional.cell_params(*tensors)
+        params = functional.cell_params(*tensors)
+        return params if self._within is None else [*params, *self._peepholes()]
 
     def _params_by_attribute(self) -> list[Any]:
-        return functional.cell_params(*[getattr(self, name) for name in _NAMES])
+        return [*functional.cell_params(*[getattr(self, name) for name in _NAMES]), *self._peepholes()]
+
+    def _peepholes(self) -> list[Any]:
+        return [self.weight_peephole] if self.peephole else []
+
+    def _call_within(self) -> Within | None:
+        """What the next call has beside the plain cell; of an RNN also its nonlinearity."""
+        within = self._within
+        return None if within is None else within.in_mode(self.training)
 
     def _settings(self) -> Settings:
         """Everything a call needs to know but its tensors."""
-        return cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[: len(self._params())])
+        return self._settings_for(self._params())
+
+    def _settings_for(self, params: list[Any]) -> Settings:
+        within = self._call_within()
+        if within is None or within == NOTHING_WITHIN:
+            return cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[: len(params)])
+        names = (*_NAMES[: len(params) - 1], "weight_peephole") if within.peephole else _NAMES[: len(params)]
+        return cell_settings(self._kind(), self.input_size, self.hidden_size, names, within)
 
     def _run(self, input: Tensor, hx: Any, reset: Any, reset_state: Any) -> Any:
         params = self._params()
-        settings = cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[: len(params)])
-        return functional.call_cell(settings, input, hx, params, functional.cell_steps(reset, reset_state))
+        steps = functional.cell_steps(reset, reset_state)
+        return functional.call_cell(self._settings_for(params), input, hx, params, steps)
 
 
 class LSTMCell(_Cell):
@@ -56,20 +123,30 @@ class LSTMCell(_Cell):
         hidden_size: features of the state, H.
         bias: whether there are ``bias_ih`` and ``bias_hh``.
         device, dtype: of the parameters.
+        recurrent_dropout, zoneout, zoneout_cell, activation, recurrent_activation, coupled_gates, cell_clip, peephole:
+            as :class:`fused_rnn.LSTM` has them; what is drawn at random is drawn for each step.
 
     Raises:
-        TypeError, ValueError: a size that is no int, or negative.
+        TypeError, ValueError: a size that is no int, or negative; an option of another type, or out of range.
 
     Parameters, drawn uniformly between plus and minus 1 / sqrt(H): ``weight_ih`` (4*H, I), ``weight_hh`` (4*H, H),
-    ``bias_ih`` and ``bias_hh`` (4*H), or ``None``. Rows in the order i, f, g, o.
+    ``bias_ih`` and ``bias_hh`` (4*H), or ``None``. Rows in the order i, f, g, o. With ``peephole`` also
+    ``weight_peephole`` (3*H), in the order i, f, o.
     """
 
     _torch_class = nn.LSTMCell
 
+    @show_options(CELL_OPTIONS)
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Unpack[CellOptions],
     ) -> None:
-        super().__init__(CellKind.LSTM, input_size, hidden_size, bias, device, dtype)
+        super().__init__(CellKind.LSTM, input_size, hidden_size, bias, device, dtype, options)
 
     def _kind(self) -> CellKind:
         return CellKind.LSTM
@@ -106,15 +183,23 @@ class LSTMCell(_Cell):
 class GRUCell(_Cell):
     """One step of a GRU, drop-in for :class:`torch.nn.GRUCell`; the formula is :class:`fused_rnn.GRU`'s.
 
-    Arguments, errors and parameters: see :class:`LSTMCell`, with 3*H rows in the order r, z, n.
+    Arguments, errors and parameters: see :class:`LSTMCell`, with 3*H rows in the order r, z, n. Of the options those
+    of :class:`fused_rnn.GRU`.
     """
 
     _torch_class = nn.GRUCell
 
+    @show_options(CELL_OPTIONS)
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Unpack[CellOptions],
     ) -> None:
-        super().__init__(CellKind.GRU, input_size, hidden_size, bias, device, dtype)
+        super().__init__(CellKind.GRU, input_size, hidden_size, bias, device, dtype, options)
 
     def _kind(self) -> CellKind:
         return CellKind.GRU
@@ -137,13 +222,15 @@ class GRUCell(_Cell):
 class RNNCell(_Cell):
     """One step of an Elman network, drop-in for :class:`torch.nn.RNNCell`; the formula is :class:`fused_rnn.RNN`'s.
 
-    Arguments, errors and parameters: see :class:`LSTMCell`, with H rows, and ``nonlinearity`` ``"tanh"`` or ``"relu"``.
+    Arguments, errors and parameters: see :class:`LSTMCell`, with H rows, and ``nonlinearity``, one of
+    :class:`fused_rnn.RNN`'s. Of the options ``recurrent_dropout`` and ``zoneout``.
     """
 
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
 
     _torch_class = nn.RNNCell
 
+    @show_options(CELL_OPTIONS)
     def __init__(
         self,
         input_size: int,
@@ -152,13 +239,17 @@ class RNNCell(_Cell):
         nonlinearity: str = "tanh",
         device: Any = None,
         dtype: Any = None,
+        **options: Unpack[CellOptions],
     ) -> None:
         _checks.check_nonlinearity(nonlinearity)
-        super().__init__(CellKind.RNN_TANH, input_size, hidden_size, bias, device, dtype)
         self.nonlinearity = nonlinearity
+        super().__init__(CellKind.RNN_TANH, input_size, hidden_size, bias, device, dtype, options)
 
     def _kind(self) -> CellKind:
         return functional.rnn_kind(self.nonlinearity)
+
+    def _call_within(self) -> Within | None:
+        return functional.with_nonlinearity(super()._call_within(), self.nonlinearity)
 
     def forward(
         self,

@@ -110,8 +110,9 @@ def convert(model: Any, *, inplace: bool = True, return_report: bool = False, **
         model: any module, a recurrent one included.
         inplace: ``False`` leaves ``model`` as it is and converts a copy of its modules. The copy holds the very
             Parameters and buffers of ``model``; for independent ones convert ``copy.deepcopy(model)``.
-        options: those of :class:`fused_rnn.LSTM` that ``torch.nn`` lacks and that concern no parameter, for the layers
-            that are converted.
+        options: those of :class:`fused_rnn.LSTM` that ``torch.nn`` lacks and that leave parameters as they are, for the
+            layers that are converted. ``peephole=True`` adds parameters of zeros, with which the layer computes what it
+            did; an optimizer that exists does not know them.
         return_report: return a :class:`ConversionReport` as well, and warn of nothing that is in it.
 
     Returns:
@@ -216,7 +217,8 @@ def _why_left_alone(module: nn.Module, cls: type[nn.Module], original: type[nn.M
     if "forward" in vars(module):
         return "its forward was replaced on the object"
     fused = FUSED[original]
-    if taken := names_of_ours(original, fused) & set(vars(module)):
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    if taken := names_of_ours(original, fused) & own:
         return f"it has an attribute {sorted(taken)[0]}, a name that the fused module needs"
     if cls is original:
         return None

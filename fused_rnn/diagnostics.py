@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from . import _checks, carried, formulas, functional
 from .layers import GRU, LSTM, RNN
-from .settings import CellKind, Settings, Steps
+from .settings import CellKind, Controls, Settings, Steps
 
 __all__ = ["GateStatistics", "GradientFlow", "gate_statistics", "gradient_flow"]
 
@@ -28,10 +28,12 @@ class _Direction(NamedTuple):
     """One layer in one direction during one call; lists in order of time."""
 
     inputs: list[Tensor]  # (B, I)
-    before: list[Tensor]  # h (B, P) that each step began with
+    before: list[Tensor]  # h (B, P) that each step began with, as W_hh was given it
+    c_before: list[Tensor]
     h: list[Tensor]  # after it
     c: list[Tensor]  # empty without a cell state
-    new_c: list[Tensor]  # before a masked row had its own again: what h was made of
+    new_c: list[Tensor]  # before a masked row had its own again
+    c_of_h: list[Tensor]  # what h was made of, before zoneout
     live: list[Tensor] | None  # bool (B, 1)
     params: list[Tensor]
 
@@ -216,17 +218,22 @@ def _by_gate(shares: list[dict[str, float]], D: int) -> dict[str, Tensor]:
     }
 
 
+_RANGES = {"tanh": (-1.0, 1.0), "softsign": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "hard_sigmoid": (0.0, 1.0)}
+
+
 def _statistics_of(settings: Settings, calls: Sequence[_Direction], saturation: float) -> dict[str, Any]:
     """Shares at both ends by gate, and dead units, of one layer and direction."""
     of_calls = [_gates_of_call(settings, made) for made in calls]  # each with the weights that its dropout left
     gates = {gate: torch.cat([of_call[0][gate] for of_call in of_calls]) for gate in of_calls[0][0]}
     hidden = torch.cat([of_call[1] for of_call in of_calls])
     low, high = {}, {}
+    within = formulas.within_of(settings)
     for gate, values in gates.items():
-        if gate == "h" and settings.kind == CellKind.RNN_RELU:
-            low[gate], high[gate] = float((values == 0).double().mean()), 0.0
+        activation = within.recurrent_activation if gate in ("i", "f", "o", "r", "z") else within.activation
+        if activation not in _RANGES:
+            low[gate], high[gate] = float((values == 0).double().mean()) if activation == "relu" else 0.0, 0.0
             continue
-        bottom, top = (0.0, 1.0) if gate in ("i", "f", "o", "r", "z") else (-1.0, 1.0)
+        bottom, top = _RANGES[activation]
         margin = saturation * (top - bottom)
         low[gate] = float((values < bottom + margin).double().mean())
         high[gate] = float((values > top - margin).double().mean())
@@ -241,22 +248,31 @@ def _gates_of_call(settings: Settings, made: _Direction) -> tuple[dict[str, Tens
         joined = torch.cat(states).double()
         return joined if counts is None else joined[counts]
 
-    gates = _gates(settings, made.params, rows(made.inputs), rows(made.before), rows(made.h))
-    return gates, gates["o"] * rows(made.c).tanh() if made.c else rows(made.h)
-
-
-def _gates(settings: Settings, params: Sequence[Tensor], x: Tensor, before: Tensor, h: Tensor) -> dict[str, Tensor]:
-    w_ih, w_hh, *others = (p.double() for p in params)
-    b_ih, b_hh = others[:2] if settings.bias else (None, None)
+    within = formulas.within_of(settings)
     if settings.kind in (CellKind.RNN_TANH, CellKind.RNN_RELU):
-        return {"h": h}
-    of_x, of_h = nn.functional.linear(x, w_ih, b_ih), nn.functional.linear(before, w_hh, b_hh)
+        return {"h": rows(made.h)}, rows(made.h)
+    activation, recurrent = (formulas.ACTIVATIONS[name] for name in (within.activation, within.recurrent_activation))
+    w_ih, w_hh, *others = (p.double() for p in made.params)
+    b_ih, b_hh = others[:2] if settings.bias else (None, None)
+    before = rows(made.before)
+    of_x, of_h = nn.functional.linear(rows(made.inputs), w_ih, b_ih), nn.functional.linear(before, w_hh, b_hh)
     if settings.kind == CellKind.LSTM:
+        c = rows(made.c_of_h)
         i, f, g, o = (of_x + of_h).chunk(4, dim=-1)
-        return {"i": i.sigmoid(), "f": f.sigmoid(), "g": g.tanh(), "o": o.sigmoid()}
+        if within.peephole:
+            c_before = rows(made.c_before)
+            p_i, p_f, p_o = others[-1].chunk(3)
+            i, f, o = i + p_i * c_before, f + p_f * c_before, o + p_o * c
+        f, o = recurrent(f), recurrent(o)
+        i = 1 - f if within.coupled_gates else recurrent(i)
+        return {"i": i, "f": f, "g": activation(g), "o": o}, o * activation(c)
     (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3, dim=-1), of_h.chunk(3, dim=-1)
-    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-    return {"r": r, "z": z, "n": (x_n + r * h_n).tanh()}
+    r, z = recurrent(x_r + h_r), recurrent(x_z + h_z)
+    if within.reset_after:
+        n = x_n + r * h_n
+    else:
+        n = x_n + nn.functional.linear(r * before, w_hh.chunk(3)[2], None if b_hh is None else b_hh.chunk(3)[2])
+    return {"r": r, "z": z, "n": activation(n)}, rows(made.h)
 
 
 # Layers taken step by step.
@@ -318,9 +334,7 @@ def _run_checked(
 ) -> tuple[Any, list[_Direction]]:
     """The same after the casts of autocast; x is the input, padded where that is packed."""
     call = functional.prepare_layers(settings, x, hx, params, given)
-    cut = None
     if settings.around is not None:
-        cut = settings.around.bptt_steps
         params = functional._params_of_operator(settings, settings.around, params)
         if settings.around.input_dropout:
             x = functional._drop_inputs(settings, settings.around.input_dropout, call)
@@ -335,6 +349,8 @@ def _run_checked(
         None if steps is None else list(steps.unsqueeze(-1).unbind(0))
         for steps in (call.controls.mask, call.controls.reset)
     )
+    within = formulas.within_of(settings)
+    drawn = functional._draw_within(settings, within, call, call.controls)
     made, h_n, c_n = [], [], []
     per_cell = len(params) // (settings.num_layers * settings.num_directions)
     for k in range(settings.num_layers):
@@ -344,7 +360,7 @@ def _run_checked(
             of_cell = list(params[index * per_cell : (index + 1) * per_cell])
             states = tuple(None if s is None else s[index] for s in (h0, c0))
             beginnings = None if reset is None else (reset, tuple(s[index] for s in anew))
-            cell = _run_direction(settings, x, states, of_cell, d == 1, live, cut, beginnings)
+            cell = _run_direction(settings, x, states, of_cell, d == 1, live, _drawn_for(drawn, index), beginnings)
             made.append(cell)
             last = 0 if d == 1 else -1
             h_n.append(cell.h[last])
@@ -369,6 +385,18 @@ def _run_checked(
     return (x, ends), made
 
 
+class _Drawn(NamedTuple):
+    """What was drawn at random for one layer and direction; :class:`Controls` has the shapes."""
+
+    factors: Tensor | None
+    zoneout: Tensor | None
+    zoneout_cell: Tensor | None
+
+
+def _drawn_for(controls: Controls, index: int) -> _Drawn:
+    return _Drawn(*(None if t is None else t[index] for t in controls[-3:]))
+
+
 def _run_direction(
     settings: Settings,
     x: Tensor,
@@ -376,7 +404,7 @@ def _run_direction(
     params: list[Tensor],
     reverse: bool,
     live: list[Tensor] | None,
-    cut: int | None,
+    drawn: _Drawn,
     beginnings: tuple[list[Tensor], tuple[Tensor, ...]] | None,
 ) -> _Direction:
     """One layer in one direction; a state is one tensor, whoever reads it.
@@ -386,9 +414,15 @@ def _run_direction(
     B, H, P = x.shape[1], settings.hidden_size, settings.state_size
     accumulate = formulas._accumulation_dtype(x.dtype)
     w_ih, w_hh, *others = (p.to(accumulate) for p in params)
+    within = formulas.within_of(settings)
+    peephole = others.pop() if within.peephole else None
     w_hr = others.pop() if P != H else None
     b_ih, b_hh = others if settings.bias else (None, None)
-    cell = formulas.Cell(w_hh, b_hh, None, formulas.within_of(settings))
+    cell = formulas.Cell(w_hh, b_hh, peephole, within)
+    zoned, zoned_cell = (
+        None if bits is None else formulas.unpack_bits(bits, size).split(B)
+        for bits, size in ((drawn.zoneout, P), (drawn.zoneout_cell, H))
+    )
     h = x.new_zeros(B, P) if states[0] is None else states[0]
     c = None
     if settings.kind == CellKind.LSTM:
@@ -400,25 +434,29 @@ def _run_direction(
         x_gates.requires_grad_()  # the states of a frozen layer have gradients, too
     of_x = x_gates.unbind(0)
     T = x.shape[0]
-    made = _Direction(list(x.unbind(0)), [h] * T, [h] * T, [], [], live, params)
+    made = _Direction(list(x.unbind(0)), [h] * T, [], [h] * T, [], [], [], live, params)
     if c is not None:
-        made = made._replace(c=[c] * T, new_c=[c] * T)
+        made = made._replace(c_before=[c] * T, c=[c] * T, new_c=[c] * T, c_of_h=[c] * T)
     for t in range(T - 1, -1, -1) if reverse else range(T):
-        if cut is not None and t % cut == 0 and t > 0:
+        if within.bptt_steps is not None and t % within.bptt_steps == 0 and t > 0:
             h, c = h.detach(), None if c is None else c.detach()
         mark = t + 1 if reverse else t
         if beginnings is not None and mark < T:
             rows, anew = beginnings[0][mark], beginnings[1] or (h.new_zeros(()), h.new_zeros(()))
             h = torch.where(rows, anew[0].to(h.dtype), h)
             c = None if c is None else torch.where(rows, anew[-1].to(c.dtype), c)
-        made.before[t] = h
         h_before = h.to(accumulate)
-        new_h, new_c = formulas.STEPS[settings.kind](cell, of_x[t], h_before, h_before, c)
+        made.before[t] = h_dropped = h_before if drawn.factors is None else h_before * drawn.factors.to(accumulate)
+        new_h, new_c = formulas.STEPS[settings.kind](cell, of_x[t], h_dropped, h_before, c)
         if w_hr is not None:
             new_h = nn.functional.linear(new_h, w_hr)
-        new_h = new_h.to(x.dtype)
-        if new_c is not None:
-            made.new_c[t] = new_c
+        new_h = formulas.zone(new_h, h_before, None if zoned is None else zoned[t], within.zoneout).to(x.dtype)
+        if within.recurrent_grad_clip is not None:
+            new_h = formulas.clamp_gradient(new_h, within.recurrent_grad_clip)
+        if new_c is not None and c is not None:
+            made.c_before[t], made.c_of_h[t] = c, new_c
+            keeps = None if zoned_cell is None else zoned_cell[t]
+            made.new_c[t] = new_c = formulas.zone(new_c, c, keeps, within.zoneout_cell)
         if live is not None:
             new_h = torch.where(live[t], new_h, h)
             new_c = None if new_c is None or c is None else torch.where(live[t], new_c, c)

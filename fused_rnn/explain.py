@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import GRU, LSTM, RNN
-from .settings import Settings, StepOptions
+from .settings import NOTHING_AROUND, NOTHING_WITHIN, Around, Settings, StepOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,7 +52,7 @@ class Explanation:
     reset_from: str = "zeros"
     """What rows begin anew from there: ``"zeros"`` or ``"reset_state"``."""
     options: tuple[str, ...] = ()
-    """What Python does around the kernels: a sentence for each of the layer's options that needs it."""
+    """A sentence for each option that this call has beside ``torch.nn``'s: what is done for it, and where."""
 
     def __str__(self) -> str:
         purpose = "with gradients" if self.training else "without gradients"
@@ -152,9 +152,9 @@ def explain(
         if isinstance(input, PackedSequence):
             data, batch_sizes = input.data, input.batch_sizes
     elif isinstance(module, _CELLS):
-        given = [name for name in ("lengths", "mask") if steps.get(name) is not None]
-        if given:
-            raise TypeError(f"{given[0]}: expected None for a cell, which takes one step")
+        names = [name for name in ("lengths", "mask") if steps.get(name) is not None]
+        if names:
+            raise TypeError(f"{names[0]}: expected None for a cell, which takes one step")
         settings, params = module._settings(), module._params()
     else:
         hint = "; fused_rnn.convert makes one" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""
@@ -178,12 +178,14 @@ def explain(
     live_steps = None if mask is None else int(mask.sum())
     if mask is not None and live_steps != mask.numel() and call.input.device.type == "cpu":
         sizes = _packed_sizes(mask)
+    in_slices = functional.is_in_slices(settings, given_steps, call)
     plan = None
     if call.why_reference is None:
         assert backend.ops is not None
         num_steps = call.num_steps if sizes is None else len(sizes)
-        if training and settings.around is not None and settings.around.bptt_steps is not None and sizes is None:
-            num_steps = min(num_steps, settings.around.bptt_steps)
+        if training and in_slices and sizes is None:
+            assert settings.within is not None and settings.within.bptt_steps is not None
+            num_steps = min(num_steps, settings.within.bptt_steps)
         plan = backend.ops.plan(
             settings,
             T=num_steps,
@@ -206,14 +208,14 @@ def explain(
         live_steps=live_steps,
         reset_steps=None if reset is None else int(reset.sum()),
         reset_from="reset_state" if call.anew else "zeros",
-        options=_options(settings, call.num_steps, training),
+        options=(
+            *_options_around(settings.around or NOTHING_AROUND),
+            *_options_within(settings, call, training, in_slices),
+        ),
     )
 
 
-def _options(settings: Settings, num_steps: int, with_gradients: bool) -> tuple[str, ...]:
-    around = settings.around
-    if around is None:
-        return ()
+def _options_around(around: Around) -> list[str]:
     sentences = []
     if around.input_dropout:
         sentences.append("input_dropout: the input is multiplied by a factor for each row and feature first")
@@ -221,10 +223,36 @@ def _options(settings: Settings, num_steps: int, with_gradients: bool) -> tuple[
         sentences.append("weight_dropout: every W_hh is multiplied by factors drawn once for the call first")
     if not around.recurrent_bias:
         sentences.append("recurrent_bias=False: the kernels get zeros")
-    k = around.bptt_steps
-    if k is not None and k < num_steps and with_gradients:
-        sentences.append(f"bptt_steps={k}: {-(-num_steps // k)} calls, the passes below are those of the longest")
-    return tuple(sentences)
+    return sentences
+
+
+def _options_within(settings: Settings, call: functional.Call, with_gradients: bool, in_slices: bool) -> list[str]:
+    within = settings.within or NOTHING_WITHIN
+    where = "the formulas" if call.why_reference is not None else "the kernels"
+    sentences = []
+    if within.recurrent_dropout:
+        sentences.append(f"recurrent_dropout: factors for each row and unit are drawn once, {where} multiply h by them")
+    for name, state in (("zoneout", "h"), ("zoneout_cell", "c")):
+        if rate := getattr(within, name):
+            mean = f"{where} take the mean of the new {state} and the old"
+            drawn = f"bits are drawn first, {where} keep the {state} of units by them"
+            sentences.append(f"{name}={rate}: {drawn if within.training else mean}")
+    for name in _IN_EACH_STEP:
+        if (value := getattr(within, name)) != getattr(NOTHING_WITHIN, name):
+            sentences.append(f"{name}={value!r}: {where} have it in each step")
+    if within.recurrent_grad_clip is not None and with_gradients:
+        sentences.append(f"recurrent_grad_clip={within.recurrent_grad_clip}: {where} clamp the gradient of each h")
+    k = within.bptt_steps
+    if k is not None and k < call.num_steps and with_gradients:
+        if in_slices:
+            calls = -(-call.num_steps // k)
+            sentences.append(f"bptt_steps={k}: {calls} calls, the passes below are those of the longest")
+        else:
+            sentences.append(f"bptt_steps={k}: {where} stop the gradients of the states there")
+    return sentences
+
+
+_IN_EACH_STEP = ("activation", "recurrent_activation", "reset_after", "peephole", "coupled_gates", "cell_clip")
 
 
 def _packed_sizes(mask: Tensor) -> list[int]:

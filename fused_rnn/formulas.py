@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
-    "hard_sigmoid": lambda x: torch.nn.functional.relu6(x + 3) / 6,  # torch's own has a float32 slope in float64
+    "hard_sigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1),  # torch.nn's own has no second derivative
     "softsign": torch.nn.functional.softsign,
     "identity": lambda x: x,
 }
@@ -113,7 +113,7 @@ STEPS: dict[int, Callable[[Cell, Tensor, Tensor, Tensor, Tensor | None], State]]
 
 
 class _ClampedGradient(torch.autograd.Function):
-    """x itself, whose gradient is clamped; differentiable again, and under the transforms of torch.func."""
+    """x itself, whose gradient is clamped; differentiable again, and under vmap."""
 
     generate_vmap_rule = True
 
@@ -129,9 +129,20 @@ class _ClampedGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad.clamp(-ctx.limit, ctx.limit), None
 
+
+class _ClampedGradientForwardToo(_ClampedGradient):
+    """The same with forward mode, a function that the tracer of torch.compile does not take."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
         return tangent.clone()
+
+
+def clamp_gradient(x: Tensor, limit: float) -> Tensor:
+    """x, whose gradient is clamped to -limit to limit on its way back."""
+    function = _ClampedGradient if torch.compiler.is_compiling() else _ClampedGradientForwardToo
+    result: Tensor = function.apply(x, limit)
+    return result
 
 
 def unpack_bits(bits: Tensor, size: int) -> Tensor:
@@ -140,7 +151,7 @@ def unpack_bits(bits: Tensor, size: int) -> Tensor:
     return (bits.unsqueeze(-1) >> shifts & 1).flatten(-2)[..., :size].bool()
 
 
-def _zone(new: Tensor, old: Tensor, keeps: Tensor | None, rate: float) -> Tensor:
+def zone(new: Tensor, old: Tensor, keeps: Tensor | None, rate: float) -> Tensor:
     """Zoneout (Krueger et al. 2017): units that keep what they had; without a draw, what that is on average."""
     if keeps is not None:
         return torch.where(keeps, old, new)
@@ -218,13 +229,13 @@ def _layer(
         h_t, c_t = STEPS[kind](cell, x_gates, h_dropped, h_previous, c_previous)
         if w_hr is not None:  # Sak, Senior and Beaufays 2014: h is projected from H to P before it is used again
             h_t = linear(h_t, w_hr)
-        h_t = _zone(h_t, h_previous, None if course.zoneout is None else course.zoneout[t], within.zoneout)
+        h_t = zone(h_t, h_previous, None if course.zoneout is None else course.zoneout[t], within.zoneout)
         if c_t is not None and c_previous is not None:
             keeps = None if course.zoneout_cell is None else course.zoneout_cell[t]
-            c_t = _zone(c_t, c_previous, keeps, within.zoneout_cell)
+            c_t = zone(c_t, c_previous, keeps, within.zoneout_cell)
         h_t = h_t.to(dtype)
         if within.recurrent_grad_clip is not None:  # FlashRNN (Poeppel et al. 2024)
-            h_t = _ClampedGradient.apply(h_t, within.recurrent_grad_clip)
+            h_t = clamp_gradient(h_t, within.recurrent_grad_clip)
         if live is None:
             outputs.append(h_t)
         else:

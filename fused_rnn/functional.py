@@ -13,8 +13,9 @@ L layers, D directions and G gates per unit (LSTM 4, GRU 3, RNN 1)::
 
 ``params`` is the flat list of :mod:`torch.nn`, for each layer, and in it each direction: ``weight_ih`` (G*H, I; D*P in
 place of I above the first layer), ``weight_hh`` (G*H, P), with ``bias`` ``bias_ih`` (G*H) and ``bias_hh`` (G*H), with a
-projection ``weight_hr`` (P, H). :func:`torch.nn.Module.parameters` of a layer gives it in this order. The rows of a
-weight are in the order i, f, g, o for an LSTM and r, z, n for a GRU. ``recurrent_bias=False`` is without ``bias_hh``.
+projection ``weight_hr`` (P, H), with ``peephole`` ``weight_peephole`` (3*H). :func:`torch.nn.Module.parameters` of a
+layer gives it in this order. The rows of a weight are in the order i, f, g, o for an LSTM and r, z, n for a GRU, those
+of the peepholes i, f, o. ``recurrent_bias=False`` is without ``bias_hh``.
 
 Dtypes: float32, float64, bfloat16 and float16, and the complex ones through the reference; input, states and
 parameters share one. Under :class:`torch.autocast` they are cast as ``torch.nn`` has it: to the autocast dtype, except
@@ -41,13 +42,17 @@ from .settings import (
     FUNCTION_OPTIONS,
     NOTHING_AROUND,
     NOTHING_WITHIN,
+    OTHER_NONLINEARITIES,
+    STEP_FUNCTION_OPTIONS,
     STEP_OPTIONS,
     Around,
     CallOptions,
     CellKind,
     Controls,
     Settings,
+    StepFunctionOptions,
     Steps,
+    Within,
     cell_settings,
     show_options,
 )
@@ -94,8 +99,9 @@ def lstm(
             is then packed data as in :class:`torch.nn.utils.rnn.PackedSequence`.
         recompute: keep only the states for the backward pass, and compute the gates there again: less memory, more
             time, the same numbers.
-        input_dropout, weight_dropout, recurrent_bias, bptt_steps: as :class:`fused_rnn.LSTM` has them; the dropouts
-            act while ``training``.
+        input_dropout, recurrent_dropout, weight_dropout, zoneout, zoneout_cell, activation, recurrent_activation,
+            recurrent_bias, peephole, coupled_gates, cell_clip, recurrent_grad_clip, bptt_steps: as
+            :class:`fused_rnn.LSTM` has them; the dropouts act while ``training``.
         lengths: steps of each row from the first, any integer dtype on any device, 0 to T. On the CPU an error says if
             one is not in that range; on other devices, and under :func:`torch.compile`, a negative one counts as 0 and
             a larger one as T.
@@ -139,7 +145,8 @@ def gru(
     """A stack of GRU layers over a sequence (Cho 2014; reset gate after the product with W_hh).
 
     Args:
-        hx: ``h_0``, or ``None`` for zeros. The others: see :func:`lstm`.
+        hx: ``h_0``, or ``None`` for zeros.
+        reset_after: ``False`` for the reset gate before the product. The others: see :func:`lstm`.
 
     Returns:
         ``(output, h_n)``.
@@ -174,7 +181,7 @@ def rnn(
 
     Args:
         hx: ``h_0``, or ``None`` for zeros.
-        nonlinearity: ``"tanh"`` or ``"relu"``. The others: see :func:`lstm`.
+        nonlinearity: as :class:`fused_rnn.RNN` has it. The others: see :func:`lstm`.
 
     Returns:
         ``(output, h_n)``.
@@ -186,9 +193,11 @@ def rnn(
     settings = _settings_of_params(
         rnn_kind(nonlinearity), params, 0, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
+    settings = settings._replace(within=with_nonlinearity(settings.within, nonlinearity))
     return call_layers(settings, input, hx, params, _steps_of(batch_sizes, options))
 
 
+@show_options(STEP_FUNCTION_OPTIONS)
 def lstm_cell(
     input: Tensor,
     hx: Sequence[Tensor] | None,
@@ -199,22 +208,31 @@ def lstm_cell(
     *,
     reset: Tensor | None = None,
     reset_state: tuple[Tensor, Tensor] | None = None,
+    w_peephole: Tensor | None = None,
+    training: bool = False,
+    **options: Unpack[StepFunctionOptions],
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM.
 
     Args:
         input: (B, I), or (I) without a batch.
         hx: ``(h, c)``, each (B, H), or (H) without a batch; ``None`` for zeros.
-        w_ih, w_hh: (4*H, I) and (4*H, H). b_ih, b_hh: (4*H), or ``None``.
+        w_ih, w_hh: (4*H, I) and (4*H, H). b_ih, b_hh: (4*H), or ``None``. w_peephole: (3*H) of i, f, o, or ``None``.
         reset: bool (B), or () without a batch, on the input's device: rows whose state is thrown away before the step.
         reset_state: ``(h, c)`` that they begin anew from, shaped like ``hx``; ``None`` for zeros. Only with ``reset``.
+        training: whether recurrent_dropout and zoneout are drawn, for this step alone.
+        recurrent_dropout, zoneout, zoneout_cell, activation, recurrent_activation, coupled_gates, cell_clip: as
+            :class:`fused_rnn.LSTM` has them.
 
     Returns:
         ``(h, c)`` after the step.
     """
-    return _functional_cell(CellKind.LSTM, input, hx, w_ih, w_hh, b_ih, b_hh, reset, reset_state)
+    given = (w_ih, w_hh, b_ih, b_hh)
+    steps = cell_steps(reset, reset_state)
+    return _functional_cell(CellKind.LSTM, "tanh", input, hx, given, w_peephole, steps, training, options)
 
 
+@show_options(STEP_FUNCTION_OPTIONS)
 def gru_cell(
     input: Tensor,
     hx: Tensor | None,
@@ -225,11 +243,18 @@ def gru_cell(
     *,
     reset: Tensor | None = None,
     reset_state: Tensor | None = None,
+    training: bool = False,
+    **options: Unpack[StepFunctionOptions],
 ) -> Tensor:
-    """One step of a GRU: ``hx`` and the result are h, weights have 3*H rows, the rest is as for :func:`lstm_cell`."""
-    return _functional_cell(CellKind.GRU, input, hx, w_ih, w_hh, b_ih, b_hh, reset, reset_state)
+    """One step of a GRU: ``hx`` and the result are h, weights have 3*H rows, the rest is as for :func:`lstm_cell`.
+
+    ``reset_after`` is :class:`fused_rnn.GRU`'s.
+    """
+    given, steps = (w_ih, w_hh, b_ih, b_hh), cell_steps(reset, reset_state)
+    return _functional_cell(CellKind.GRU, "tanh", input, hx, given, None, steps, training, options)
 
 
+@show_options(STEP_FUNCTION_OPTIONS)
 def rnn_cell(
     input: Tensor,
     hx: Tensor | None,
@@ -241,14 +266,27 @@ def rnn_cell(
     *,
     reset: Tensor | None = None,
     reset_state: Tensor | None = None,
+    training: bool = False,
+    **options: Unpack[StepFunctionOptions],
 ) -> Tensor:
-    """One step of an Elman network, ``"tanh"`` or ``"relu"``: weights have H rows, the rest as for :func:`gru_cell`."""
-    return _functional_cell(rnn_kind(nonlinearity), input, hx, w_ih, w_hh, b_ih, b_hh, reset, reset_state)
+    """One step of an Elman network: weights have H rows, the rest is as for :func:`gru_cell`.
+
+    ``nonlinearity`` is :class:`fused_rnn.RNN`'s; of the options it has ``recurrent_dropout`` and ``zoneout``.
+    """
+    given, steps = (w_ih, w_hh, b_ih, b_hh), cell_steps(reset, reset_state)
+    return _functional_cell(rnn_kind(nonlinearity), nonlinearity, input, hx, given, None, steps, training, options)
 
 
 def rnn_kind(nonlinearity: str) -> CellKind:
     _checks.check_nonlinearity(nonlinearity)
-    return CellKind.RNN_TANH if nonlinearity == "tanh" else CellKind.RNN_RELU
+    return CellKind.RNN_RELU if nonlinearity == "relu" else CellKind.RNN_TANH
+
+
+def with_nonlinearity(within: Within | None, nonlinearity: str) -> Within | None:
+    """What an RNN of :func:`rnn_kind` has within."""
+    if nonlinearity not in OTHER_NONLINEARITIES:
+        return within
+    return (within or NOTHING_WITHIN)._replace(activation=nonlinearity)
 
 
 def _settings_of_params(
@@ -286,6 +324,7 @@ def _settings_of_params(
     around = Around(**{name: given.pop(name) for name in Around._fields if name in given})
     if not training:
         around = around.in_eval_mode()
+    within = Within(**{name: given.pop(name) for name in Within._fields if name in given}).in_mode(training)
     return Settings(
         input_size,
         hidden_size,
@@ -297,6 +336,7 @@ def _settings_of_params(
         batch_first,
         dropout=dropout if training else 0.0,
         around=None if around == NOTHING_AROUND else around,
+        within=None if within == NOTHING_WITHIN else within,
         **given,
     )
 
@@ -325,27 +365,43 @@ def _steps_of(batch_sizes: Tensor | None, options: CallOptions) -> Steps:
 
 def _functional_cell(
     kind: CellKind,
+    nonlinearity: str,
     input: Tensor,
     hx: Any,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    reset: Any,
-    reset_state: Any,
+    weights: tuple[Any, ...],
+    w_peephole: Tensor | None,
+    steps: Steps,
+    training: bool,
+    options: StepFunctionOptions,
 ) -> Any:
-    steps = cell_steps(reset, reset_state)
+    w_ih = weights[0]
     if not _is_matrix(w_ih):
-        tensors = (*_flat([hx]), input, w_ih, w_hh, b_ih, b_hh, *_flat(steps))
+        tensors = (*_flat([hx]), input, *weights, w_peephole, *_flat(steps))
         if not _is_overridden(tensors):
             _checks.raise_not_matrix("w_ih", w_ih)
-        also = {"nonlinearity": "relu"} if kind == CellKind.RNN_RELU else {}
-        also |= _given(steps)
-        return handle_torch_function(_PUBLIC_CELLS[kind], tensors, input, hx, w_ih, w_hh, b_ih, b_hh, **also)
+        given = {"nonlinearity": nonlinearity, "w_peephole": w_peephole, "training": training}
+        changed: dict[str, Any] = {k: value for k, value in given.items() if value is not _CELL_DEFAULTS[k]}
+        changed |= _given(steps) | options
+        return handle_torch_function(_PUBLIC_CELLS[kind], tensors, input, hx, *weights, **changed)
     rows, input_size = w_ih.shape
-    params = cell_params(w_ih, w_hh, b_ih, b_hh)
-    names = ("w_ih", "w_hh", "b_ih", "b_hh")[: len(params)]
-    return call_cell(cell_settings(kind, input_size, rows // kind.num_gates, names), input, hx, params, steps)
+    params = cell_params(*weights)
+    names = _CELL_NAMES[: len(params)]
+    cell = (kind, input_size, rows // kind.num_gates)
+    if w_peephole is None and not options and nonlinearity not in OTHER_NONLINEARITIES:
+        return call_cell(cell_settings(*cell, names), input, hx, params, steps)
+    _checks.check_flag("training", training)
+    within = with_nonlinearity(_within_cell(kind, w_peephole is not None, training, options), nonlinearity)
+    if w_peephole is not None:
+        names, params = (*names, "w_peephole"), [*params, w_peephole]
+    return call_cell(cell_settings(*cell, names, *([] if within is None else [within])), input, hx, params, steps)
+
+
+def _within_cell(kind: CellKind, peephole: bool, training: bool, options: StepFunctionOptions) -> Within | None:
+    _checks.check_names("this function", options, STEP_FUNCTION_OPTIONS)
+    _checks.check_options(options)
+    _checks.check_fit(options, is_lstm=kind == CellKind.LSTM, is_gru=kind == CellKind.GRU)
+    within = Within(peephole=peephole, **options).in_mode(training)
+    return None if within == NOTHING_WITHIN else within
 
 
 def cell_params(w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> list[Any]:
@@ -420,7 +476,7 @@ def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], 
 def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
     """One step of a cell: ``(h, c)`` of an LSTM, h of the others."""
     results = None
-    if steps is EVERY_STEP:
+    if steps is EVERY_STEP and settings.within is None:
         kernels = backend.eager_kernels()  # as in call_layers
         if kernels is not None:
             results = kernels.try_step(settings, input, hx, params)
@@ -460,14 +516,22 @@ def _call_override(
 ) -> Any:
     """The call as that of a public function, which ``__torch_function__`` of its tensors sees."""
     function, also = _PUBLIC[settings.kind]
+    around, within = settings.around or NOTHING_AROUND, settings.within or NOTHING_WITHIN
+    if settings.kind == CellKind.RNN_TANH and within.activation != "tanh":
+        also = {"nonlinearity": within.activation}
+        within = within._replace(activation="tanh")
+    training = bool(settings.dropout) or around != around.in_eval_mode() or within != within.in_mode(False)
+    fields = settings._asdict() | around._asdict() | within._asdict() | steps._asdict()
     if settings.is_cell:
-        also = also | _given(steps)
-        return handle_torch_function(_PUBLIC_CELLS[settings.kind], tensors, input, hx, *params, **also)
-    around = settings.around or NOTHING_AROUND
-    fields = settings._asdict() | around._asdict() | steps._asdict()
+        changed = {name: fields[name] for name in STEP_FUNCTION_OPTIONS if not _is_default(name, fields[name])}
+        changed |= _given(steps)
+        if within.peephole:
+            *params, changed["w_peephole"] = params
+        changed |= ({"training": True} if training else {}) | _given(steps)
+        return handle_torch_function(_PUBLIC_CELLS[settings.kind], tensors, input, hx, *params, **also, **changed)
     names = (*_ARGUMENTS, *FUNCTION_OPTIONS, *Steps._fields)
     arguments = {name: fields[name] for name in names if not _is_default(name, fields[name])}
-    if settings.dropout or around != around.in_eval_mode():
+    if training:
         arguments["training"] = True
     if settings.state_size != settings.hidden_size:
         arguments["proj_size"] = settings.state_size
@@ -491,8 +555,10 @@ def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[
     mask = _live_steps(settings, steps, input, num_steps, batch)
     reset = None if steps.reset is None else _in_time_order(settings, steps.reset, batch).contiguous()
     controls = Controls(steps.batch_sizes, mask, reset=reset)
-    why_reference = backend.why_reference(input, reset is not None)
-    return Call(input, h, c, controls, num_steps, batch, why_reference, _anew(settings, steps))
+    anew = _anew(settings, steps)
+    within = _what_is_within(settings, num_steps, steps, (input, h, c, *params, *anew))
+    why_reference = backend.why_reference(input, *within, has_reset=reset is not None)
+    return Call(input, h, c, controls, num_steps, batch, why_reference, anew)
 
 
 def _anew(settings: Settings, steps: Steps) -> tuple[Tensor, ...]:
@@ -505,6 +571,42 @@ def _in_time_order(settings: Settings, steps: Tensor, batch: int | None) -> Tens
     if batch is None:
         return steps.unsqueeze(1)
     return steps.transpose(0, 1) if settings.batch_first else steps
+
+
+def _what_is_within(
+    settings: Settings, num_steps: int, steps: Steps, tensors: tuple[Tensor | None, ...]
+) -> tuple[Settings | None, bool]:
+    """What :func:`backend.why_reference` has to know of a call whose settings these are, if anything."""
+    if settings.within is None:
+        return None, False
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
+    settings = _of_call(settings, num_steps)
+    return (_without_bptt_steps(settings) if _is_sliced(steps, tensors[0]) else settings), recorded
+
+
+def is_in_slices(settings: Settings, steps: Steps, call: Call) -> bool:
+    """Whether gradients are stopped by calls of ``bptt_steps`` steps each; else the operator does it."""
+    within = _of_call(settings, call.num_steps).within
+    return within is not None and within.bptt_steps is not None and _is_sliced(steps, call.input)
+
+
+def _is_sliced(steps: Steps, input: Tensor | None) -> bool:
+    assert input is not None
+    return input.is_cuda or any(given is not None for given in (steps.batch_sizes, steps.lengths, steps.mask))
+
+
+def _of_call(settings: Settings, num_steps: int) -> Settings:
+    """Without ``bptt_steps`` where they change nothing."""
+    k = None if settings.within is None else settings.within.bptt_steps
+    changes = k is not None and k < num_steps and torch.is_grad_enabled()
+    return settings if changes or k is None else _without_bptt_steps(settings)
+
+
+def _without_bptt_steps(settings: Settings) -> Settings:
+    if settings.within is None:
+        return settings
+    within = settings.within._replace(bptt_steps=None)
+    return settings._replace(within=None if within == NOTHING_WITHIN else within)
 
 
 def _live_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int, batch: int | None) -> Tensor | None:
@@ -521,9 +623,14 @@ def _live_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int,
 
 
 def _run_layers(
-    settings: Settings, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps
+    settings: Settings,
+    input: Tensor,
+    hx: Any,
+    params: Sequence[Any],
+    steps: Steps,
+    recurrent_dropout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(output, h_n, c_n)``, c_n empty unless it is an LSTM's."""
+    """``(output, h_n, c_n)``, c_n empty unless it is an LSTM's. ``recurrent_dropout``: factors, where drawn already."""
     region = autocast_region(settings, input)
     if region is not None:
         input, hx, params = autocast(settings, region, input, hx, params, packed=steps.batch_sizes is not None)
@@ -534,6 +641,10 @@ def _run_layers(
     call = prepare_layers(settings, input, hx, params, steps)
     if settings.around is not None:
         return _run_around(settings, settings.around, call, hx, params, steps)
+    if is_in_slices(settings, steps, call):
+        return _run_slices(settings, call, input, hx, params, steps)
+    settings = _of_call(settings, call.num_steps)
+    within = settings.within
     input, h, c, controls = call[:4]
     anew = call.anew
     if call.batch is None:
@@ -545,10 +656,12 @@ def _run_layers(
         settings = settings._replace(batch_first=False)
     if settings.dropout and settings.num_layers > 1:
         controls = controls._replace(dropout=_dropout_factors(settings, input))
+    if within is not None:
+        controls = _draw_within(settings, within, call, controls, recurrent_dropout)
     of_operator = params
     if anew:
         of_operator = [*params, *anew]
-        settings = settings._replace(within=(settings.within or NOTHING_WITHIN)._replace(reset_state=True))
+        settings = settings._replace(within=(within or NOTHING_WITHIN)._replace(reset_state=True))
     run = backend.implementation(call.why_reference).run_stack
     output, h_n, c_n = _compute(run, settings, call, params, input, h, c, of_operator, controls)
     if call.batch is None:
@@ -565,11 +678,7 @@ def _run_around(
     input = call.input
     if around.input_dropout:
         input = _drop_inputs(settings, around.input_dropout, call)
-    settings = settings._replace(around=None)
-    k = around.bptt_steps
-    if k is not None and k < call.num_steps and torch.is_grad_enabled():
-        return _run_slices(settings, k, call, input, hx, params, steps)
-    return _run_layers(settings, input, hx, params, steps)
+    return _run_layers(settings._replace(around=None), input, hx, params, steps)
 
 
 def _params_of_operator(settings: Settings, around: Around, params: Sequence[Tensor]) -> list[Tensor]:
@@ -600,7 +709,7 @@ def _drop_inputs(settings: Settings, rate: float, call: Call) -> Tensor:
 
 
 def _run_slices(
-    settings: Settings, k: int, call: Call, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps
+    settings: Settings, call: Call, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Calls of k steps each, one after the other: no gradient goes from one to the one before."""
     if steps.batch_sizes is not None:
@@ -608,6 +717,11 @@ def _run_slices(
             "bptt_steps: expected None with packed data, whose rows end in the middle of a slice; pad it, "
             "torch.nn.utils.rnn.pad_packed_sequence, and pass the lengths, lengths="
         )
+    assert settings.within is not None and settings.within.bptt_steps is not None
+    k = settings.within.bptt_steps
+    # one for the whole call; what is drawn step by step is drawn in the slices
+    factors = _recurrent_dropout_factors(settings, settings.within, call)
+    settings = _without_bptt_steps(settings)
     dim = 1 if settings.batch_first and call.batch is not None else 0
     outputs = []
     for first in range(0, call.num_steps, k):
@@ -617,7 +731,7 @@ def _run_slices(
             lengths = None if steps.lengths is None else (steps.lengths.long() - first).clamp(0, count)
             mask, reset = (None if s is None else s.narrow(dim, first, count) for s in (steps.mask, steps.reset))
             of_slice = Steps(None, lengths, mask, reset, steps.reset_state)
-        output, h, c = _run_layers(settings, input.narrow(dim, first, count), hx, params, of_slice)
+        output, h, c = _run_layers(settings, input.narrow(dim, first, count), hx, params, of_slice, factors)
         outputs.append(output)
         hx = (h.detach(), c.detach()) if settings.kind == CellKind.LSTM else h.detach()
     return torch.cat(outputs, dim), h, c
@@ -639,7 +753,8 @@ def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[An
         _checks.check_reset(settings, steps, input, tuple(sizes), layout, tuple(sizes))
         anew = _anew(settings, steps)
     is_empty = settings.hidden_size == 0 or settings.input_size == 0
-    why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input)
+    within = _what_is_within(settings, 1, EVERY_STEP, (input, h, c, *params))
+    why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input, *within)
     return Call(input, h, c, Controls(reset=steps.reset), 1, sizes[0] if sizes else None, why_reference, anew)
 
 
@@ -664,8 +779,15 @@ def _run_cell(
         h, c = torch.where(rows, anew[0], h), None if c is None else torch.where(rows, anew[-1], c)
     if call.batch is None:
         input, h, c = input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)
-    run = backend.implementation(call.why_reference).run_step
-    h, c = _compute(run, settings, call, params, input, h, c, params)
+    implementation = backend.implementation(call.why_reference)
+    if settings.within is None:
+        h, c = _compute(implementation.run_step, settings, call, params, input, h, c, params)
+    else:  # a stack of one layer and one step
+        controls = _draw_within(settings, settings.within, call, Controls())
+        states = (h.unsqueeze(0), None if c is None else c.unsqueeze(0))
+        run = implementation.run_stack
+        _, h, c = _compute(run, settings, call, params, input.unsqueeze(0), *states, params, controls)
+        h, c = h.squeeze(0), c.squeeze(0) if settings.kind == CellKind.LSTM else None
     if call.batch is None:
         return h.squeeze(0), None if c is None else c.squeeze(0)
     return h, c
@@ -697,6 +819,44 @@ def _dropout_factors(settings: Settings, input: Tensor) -> Tensor:
     ones = input.new_ones(*sizes, settings.state_size * settings.num_directions)
     draws = [torch.nn.functional.dropout(ones, settings.dropout, training=True) for _ in range(settings.num_layers - 1)]
     return draws[0].unsqueeze(0) if len(draws) == 1 else torch.stack(draws)
+
+
+def _draw_within(
+    settings: Settings, within: Within, call: Call, controls: Controls, recurrent_dropout: Tensor | None = None
+) -> Controls:
+    """With what this call draws at random; ``recurrent_dropout``: factors that are drawn already."""
+    if recurrent_dropout is None:
+        recurrent_dropout = _recurrent_dropout_factors(settings, within, call)
+    controls = controls._replace(recurrent_dropout=recurrent_dropout)
+    if within.training:
+        rows = call.input.shape[0] if controls.batch_sizes is not None else call.num_steps * (call.batch or 1)
+        cells = settings.num_layers * settings.num_directions
+        sizes = (settings.state_size, settings.hidden_size)
+        h, c = (
+            _draw_bits(call.input, (cells, rows), size, rate) if rate else None
+            for size, rate in zip(sizes, (within.zoneout, within.zoneout_cell), strict=True)
+        )
+        controls = controls._replace(zoneout=h, zoneout_cell=c)
+    return controls
+
+
+def _recurrent_dropout_factors(settings: Settings, within: Within, call: Call) -> Tensor | None:
+    """(L*D, B, P), each 0 or 1 / (1 - rate)."""
+    if not within.recurrent_dropout:
+        return None
+    batch = 1 if call.batch is None else call.batch
+    ones = call.input.new_ones(settings.num_layers * settings.num_directions, batch, settings.state_size)
+    return torch.nn.functional.dropout(ones, within.recurrent_dropout, training=True)
+
+
+def _draw_bits(like: Tensor, shape: tuple[int, ...], size: int, rate: float) -> Tensor:
+    """uint8 (*shape, ceil(size / 8)): bit u % 8 of byte u / 8 is 1 with probability ``rate``."""
+    if size == 0:
+        return like.new_empty(*shape, 0, dtype=torch.uint8)
+    drawn = like.new_empty(*shape, 8 * -(-size // 8), dtype=torch.bool).bernoulli_(rate)
+    # Eight bytes of 0 or 1 as one number. The product has, for byte k, a 1 at bit 8 * k + 7 * j for each j of 1 to 8,
+    # no two at the same place: the highest byte is the sum over k of those with j = 8 - k, its bit k.
+    return (drawn.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
 def autocast_region(settings: Settings, input: Any) -> str | None:
@@ -762,5 +922,9 @@ _PUBLIC_CELLS: dict[CellKind, Callable[..., Any]] = {
     CellKind.RNN_TANH: rnn_cell,
     CellKind.RNN_RELU: rnn_cell,
 }
+_CELL_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
+_CELL_DEFAULTS = {"nonlinearity": "tanh", "w_peephole": None, "training": False}
 _ARGUMENTS = ("bias", "num_layers", "dropout", "bidirectional", "batch_first")
-_DEFAULTS: dict[str, Any] = Settings._field_defaults | Around._field_defaults | Steps._field_defaults
+_DEFAULTS: dict[str, Any] = (
+    Settings._field_defaults | Around._field_defaults | Within._field_defaults | Steps._field_defaults
+)

@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["draw_as_keras", "set_forget_bias"]
+__all__ = ["draw_as_keras", "draw_peepholes", "set_forget_bias"]
 
 
 def draw_as_keras(layer: Any) -> None:
     """As Keras draws them, of the same shapes transposed: W_ih by Glorot and Bengio 2010 over all gates together, W_hh
     orthogonal over all gates together (Saxe 2014), no bias but 1 for an LSTM's forget gate (Jozefowicz 2015).
 
-    A projection, which Keras lacks, is drawn as W_ih is.
+    Of what Keras lacks, a projection is drawn as W_ih is, and peepholes are zero.
     """
     with torch.no_grad():
         for name, parameter in layer.named_parameters(recurse=False):
             if name.startswith("weight_hh"):
                 nn.init.orthogonal_(parameter)
+            elif name.startswith("weight_peephole"):
+                parameter.zero_()
             elif name.startswith("weight"):
                 rows, columns = parameter.shape
                 limit = math.sqrt(6 / (rows + columns))
@@ -29,6 +31,14 @@ def draw_as_keras(layer: Any) -> None:
                 parameter.zero_()
     if layer.mode == "LSTM":
         set_forget_bias(layer, 1.0)
+
+
+def draw_peepholes(layer: Any) -> None:
+    """Uniformly between plus and minus 1 / sqrt(H), as ``torch.nn`` draws every parameter."""
+    limit = 1 / math.sqrt(layer.hidden_size) if layer.hidden_size else 0.0
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name.startswith("weight_peephole"):
+            nn.init.uniform_(parameter, -limit, limit)
 
 
 def set_forget_bias(layer: Any, value: float) -> None:

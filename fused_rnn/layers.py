@@ -8,16 +8,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks, carried, functional, initial
+from .options import in_around, in_within
 from .settings import (
     EVERY_STEP,
     LAYER_OPTIONS,
     NOTHING_AROUND,
+    NOTHING_WITHIN,
+    OTHER_NONLINEARITIES,
     STEP_OPTIONS,
     Around,
     CellKind,
     LayerOptions,
     Settings,
     StepOptions,
+    Within,
     new_settings,
     show_options,
 )
@@ -30,21 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["GRU", "LSTM", "RNN"]
 
 _KINDS = {kind.name: kind for kind in CellKind}
-
-
-def _in_around(name: str) -> Any:
-    """An attribute that is a field of the layer's :class:`Around`."""
-
-    def get(self: Any) -> Any:
-        return getattr(self._around or NOTHING_AROUND, name)
-
-    def put(self: Any, value: Any) -> None:
-        if name == "stateful" and value:
-            carried.add_buffers(self)
-        around = (self._around or NOTHING_AROUND)._replace(**{name: value})
-        self.__dict__["_around"] = None if around == NOTHING_AROUND else around
-
-    return property(get, put)
+# Of an RNN, whose mode says which function it has: those that are no kind of cell by themselves.
+_OTHER_RNNS = {f"RNN_{name.upper()}": name for name in OTHER_NONLINEARITIES}
 
 
 class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
@@ -81,11 +72,12 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             proj_size=proj_size,
         )
         _checks.check_fit(options, is_lstm=mode == "LSTM", is_gru=mode == "GRU", bias=bias, bidirectional=bidirectional)
+        is_other_rnn = mode in _OTHER_RNNS
         # The parameters get their first values in RNNBase's constructor.
         self.init = options.get("init", "torch")
         self.forget_bias = options.get("forget_bias")
         super().__init__(
-            mode,
+            "RNN_TANH" if is_other_rnn else mode,  # RNNBase knows no other
             input_size,
             hidden_size,
             num_layers,
@@ -97,31 +89,75 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             device,
             dtype,
         )
+        if is_other_rnn:
+            self.mode = mode
         if bias and not options.get("recurrent_bias", True):
-            self._remove_recurrent_biases()
-        for name, value in options.items():
-            if value != LAYER_OPTIONS[name]:
+            self._remove_parameters("bias_hh")
+        for name, default in LAYER_OPTIONS.items():  # in this order: an option may need one before it
+            value = options.get(name, default)
+            if value != default:
                 setattr(self, name, value)
+        if self.peephole and self.init == "torch":
+            initial.draw_peepholes(self)
 
     # Of layers without these options, and those that were made, or pickled, before there were any.
     recompute: bool = False
     init: str = "torch"
     forget_bias: float | None = None
     _around: Around | None = None
+    _within: Within | None = None
 
-    # One record, so that a call of a layer without them looks at one attribute.
-    input_dropout: float = _in_around("input_dropout")
-    weight_dropout: float = _in_around("weight_dropout")
-    recurrent_bias: bool = _in_around("recurrent_bias")
-    bptt_steps: int | None = _in_around("bptt_steps")
-    stateful: bool = _in_around("stateful")
+    input_dropout: float = in_around("input_dropout")
+    weight_dropout: float = in_around("weight_dropout")
+    recurrent_bias: bool = in_around("recurrent_bias")
+    stateful: bool = in_around("stateful")
 
-    def _remove_recurrent_biases(self) -> None:
-        names = [name for name in self._flat_weights_names if name.startswith("bias_hh")]
+    recurrent_dropout: float = in_within("recurrent_dropout")
+    zoneout: float = in_within("zoneout")
+    zoneout_cell: float = in_within("zoneout_cell")
+    activation: str = in_within("activation")
+    recurrent_activation: str = in_within("recurrent_activation")
+    reset_after: bool = in_within("reset_after")
+    peephole: bool = in_within("peephole")
+    coupled_gates: bool = in_within("coupled_gates")
+    cell_clip: float | None = in_within("cell_clip")
+    recurrent_grad_clip: float | None = in_within("recurrent_grad_clip")
+    bptt_steps: int | None = in_within("bptt_steps")
+
+    def _prepare_option(self, name: str, value: Any) -> None:
+        """Before an option is set: see that it fits, and that what belongs to it is there."""
+        options = {option: getattr(self, option) for option in LAYER_OPTIONS} | {name: value}
+        _checks.check_options({name: value})
+        is_lstm, is_gru = self.mode == "LSTM", self.mode == "GRU"
+        _checks.check_fit(options, is_lstm=is_lstm, is_gru=is_gru, bias=self.bias, bidirectional=self.bidirectional)
+        if name == "stateful" and value:
+            carried.add_buffers(self)
+        if name == "peephole" and value != self.peephole:
+            self._add_peepholes() if value else self._remove_parameters("weight_peephole")
+
+    def _add_peepholes(self) -> None:
+        """As zeros, which change nothing; last of each layer and direction."""
+        with_peephole = []
+        for of_cell in self._all_weights:
+            name = of_cell[0].replace("weight_ih", "weight_peephole")
+            zeros = getattr(self, of_cell[0]).detach().new_zeros(3 * self.hidden_size)
+            self.register_parameter(name, nn.Parameter(zeros))
+            with_peephole.append([*of_cell, name])
+        self._set_names(with_peephole)
+        parameters = self._parameters
+        for name in self._flat_weights_names:  # in the order of the flat list
+            if name in parameters:
+                parameters[name] = parameters.pop(name)
+
+    def _remove_parameters(self, prefix: str) -> None:
+        names = [name for name in self._flat_weights_names if name.startswith(prefix)]
         for name in names:
             delattr(self, name)
-        self._flat_weights_names = [name for name in self._flat_weights_names if name not in names]
-        self._all_weights = [[name for name in of_cell if name not in names] for of_cell in self._all_weights]
+        self._set_names([[name for name in of_cell if name not in names] for of_cell in self._all_weights])
+
+    def _set_names(self, all_weights: list[list[str]]) -> None:
+        self._all_weights = all_weights
+        self._flat_weights_names = [name for of_cell in all_weights for name in of_cell]
         self._init_flat_weights()
 
     def reset_parameters(self) -> None:
@@ -149,6 +185,8 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in LAYER_OPTIONS}
         changed = [f", {name}={value!r}" for name, value in options.items() if value != LAYER_OPTIONS[name]]
+        if self.mode in _OTHER_RNNS:
+            changed.insert(0, f", nonlinearity={_OTHER_RNNS[self.mode]!r}")
         return super().extra_repr() + "".join(changed)
 
     def flatten_parameters(self) -> None:
@@ -156,10 +194,11 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
 
     def _settings(self) -> Settings:
         """Everything a call needs to know but its tensors. A small call feels what this costs."""
+        within = self._within
         try:
             kind = _KINDS[self.mode]
         except (KeyError, TypeError):
-            raise ValueError(f"mode: expected one of {', '.join(map(repr, _KINDS))}, got {self.mode!r}") from None
+            kind, within = CellKind.RNN_TANH, self._within_other_rnn()
         hidden_size = self.hidden_size
         fields = (
             self.input_size,
@@ -174,13 +213,19 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             self.dropout if self.training else 0.0,
             (),
             None if self._around is None else self._around_call(),
-            None,
+            None if within is None else _not_nothing(within.in_mode(self.training)),
         )
         return new_settings(Settings, fields)
 
     def _around_call(self) -> Around | None:
         around = self._around if self.training or self._around is None else self._around.in_eval_mode()
         return None if around == NOTHING_AROUND else around
+
+    def _within_other_rnn(self) -> Within:
+        if not isinstance(self.mode, str) or self.mode not in _OTHER_RNNS:
+            modes = ", ".join(map(repr, (*_KINDS, *_OTHER_RNNS)))
+            raise ValueError(f"mode: expected one of {modes}, got {self.mode!r}")
+        return (self._within or NOTHING_WITHIN)._replace(activation=_OTHER_RNNS[self.mode])
 
     def _params(self) -> list[Tensor]:
         """The parameters as they are now: parametrizations, pruning and ``functional_call`` exchange them."""
@@ -225,6 +270,10 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
 
 
+def _not_nothing(within: Within) -> Within | None:
+    return None if within == NOTHING_WITHIN else within
+
+
 def _rows(states: Any, order: Tensor) -> Any:
     """h, or the pair (h, c), with its batch rows in this order."""
     if isinstance(states, tuple):
@@ -258,9 +307,26 @@ class LSTM(_Recurrent):
             less than half the memory, more time, the same numbers.
         input_dropout: in training mode, probability of zeroing a feature of the input, the same at all steps of a row
             (Gal and Ghahramani 2016; ``dropout`` of a Keras layer). Of the first layer: those above have ``dropout``.
+        recurrent_dropout: in training mode, probability of zeroing a unit of h where it meets W_hh, the same at all
+            steps of a row, in every layer and direction (Gal and Ghahramani 2016). Nothing but that product sees it.
         weight_dropout: in training mode, probability of zeroing an element of every W_hh, drawn once a call (Wan et al.
             2013; Merity, Keskar and Socher 2017).
+        zoneout, zoneout_cell: in training mode, probability of a unit to keep its h, or its c, of the step before,
+            drawn for each row and step; in eval mode the mean of both, weighted by it (Krueger et al. 2017). The new h
+            is made of the new c, also where the old one is kept.
+        activation: the function of g and, in h, of c in place of tanh: ``"tanh"``, ``"sigmoid"``, ``"relu"``,
+            ``"hard_sigmoid"`` (x / 6 + 1 / 2 between 0 and 1, as ``torch.nn.Hardsigmoid``), ``"softsign"`` or
+            ``"identity"``.
+        recurrent_activation: that of i, f and o in place of the logistic function, one of the same.
+        reset_after: only ``True``; :class:`GRU` has it.
         recurrent_bias: ``False`` for no ``bias_hh``: one bias per gate.
+        peephole: i and f see the c before the step, o the one after it (Gers and Schmidhuber 2000):
+            ``weight_peephole_l{k}`` times c is added to what :math:`\sigma` is taken of.
+        coupled_gates: i = 1 - f; the rows of i are without effect (Greff et al. 2015).
+        cell_clip: c is clamped between minus and plus this in every step, before o and h are made of it (Sak, Senior
+            and Beaufays 2014; ``cell_clip`` of TensorFlow's ``LSTMCell``). ``None`` for not at all.
+        recurrent_grad_clip: the gradient of every h is clamped between minus and plus this on its way back, before it
+            goes through the step (FlashRNN, Poeppel et al. 2024). ``None`` for not at all.
         bptt_steps: k, gradients stop at every k-th step, as if the sequence were given in slices of k steps with the
             state detached between them (truncated back-propagation through time). ``None`` for none. In one direction.
         stateful: begin where the last call ended, row by row, without its gradient, unless ``hx`` is given;
@@ -275,8 +341,8 @@ class LSTM(_Recurrent):
 
     Parameters, for layer k, and with suffix ``_reverse`` for the second direction, each drawn uniformly between
     :math:`\pm 1 / \sqrt{H}`: ``weight_ih_l{k}`` (4*H, I; D*P in place of I for k > 0), ``weight_hh_l{k}`` (4*H, P),
-    ``bias_ih_l{k}`` and ``bias_hh_l{k}`` (4*H), ``weight_hr_l{k}`` (P, H) with a projection. Rows in the order i, f, g,
-    o.
+    ``bias_ih_l{k}`` and ``bias_hh_l{k}`` (4*H), ``weight_hr_l{k}`` (P, H) with a projection, ``weight_peephole_l{k}``
+    (3*H) with ``peephole``. Rows in the order i, f, g, o, of peepholes i, f, o.
 
     Differences from ``torch.nn.LSTM``: arguments that it would misread or fail on in its depths are errors that name
     them, float16 works on the CPU under autocast, and ``isinstance(layer, torch.nn.LSTM)`` is false.
@@ -458,9 +524,13 @@ class GRU(_SingleState):
     Args:
         proj_size: only 0; the place it has among ``torch.nn.GRU``'s positional arguments.
         recompute: keep only h of every step for the backward pass; see :class:`LSTM`.
-        recurrent_bias: only ``True``: the reset gate acts on this bias.
+        activation: the function of n in place of tanh. recurrent_activation: that of r and z.
+        reset_after: ``False`` for :math:`n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r \odot h_{t-1}) + b_{hn})`, as Cho et
+            al. have it, and Keras and ONNX by that name and ``linear_before_reset=0``.
+        recurrent_bias: only ``True`` with ``reset_after``, where the reset gate acts on this bias.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, and the other
-            options but ``forget_bias``: as :class:`LSTM`.
+            options but ``forget_bias``, ``peephole``, ``coupled_gates``, ``cell_clip`` and ``zoneout_cell``: as
+            :class:`LSTM`.
 
     Raises:
         TypeError, ValueError: naming the argument that has another type or is out of range.
@@ -513,11 +583,11 @@ class RNN(_SingleState):
         h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad\text{or } \max(0, \cdot) \text{ for "relu"}
 
     Args:
-        nonlinearity: ``"tanh"`` or ``"relu"``.
+        nonlinearity: ``"tanh"`` or ``"relu"``, or one of the others that ``activation`` of an :class:`LSTM` may be.
         proj_size: only 0; the place it has among ``torch.nn.RNN``'s positional arguments.
         recompute: without effect, h being all that is kept in any case.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, and the other
-            options but ``forget_bias``: as :class:`LSTM`.
+            options but those of gates and of a cell state: as :class:`LSTM`.
 
     Raises:
         TypeError, ValueError: naming the argument that has another type or is out of range.

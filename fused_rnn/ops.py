@@ -40,7 +40,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _C, _checks, formulas
 from ._C import clear_packed, packed_bytes_held, packed_bytes_limit, set_packed_bytes_limit
-from .settings import INTEGER_SETTINGS, CellKind, Controls, Settings
+from .settings import INTEGER_SETTINGS, NOTHING_WITHIN, CellKind, Controls, Settings, Within
 
 __all__ = [
     "clear_packed",
@@ -53,6 +53,7 @@ __all__ = [
     "try_stack",
     "try_step",
     "why_not_fused",
+    "why_not_within",
 ]
 
 # The usual call, without the way through torch.ops, for which every argument is described anew: eager, of plain
@@ -140,6 +141,24 @@ def why_not_fused(*tensors: Tensor | None) -> str | None:
             return f"no fused kernel for {t.device.type} tensors: the CPU and CUDA devices have them"
         if t.layout is not torch.strided:
             return f"no fused kernel for tensors of layout {t.layout}"
+    return None
+
+
+def why_not_within(kind: CellKind, within: Within, input: Tensor, recorded: bool) -> str | None:
+    """Why no fused kernel has these options; None when one does.
+
+    Args:
+        recorded: whether the call keeps what a backward pass needs.
+    """
+    if input.is_cuda:
+        names = [name for name in Within._fields if getattr(within, name) != getattr(NOTHING_WITHIN, name)]
+        return f"no fused kernel for cuda tensors has {names[0]}"
+    if not within.reset_after:
+        return "no fused kernel has reset_after=False, where the product with W_hn waits for the reset gate"
+    if kind.num_gates == 1 and within.zoneout and not within.training and recorded:
+        return (
+            "no fused kernel has zoneout of an RNN with gradients in eval mode: it keeps h alone, and h is a mean there"
+        )
     return None
 
 
@@ -255,7 +274,8 @@ def run_stack(
         input: (T, B, I), (B, T, I) with ``batch_first``, or (N, I) with ``batch_sizes``.
         h0: (L * D, B, P), or None for zeros.
         c0: (L * D, B, H), or None for zeros; only with ``CellKind.LSTM``.
-        params: per layer and direction ``w_ih (G * H, I), w_hh (G * H, P)[, b_ih, b_hh (G * H)][, w_hr (P, H)]``.
+        params: per layer and direction ``w_ih (G * H, I), w_hh (G * H, P)[, b_ih, b_hh (G * H)][, w_hr (P, H)]``
+            ``[, w_peephole (3 * H)]``.
         controls: with a mask, a row keeps its state in a step that is False, its output and the gradient of its input
             are 0, and what stands in its input has no effect. Not with batch_sizes.
 

@@ -50,18 +50,30 @@ class Activation(IntEnum):
 
 
 ACTIVATIONS = tuple(activation.name.lower() for activation in Activation)
+# Of an RNN that is no CellKind by itself, but one of tanh with another activation.
+OTHER_NONLINEARITIES = tuple(name for name in ACTIVATIONS if name not in ("tanh", "relu"))
 
 
 class FunctionOptions(TypedDict, total=False):
     """Keywords that ``torch.nn`` lacks and a functional call shares with a layer's constructor.
 
-    Their defaults are those of :class:`Settings` and :class:`Around`.
+    Their defaults are those of :class:`Settings`, :class:`Around` and :class:`Within`.
     """
 
     recompute: bool
     input_dropout: float
+    recurrent_dropout: float
     weight_dropout: float
+    zoneout: float
+    zoneout_cell: float
+    activation: str
+    recurrent_activation: str
+    reset_after: bool
     recurrent_bias: bool
+    peephole: bool
+    coupled_gates: bool
+    cell_clip: float | None
+    recurrent_grad_clip: float | None
     bptt_steps: int | None
 
 
@@ -86,13 +98,31 @@ class CallOptions(FunctionOptions, StepOptions, total=False):
     """Keywords of a functional call that ``torch.nn`` lacks."""
 
 
+class StepFunctionOptions(TypedDict, total=False):
+    """Keywords of a functional cell: those of :class:`Within` that have a meaning for one step."""
+
+    recurrent_dropout: float
+    zoneout: float
+    zoneout_cell: float
+    activation: str
+    recurrent_activation: str
+    reset_after: bool
+    coupled_gates: bool
+    cell_clip: float | None
+
+
+class CellOptions(StepFunctionOptions, total=False):
+    """Keywords of a cell's constructor that ``torch.nn`` lacks; a function is given the peepholes themselves."""
+
+    peephole: bool
+
+
 class Around(NamedTuple):
     """What Python does around the operators of a call; see :class:`fused_rnn.LSTM` for the meaning of each."""
 
     input_dropout: float = 0.0  # in this call, as weight_dropout: 0 in eval mode
     weight_dropout: float = 0.0
     recurrent_bias: bool = True
-    bptt_steps: int | None = None
     stateful: bool = False  # of a layer: no function has it
 
     def in_eval_mode(self) -> Around:
@@ -124,6 +154,12 @@ class Within(NamedTuple):
 
     recurrent_dropout: float = 0.0  # in this call: 0 in eval mode
     training: bool = False  # whether zoneout is drawn; else states are what they would be on average
+
+    def in_mode(self, training: bool) -> Within:
+        """Of a call in training mode, or in eval mode, where nothing is drawn."""
+        if training:
+            return self._replace(training=bool(self.zoneout or self.zoneout_cell))
+        return self._replace(recurrent_dropout=0.0, training=False)
 
     def integers(self) -> list[int]:
         activations = [int(Activation[name.upper()]) for name in self[:2]]
@@ -185,6 +221,10 @@ class Settings(NamedTuple):
         return 0 if not self.bias else 1 if self.around is not None and not self.around.recurrent_bias else 2
 
     @property
+    def has_peepholes(self) -> bool:
+        return self.within is not None and self.within.peephole
+
+    @property
     def is_cell(self) -> bool:
         return bool(self.cell_names)
 
@@ -225,7 +265,7 @@ _END_OF_INTEGERS = Settings._fields.index("dropout")
 # In the order of the operators' list.
 INTEGER_SETTINGS = Settings._fields[_FIRST_INTEGER:_END_OF_INTEGERS]
 # Keywords with their defaults.
-_DEFAULTS = Settings._field_defaults | Around._field_defaults
+_DEFAULTS = Settings._field_defaults | Around._field_defaults | Within._field_defaults
 FUNCTION_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in FunctionOptions.__annotations__}
 LAYER_OPTIONS: dict[str, Any] = FUNCTION_OPTIONS | {
     "stateful": _DEFAULTS["stateful"],
@@ -234,7 +274,9 @@ LAYER_OPTIONS: dict[str, Any] = FUNCTION_OPTIONS | {
 }
 STEP_OPTIONS: dict[str, Any] = dict.fromkeys(StepOptions.__annotations__)
 CALL_OPTIONS = FUNCTION_OPTIONS | STEP_OPTIONS
-# Of layers that exist already: those that concern no parameter.
+STEP_FUNCTION_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in StepFunctionOptions.__annotations__}
+CELL_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in CellOptions.__annotations__}
+# Of layers that exist already: those that leave their parameters as they are.
 CONVERT_OPTIONS = {
     name: default for name, default in LAYER_OPTIONS.items() if name not in ("recurrent_bias", "init", "forget_bias")
 }
@@ -244,7 +286,8 @@ _of_cells: dict[tuple[Any, ...], Settings] = {}
 
 
 def cell_settings(*cell: Any) -> Settings:
-    """Of a cell: kind, input_size, hidden_size, and the names that its caller has for w_ih, w_hh[, b_ih, b_hh]."""
+    """Of a cell: kind, input_size, hidden_size, the names that its caller has for w_ih, w_hh[, b_ih, b_hh][,
+    w_peephole], and what is within, if anything."""
     if torch.compiler.is_compiling():  # what changes with every cell is no condition of what is compiled
         return _make_cell_settings(*cell)
     settings = _of_cells.get(cell)
@@ -253,8 +296,10 @@ def cell_settings(*cell: Any) -> Settings:
     return settings
 
 
-def _make_cell_settings(kind: CellKind, input_size: int, hidden_size: int, names: tuple[str, ...]) -> Settings:
-    return Settings(input_size, hidden_size, hidden_size, kind, len(names) > 2, cell_names=names)
+def _make_cell_settings(
+    kind: CellKind, input_size: int, hidden_size: int, names: tuple[str, ...], within: Within | None = None
+) -> Settings:
+    return Settings(input_size, hidden_size, hidden_size, kind, len(names) > 3, cell_names=names, within=within)
 
 
 class Steps(NamedTuple):

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .settings import LAYER_OPTIONS
+from .settings import CELL_OPTIONS, LAYER_OPTIONS, OTHER_NONLINEARITIES
 from .weights import OF_ASSIGNMENT
 
 _log = logging.getLogger("fused_rnn")
 
 # Unknown to torch.nn; why_not_torch_nn has seen that what a module computes does not depend on their values.
-_LEFT_BEHIND = (*LAYER_OPTIONS, "_around", *OF_ASSIGNMENT)
+_LEFT_BEHIND = (*LAYER_OPTIONS, "_around", "_within", *OF_ASSIGNMENT)
 # What is left of the first values of the parameters is the parameters.
 _CHANGE_NUMBERS = {
     name: default for name, default in LAYER_OPTIONS.items() if name not in ("recompute", "init", "forget_bias")
@@ -81,10 +81,12 @@ def why_not_torch_nn(module: Any) -> str | None:
             if is_ours
             else f"it is a {cls.__qualname__}, a subclass of a fused_rnn module"
         )
-    if isinstance(module, nn.RNNBase):
-        for name, default in _CHANGE_NUMBERS.items():
-            if (value := getattr(module, name)) != default:
-                return f"it has {name}={value!r}, which torch.nn.{vars(cls)['_torch_class'].__name__} has not"
+    options = _CHANGE_NUMBERS if isinstance(module, nn.RNNBase) else CELL_OPTIONS
+    changed = {name: value for name, default in options.items() if (value := getattr(module, name)) != default}
+    if (nonlinearity := getattr(module, "nonlinearity", "tanh")) in OTHER_NONLINEARITIES:
+        changed = {"nonlinearity": nonlinearity} | changed
+    for name, value in changed.items():
+        return f"it has {name}={value!r}, which torch.nn.{vars(cls)['_torch_class'].__name__} has not"
     return "its forward was replaced on the object" if "forward" in vars(module) else None
 
 

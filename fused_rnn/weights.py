@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks
 
-_WEIGHT = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?")
+_WEIGHT = re.compile(r"(weight|bias)_(ih|hh|hr|peephole)(_l\d+(_reverse)?)?")
 
 
 class ByAttribute:

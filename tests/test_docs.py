@@ -88,7 +88,7 @@ def test_code_of_the_page_on_diagnostics_runs(
 def test_page_on_options_has_all_of_them_and_tests_that_exist() -> None:
     rows = re.findall(r"^\| `(\w+)=.*\| `([\w/.]+)` \|$", (DOCS / "options.md").read_text(), re.MULTILINE)
     assert {option for option, _ in rows} == set(LAYER_OPTIONS)
-    tests = (Path(__file__).parent / "test_options.py").read_text()
+    tests = "".join((Path(__file__).parent / name).read_text() for name in ("test_options.py", "test_within.py"))
     for _, name in rows:
         assert (Path(__file__).parents[1] / name).exists() if "/" in name else f"def {name}(" in tests
 

@@ -25,7 +25,7 @@ LEVELS = [
     {"ops"},
     {"backend"},
     {"functional", "packed_weights"},
-    {"reference", "weights", "initial", "carried"},
+    {"reference", "weights", "initial", "carried", "options"},
     {"twin"},
     {"layers", "cells"},
     {"subclasses", "explain", "diagnostics"},
