@@ -231,6 +231,14 @@ def test_numbers_of_torch_nn_on_every_episode_by_itself(index: int, backend: str
     assert_within(run_call(DRAWN[index]), expected_of(index))
 
 
+@pytest.mark.asan
+@pytest.mark.kernels
+@pytest.mark.parametrize("index", range(0, len(DRAWN), 8), ids=lambda index: str(DRAWN[index]))
+def test_every_instruction_set_gives_them(index: int, isa: str) -> None:
+    with fused_rnn.use_backend("fused"):
+        assert_within(run_call(DRAWN[index]), expected_of(index))
+
+
 @pytest.mark.parametrize("call", SOME, ids=str)
 def test_inference_gives_the_numbers_of_training(call: Call, backend: str) -> None:
     module, (data, states) = call.build(), call.data()
