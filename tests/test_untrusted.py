@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import functional
+from fused_rnn.settings import Controls
 
 np = pytest.importorskip("numpy")
 
@@ -36,7 +37,7 @@ def test_every_argument_of_every_operator_is_checked(calls: str) -> None:
 
 LARGE = """
 import torch, fused_rnn
-from fused_rnn.settings import OPERATORS_VERSION
+from fused_rnn.settings import OPERATORS_VERSION, Controls
 ops = torch.ops.fused_rnn
 x = torch.zeros(5, 2, 3)
 one, none = torch.zeros(1), torch.zeros(0)
@@ -48,7 +49,8 @@ def params(G, H, I, P=None):
     return [giant(G * H, I), giant(G * H, P or H), giant(G * H), giant(G * H)]
 
 def forward(input, params, controls=(), settings=(2, 1, 1, 0, 0, 0), h0=None, c0=None, save=False):
-    return ops.rnn_forward(input, h0, c0, params, list(controls), [*settings, OPERATORS_VERSION], [], save)
+    controls = [*controls, *[none] * (len(Controls._fields) - len(controls))] if controls else []
+    return ops.rnn_forward(input, h0, c0, params, controls, [*settings, OPERATORS_VERSION], [], save)
 
 def step(input, h, c, params, kind):
     return ops.cell_forward(input, h, c, params, [kind, 1, 1, 0, 0, 0, OPERATORS_VERSION], [], True)
@@ -83,6 +85,9 @@ calls = {
     ),
     "a mask": lambda: forward(
         giant(2**61, 1, 1), params(4, 4, 1), [none, torch.ones(1, 1, dtype=torch.bool).expand(2**61, 1), none]
+    ),
+    "a reset": lambda: forward(
+        giant(2**61, 1, 1), params(4, 4, 1), [none] * 3 + [torch.ones(1, 1, dtype=torch.bool).expand(2**61, 1)]
     ),
     "dropout": lambda: forward(
         giant(2**30, 2**30, 1), params(1, 1, 1) * 2, [none, none, giant(1, 2**30, 2**30, 1)], (0, 1, 2, 0, 0, 0)
@@ -125,14 +130,15 @@ def test_no_product_of_sizes_overflows_before_it_is_checked() -> None:
 def test_what_the_operator_saves_of_masked_calls_is_zeros_behind_the_live_steps(cell: str, dtype: torch.dtype) -> None:
     """It returns that memory, so whatever was freed there before must not show."""
     case = Case(cell, num_layers=2, bidirectional=True, dtype=dtype)
-    layer, x, none = case.build(fused_rnn), case.data().sequence.detach(), torch.empty(0)
+    layer, x = case.build(fused_rnn), case.data().sequence.detach()
     mask = torch.ones(case.steps, case.batch, dtype=torch.bool)
+    controls = Controls(mask=mask).flatten(x)
     mask[1::2, 1] = mask[:, 2] = False
     live, all_rows = int(mask.sum()), mask.numel()
     settings, numbers = layer._settings().flatten()
     params = [p.detach() for p in layer.parameters()]
     for _ in range(3):  # what the first saves is overwritten and freed, and the others lie there
-        results = torch.ops.fused_rnn.rnn_forward(x, None, None, params, [none, mask, none], settings, numbers, True)
+        results = torch.ops.fused_rnn.rnn_forward(x, None, None, params, controls, settings, numbers, True)
         for saved in results[3:]:
             if not saved.numel():
                 continue
