@@ -39,15 +39,18 @@ PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirem
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
 	$(RUN) examples/char_lm.py $(ARGS)
 
-# $(call run_tests,command that pytest's arguments follow,marker expression). Status 5: there was none of these tests.
+# $(call run_tests,command that pytest's arguments follow,files,those that hold tests marked alone,marker expression).
+# Status 5: there was none of these tests.
 define run_tests
-	$(if $(PARALLEL),$(1) -m '$(if $(2),$(2) and )not alone' -n $(JOBS) --dist worksteal $(ARGS) || test $$? = 5)
-	$(if $(PARALLEL),$(1) -m '$(if $(2),$(2) and )alone' $(ARGS) || test $$? = 5,$(1) $(if $(2),-m $(2)) $(ARGS))
+	$(if $(PARALLEL),$(1) $(2) -m '$(if $(4),$(4) and )not alone' -n $(JOBS) --dist worksteal $(ARGS) || test $$? = 5)
+	$(if $(PARALLEL),$(1) $(3) -m '$(if $(4),$(4) and )alone' $(ARGS) || test $$? = 5,$(1) $(2) $(if $(4),-m $(4)) $(ARGS))
 endef
+# All tests need not be collected once more for these; tests/conftest.py sees to it that none is elsewhere.
+ALONE_TESTS = $(shell grep -lE 'mark[.]alone|\<threads: None' tests/test_*.py)
 PARALLEL := $(filter-out 1,$(JOBS))
 
 test: build  ## run the tests on all processors (ARGS="-k lstm"; JOBS=1: in one process)
-	$(call run_tests,$(RUN) -m pytest tests)
+	$(call run_tests,$(RUN) -m pytest,tests,$(ALONE_TESTS))
 
 site: build  ## write the documentation as a site, build/site/index.html
 	$(RUN) -m sphinx -q -W --keep-going -b html docs build/site
@@ -69,7 +72,7 @@ ASAN_ENVIRONMENT = LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UB
 test-asan: build  ## the tests marked asan, on kernels with address and undefined-behaviour sanitizers
 	FUSED_RNN_SANITIZE=address,undefined FUSED_RNN_ISAS=$(ASAN_ISAS) \
 		$(RUN) setup.py --quiet build --build-base $(ASAN_BUILD)
-	$(call run_tests,$(ASAN_ENVIRONMENT) $(BIN)/pytest $(ASAN_TESTS) --capture=sys,asan)
+	$(call run_tests,$(ASAN_ENVIRONMENT) $(BIN)/pytest --capture=sys,$(ASAN_TESTS),$(filter $(ALONE_TESTS),$(ASAN_TESTS)),asan)
 
 build: $(BUILT) $(INSTALLED)  ## create .venv with PyTorch in it, compile what changed
 

@@ -47,6 +47,7 @@ X86_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
 X86_FLAGS["avx512"] = [*X86_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86_FLAGS["avx512_bf16"] = [*X86_FLAGS["avx512"], "-mavx512bf16"]
 X86_FLAGS["avx512_amx"] = [*X86_FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
+BFLOAT16_ALONE = {"avx512_bf16", "avx512_amx"}
 OTHER_FLAGS: dict[str, list[str]] = {"portable": []}
 
 # Gate arithmetic must see NaN and infinity, hence no -ffast-math: only the two of its parts that change no result.
@@ -64,7 +65,7 @@ def instruction_sets() -> dict[str, list[str]]:
     wanted = {"portable", *filter(None, os.environ.get("FUSED_RNN_ISAS", ",".join(known)).split(","))}
     if unknown := wanted - set(known):
         fail(f"FUSED_RNN_ISAS: expected some of {','.join(known)}, got {','.join(sorted(unknown))}")
-    if wanted & {"avx512_bf16", "avx512_amx"} and "avx512" not in wanted:
+    if wanted & BFLOAT16_ALONE and "avx512" not in wanted:
         fail("FUSED_RNN_ISAS: avx512_bf16 and avx512_amx have bfloat16 kernels alone and need avx512 beside them")
     return {name: flags for name, flags in known.items() if name in wanted}
 
@@ -222,8 +223,9 @@ def write_kernels_ninja(folder: Path, macros: list[str], cuda: Cuda | None) -> l
         for source in cuda_build.sources():
             objects[source] = str(folder / f"cuda_{source.name}.o")
             lines.append(f"build {ninja_path(objects[source])}: cuda {ninja_path(source)}")
-    # ninja starts them in this order, and the widest instruction sets take longest.
-    for source in reversed(sources):
+    # ninja starts them in this order: what takes longest first, lest one processor be busy with it alone in the end.
+    all_dtypes = [ROOT / f"csrc/cpu/isa_{name}.cpp" for name in instruction_sets() if name not in BFLOAT16_ALONE]
+    for source in reversed([*(source for source in sources if source not in all_dtypes), *all_dtypes]):
         lines.append(f"build {ninja_path(objects[source])}: kernel {ninja_path(source)}")
         lines.append(f"  isa = {shlex.join(flags_of.get(source, []))}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,33 +41,46 @@ SHAPES = (Shape(40, 64, 256, 512), Shape(200, 32, 20, 64))
 # By name: keywords of the constructor, and the most that the time may be of the plain layer's.
 OPTIONS: dict[str, tuple[dict[str, Any], float]] = {
     "input_dropout": ({"input_dropout": 0.3}, 1.25),
+    "recurrent_dropout": ({"recurrent_dropout": 0.3}, 1.25),
     "weight_dropout": ({"weight_dropout": 0.3}, 1.25),
+    "zoneout": ({"zoneout": 0.1}, 1.25),
+    "zoneout_cell": ({"zoneout_cell": 0.1}, 1.25),
+    "activation": ({"activation": "softsign"}, 1.1),
+    "recurrent_activation": ({"recurrent_activation": "hard_sigmoid"}, 1.1),
+    "peephole": ({"peephole": True}, 1.1),
+    "coupled_gates": ({"coupled_gates": True}, 1.1),
+    "cell_clip": ({"cell_clip": 3.0}, 1.1),
+    "recurrent_grad_clip": ({"recurrent_grad_clip": 1.0}, 1.1),
     "recurrent_bias=False": ({"recurrent_bias": False}, 1.1),
     "stateful": ({"stateful": True}, 1.1),
     "bptt_steps": ({"bptt_steps": 20}, 1.25),
+    "reset": ({}, 1.1),  # of a call: one step in a hundred is marked
 }
+_LSTM_ALONE = ("recurrent_bias=False", "zoneout_cell", "peephole", "coupled_gates", "cell_clip")
 
 
 def has(cell: str, option: str) -> bool:
-    return not (cell == "GRU" and option == "recurrent_bias=False")
+    return cell == "LSTM" or option not in _LSTM_ALONE
 
 
-def training_step(cell: str, shape: Shape, keywords: dict[str, Any]) -> Callable[[], None]:
+def training_step(cell: str, shape: Shape, option: str | None) -> Callable[[], None]:
     torch.manual_seed(0)
+    keywords = {} if option is None else OPTIONS[option][0]
     layer = getattr(fused_rnn, cell)(shape.input_size, shape.hidden_size, **keywords)
     x = torch.randn(shape.steps, shape.batch, shape.input_size, requires_grad=True)
     grad = torch.randn(shape.steps, shape.batch, shape.hidden_size)
+    of_call = {"reset": torch.rand(shape.steps, shape.batch) < 0.01} if option == "reset" else {}
     leaves = [x, *layer.parameters()]
 
     def step() -> None:
-        torch.autograd.grad(layer(x)[0], leaves, grad)
+        torch.autograd.grad(layer(x, **of_call)[0], leaves, grad)
 
     return step
 
 
 def measure(cell: str, shape: Shape, options: list[str]) -> dict[str, Any]:
-    runs = {FUSED.name: training_step(cell, shape, {})}
-    runs |= {option: training_step(cell, shape, OPTIONS[option][0]) for option in options}
+    runs = {FUSED.name: training_step(cell, shape, None)}
+    runs |= {option: training_step(cell, shape, option) for option in options}
     rounds = Rounds()
     interleave(runs, PLAN, rounds)
     return {
@@ -79,6 +92,11 @@ def measure(cell: str, shape: Shape, options: list[str]) -> dict[str, Any]:
         "rounds": len(rounds.seconds[FUSED.name]),
         "disturbed_rounds": rounds.disturbed_rounds + rounds.disturbed_rounds_kept,
     }
+
+
+def _label(option: str) -> str:
+    keywords = OPTIONS[option][0]
+    return ", ".join(f"{name}={value!r}" for name, value in keywords.items()) or f"{option}=, 1 % of steps"
 
 
 def table_of(result: dict[str, Any]) -> str:
@@ -97,8 +115,7 @@ def table_of(result: dict[str, Any]) -> str:
     for option in OPTIONS:
         values = [f"{c['ratio'][option]:.2f}" if option in c["ratio"] else "" for c in cases]
         if any(values):
-            name = option if "=" in option else "=".join(map(str, next(iter(OPTIONS[option][0].items()))))
-            lines.append(f"| `{name}` | {' | '.join(values)} |")
+            lines.append(f"| `{_label(option)}` | {' | '.join(values)} |")
     return "\n".join(lines)
 
 

@@ -382,13 +382,14 @@ struct Stack {
     std::optional<Pieces> pieces(std::in_place, T, B, bytes(mask), bytes(reset));
     const bool masks = mask.defined() && pieces->count() != T * B;
     mask.reset();
-    // Pieces side by side are worth their copies where they make the batch so much shorter.
-    const bool worth = !pieces->whole() && 4 * int64_t(pieces->sizes().size()) <= 3 * T;
+    // Pieces side by side are worth their copies where there are too few rows to keep the units of multiplication busy,
+    // and they make the batch so much shorter (docs/performance.md).
+    const bool worth = !pieces->whole() && 2 * int64_t(pieces->sizes().size()) <= T;
     if (!masks && !worth) return {};
     reset.reset();
     return pieces;
   }
-  static constexpr int64_t most_rows_in_pieces = 16;
+  static constexpr int64_t most_rows_in_pieces = 2;
 
   // The stack over the pieces of its batch.
   Stack packed_as(const Pieces& pieces) const {

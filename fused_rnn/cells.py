@@ -46,6 +46,7 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
             initial.draw_peepholes(self)
 
     _within: Within | None = None
+    __jit_unused_properties__ = list(CELL_OPTIONS)  # torch.jit.script of a subclass passes them by
 
     recurrent_dropout: float = in_within("recurrent_dropout")
     zoneout: float = in_within("zoneout")
@@ -95,19 +96,21 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
 
     def _call_within(self) -> Within | None:
         """What the next call has beside the plain cell; of an RNN also its nonlinearity."""
-        within = self._within
-        return None if within is None else within.in_mode(self.training)
+        within = None if self._within is None else self._within.in_mode(self.training)
+        return None if within == NOTHING_WITHIN else within
 
     def _settings(self) -> Settings:
         """Everything a call needs to know but its tensors."""
         return self._settings_for(self._params())
 
     def _settings_for(self, params: list[Any]) -> Settings:
-        within = self._call_within()
-        if within is None or within == NOTHING_WITHIN:
-            return cell_settings(self._kind(), self.input_size, self.hidden_size, _NAMES[: len(params)])
+        kind, within = self._kind(), self._within
+        if within is not None or kind == CellKind.RNN_TANH:
+            within = self._call_within()
+        if within is None:
+            return cell_settings(kind, self.input_size, self.hidden_size, _NAMES[: len(params)])
         names = (*_NAMES[: len(params) - 1], "weight_peephole") if within.peephole else _NAMES[: len(params)]
-        return cell_settings(self._kind(), self.input_size, self.hidden_size, names, within)
+        return cell_settings(kind, self.input_size, self.hidden_size, names, within)
 
     def _run(self, input: Tensor, hx: Any, reset: Any, reset_state: Any) -> Any:
         params = self._params()
@@ -249,6 +252,8 @@ class RNNCell(_Cell):
         return functional.rnn_kind(self.nonlinearity)
 
     def _call_within(self) -> Within | None:
+        if self._within is None and self.nonlinearity == "tanh":  # the usual one
+            return None
         return functional.with_nonlinearity(super()._call_within(), self.nonlinearity)
 
     def forward(

@@ -99,9 +99,10 @@ def lstm(
             is then packed data as in :class:`torch.nn.utils.rnn.PackedSequence`.
         recompute: keep only the states for the backward pass, and compute the gates there again: less memory, more
             time, the same numbers.
-        input_dropout, recurrent_dropout, weight_dropout, zoneout, zoneout_cell, activation, recurrent_activation,
-            recurrent_bias, peephole, coupled_gates, cell_clip, recurrent_grad_clip, bptt_steps: as
-            :class:`fused_rnn.LSTM` has them; the dropouts act while ``training``.
+        input_dropout, recurrent_dropout, weight_dropout, zoneout, zoneout_cell: as :class:`fused_rnn.LSTM` has them;
+            drawn while ``training``.
+        activation, recurrent_activation, recurrent_bias, peephole, coupled_gates, cell_clip: the same.
+        recurrent_grad_clip, bptt_steps: the same.
         lengths: steps of each row from the first, any integer dtype on any device, 0 to T. On the CPU an error says if
             one is not in that range; on other devices, and under :func:`torch.compile`, a negative one counts as 0 and
             a larger one as T.
@@ -524,7 +525,6 @@ def _call_override(
     fields = settings._asdict() | around._asdict() | within._asdict() | steps._asdict()
     if settings.is_cell:
         changed = {name: fields[name] for name in STEP_FUNCTION_OPTIONS if not _is_default(name, fields[name])}
-        changed |= _given(steps)
         if within.peephole:
             *params, changed["w_peephole"] = params
         changed |= ({"training": True} if training else {}) | _given(steps)
@@ -753,7 +753,7 @@ def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[An
         _checks.check_reset(settings, steps, input, tuple(sizes), layout, tuple(sizes))
         anew = _anew(settings, steps)
     is_empty = settings.hidden_size == 0 or settings.input_size == 0
-    within = _what_is_within(settings, 1, EVERY_STEP, (input, h, c, *params))
+    within = _what_is_within(settings, 1, EVERY_STEP, (input, h, c, *params, *anew))
     why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input, *within)
     return Call(input, h, c, Controls(reset=steps.reset), 1, sizes[0] if sizes else None, why_reference, anew)
 
@@ -829,7 +829,8 @@ def _draw_within(
         recurrent_dropout = _recurrent_dropout_factors(settings, within, call)
     controls = controls._replace(recurrent_dropout=recurrent_dropout)
     if within.training:
-        rows = call.input.shape[0] if controls.batch_sizes is not None else call.num_steps * (call.batch or 1)
+        batch = 1 if call.batch is None else call.batch
+        rows = call.input.shape[0] if controls.batch_sizes is not None else call.num_steps * batch
         cells = settings.num_layers * settings.num_directions
         sizes = (settings.state_size, settings.hidden_size)
         h, c = (

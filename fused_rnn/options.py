@@ -21,6 +21,8 @@ def in_within(name: str) -> Any:
 
 def _in_record(attribute: str, nothing: Any, name: str) -> Any:
     def get(self: Any) -> Any:
+        if name in self._modules:  # a subclass's own part of this name, as self.activation = nn.ReLU() makes
+            return self._modules[name]
         return getattr(getattr(self, attribute) or nothing, name)
 
     def put(self: Any, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,9 @@ from fused_rnn.check import instruction_set
 # Most calls here are small. torch.nn and the reference, with several threads on a machine that is busy with something
 # else, take up to a hundred times as long for them; tests/test_threads.py is about more than one thread.
 SUITE_THREADS = 1
+
+# In files with tests that run alone (ALONE_TESTS in the Makefile).
+ALONE = re.compile(r"mark[.]alone|\bthreads: None")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,9 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    apart = set()
     for item in items:
         if "threads" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.alone)
+        if item.get_closest_marker("alone"):
+            apart.add(item.path)
+    for path in apart:
+        if not ALONE.search(path.read_text()):
+            raise pytest.UsageError(f"{path}: the Makefile looks for tests that run alone by {ALONE.pattern!r}")
     # Several processes share the tests: the one that compiles is not to begin when the others have ended.
     items.sort(key=lambda item: item.get_closest_marker("compiles") is None)
     if why := why_no_cuda():

@@ -452,7 +452,7 @@ def test_result_says_where_and_what_was_measured(result_file: Path) -> None:
 
 
 def test_bars_are_not_judged_by_a_choice_of_their_cases(
-    threads: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crowded, "measure", lambda progress: [])
     monkeypatch.setattr(memory, "CASES", ())
@@ -462,6 +462,7 @@ def test_bars_are_not_judged_by_a_choice_of_their_cases(
     assert "Bars: " not in capsys.readouterr().out
     assert bench.main(options) == 0
     assert "Bars: " in capsys.readouterr().out
+    assert torch.get_num_threads() == 1
 
 
 def test_a_kept_result_is_judged_again(result_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def _has_projection(row: Row) -> bool:
     return not row["proj"] or (row["cell"] == "LSTM" and row["hidden_size"] > 1)
 
 
-# Two designs: most triples of options occur too. The sanitizers see the first.
+# Two designs: most triples of options occur too.
 DESIGNS = [[Case(**row) for row in pairwise(LAYER_FACTORS, seed=seed, allowed=_has_projection)] for seed in (0, 1)]
 LAYER_CASES = [case for design in DESIGNS for case in design]
 
@@ -96,9 +96,8 @@ def _torch_nn(case: Case | CellCase) -> dict[str, torch.Tensor]:
     return run(case.build(nn), case.data())
 
 
-@pytest.mark.parametrize(
-    "case", [*(pytest.param(case, marks=pytest.mark.asan) for case in DESIGNS[0]), *DESIGNS[1]], ids=str
-)
+@pytest.mark.asan
+@pytest.mark.parametrize("case", LAYER_CASES, ids=str)
 def test_layer_matches_float64_and_torch_nn(case: Case, isa: str) -> None:
     found = run(case.build(fused_rnn), case.data())
     assert_within(found, _float64_reference(case))
@@ -163,7 +162,6 @@ def test_large_sizes_match_float64(cell: str, dtype: torch.dtype, sizes: dict[st
     assert_within(run(case.build(fused_rnn), case.data()), _float64_reference(case))
 
 
-@pytest.mark.asan
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN_TANH"])

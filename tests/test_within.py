@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from fused_rnn import functional
-from fused_rnn.settings import ACTIVATIONS, CELL_OPTIONS
+from fused_rnn.settings import ACTIVATIONS, CELL_OPTIONS, CellKind, Settings, Within
 
 LAYERS = ("LSTM", "GRU", "RNN")
 T, B, INPUT, H = 6, 3, 4, 5
@@ -317,7 +318,7 @@ def test_rates_of_1_and_of_0(backend: str, name: str) -> None:
 ALONE: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {"activation": "softsign"}),
     ("LSTM", {"recurrent_activation": "hard_sigmoid"}),
-    ("LSTM", {"peephole": True}),
+    ("LSTM", {"peephole": True, "recurrent_bias": False}),
     ("LSTM", {"coupled_gates": True}),
     ("LSTM", {"cell_clip": 0.4}),
     ("GRU", {"activation": "relu"}),
@@ -390,6 +391,19 @@ def test_rows_of_other_lengths_are_rows_by_themselves(
         assert_close(a, b)
 
 
+@pytest.mark.parametrize(("name", "options"), ALONE + DRAWN, ids=str)
+def test_an_empty_batch_and_no_batch(backend: str, name: str, options: dict[str, Any]) -> None:
+    layer, x = make(name, num_layers=2, **options), data(T, 1, INPUT)
+    assert layer(x[:, :0])[0].shape == (T, 0, H)
+    results = []
+    for unbatched in (False, True):
+        torch.manual_seed(1)
+        output, states = layer(x[:, 0] if unbatched else x)
+        results.append([t if unbatched else t.squeeze(1) for t in (output, *flat(states))])
+    for a, b in zip(*results, strict=True):
+        assert_same(a, b)
+
+
 @pytest.mark.parametrize("layout", ["lengths", "packed"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_draws_of_rows_of_other_lengths(backend: str, name: str, layout: str) -> None:
@@ -439,7 +453,7 @@ FACTORS = {
     "training": (True, False),
     "bidirectional": (False, True),
     "proj_size": (0, 1),
-    "layout": ("time first", "batch first", "mask", "packed"),
+    "layout": ("time first", "batch first", "mask", "packed", "reset"),
 }
 NOT_FOR = {
     "LSTM": {"reset_after"},
@@ -486,6 +500,8 @@ def build(row: Row) -> tuple[Any, Callable[..., tuple[Tensor, ...]], list[Tensor
     steps: dict[str, Tensor] = {}
     if layout == "mask":
         steps = {"mask": torch.tensor([[True, True], [False, True], [True, False]])}
+    if layout == "reset":
+        steps = {"reset": torch.tensor([[False, False], [False, True], [True, False]])}
 
     def call(x: Tensor, h: Tensor, c: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(1)
@@ -509,11 +525,16 @@ def name_of(row: Row) -> str:
     return " ".join(f"{key}={value}" for key, value in row.items() if value != FIRST[key] or key == "name")
 
 
-@pytest.mark.parametrize("row", ROWS + ROWS_ALONE, ids=name_of)
+@pytest.mark.parametrize(
+    ("backend", "row"),
+    [(name, row) for name in ("reference", "fused") for row in (ROWS if name == "fused" else []) + ROWS_ALONE],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+    indirect=["backend"],
+)
 def test_derivatives(backend: str, row: Row) -> None:
     _, call, arguments = build(row)
     assert torch.autograd.gradcheck(call, arguments, fast_mode=True)
-    if backend == "fused" or row in ROWS_ALONE:
+    if backend == "reference" or row in ROWS:
         assert torch.autograd.gradgradcheck(call, arguments, fast_mode=True)
 
 
@@ -663,7 +684,7 @@ def test_recurrent_dropout_is_the_same_in_all_slices_of_bptt_steps(backend: str)
 
 
 COMPILED: list[tuple[str, dict[str, Any]]] = [
-    ("GRU", {"activation": "relu", "bptt_steps": 2, "recurrent_grad_clip": 0.5}),
+    ("GRU", {"activation": "relu", "bptt_steps": 1, "recurrent_grad_clip": 0.5}),
     ("LSTM", {"zoneout": 0.3, "zoneout_cell": 0.3, "recurrent_dropout": 0.3, "peephole": True, "cell_clip": 1.0}),
     ("GRU", {"reset_after": False}),
     ("RNN", {"nonlinearity": "softsign", "zoneout": 0.3}),
@@ -681,7 +702,7 @@ COMPILED: list[tuple[str, dict[str, Any]]] = [
 def test_torch_compile_has_the_options_in_one_graph(backend: str, name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     layer = make(name, **options)
-    x = data(B, INPUT) if name.endswith("Cell") else data(3, B, INPUT)
+    x = data(B, INPUT) if name.endswith("Cell") else data(2, B, INPUT)
     other = copy.deepcopy(layer)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     for training in (True, False):
@@ -750,6 +771,21 @@ def test_a_cell_is_a_layer_of_one_step(
         for a, b in zip(others, results[0], strict=True):
             assert_close(a, b)
     assert [s.shape for s in flat(cell(x))] == [(*shape, H)] * (2 if name == "LSTM" else 1)
+
+
+def test_a_cell_begins_anew_before_its_step(backend: str) -> None:
+    cell, x = make("LSTMCell", peephole=True, zoneout=0.5), data(B, INPUT)
+    hx, anew = ((data(B, H, seed=k), data(B, H, seed=k + 1)) for k in (2, 4))
+    rows = torch.tensor([True, False, True])
+    for begin, given in ((anew, {"reset_state": anew}), ([torch.zeros(B, H, dtype=torch.float64)] * 2, {})):
+        results = []
+        for state, keywords in ((hx, {"reset": rows, **given}), (None, {})):
+            if state is None:
+                state = tuple(torch.where(rows.unsqueeze(1), b, s) for b, s in zip(begin, hx, strict=True))
+            torch.manual_seed(3)
+            results.append(cell(x, state, **keywords))
+        for a, b in zip(*results, strict=True):
+            assert_close(a, b)
 
 
 def test_cells_without_options_have_none() -> None:
@@ -935,6 +971,27 @@ def test_what_no_kernel_has_runs_on_the_formulas_and_says_so() -> None:
 
 
 @pytest.mark.kernels
+def test_no_option_within_has_a_kernel_on_cuda() -> None:
+    on_cuda = types.SimpleNamespace(is_cuda=True)
+    for name, value in (("zoneout", 0.5), ("peephole", True), ("recurrent_grad_clip", 1.0)):
+        reason = fused_rnn.ops.why_not_within(CellKind.LSTM, Within(**{name: value}), on_cuda, True)
+        assert reason == f"no fused kernel for cuda tensors has {name}"
+
+
+@pytest.mark.parametrize("row", ROWS[:12], ids=name_of)
+def test_what_is_within_comes_out_of_the_operators_lists_as_it_went_in(row: Row) -> None:
+    layer, _, _ = build(row)
+    layer.recurrent_grad_clip = 0.25
+    settings = layer._settings()
+    integers, numbers = settings.flatten()
+    assert all(type(value) is int for value in integers) and all(type(value) is float for value in numbers)
+    restored = Settings.restore(integers, numbers, torch.empty(3, 2, 3), layer._params())
+    # what Python has drawn by is no part of the lists
+    assert restored.within == settings.within._replace(recurrent_dropout=0.0, training=False)
+    assert restored.flatten() == (integers, numbers)
+
+
+@pytest.mark.kernels
 def test_a_kernel_never_sees_what_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[float]] = []
     run = fused_rnn.ops.run_stack
@@ -987,6 +1044,23 @@ def test_a_module_with_a_part_of_such_a_name_is_left_alone() -> None:
 
     module, report = fused_rnn.convert(WithActivation(), return_report=True)
     assert type(module) is WithActivation and "an attribute activation" in report.left_alone[""]
+
+
+@pytest.mark.parametrize("base", ["LSTM", "LSTMCell"])
+def test_a_subclass_may_have_a_part_of_such_a_name(base: str) -> None:
+    with fused_rnn.patch():
+
+        class WithActivation(getattr(nn, base)):
+            def __init__(self) -> None:
+                super().__init__(INPUT, H)
+                self.activation = nn.ReLU()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.activation(super().forward(x)[0])
+
+    module, x = WithActivation(), torch.randn(B, INPUT)
+    assert module._within is None
+    assert_same(module(x), getattr(fused_rnn, base).forward(module, x)[0].relu())
 
 
 def test_diagnostics_have_the_options(backend: str) -> None:
@@ -1080,3 +1154,6 @@ def test_functions_refuse() -> None:
         functional.gru_cell(x[0], None, *make("GRUCell").parameters(), training=1, zoneout=0.5)
     with pytest.raises(RuntimeError, match=r"hx\[0\]: expected \(3, 5\), got \(2, 5\)"):
         cell(x[0], (data(2, H), data(2, H)))
+    layer.weight_peephole_l0.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="weight_peephole_l0: expected a tensor with memory"):
+        layer(x)

@@ -15,6 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,26 +107,51 @@ def key_of_sources(command: list[str]) -> str:
     return digest.hexdigest()
 
 
-def compile_one(nvcc: str, source: Path, arch: str) -> tuple[list[Kernel], str]:
-    """Kernels of a source for one architecture, and the compiler's error if there was one."""
+def _command(nvcc: str, source: Path, arch: str) -> list[str]:
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     command = [*cuda_build.command(nvcc, compiler, []), *WARNINGS, "-Xptxas=-v"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source)]
+    return [*command, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source)]
+
+
+def _report_path(source: Path, arch: str) -> Path:
+    return FOLDER / arch / f"{source.stem}.txt"
+
+
+def _current_report(path: Path, command: list[str], source: Path) -> tuple[str, str | None]:
+    """The key of what the command makes of the source, and the report where it has been made."""
     key = hashlib.sha256((key_of_sources(command) + source.read_text()).encode()).hexdigest()
-    report_path = FOLDER / arch / f"{source.stem}.txt"
-    if report_path.exists():
-        first, _, report = report_path.read_text().partition("\n")
-        if first == key:
-            return parse(report, source.name, arch), ""
+    first, _, report = path.read_text().partition("\n") if path.exists() else ("", "", "")
+    return key, report if first == key else None
+
+
+def ptx_of(nvcc: str, source: Path, arch: str) -> Path | None:
+    """The intermediate code that compile_one has left of these very sources; None where it has not."""
+    path = _report_path(source, arch)
+    _, report = _current_report(path, _command(nvcc, source, arch), source)
+    ptx = path.with_suffix(".ptx")
+    return ptx if report is not None and ptx.exists() else None
+
+
+def compile_one(nvcc: str, source: Path, arch: str) -> tuple[list[Kernel], str]:
+    """Kernels of a source for one architecture, and the compiler's error if there was one."""
+    command = _command(nvcc, source, arch)
+    report_path = _report_path(source, arch)
+    key, report = _current_report(report_path, command, source)
+    if report is not None:
+        return parse(report, source.name, arch), ""
     report_path.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [*command, "-o", str(report_path.with_suffix(".o"))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode != 0:
-        return [], f"{source.name} for sm_{arch}:\n{done.stdout}"
+    with tempfile.TemporaryDirectory(dir=report_path.parent) as kept:
+        done = subprocess.run(
+            [*command, "--keep", "--keep-dir", kept, "-o", str(report_path.with_suffix(".o"))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode != 0:
+            return [], f"{source.name} for sm_{arch}:\n{done.stdout}"
+        # The tests execute it (tests/test_cuda_ptx.py).
+        (ptx,) = Path(kept).glob("*.ptx")
+        ptx.replace(report_path.with_suffix(".ptx"))
     kernels = parse(done.stdout, source.name, arch)
     report_path.write_text(f"{key}\n{done.stdout}")
     return kernels, ""
@@ -159,9 +185,12 @@ def _describe(kernel: Kernel | None) -> str:
 
 def is_like_another(source: Path, arch: str) -> bool:
     """Persistent kernels for float16, beside those for bfloat16; and of the two architectures that have one kind of
-    warps, in clusters, all but the bfloat16 ones of the first."""
-    if not source.name.startswith("persistent") or "bfloat16" in source.name:
-        return source.name.startswith("persistent") and arch == "120"
+    warps, in clusters, all but the bfloat16 ones of the first. Of other kernels, which ask whether there are clusters
+    and no more than that, those of both; but for the exchange by itself, which takes a second."""
+    if source.name == "barrier.cu":
+        return False
+    if "bfloat16" in source.name:
+        return arch == "120"
     return "float16" in source.name or arch in ("100", "120")
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 from dataclasses import dataclass, field
+from functools import cached_property
 
 Frame = tuple[str, int]  # a file and a line
 
@@ -30,11 +31,11 @@ class Instruction:
     waits: tuple[int, ...]
     frames: tuple[Frame, ...] = ()  # innermost first; the last is a line of the kernel
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.opcode.partition(".")[0]
 
-    @property
+    @cached_property
     def modifiers(self) -> tuple[str, ...]:
         return tuple(self.opcode.split(".")[1:])
 

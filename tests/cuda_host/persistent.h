@@ -219,7 +219,11 @@ inline void print(const Plan& plan) {
 template <class F>
 int with_multiply(const Case& arguments, const F& f) {
   const std::string dtype = arguments.text("dtype", "bfloat16");
+#if defined(FRNN_WITHOUT_FLOAT16)
+  if (dtype == "float16") throw Failure("this program is compiled without the kernels of float16");
+#else
   if (dtype == "float16") return f.template operator()<Multiply::float16>();
+#endif
   if (dtype == "tf32") return f.template operator()<Multiply::tf32>();
   if (dtype == "float32") return f.template operator()<Multiply::float32>();
   return f.template operator()<Multiply::bfloat16>();

@@ -16,6 +16,8 @@ PACKAGE = Path(fused_rnn.__file__).resolve().parent.parent
 def run_apart(*arguments: str, timeout: float = 300) -> list[str]:
     """Lines that `python ARGUMENTS` prints, which imports what this process imports; it must end well."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE), str(TESTS)])}
+    # As in conftest.py; other processes run tests beside this one.
+    environment["OMP_NUM_THREADS"] = "1"
     # More memory than there is must be PyTorch's error under the address sanitizer, too, and not the end.
     environment["ASAN_OPTIONS"] = ":".join(
         [*filter(None, [os.environ.get("ASAN_OPTIONS")]), "allocator_may_return_null=1"]

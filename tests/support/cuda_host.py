@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from . import compiled
@@ -33,6 +34,8 @@ VARIANTS = {
 }
 # With one kind of warps, as for a GPU whose warps cannot hand registers to others.
 VARIANTS["plain_one_role"] = [*VARIANTS["plain"], "-DFRNN_ONE_ROLE"]
+# About threads and warps, for which float16 is what bfloat16 is: persistent kernels are compiled without float16.
+WITHOUT_FLOAT16 = ("thread", "plain_one_role")
 # The exit status of a program in which ThreadSanitizer found a race.
 RACE = 66
 # Programs with the persistent kernels in them, and what those of small sizes (``few_registers``) are compiled without.
@@ -43,7 +46,7 @@ ALL_REGISTERS = "-DFRNN_ALL_REGISTERS"
 @functools.cache
 def build(name: str, variant: str = "plain") -> Path:
     """The program of tests/cuda_host/<name>.cpp, compiled where something that it is made of is not as it was."""
-    flags = VARIANTS[variant]
+    flags = [*VARIANTS[variant], *(["-DFRNN_WITHOUT_FLOAT16"] if variant in WITHOUT_FLOAT16 else [])]
     objects = [compile_step(BUILD / variant / f"{name}.o", [*flags, str(SOURCES / f"{name}.cpp")]), engine(variant)]
     if "ptx" in name:
         objects.append(compile_step(BUILD / variant / "ptx.o", [*flags, str(SOURCES / "ptx.cpp")]))
@@ -66,6 +69,8 @@ def persistent_kernels(variant: str = "plain", *, all_registers: bool = False) -
     folder = BUILD / (f"{variant}_full" if all_registers else variant)
     flags = [*VARIANTS[variant], *([ALL_REGISTERS] if all_registers else []), "-x", "c++"]
     sources = sorted(KERNELS.glob("persistent_*.cu"))
+    if variant in WITHOUT_FLOAT16:
+        sources = [source for source in sources if not source.stem.endswith("_float16")]
     return [compile_step(folder / f"{source.stem}.o", [*flags, str(source)]) for source in sources]
 
 
@@ -89,11 +94,25 @@ def translate(source: Path, arch: str = "90a", csrc: Path = ROOT / "csrc", to: s
     """What nvcc makes of a CUDA source for one architecture: PTX, or (``to="cubin"``) machine code."""
     nvcc = find_nvcc()
     assert nvcc, "nvcc is not there"
+    if to == "ptx" and source.parent == KERNELS and csrc == ROOT / "csrc" and (made := _left_by_make(source, arch)):
+        return made
     # As in tools/cuda_build.py.
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", f"-{to}"]
     folder = BUILD / "nvcc" / ("" if csrc == ROOT / "csrc" else csrc.parent.name)
     command = (nvcc, *flags, f"-I{csrc}", f"-I{SOURCES}", str(source))
     return compiled.make([Step(folder / f"{source.stem}.{arch}.{to}", command)])[0]
+
+
+def _left_by_make(source: Path, arch: str) -> Path | None:
+    """The same PTX, where `make cuda-compile` has made it."""
+    tools = str(ROOT / "tools")
+    if tools not in sys.path:
+        sys.path.insert(0, tools)
+    import cuda_build
+    import cuda_compile
+
+    nvcc = cuda_build.find_nvcc()
+    return cuda_compile.ptx_of(nvcc, source, arch) if nvcc and not cuda_build.further_flags() else None
 
 
 def run(
