@@ -231,6 +231,14 @@ def test_numbers_of_torch_nn_on_every_episode_by_itself(index: int, backend: str
     assert_within(run_call(DRAWN[index]), expected_of(index))
 
 
+@pytest.mark.asan
+@pytest.mark.kernels
+@pytest.mark.parametrize("index", range(0, len(DRAWN), 8), ids=lambda index: str(DRAWN[index]))
+def test_every_instruction_set_gives_them(index: int, isa: str) -> None:
+    with fused_rnn.use_backend("fused"):
+        assert_within(run_call(DRAWN[index]), expected_of(index))
+
+
 @pytest.mark.parametrize("call", SOME, ids=str)
 def test_inference_gives_the_numbers_of_training(call: Call, backend: str) -> None:
     module, (data, states) = call.build(), call.data()
@@ -570,6 +578,68 @@ def test_bptt_steps_are_slices_by_hand(name: str, has_state: bool, backend: str)
     ]
     for ours, right in zip(*gradients, strict=True):
         assert_close_to_twin({"gradient": ours}, {"gradient": right})
+
+
+WITHIN: list[tuple[str, dict[str, Any]]] = [
+    ("LSTM", {"peephole": True, "coupled_gates": True, "cell_clip": 0.5}),
+    ("LSTM", {"zoneout": 0.2, "zoneout_cell": 0.1, "recurrent_dropout": 0.3, "proj_size": 3}),
+    ("LSTM", {"recurrent_bias": False, "recurrent_grad_clip": 0.1, "activation": "softsign"}),
+    ("GRU", {"reset_after": False, "activation": "softsign", "recurrent_activation": "hard_sigmoid"}),
+    ("GRU", {"zoneout": 0.2, "recurrent_dropout": 0.3, "recurrent_grad_clip": 0.1}),
+    ("RNN", {"zoneout": 0.2, "recurrent_dropout": 0.3, "recurrent_bias": False}),
+]
+
+
+def made_within(name: str, options: dict[str, Any], **more: Any) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
+    """A layer of both directions unless `more` says so, an input (8, 4, 3), and reset_state as a tuple."""
+    torch.manual_seed(0)
+    layer = getattr(fused_rnn, name)(3, 5, num_layers=2, dtype=F64, **{"bidirectional": True} | options | more)
+    rows = 4 if layer.bidirectional else 2
+    sizes = [layer.proj_size or 5, 5][: 2 if name == "LSTM" else 1]
+    states = tuple(torch.randn(rows, 4, size, dtype=F64, requires_grad=True) for size in sizes)
+    return layer, torch.randn(8, 4, 3, dtype=F64, requires_grad=True), states
+
+
+@pytest.mark.parametrize(("name", "options"), WITHIN, ids=str)
+def test_options_within_the_recurrence_begin_anew_with_the_row(name: str, options: Any, backend: str) -> None:
+    """Of all rows at two steps: as three calls. In eval mode, where nothing is drawn."""
+    if backend == "fused" and ("reset_after" in options or name == "RNN"):
+        pytest.skip("has no kernel, or none with gradients in eval mode")
+    layer, x, states = made_within(name, options)
+    layer.eval()
+    reset = torch.zeros(8, 4, dtype=torch.bool)
+    reset[0] = reset[2] = reset[5] = True
+    anew: Any = states if name == "LSTM" else states[0]
+    found = layer(x, anew, reset=reset, reset_state=anew)[0]
+    expected = torch.cat([layer(x[begin:end], anew)[0] for begin, end in ((0, 2), (2, 5), (5, 8))])
+    leaves = [x, *states, *layer.parameters()]
+    gradient = torch.randn_like(found)
+    pairs = [(found, expected)]
+    pairs += zip(*(torch.autograd.grad(output, leaves, gradient) for output in (found, expected)), strict=True)
+    for ours, right in pairs:
+        assert_close_to_twin({"": ours.detach()}, {"": right.detach()})
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("more", [{}, {"bidirectional": False, "bptt_steps": 3}], ids=str)
+@pytest.mark.parametrize(("name", "options"), [case for case in WITHIN if "reset_after" not in case[1]], ids=str)
+def test_kernels_do_what_the_formulas_do_beside_options(name: str, options: Any, more: Any, recompute: bool) -> None:
+    """In training, where both draw the same, with steps that do not count."""
+    results = []
+    for backend in ("reference", "fused"):
+        layer, x, states = made_within(name, options, **more)
+        layer.recompute = recompute
+        anew: Any = states if name == "LSTM" else states[0]
+        draws = torch.rand(2, 8, 4, generator=torch.Generator().manual_seed(4))
+        torch.manual_seed(3)
+        with fused_rnn.use_backend(backend):
+            output, ends = layer(x, reset=draws[0] < 0.3, reset_state=anew, mask=draws[1] < 0.7)
+        outputs = [output, *(ends if name == "LSTM" else (ends,))]
+        leaves = [x, *states, *layer.parameters()]
+        gradients = torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves)
+        results.append({str(i): tensor.detach() for i, tensor in enumerate((*outputs, *gradients))})
+    assert_close_to_twin(results[1], results[0])
 
 
 def test_formulas_keep_the_gradient_of_a_fresh_state_at_a_cut() -> None:

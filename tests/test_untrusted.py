@@ -153,6 +153,7 @@ def test_what_the_operator_saves_of_masked_calls_is_zeros_behind_the_live_steps(
     case = Case(cell, num_layers=2, bidirectional=True, dtype=dtype)
     layer, x = case.build(fused_rnn), case.data().sequence.detach()
     mask = torch.ones(case.steps, case.batch, dtype=torch.bool)
+    controls = Controls(mask=mask).flatten(x)
     mask[1::2, 1] = mask[:, 2] = False
     live, all_rows = int(mask.sum()), mask.numel()
     settings, numbers = layer._settings().flatten()
@@ -238,6 +239,11 @@ def without_memory_calls(backend: str, way: str) -> dict[str, tuple[Callable[[],
         options = {"mask": mask, "lengths": lengths}
         some = {name: named[name] for name in ("input", state_names[-1], "weight_hh_l1_reverse")}
         add(f"{cell} masked", lambda layer=layer, x=x, hx=hx, o=options: layer(x, hx, **o), some | options)
+        reset, fresh = ~mask, tuple(s.clone() for s in states)
+        options = {"reset": reset, "reset_state": fresh if case.has_cell_state else fresh[0]}
+        fresh_names = [name.replace("hx", "reset_state") for name in state_names]
+        anew = {"reset": reset} | dict(zip(fresh_names, fresh, strict=True))
+        add(f"{cell} reset", lambda layer=layer, x=x, hx=hx, o=options: layer(x, hx, **o), some | anew)
         packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
         parts = {"input": packed.data, "batch_sizes": packed.batch_sizes, state_names[-1]: states[-1]}
         orders = {"sorted_indices": packed.sorted_indices, "unsorted_indices": packed.unsorted_indices}
@@ -258,6 +264,11 @@ def without_memory_calls(backend: str, way: str) -> dict[str, tuple[Callable[[],
         state_names = ("hx[0]", "hx[1]") if one.has_cell_state else ("hx",)
         named = {"input": x} | dict(zip(state_names, states, strict=True)) | dict(module.named_parameters())
         add(f"{cell}Cell", lambda module=module, x=x, hx=hx: module(x, hx), named)
+        reset, fresh = torch.tensor([True, False, False, True]), tuple(s.clone() for s in states)
+        options = {"reset": reset, "reset_state": fresh if one.has_cell_state else fresh[0]}
+        fresh_names = [name.replace("hx", "reset_state") for name in state_names]
+        anew = {"reset": reset} | dict(zip(fresh_names, fresh, strict=True))
+        add(f"{cell}Cell reset", lambda module=module, x=x, hx=hx, o=options: module(x, hx, **o), named | anew)
     weights = [torch.zeros(12, 3), torch.zeros(12, 4), torch.zeros(12), torch.zeros(12)]
     step = torch.zeros(2, 3)
     names = dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True))
@@ -353,6 +364,8 @@ OPTIONS: list[tuple[str, Any, type[Exception], str, str]] = [
     ("lengths", 5, TypeError, "a Tensor or None", "5"),
     ("mask", torch.ones(5, 2, device="meta") > 0, RuntimeError, "on cpu", "meta"),
     ("mask", True, TypeError, "a Tensor or None", "True"),
+    ("reset", torch.ones(5, 2, device="meta") > 0, RuntimeError, "on cpu", "meta"),
+    ("reset", True, TypeError, "a Tensor or None", "True"),
 ]
 
 

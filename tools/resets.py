@@ -3,7 +3,8 @@
     python tools/resets.py
 
 prints a table: for each layer and size, with no step marked, 1 % and 10 % of them, a training step (forward, backward,
-all gradients) and inference, each on 1 and 2 threads. Above 1 the reset takes time. The figures of docs/resets.md.
+all gradients) and inference, each on 1 and 2 threads. Above 1 the reset takes time. The figures of docs/resets.md,
+"What it costs".
 """
 
 from __future__ import annotations
