@@ -11,7 +11,8 @@
 //   adds_into_grad_x                   whether the directions of a layer add into grad_x, which then holds zeros
 //   copy(to, from)                     of one size, both contiguous
 //   masks_in_kernels                   whether steps may have a mask; the others get the packed batch of its pieces
-//   options                            whether layers may have options and rows that begin anew
+//   options                            whether layers may have options and rows that begin anew; with
+//     vector_units(input)                how many units each head has a multiple of
 //   wavefronts                         whether it may run several layers at once; with
 //     layers_at_once(sizes, layers, steps, backward)     how many of so many equal layers
 //     forward(layer, count), backward(layer, count)      those: lowest first, each with a y or a grad_x only where it
@@ -148,7 +149,11 @@ struct Stack {
     TORCH_CHECK(given >= fewest, "params: expected at least ", fewest, " tensors, got ", given);
     TORCH_CHECK(params_[1].dim() == 2, "params[1]: expected 2 dimensions, got ", params_[1].dim());
     H = params_[1].size(0) / gate_count(kind());
-    P = params_[1].size(1);
+    const int64_t heads = settings.within.num_heads;
+    // Before they are multiplied.
+    TORCH_CHECK(heads == 1 || (H % heads == 0 && params_[1].size(1) == H / heads), "params[1]: expected [",
+                gate_count(kind()) * H, ", ", H / heads, "] for ", heads, " heads, got ", params_[1].sizes());
+    P = heads == 1 ? params_[1].size(1) : H;
     TORCH_CHECK(H >= 1 && P >= 1, "params[1]: expected at least 1 unit, got ", params_[1].sizes());
     TORCH_CHECK(P == H || kind() == CellKind::lstm, "params[1]: only an LSTM has a projection, got ",
                 params_[1].sizes());
@@ -277,7 +282,7 @@ struct Stack {
       params.push_back(t.contiguous());
     };
     read({G * H, width});
-    read({G * H, P});
+    read({G * H, P / settings.within.num_heads});
     if (settings.has_biases) {
       read({G * H});
       read({G * H});
@@ -299,8 +304,34 @@ struct Stack {
     s.input_size = layer == 0 ? I : D * P;
     s.hidden_size = H;
     s.state_size = P;
+    s.heads = dense_heads > 0 ? 1 : settings.within.num_heads;
     s.num_directions = int32_t(D);
     return s;
+  }
+
+  // Where heads are no whole vectors of units, kernels get w_hh with the zeros outside its blocks.
+  void fit_heads(int64_t vector_units) {
+    const int64_t heads = settings.within.num_heads;
+    if (heads == 1 || H / heads % vector_units == 0) return;
+    dense_heads = heads;
+    for (size_t i = 1; i < params.size(); i += params_per_direction()) {
+      const int64_t G = gate_count(kind()), K = H / heads;
+      const Tensor dense = at::zeros({G, heads, K, heads, K}, params[i].options());
+      dense.diagonal(0, 1, 3).copy_(params[i].view({G, heads, K, K}).permute({0, 2, 3, 1}));
+      params[i] = dense.view({G * H, H});
+    }
+  }
+  int64_t dense_heads = 0;  // 0: as they are
+
+  // Of gradients of the parameters, those of such a w_hh as it is stored.
+  void take_blocks(std::vector<Tensor>& grads) const {
+    if (dense_heads == 0) return;
+    const int64_t G = gate_count(kind()), K = H / dense_heads;
+    for (size_t i = 1; i < params.size(); i += params_per_direction()) {
+      if (grads[i].numel() == 0) continue;
+      const Tensor blocks = grads[i].view({G, dense_heads, K, dense_heads, K}).diagonal(0, 1, 3);
+      grads[i] = blocks.permute({0, 3, 1, 2}).reshape({G * H, K});
+    }
   }
 
   Steps steps() const {
@@ -562,6 +593,7 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
   Backend backend(input);
   Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
   check_options<Backend>(stack);
+  if constexpr (Backend::options) stack.fit_heads(Backend::vector_units(input));
   std::optional<Pieces> pieces;
   if constexpr (!Backend::masks_in_kernels) pieces = stack.take_pieces();
   ForwardResult result;
@@ -699,6 +731,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
   const bool has_cell = has_cell_state(stack.kind());
   check_options<Backend>(stack);
+  if constexpr (Backend::options) stack.fit_heads(Backend::vector_units(input));
   std::optional<Pieces> pieces;
   if constexpr (!Backend::masks_in_kernels) pieces = stack.take_pieces();
   TORCH_CHECK(int64_t(needs.size()) == 3 + int64_t(params.size()), "needs: expected ", 3 + params.size(),
@@ -762,6 +795,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
     if (stack.reset_h.defined()) grad_params.push_back(anew_h ? pieces->anew_gradient(of_h, final_h, D) : none.clone());
     if (stack.reset_c.defined()) grad_params.push_back(anew_c ? pieces->anew_gradient(of_c, final_c, D) : none.clone());
   }
+  stack.take_blocks(std::get<3>(result));
   if (needs[0] && stack.batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
   return result;
 }

@@ -60,6 +60,9 @@ struct Cpu {
   static constexpr bool options = true;
   static constexpr bool wavefronts = false;
   explicit Cpu(const Tensor&) {}
+  static int64_t vector_units(const Tensor& input) {
+    return kernels().vector_bytes / int64_t(c10::elementSize(accumulation_dtype(input)));
+  }
   static void copy(const Tensor& to, const Tensor& from) {
     std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), to.nbytes());
   }

@@ -29,6 +29,7 @@ struct Within {
   bool reset_after = true;
   bool peephole = false;
   bool coupled_gates = false;
+  int64_t num_heads = 1;
   int64_t bptt_steps = 0;
   bool reset_state = false;
   double cell_clip = 0;
@@ -97,6 +98,7 @@ struct LayerSizes {
   int64_t input_size = 0;
   int64_t hidden_size = 0;
   int64_t state_size = 0;  // P
+  int64_t heads = 1;       // w_hh is block-diagonal, of so many blocks: (G * H, P / heads)
   int32_t num_directions = 1;
 };
 

@@ -83,11 +83,12 @@ struct Settings {
   }
 
  private:
+  // A stack has parameters for each layer, so no layer beyond this can be; nor a head.
+  static constexpr int64_t most_layers = int64_t(1) << 31;
+
   // visit(name, field, least, most) for each, in the order of fused_rnn/settings.py.
   template <class Self, class Visit>
   static void each_integer(Self&& self, Visit visit) {
-    // a stack has parameters for each layer, so no layer beyond this can be
-    constexpr int64_t most_layers = int64_t(1) << 31;
     visit("kind", self.kind, 0, 3);
     visit("bias", self.has_biases, 0, 1);
     visit("num_layers", self.num_layers, 1, most_layers);
@@ -103,6 +104,7 @@ struct Settings {
     visit("reset_after", within.reset_after, 0, 1);
     visit("peephole", within.peephole, 0, 1);
     visit("coupled_gates", within.coupled_gates, 0, 1);
+    visit("num_heads", within.num_heads, 1, most_layers);
     visit("bptt_steps", within.bptt_steps, 0, std::numeric_limits<int64_t>::max());
     visit("reset_state", within.reset_state, 0, 1);
   }

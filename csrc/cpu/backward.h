@@ -43,6 +43,8 @@ class BackwardPass {
         I_(layer.sizes.input_size),
         H_(layer.sizes.hidden_size),
         P_(layer.sizes.state_size),
+        heads_(layer.sizes.heads),
+        K_(P_ / heads_),
         D_(layer.sizes.num_directions),
         T_(layer.steps.T),
         B_(layer.steps.B),
@@ -87,6 +89,7 @@ class BackwardPass {
     int64_t stride = 0;
     bool past_caches = false;  // results, where they are written as they come
     E* operand = nullptr;      // the chunk's rows, packed in columns
+    int64_t next_operand = 0;  // of the next head
   };
   struct DirectionScratch {
     E *w_ih, *w_hh, *w_hr;
@@ -118,7 +121,9 @@ class BackwardPass {
       const DirectionBackward& dir = layer_.direction[d];
       DirectionScratch& s = direction_[d];
       s.w_ih = layout.take<E>(packs_ && wants_x_ ? int64_t(Columns::elements(G * H_, I_)) : 0);
-      s.w_hh = layout.take<E>(packs_ && wants_state(d) ? int64_t(Columns::elements(G * H_, P_)) : 0);
+      s.w_hh = layout.take<E>(!packs_ || !wants_state(d) ? 0
+                              : heads_ == 1              ? int64_t(Columns::elements(G * H_, P_))
+                                                         : heads_ * G * elements_of_block());
       s.w_hr = layout.take<E>(projects_ ? int64_t(Columns::elements(P_, H_)) : 0);
       s.grad_state = layout.take<A>(B_ * state_stride_);
       s.grad_cell = layout.take<A>(Cell::has_cell ? B_ * unit_stride_ : 0);
@@ -131,7 +136,7 @@ class BackwardPass {
       s.anew_c = dir.grad_reset_c ? layout.take<A>(B_ * H_) : nullptr;
       s.peephole = dir.grad_peephole ? layout.take<A>(3 * H_) : nullptr;
       s.ih = weight_gradient(layout, dir.grad_w_ih, G * H_, I_);
-      s.hh = weight_gradient(layout, dir.grad_w_hh, G * H_, P_);
+      s.hh = weight_gradient(layout, dir.grad_w_hh, G * H_, K_, heads_);
       s.hr = weight_gradient(layout, dir.grad_w_hr, P_, H_);
       s.bias_ih = dir.grad_b_ih ? layout.take<A>(G * H_) : nullptr;
       s.bias_hh = dir.grad_b_hh ? layout.take<A>(G * H_) : nullptr;
@@ -159,13 +164,15 @@ class BackwardPass {
     }
   }
 
-  WeightGradient weight_gradient(Layout& layout, void* result, int64_t M, int64_t N) {
+  // operands: how many there are, each of a part of the chunk's rows.
+  WeightGradient weight_gradient(Layout& layout, void* result, int64_t M, int64_t N, int64_t operands = 1) {
     WeightGradient w;
     if (!result) return w;
     w.result = result;
     w.stride = Columns::padded_columns(N);
-    const size_t elements = Columns::elements(most_operand_rows(), N);
-    w.operand = layout.take<E>(int64_t(elements));
+    w.next_operand = int64_t(Columns::elements(most_operand_rows(), N));
+    w.operand = layout.take<E>(operands * w.next_operand);
+    const size_t elements = size_t(operands * w.next_operand);
     if (one_chunk_ && elements * sizeof(E) <= most_operand_bytes) {
       w.past_caches = chunk_rows_ <= most_rows_past_caches<E> &&
                       G * H_ * (I_ + P_) * int64_t(sizeof(S)) > past_caches_bytes &&
@@ -185,6 +192,16 @@ class BackwardPass {
 
   // A chunk's rows as the depth of a product, for which zeros may stand behind them.
   int64_t most_operand_rows() const { return round_up(chunk_rows_, width * Operand<E>::group); }
+
+  // Of a block of w_hh, one gate of one head.
+  int64_t elements_of_block() const { return int64_t(Columns::elements(K_, K_)); }
+
+  // Panels of the columns of h, which never hold columns of two heads, and where one begins.
+  int64_t state_panel_count() const { return heads_ * Columns::count(K_); }
+  int64_t first_feature(int64_t panel) const {
+    const int64_t count = Columns::count(K_), within = panel % count * panel_columns;
+    return panel / count * K_ + (within < K_ ? within : K_);
+  }
 
   // Whether anything wants gradients of a state before some step.
   bool wants_state(int d) const { return T_ > 1 || layer_.direction[d].grad_h0 || layer_.direction[d].grad_reset_h; }
@@ -331,7 +348,16 @@ class BackwardPass {
         const Share share(Columns::count(N), thread, plan_.threads());
         for (int64_t p = share.begin; p < share.end; ++p) pack_columns<E>(mine.b_rows, G * H_, N, p, data);
       };
-      if (wants_state(d)) pack_weight(w.w_hh, Cell::hidden_grads, P_, s.w_hh);
+      if (wants_state(d) && heads_ == 1) pack_weight(w.w_hh, Cell::hidden_grads, P_, s.w_hh);
+      if (wants_state(d) && heads_ > 1) {
+        const Share share(heads_ * G, thread, plan_.threads());
+        for (int64_t i = share.begin; i < share.end; ++i) {
+          const int64_t head = i / G, gate = Cell::hidden_grads.gate[i % G];
+          for (int64_t u = 0; u < K_; ++u) mine.b_rows[u] = rows_of<S>(w.w_hh) + (gate * H_ + head * K_ + u) * K_;
+          for (int64_t p = 0; p < Columns::count(K_); ++p)
+            pack_columns<E>(mine.b_rows, K_, K_, p, s.w_hh + i * elements_of_block());
+        }
+      }
       if (wants_x_) pack_weight(w.w_ih, Cell::input_grads, I_, s.w_ih);
       if (projects_) {
         for (int64_t k = 0; k < P_; ++k) mine.b_rows[k] = rows_of<S>(w.w_hr) + k * H_;
@@ -369,8 +395,9 @@ class BackwardPass {
   void scan(int d, int64_t begin, int64_t end, int64_t r0, int64_t r1, const Owner& own, ThreadScratch& mine) {
     DirectionScratch& s = direction_[d];
     Barrier& barrier = unit_barriers_[own.barrier];
-    const Share unit_panels(Columns::count(H_), own.unit_group, plan_.unit_groups);
-    const Share state_panels(Columns::count(P_), own.unit_group, plan_.unit_groups);
+    // Those of the same features, but with a projection.
+    const Share unit_panels(projects_ ? Columns::count(H_) : state_panel_count(), own.unit_group, plan_.unit_groups);
+    const Share state_panels(state_panel_count(), own.unit_group, plan_.unit_groups);
     const ColumnPanels<E> w_hh{s.w_hh, G * H_, P_};
     int64_t row = 0;
     for (int64_t step = begin; step < end; ++step) {
@@ -387,7 +414,9 @@ class BackwardPass {
       const bool scales = s.through != nullptr;
       A* product = (scales ? s.through : s.grad_state) + r0 * state_stride_;
       const bool wanted = step + 1 < T_ || layer_.direction[d].grad_h0 || s.anew_h;  // else it is of the initial state
-      if (wanted && packs_) {
+      if (wanted && heads_ > 1) {
+        multiply_heads(d, rows, row + r0, state_panels, product, !scales, step % 2 == 1, mine);
+      } else if (wanted && packs_) {
         for (int64_t r = 0; r < rows; ++r)
           mine.a_rows[r] = s.grads + (row + r0 + r) * grad_stride_ + Cell::hidden_grads.first * H_;
         product_columns<E>(rows, mine.a_rows, w_hh, state_panels.begin, state_panels.end, product, state_stride_,
@@ -406,10 +435,33 @@ class BackwardPass {
     }
   }
 
-  static Share features_of(Share panels, int64_t features) {
+  Share features_of(Share panels, int64_t features) const {
+    if (heads_ > 1) {
+      panels.begin = first_feature(panels.begin);
+      panels.end = first_feature(panels.end);
+      return panels;
+    }
     panels.begin *= panel_columns;
     panels.end = panels.end * panel_columns < features ? panels.end * panel_columns : features;
     return panels;
+  }
+
+  // c (+)= rows of gate gradients from `row` of the chunk on times w_hh, head by head.
+  void multiply_heads(int d, int64_t rows, int64_t row, Share panels, A* c, bool accumulate, bool descending,
+                      ThreadScratch& mine) {
+    const DirectionScratch& s = direction_[d];
+    const int64_t count = Columns::count(K_);
+    for (int64_t head = panels.begin / count; head * count < panels.end; ++head) {
+      const int64_t first = panels.begin > head * count ? panels.begin - head * count : 0;
+      const int64_t last = panels.end - head * count < count ? panels.end - head * count : count;
+      for (int j = 0; j < G; ++j) {
+        for (int64_t r = 0; r < rows; ++r)
+          mine.a_rows[r] = s.grads + (row + r) * grad_stride_ + (Cell::hidden_grads.first + j) * H_ + head * K_;
+        const ColumnPanels<E> block{s.w_hh + (head * G + j) * elements_of_block(), K_, K_};
+        product_columns<E>(rows, mine.a_rows, block, first, last, c + head * K_, state_stride_, accumulate || j > 0,
+                           descending);
+      }
+    }
   }
 
   // Of the owned features: the gradient that came through the product, times the factors by which h was multiplied
@@ -521,8 +573,7 @@ class BackwardPass {
   // Gate gradients of one step for the owned rows and units; row: of the chunk, before row 0 of the step.
   template <Gates kind>
   void gradients_of_rows(int d, int64_t t, int64_t r0, int64_t rows, Share panels, int64_t row, ThreadScratch& mine) {
-    const int64_t begin = panels.begin * panel_columns;
-    const int64_t end = panels.end * panel_columns < H_ ? panels.end * panel_columns : H_;
+    const auto [begin, end] = features_of(panels, H_);
     Units units[group];
     int waiting = 0;
     for (int64_t r = 0; r < rows; ++r) {
@@ -676,7 +727,21 @@ class BackwardPass {
       each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
         mine.b_rows[row] = s.dropped ? s.dropped + row * P_ : before(d, t, b).h;
       });
-      pack_shared(s.hh.operand, P_, mine.b_rows);
+      if (heads_ == 1) {
+        pack_shared(s.hh.operand, P_, mine.b_rows);
+      } else {
+        const Share share(state_panel_count(), thread, plan_.threads());
+        for (int64_t row = K; row < depth; ++row) mine.b_rows[row] = nullptr;
+        int64_t at = 0;  // the head at whose features the rows begin
+        for (int64_t p = share.begin; p < share.end; ++p) {
+          const int64_t head = p / Columns::count(K_);
+          for (; at < head; ++at) {
+            for (int64_t row = 0; row < K; ++row)
+              if (mine.b_rows[row]) mine.b_rows[row] += K_;
+          }
+          pack_columns<E>(mine.b_rows, depth, K_, p % Columns::count(K_), s.hh.operand + head * s.hh.next_operand);
+        }
+      }
     }
     if (s.hr.result) {
       for (int64_t row = 0; row < K; ++row) mine.a_rows[row] = s.hidden + row * unit_stride_;
@@ -697,7 +762,7 @@ class BackwardPass {
           add_sums(s.bias_ih, ih * H_, units, K, begun, mine);
         }
         if (hh >= 0) {
-          add_outer_product(s.hh, P_, hh * H_, units, K, begun, mine);
+          add_hidden_product(s.hh, hh * H_, units, K, begun, mine);
           add_sums(s.bias_hh, hh * H_, units, K, begun, mine);
         }
       });
@@ -766,12 +831,27 @@ class BackwardPass {
     return j >= order.first && j < order.first + G ? order.gate[j - order.first] : -1;
   }
 
+  // add_outer_product for w_hh: rows of units of each head with that head's part of h.
+  void add_hidden_product(const WeightGradient& w, int64_t first_row, Share units, int64_t K, bool begun,
+                          ThreadScratch& mine) {
+    if (heads_ == 1) return add_outer_product(w, P_, first_row, units, K, begun, mine);
+    for (int64_t begin = units.begin; begin < units.end;) {
+      const int64_t head = begin / K_;
+      Share part = units;
+      part.begin = begin;
+      if (part.end > (head + 1) * K_) part.end = (head + 1) * K_;
+      add_outer_product(w, K_, first_row, part, K, begun, mine, head, begin - units.begin);
+      begin = part.end;
+    }
+  }
+
+  // transposed: the row of mine.transposed that the first row's gradients are in.
   void add_outer_product(const WeightGradient& w, int64_t N, int64_t first_row, Share rows, int64_t K, bool begun,
-                         ThreadScratch& mine) {
+                         ThreadScratch& mine, int64_t operand = 0, int64_t transposed = 0) {
     if (!w.result) return;
     const int64_t count = rows.end - rows.begin;
-    for (int64_t m = 0; m < count; ++m) mine.a_rows[m] = mine.transposed + m * depth_;
-    const ColumnPanels<E> b{w.operand, depth_of_product<E>(K), N};
+    for (int64_t m = 0; m < count; ++m) mine.a_rows[m] = mine.transposed + (transposed + m) * depth_;
+    const ColumnPanels<E> b{w.operand + operand * w.next_operand, depth_of_product<E>(K), N};
     if (!w.sums) return write_outer_product(w, b, N, first_row + rows.begin, count, mine);
     product_columns<E>(count, mine.a_rows, b, 0, Columns::count(N), w.sums + (first_row + rows.begin) * w.stride,
                        w.stride, begun);
@@ -830,7 +910,7 @@ class BackwardPass {
     const Share units(H_, thread, plan_.threads()), rows(P_, thread, plan_.threads());
     for (int g = 0; g < G; ++g) {
       store_sums(s.ih, I_, g * H_ + units.begin, g * H_ + units.end);
-      store_sums(s.hh, P_, g * H_ + units.begin, g * H_ + units.end);
+      store_sums(s.hh, K_, g * H_ + units.begin, g * H_ + units.end);
       const int64_t first = g * H_ + units.begin, n = units.end - units.begin;
       if (s.bias_ih) copy_row<A>(s.bias_ih + first, rows_of<S>(dir.grad_b_ih) + first, n);
       if (s.bias_hh) copy_row<A>(s.bias_hh + first, rows_of<S>(dir.grad_b_hh) + first, n);
@@ -852,6 +932,7 @@ class BackwardPass {
   const LayerBackward& layer_;
   const Plan& plan_;
   const int64_t I_, H_, P_;
+  const int64_t heads_, K_;  // K: features of h that a unit's weights multiply
   const int D_;
   const int64_t T_, B_;
   const bool projects_, wants_x_;

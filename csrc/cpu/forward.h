@@ -121,13 +121,15 @@ class ForwardPass {
         I_(layer.sizes.input_size),
         H_(layer.sizes.hidden_size),
         P_(layer.sizes.state_size),
+        heads_(layer.sizes.heads),
+        K_(P_ / heads_),
         D_(layer.sizes.num_directions),
         T_(layer.steps.T),
         B_(layer.steps.B),
         panels_((H_ + panel_units - 1) / panel_units),
         projects_(layer.direction[0].weights.w_hr != nullptr),
         gates_(gates_wanted<Cell>(layer)),
-        plain_gates_(layer.plain_gates),
+        keeps_h_(layer.direction[0].extras.dropout || layer.direction[0].extras.zoneout || layer.within.zoneout > 0),
         saves_gates_(layer.direction[0].gates != nullptr),
         // Rows of a stride that is no multiple of 4 KiB: tiles read several rows at the same column.
         state_stride_(round_up(P_, width) + 16),
@@ -143,7 +145,7 @@ class ForwardPass {
     }
     const int64_t all = layer_.steps.total_rows();
     packs_ = !reads_weights_in_place(layer_.sizes, layer_.steps);
-    const int64_t weight_bytes = panels_ * panel_columns * (I_ + P_) * int64_t(sizeof(E));
+    const int64_t weight_bytes = panels_ * panel_columns * (I_ + K_) * int64_t(sizeof(E));
     const int64_t chunk_bytes =
         weight_bytes > large_weight_bytes ? large_projection_chunk_bytes : projection_chunk_bytes;
     const int64_t wanted = chunk_bytes / (own_panels_ * panel_columns * int64_t(sizeof(A)));
@@ -197,7 +199,7 @@ class ForwardPass {
     E *w_ih, *w_hh, *w_hr;
     A *input_bias, *hidden_bias;
     E* state[2];  // (B, state_stride) h before and after the step, as it is multiplied
-    A* carried;   // (B, state_stride) h itself, where options tell it from that
+    A* carried;   // (B, state_stride) h itself, where that is kept apart
     A* cell;      // (B, unit_stride)
     E* hidden;    // (B, unit_stride) h before its projection
   };
@@ -219,7 +221,7 @@ class ForwardPass {
     for (int d = 0; d < D_; ++d) {
       DirectionScratch& s = direction_[d];
       s.w_ih = layout.take<E>(packs_ ? panels_ * padded_depth<E>(I_) * panel_columns : 0);
-      s.w_hh = layout.take<E>(packs_ ? panels_ * padded_depth<E>(P_) * panel_columns : 0);
+      s.w_hh = layout.take<E>(packs_ ? panels_ * padded_depth<E>(K_) * panel_columns : 0);
       s.w_hr = layout.take<E>(projects_ ? int64_t(ColumnPanels<E>::elements(H_, P_)) : 0);
     }
   }
@@ -231,7 +233,7 @@ class ForwardPass {
       s.input_bias = layout.take<A>(panels_ * panel_columns);
       s.hidden_bias = layout.take<A>(panels_ * panel_columns);
       for (E*& state : s.state) state = layout.take<E>(B_ * state_stride_);
-      s.carried = layout.take<A>(plain_gates_ ? 0 : B_ * state_stride_);
+      s.carried = layout.take<A>(keeps_h_ ? B_ * state_stride_ : 0);
       s.cell = layout.take<A>(Cell::has_cell ? B_ * unit_stride_ : 0);
       s.hidden = layout.take<E>(projects_ ? B_ * unit_stride_ : 0);
     }
@@ -248,7 +250,7 @@ class ForwardPass {
       const bool as_it_goes = !packs_ && packs_as_it_goes<E> && chunk_rows_ >= least_rows_in_lanes<A>;
       t.panel = layout.take<E>(as_it_goes ? padded_depth<E>(I_ > P_ ? I_ : P_) * panel_columns : 0);
       t.x_rows = layout.take<const E*>(chunk_rows_);
-      for (const E**& rows : t.state_rows) rows = layout.take<const E*>(own_rows_);
+      for (const E**& rows : t.state_rows) rows = layout.take<const E*>(heads_ * own_rows_);
       t.hidden_rows = layout.take<const E*>(projects_ ? own_rows_ : 0);
       if (threads_) threads_[i] = t;
     }
@@ -325,7 +327,7 @@ class ForwardPass {
     const int64_t element = int64_t(sizeof(S));
     switch (i % 3) {
       case 0: return {w.w_ih, G * H_ * I_ * element};
-      case 1: return {w.w_hh, G * H_ * P_ * element};
+      case 1: return {w.w_hh, G * H_ * K_ * element};
     }
     return {w.w_hr, projects_ ? P_ * H_ * element : 0};
   }
@@ -343,7 +345,7 @@ class ForwardPass {
   PackedKey packed_key() const {
     PackedKey key;
     for (int i = 0; i < 3 * D_; ++i) key.weights[i] = matrix(i).data;
-    key.sizes = {I_, H_, P_, D_, int64_t(layer_.sizes.kind), int64_t(layer_.sizes.dtype)};
+    key.sizes = {I_, H_, K_, D_, int64_t(layer_.sizes.kind), int64_t(layer_.sizes.dtype)};
     key.format = reinterpret_cast<const void*>(&task);
     return key;
   }
@@ -376,7 +378,7 @@ class ForwardPass {
       for (int64_t p = share.begin; p < share.end; ++p) {
         if (packs_ && matrices) {
           pack_panel(w.w_ih, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
-          pack_panel(w.w_hh, P_, p, s.w_hh + p * padded_depth<E>(P_) * panel_columns);
+          pack_panel(w.w_hh, K_, p, s.w_hh + p * padded_depth<E>(K_) * panel_columns);
         }
         pack_bias<Cell, S, U>(w, H_, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
       }
@@ -428,7 +430,10 @@ class ForwardPass {
       for (int64_t r = r0; r < r1; ++r) begin_row(d, r);
     }
     for (int64_t r = r0; r < r1; ++r) {
-      for (int i = 0; i < 2; ++i) mine.state_rows[i][r - r0] = s.state[i] + r * state_stride_;
+      for (int64_t head = 0; head < heads_; ++head) {
+        for (int i = 0; i < 2; ++i)
+          mine.state_rows[i][head * own_rows_ + r - r0] = s.state[i] + r * state_stride_ + head * K_;
+      }
       if (projects_) mine.hidden_rows[r - r0] = s.hidden + r * unit_stride_;
     }
     barrier.wait();
@@ -457,10 +462,10 @@ class ForwardPass {
           const int64_t later = step + 1 == T_ ? 0 : reverse ? rows : live(time(step + 1));
           for (int64_t r = r0 + later; r < r0 + rows; ++r) {
             S* h_n = rows_of<S>(dir.h_n) + r * P_;
-            if (plain_gates_) {
-              copy_row<A>(s.state[now] + r * state_stride_, h_n, P_);
-            } else {
+            if (keeps_h_) {
               copy_row<A>(s.carried + r * state_stride_, h_n, P_);
+            } else {
+              copy_row<A>(s.state[now] + r * state_stride_, h_n, P_);
             }
           }
         }
@@ -497,7 +502,7 @@ class ForwardPass {
     const int64_t first = features.begin, count = features.end - features.begin;
     const S* from = h ? rows_of<S>(h) + r * P_ + first : nullptr;
     E* state = direction_[d].state[which] + r * state_stride_ + first;
-    if (plain_gates_) return copy_row<A>(from, state, count);
+    if (!keeps_h_) return copy_row<A>(from, state, count);
     const void* dropout = layer_.direction[d].extras.dropout;
     copy_scaled<A>(from, dropout ? rows_of<S>(dropout) + r * P_ + first : nullptr, state, count);
     copy_row<A>(from, direction_[d].carried + r * state_stride_ + first, count);
@@ -541,7 +546,7 @@ class ForwardPass {
     multiply_panels<0>(mine, rows, I_, mine.x_rows, s.w_ih, layer_.direction[d].weights.w_ih, panels.begin,
                        panels.end - panels.begin, mine.projected, own_panels_ * panel_columns,
                        {s.input_bias + panels.begin * panel_columns, 0, nullptr},
-                       s.w_hh + panels.begin * padded_depth<E>(P_) * panel_columns);
+                       s.w_hh + panels.begin * padded_depth<E>(K_) * panel_columns);
     return step;
   }
 
@@ -596,20 +601,35 @@ class ForwardPass {
   void advance(int d, int64_t t, int64_t r0, int64_t rows, Share panels, const ThreadScratch& mine, int now,
                int64_t chunk_row) {
     if (rows == 0) return;
+    spread_over_lanes(rows, K_, mine.state_rows[now], mine);
+    if (heads_ == 1) return advance_head(d, t, r0, rows, panels, panels, 0, mine, now, chunk_row);
+    const int64_t panels_of_head = K_ / panel_units;
+    for (int64_t i = 0; i < heads_; ++i) {
+      const int64_t head = now == 1 ? heads_ - 1 - i : i;
+      Share part = panels;
+      if (part.begin < head * panels_of_head) part.begin = head * panels_of_head;
+      if (part.end > (head + 1) * panels_of_head) part.end = (head + 1) * panels_of_head;
+      if (part.begin < part.end) advance_head(d, t, r0, rows, panels, part, head, mine, now, chunk_row);
+    }
+  }
+
+  // The same of those owned panels whose units are of one head.
+  void advance_head(int d, int64_t t, int64_t r0, int64_t rows, Share own, Share panels, int64_t head,
+                    const ThreadScratch& mine, int now, int64_t chunk_row) {
     const DirectionScratch& s = direction_[d];
     const int64_t together = panels_at_once<NV>(rows), stride = own_panels_ * panel_columns;
     const int64_t groups = (panels.end - panels.begin + together - 1) / together;
     const bool descending = now == 1;  // every second step (product.h)
     const E* w_hh = s.w_hh;
-    spread_over_lanes(rows, P_, mine.state_rows[now], mine);
+    const E* const* state_rows = mine.state_rows[now] + head * own_rows_;
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t p = panels.begin + (descending ? groups - 1 - i : i) * together;
       const int64_t count = panels.end - p < together ? panels.end - p : together;
       const int64_t next = descending ? p - together : p + together;
-      const E* then = i + 1 < groups ? w_hh + next * padded_depth<E>(P_) * panel_columns : nullptr;
-      const A* projected = mine.projected + chunk_row * stride + (p - panels.begin) * panel_columns;
-      multiply_panels<vectors_apart>(mine, rows, P_, mine.state_rows[now], w_hh, layer_.direction[d].weights.w_hh, p,
-                                     count, mine.sums, together * panel_columns,
+      const E* then = i + 1 < groups ? w_hh + next * padded_depth<E>(K_) * panel_columns : nullptr;
+      const A* projected = mine.projected + chunk_row * stride + (p - own.begin) * panel_columns;
+      multiply_panels<vectors_apart>(mine, rows, K_, state_rows, w_hh, layer_.direction[d].weights.w_hh, p, count,
+                                     mine.sums, together * panel_columns,
                                      {projected, stride, s.hidden_bias + p * panel_columns}, then);
       gates_of_panels(d, t, r0, rows, p, count, projected, mine.sums, together * panel_columns, now);
     }
@@ -729,11 +749,8 @@ class ForwardPass {
         x[g].v[i] =
             Cell::hidden_bias_apart(g) ? Simd<A>::load(units.projected[i] + g * U * width) : Simd<A>::splat(A(-0.0));
       }
-      if constexpr (!plain) {
-        if (!projects_) h_prev.v[i] = Simd<A>::load(units.carried[i]);
-      } else if constexpr (Cell::kind == CellKind::gru) {
-        h_prev.v[i] = Simd<A>::load(units.h_prev[i]);
-      }
+      if constexpr (Cell::kind == CellKind::gru)
+        h_prev.v[i] = !plain && keeps_h_ ? Simd<A>::load(units.carried[i]) : Simd<A>::load(units.h_prev[i]);
       if constexpr (Cell::has_cell) c_prev.v[i] = Simd<A>::load(units.cell[i]);
     }
     if constexpr (plain) {
@@ -754,7 +771,7 @@ class ForwardPass {
       if constexpr (Cell::has_cell) Simd<A>::store(units.cell[i], c.v[i]);
       if (projects_) {
         Simd<A>::store(units.hidden[i], h.v[i]);
-      } else if constexpr (plain) {
+      } else if (plain || !keeps_h_) {
         write_state(units.y[i], units.h_next[i], h.v[i], n);
       } else {
         write_state_with_options(d, units.row + i * units.next_row, units.batch_row + i * units.next_row,
@@ -823,7 +840,7 @@ class ForwardPass {
       const int64_t row = layer_.steps.first_row(t) + r0 + r;
       for (int64_t u = columns.begin * C::NV * width; u < end; u += width) {
         const V h = Simd<A>::load(mine.state_sums + r * stride + u);
-        if (plain_gates_) {
+        if (!keeps_h_) {
           write_state(y + u, state + u, h, P_ - u);
         } else {
           write_state_with_options(d, row, r0 + r, u, y + u, state + u, carried + u, h, P_ - u);
@@ -835,13 +852,14 @@ class ForwardPass {
   const LayerForward& layer_;
   const Plan& plan_;
   const int64_t I_, H_, P_;
+  const int64_t heads_, K_;  // K: features of h that a unit's weights multiply
   const int D_;
   const int64_t T_, B_, panels_;
   const bool projects_;
   bool packs_ = true;
   bool past_caches_ = false, output_past_caches_ = false;
   const Gates gates_;
-  const bool plain_gates_;
+  const bool keeps_h_;          // apart from what is multiplied
   const bool saves_gates_;      // or, for the backward pass, the cells alone
   PackedCopy* copy_ = nullptr;  // null: none is kept of weights such as these
   std::atomic<bool> changed_{false};

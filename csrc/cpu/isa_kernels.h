@@ -18,7 +18,9 @@ template <class Cell, class S>
 bool run_forward(const LayerForward& layer, const Plan& plan) {
   if constexpr (Cell::gates == 1) {
     // Two vectors of units a panel, but for the smallest layers, which fit one.
-    if (layer.sizes.hidden_size > Simd<typename Accumulator<S>::type>::width)
+    constexpr int width = Simd<typename Accumulator<S>::type>::width;
+    if (layer.sizes.hidden_size > width &&
+        (layer.sizes.heads == 1 || layer.sizes.hidden_size / layer.sizes.heads % (2 * width) == 0))
       return ForwardPass<Cell, S, 2>(layer, plan).run();
   }
   return ForwardPass<Cell, S, 1>(layer, plan).run();

@@ -65,7 +65,7 @@ double step_cycles(const LayerSizes& sizes, double rows, double units, double di
   const double element = element_bytes(sizes.dtype);
   const double lanes = vector_bytes / (sizes.dtype == DType::float64 ? 8.0 : 4.0);
   const double padded = std::max(1.0, double(int64_t((units + lanes - 1) / lanes))) * lanes;
-  const double weights = gate_count(sizes.kind) * padded * double(sizes.state_size);
+  const double weights = gate_count(sizes.kind) * padded * double(sizes.state_size / sizes.heads);
   const double multiply = rows * weights / multiply_adds_per_cycle(sizes.dtype, vector_bytes);
   const double bytes = weights * element;
   const double stream = bytes / (bytes * directions <= l2_bytes ? bytes_per_cycle_l2 : bytes_per_cycle_shared);
@@ -100,6 +100,7 @@ bool has_cell_state(CellKind kind) {
 }
 
 bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps) {
+  if (sizes.heads > 1) return false;
   const int64_t rows = steps.total_rows();
   if (rows <= most_rows_in_place_of_any_steps) return true;
   if (sizes.hidden_size < least_units_in_place) return false;
@@ -127,8 +128,9 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
     const double gates = gate_count(sizes.kind) * double(sizes.hidden_size);
     const double input_size = double(sizes.input_size), state_size = double(sizes.state_size);
     const double projection = sizes.state_size == sizes.hidden_size ? 0 : state_size * double(sizes.hidden_size);
+    const double recurrent = state_size / double(sizes.heads);
     const double even =
-        backward ? gates * (2 * input_size + state_size) + 2 * projection : gates * input_size + projection;
+        backward ? gates * (2 * input_size + recurrent) + 2 * projection : gates * input_size + projection;
     const double even_cycles = rows * double(D) * even / multiply_adds_per_cycle(sizes.dtype, vector_bytes);
     double total = T * (cycles + even_cycles / plan.threads());
     if (in_place) total = std::max(total, in_place_cycles(sizes, steps, backward) / plan.threads());
@@ -164,13 +166,15 @@ Bound time_bound(const LayerSizes& sizes, const Steps& steps, const Plan& plan, 
   const double threads = plan.threads();
   const double lanes = vector_bytes / (sizes.dtype == DType::float64 ? 8.0 : 4.0);
   const double projection = sizes.state_size == sizes.hidden_size ? 0 : P * H;
-  const double products = N * D * (G * H * (double(sizes.input_size) + P) + projection) * (backward ? 2 : 1);
+  const double products =
+      N * D * (G * H * (double(sizes.input_size) + P / double(sizes.heads)) + projection) * (backward ? 2 : 1);
   const struct {
     double cycles;
     const char* by;
   } bounds[] = {
       {products / multiply_adds_per_cycle(sizes.dtype, vector_bytes) / threads, "multiply-adds"},
-      {T * D * (G * H * P + projection) * element_bytes(sizes.dtype) / bytes_per_cycle_l2 / threads,
+      {T * D * (G * H * P / double(sizes.heads) + projection) * element_bytes(sizes.dtype) / bytes_per_cycle_l2 /
+           threads,
        "recurrent weights"},
       {N * D * H / lanes * (backward ? 1 : G + (has_cell_state(sizes.kind) ? 1 : 0)) * activation_cycles / threads,
        "gate arithmetic"},

@@ -28,6 +28,8 @@ class GateRecomputation {
         I_(layer.sizes.input_size),
         H_(layer.sizes.hidden_size),
         P_(layer.sizes.state_size),
+        heads_(layer.sizes.heads),
+        K_(P_ / heads_),
         D_(layer.sizes.num_directions),
         panels_((H_ + width - 1) / width),
         copies_h_(converts || layer.direction[0].extras.dropout),
@@ -42,7 +44,7 @@ class GateRecomputation {
     for (int d = 0; d < D_; ++d) {
       Direction& s = direction_[d];
       s.w_ih = layout.take<E>(panels_ * padded_depth<E>(I_) * panel_columns);
-      s.w_hh = layout.take<E>(panels_ * padded_depth<E>(P_) * panel_columns);
+      s.w_hh = layout.take<E>(panels_ * padded_depth<E>(K_) * panel_columns);
       s.input_bias = layout.take<A>(panels_ * panel_columns);
       s.hidden_bias = layout.take<A>(panels_ * panel_columns);
       s.gates = layout.take<S>(chunk_rows * Cell::saved * H_);
@@ -55,7 +57,8 @@ class GateRecomputation {
       t.h = layout.take<E>(copies_h_ ? chunk_rows * h_stride_ : 0);
       t.rows = layout.take<Row>(chunk_rows);
       t.x_rows = layout.take<const E*>(chunk_rows);
-      t.h_rows = layout.take<const E*>(chunk_rows);
+      t.h_rows = layout.take<const E*>(heads_ * chunk_rows);
+      t.h_rows_of_head = chunk_rows;
       t.projected = layout.take<A>(chunk_rows * panel_columns);
       t.sums = layout.take<A>(chunk_rows * panel_columns);
       if (threads_) threads_[i] = t;
@@ -74,7 +77,7 @@ class GateRecomputation {
       Direction& s = direction_[d];
       for (int64_t p = share.begin; p < share.end; ++p) {
         pack_gates<E, G, 1>(rows_of<S>(w.w_ih), H_, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
-        pack_gates<E, G, 1>(rows_of<S>(w.w_hh), H_, P_, p, s.w_hh + p * padded_depth<E>(P_) * panel_columns);
+        pack_gates<E, G, 1>(rows_of<S>(w.w_hh), H_, K_, p, s.w_hh + p * padded_depth<E>(K_) * panel_columns);
         pack_bias<Cell, S, 1>(w, H_, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
       }
     }
@@ -99,10 +102,12 @@ class GateRecomputation {
       const int64_t count = own.end - own.begin;
       const Direction& s = direction_[d];
       for (int64_t p = panels.begin; p < panels.end; ++p) {
-        const int64_t ih = padded_depth<E>(I_) * panel_columns, hh = padded_depth<E>(P_) * panel_columns;
+        const int64_t ih = padded_depth<E>(I_) * panel_columns, hh = padded_depth<E>(K_) * panel_columns;
+        const int64_t head = heads_ > 1 ? p * width / K_ : 0;
         product<E, G>(count, I_, mine.x_rows, s.w_ih + p * ih, 1, ih, mine.projected, panel_columns,
                       {s.input_bias + p * panel_columns});
-        product<E, G, vectors_apart>(count, P_, mine.h_rows, s.w_hh + p * hh, 1, hh, mine.sums, panel_columns,
+        product<E, G, vectors_apart>(count, K_, mine.h_rows + head * mine.h_rows_of_head, s.w_hh + p * hh, 1, hh,
+                                     mine.sums, panel_columns,
                                      {mine.projected, panel_columns, s.hidden_bias + p * panel_columns});
         for (int64_t r = 0; r < count; ++r) {
           if (layer_.plain_gates) {
@@ -130,6 +135,7 @@ class GateRecomputation {
   struct Thread {
     E *x, *h;  // rows that are not multiplied in their storage type
     const E **x_rows, **h_rows;
+    int64_t h_rows_of_head;  // rows of the next head are so many further on
     Row* rows;
     A *projected, *sums;  // (chunk_rows, one panel)
   };
@@ -153,6 +159,8 @@ class GateRecomputation {
     } else if constexpr (!converts) {
       mine.h_rows[row] = before.h ? before.h : zeros_;
     }
+    for (int64_t head = 1; head < heads_; ++head)
+      mine.h_rows[head * mine.h_rows_of_head + row] = mine.h_rows[row] + head * K_;
   }
 
   template <bool plain>
@@ -203,6 +211,7 @@ class GateRecomputation {
   const LayerBackward& layer_;
   const int threads_count_;
   const int64_t I_, H_, P_;
+  const int64_t heads_, K_;  // K: features of h that a unit's weights multiply
   const int D_;
   const int64_t panels_;
   const bool copies_h_;  // rows of h are not multiplied where they stand
