@@ -277,10 +277,10 @@ def run_stack(
         settings: ``recompute`` is without effect here, where autograd keeps every step.
         input: (T, B, I), or (B, T, I) with ``batch_first``, or packed data (N, I) with ``batch_sizes``.
         h0: (L*D, B, P) or ``None`` for zeros. c0: (L*D, B, H) or ``None``; LSTM only.
-        params: for each layer and direction in turn w_ih (G*H, I of the layer), w_hh (G*H, P; with heads H / num_heads in
-            place of P), with ``bias`` b_ih (G*H) and b_hh (G*H), for a projected LSTM w_hr (P, H), with ``peephole``
-            w_peephole (3*H). Behind them all, with ``reset_state``, the h (L*D, B, P) and for an LSTM c (L*D, B, H)
-            that rows begin anew from.
+        params: for each layer and direction in turn w_ih (G*H, I of the layer), w_hh (G*H, P; with ``num_heads``
+            H / num_heads in place of P), with ``bias`` b_ih (G*H) and b_hh (G*H), for a projected LSTM w_hr (P, H),
+            with ``peephole`` w_peephole (3*H). Behind them all, with ``reset_state``, the h (L*D, B, P) and for an LSTM
+            c (L*D, B, H) that rows begin anew from.
         controls: which steps there are, where rows begin anew, and what was drawn at random.
 
     Returns:
