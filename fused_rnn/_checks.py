@@ -90,6 +90,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise TypeError(f"bptt_steps: expected an int or None, got {_describe(bptt_steps)}")
         if bptt_steps < 1:
             raise ValueError(f"bptt_steps: expected at least 1, got {bptt_steps}")
+    num_heads = options.get("num_heads", 1)
+    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
+        raise TypeError(f"num_heads: expected an int, got {_describe(num_heads)}")
+    if num_heads < 1:
+        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
     if forget_bias is not None and not _is_number(forget_bias):
         raise TypeError(f"forget_bias: expected a number or None, got {_describe(forget_bias)}")
     init = options.get("init", "torch")
@@ -98,7 +103,14 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_fit(
-    options: Mapping[str, Any], *, is_lstm: bool, is_gru: bool, bias: bool = True, bidirectional: bool = False
+    options: Mapping[str, Any],
+    *,
+    is_lstm: bool,
+    is_gru: bool,
+    hidden_size: int,
+    bias: bool = True,
+    bidirectional: bool = False,
+    proj_size: int = 0,
 ) -> None:
     """Options that have no meaning for a layer or cell such as this."""
     if is_gru and options.get("reset_after", True) and not options.get("recurrent_bias", True):
@@ -127,6 +139,14 @@ def check_fit(
                     "recurrent_activation: expected 'sigmoid' for an RNN, which has no gates, "
                     f"got {options['recurrent_activation']!r}"
                 )
+    num_heads = options.get("num_heads", 1)
+    if num_heads > 1:
+        if proj_size:
+            raise ValueError(
+                f"num_heads: expected 1 with proj_size, which mixes the units of all heads, got {num_heads}"
+            )
+        if num_heads > hidden_size or hidden_size % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of hidden_size ({hidden_size}), got {num_heads}")
     if options.get("forget_bias") is not None:
         if not is_lstm:
             raise ValueError("forget_bias: expected None, only an LSTM has a forget gate")
@@ -143,6 +163,12 @@ def check_fit(
                 "bptt_steps: expected None with bidirectional=True: the reverse direction comes through the whole "
                 "sequence before the first step's output is there"
             )
+
+
+def check_same_heads(num_heads: int, made_with: int) -> None:
+    """A layer or cell that exists has the parameters of one number of heads."""
+    if num_heads != made_with:
+        raise ValueError(f"num_heads: expected {made_with}, as the module was made with, got {num_heads}")
 
 
 def check_counts(num_layers: Any, proj_size: Any, hidden_size: int) -> None:
@@ -213,15 +239,16 @@ def _make_param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
     """Names and order of a layer's parameters are ``torch.nn``'s."""
     rows = settings.kind.num_gates * settings.hidden_size
     state_size = settings.state_size
+    columns_hh = state_size // settings.num_heads
     if settings.is_cell:
-        shapes: list[tuple[int, ...]] = [(rows, settings.input_size), (rows, state_size)]
+        shapes: list[tuple[int, ...]] = [(rows, settings.input_size), (rows, columns_hh)]
         shapes += [(rows,)] * (2 * settings.bias) + [(3 * state_size,)] * settings.has_peepholes
         return tuple(zip(settings.cell_names, shapes, strict=False))
     specs: list[ParamSpec] = []
     for layer in range(settings.num_layers):
         columns = settings.input_size if layer == 0 else state_size * settings.num_directions
         for suffix in (f"_l{layer}", f"_l{layer}_reverse") if settings.bidirectional else (f"_l{layer}",):
-            specs += [(f"weight_ih{suffix}", (rows, columns)), (f"weight_hh{suffix}", (rows, state_size))]
+            specs += [(f"weight_ih{suffix}", (rows, columns)), (f"weight_hh{suffix}", (rows, columns_hh))]
             biases = ("bias_ih", "bias_hh")[: settings.num_biases]
             specs += [(f"{bias}{suffix}", (rows,)) for bias in biases]
             if state_size != settings.hidden_size:

@@ -10,7 +10,7 @@ from . import _checks, functional, initial
 from .options import in_within
 from .settings import CELL_OPTIONS, NOTHING_WITHIN, CellKind, CellOptions, Settings, Within, cell_settings, show_options
 from .twin import HasTwin
-from .weights import ByAttribute
+from .weights import ByAttribute, narrow_to_heads
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,8 +36,17 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
         _checks.check_cell_constructor(input_size, hidden_size)
         _checks.check_names("a cell", options, CELL_OPTIONS)
         _checks.check_options(options)
-        _checks.check_fit(options, is_lstm=kind == CellKind.LSTM, is_gru=kind == CellKind.GRU)
+        is_lstm, is_gru = kind == CellKind.LSTM, kind == CellKind.GRU
+        _checks.check_fit(options, is_lstm=is_lstm, is_gru=is_gru, hidden_size=hidden_size)
+        num_heads = options.get("num_heads", 1)
+        if num_heads > 1:
+            self._has_shapes = False
         super().__init__(input_size, hidden_size, bias, kind.num_gates, device, dtype)
+        if num_heads > 1:
+            narrow_to_heads(self, num_heads)
+            self._within = NOTHING_WITHIN._replace(num_heads=num_heads)
+            del self._has_shapes
+            self.reset_parameters()
         for name, default in CELL_OPTIONS.items():
             value = options.get(name, default)
             if value != default:
@@ -46,6 +55,7 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
             initial.draw_peepholes(self)
 
     _within: Within | None = None
+    _has_shapes: bool = True  # False while RNNCellBase's constructor runs, whose W_hh is no heads'
     __jit_unused_properties__ = list(CELL_OPTIONS)  # torch.jit.script of a subclass passes them by
 
     recurrent_dropout: float = in_within("recurrent_dropout")
@@ -55,6 +65,7 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
     recurrent_activation: str = in_within("recurrent_activation")
     reset_after: bool = in_within("reset_after")
     coupled_gates: bool = in_within("coupled_gates")
+    num_heads: int = in_within("num_heads")
     cell_clip: float | None = in_within("cell_clip")
     peephole: bool = in_within("peephole")
 
@@ -62,13 +73,20 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
         """Before an option is set: see that it fits, and that what belongs to it is there."""
         _checks.check_options({name: value})
         kind = self._kind()
-        _checks.check_fit({name: value}, is_lstm=kind == CellKind.LSTM, is_gru=kind == CellKind.GRU)
+        is_lstm, is_gru = kind == CellKind.LSTM, kind == CellKind.GRU
+        _checks.check_fit({name: value}, is_lstm=is_lstm, is_gru=is_gru, hidden_size=self.hidden_size)
+        if name == "num_heads":
+            _checks.check_same_heads(value, self.num_heads)
         if name == "peephole" and value != self.peephole:
             if value:
                 zeros = self.weight_ih.detach().new_zeros(3 * self.hidden_size)
                 self.register_parameter("weight_peephole", nn.Parameter(zeros))
             else:
                 del self.weight_peephole
+
+    def reset_parameters(self) -> None:
+        if self._has_shapes:
+            super().reset_parameters()
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in CELL_OPTIONS}
@@ -126,15 +144,15 @@ class LSTMCell(_Cell):
         hidden_size: features of the state, H.
         bias: whether there are ``bias_ih`` and ``bias_hh``.
         device, dtype: of the parameters.
-        recurrent_dropout, zoneout, zoneout_cell, activation, recurrent_activation, coupled_gates, cell_clip, peephole:
-            as :class:`fused_rnn.LSTM` has them; what is drawn at random is drawn for each step.
+        recurrent_dropout, zoneout, zoneout_cell, activation, recurrent_activation, coupled_gates, num_heads, cell_clip,
+            peephole: as :class:`fused_rnn.LSTM` has them; what is drawn at random is drawn for each step.
 
     Raises:
         TypeError, ValueError: a size that is no int, or negative; an option of another type, or out of range.
 
-    Parameters, drawn uniformly between plus and minus 1 / sqrt(H): ``weight_ih`` (4*H, I), ``weight_hh`` (4*H, H),
-    ``bias_ih`` and ``bias_hh`` (4*H), or ``None``. Rows in the order i, f, g, o. With ``peephole`` also
-    ``weight_peephole`` (3*H), in the order i, f, o.
+    Parameters, drawn uniformly between plus and minus 1 / sqrt(H): ``weight_ih`` (4*H, I), ``weight_hh``
+    (4*H, H / num_heads), ``bias_ih`` and ``bias_hh`` (4*H), or ``None``. Rows in the order i, f, g, o. With
+    ``peephole`` also ``weight_peephole`` (3*H), in the order i, f, o.
     """
 
     _torch_class = nn.LSTMCell
@@ -226,7 +244,7 @@ class RNNCell(_Cell):
     """One step of an Elman network, drop-in for :class:`torch.nn.RNNCell`; the formula is :class:`fused_rnn.RNN`'s.
 
     Arguments, errors and parameters: see :class:`LSTMCell`, with H rows, and ``nonlinearity``, one of
-    :class:`fused_rnn.RNN`'s. Of the options ``recurrent_dropout`` and ``zoneout``.
+    :class:`fused_rnn.RNN`'s. Of the options ``recurrent_dropout``, ``zoneout`` and ``num_heads``.
     """
 
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]

@@ -123,6 +123,11 @@ def convert(model: Any, *, inplace: bool = True, return_report: bool = False, **
             meaning for one of the layers, which is named. Nothing is changed then.
     """
     _check_model(model)
+    if "num_heads" in options:
+        raise TypeError(
+            "num_heads: unexpected keyword argument of convert: with heads every weight_hh has another shape; make the "
+            "layer with them"
+        )
     _checks.check_names("convert", options, CONVERT_OPTIONS)
     _checks.check_options(options)
     for name, module in model.named_modules():
@@ -194,7 +199,15 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
 def _check_fit(name: str, module: nn.RNNBase, options: LayerOptions) -> None:
     is_lstm, is_gru = module.mode == "LSTM", module.mode == "GRU"
     try:
-        _checks.check_fit(options, is_lstm=is_lstm, is_gru=is_gru, bias=module.bias, bidirectional=module.bidirectional)
+        _checks.check_fit(
+            options,
+            is_lstm=is_lstm,
+            is_gru=is_gru,
+            hidden_size=module.hidden_size,
+            bias=module.bias,
+            bidirectional=module.bidirectional,
+            proj_size=module.proj_size,
+        )
     except ValueError as error:
         raise ValueError(f"{error} (of {_quote(name)})") from None
 

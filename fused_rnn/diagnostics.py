@@ -255,7 +255,8 @@ def _gates_of_call(settings: Settings, made: _Direction) -> tuple[dict[str, Tens
     w_ih, w_hh, *others = (p.double() for p in made.params)
     b_ih, b_hh = others[:2] if settings.bias else (None, None)
     before = rows(made.before)
-    of_x, of_h = nn.functional.linear(rows(made.inputs), w_ih, b_ih), nn.functional.linear(before, w_hh, b_hh)
+    of_x = nn.functional.linear(rows(made.inputs), w_ih, b_ih)
+    of_h = formulas.block_diagonal_linear(before, w_hh, b_hh, within.num_heads)
     if settings.kind == CellKind.LSTM:
         c = rows(made.c_of_h)
         i, f, g, o = (of_x + of_h).chunk(4, dim=-1)
@@ -271,7 +272,8 @@ def _gates_of_call(settings: Settings, made: _Direction) -> tuple[dict[str, Tens
     if within.reset_after:
         n = x_n + r * h_n
     else:
-        n = x_n + nn.functional.linear(r * before, w_hh.chunk(3)[2], None if b_hh is None else b_hh.chunk(3)[2])
+        w_n, b_n = w_hh.chunk(3)[2], None if b_hh is None else b_hh.chunk(3)[2]
+        n = x_n + formulas.block_diagonal_linear(r * before, w_n, b_n, within.num_heads)
     return {"r": r, "z": z, "n": activation(n)}, rows(made.h)
 
 

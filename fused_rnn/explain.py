@@ -240,6 +240,10 @@ def _options_within(settings: Settings, call: functional.Call, with_gradients: b
     for name in _IN_EACH_STEP:
         if (value := getattr(within, name)) != getattr(NOTHING_WITHIN, name):
             sentences.append(f"{name}={value!r}: {where} have it in each step")
+    if within.num_heads > 1:
+        sentences.append(
+            f"num_heads={within.num_heads}: {where} multiply each head's part of h by its own block of W_hh"
+        )
     if within.recurrent_grad_clip is not None and with_gradients:
         sentences.append(f"recurrent_grad_clip={within.recurrent_grad_clip}: {where} clamp the gradient of each h")
     k = within.bptt_steps

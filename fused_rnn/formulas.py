@@ -35,7 +35,20 @@ class Cell(NamedTuple):
     within: Within
 
     def recurrent(self, h: Tensor) -> Tensor:
-        return linear(h, self.w_hh, self.b_hh)
+        return block_diagonal_linear(h, self.w_hh, self.b_hh, self.within.num_heads)
+
+
+def block_diagonal_linear(h: Tensor, w: Tensor, b: Tensor | None, num_heads: int) -> Tensor:
+    """W h + b for each gate, where W is block-diagonal: a unit sees what its own head has in h (Beck et al. 2024).
+
+    h (B, H); w (G*H, H / num_heads), of which the row of a gate's unit has the columns of the unit's block; b (G*H).
+    """
+    if num_heads == 1:
+        return linear(h, w, b)
+    head_size = w.shape[1]
+    blocks = w.unflatten(0, (-1, num_heads, head_size))
+    of_gates = torch.einsum("gnuk,bnk->bgnu", blocks, h.unflatten(-1, (num_heads, head_size))).flatten(1)
+    return of_gates if b is None else of_gates + b
 
 
 # The functions that options name.
@@ -100,7 +113,8 @@ def gru_step(cell: Cell, x_gates: Tensor, h_dropped: Tensor, h: Tensor, c: Tenso
         n = activation(x_n + r * h_n)
     else:
         b_n = None if cell.b_hh is None else cell.b_hh.chunk(3)[2]
-        n = activation(x_n + linear(r * h_dropped, cell.w_hh.chunk(3)[2], b_n))
+        w_n = cell.w_hh.chunk(3)[2]
+        n = activation(x_n + block_diagonal_linear(r * h_dropped, w_n, b_n, options.num_heads))
     return (1 - z) * n + z * h, c
 
 
@@ -263,9 +277,10 @@ def run_stack(
         settings: ``recompute`` is without effect here, where autograd keeps every step.
         input: (T, B, I), or (B, T, I) with ``batch_first``, or packed data (N, I) with ``batch_sizes``.
         h0: (L*D, B, P) or ``None`` for zeros. c0: (L*D, B, H) or ``None``; LSTM only.
-        params: for each layer and direction in turn w_ih (G*H, I of the layer), w_hh (G*H, P), with ``bias``
-            b_ih (G*H) and b_hh (G*H), for a projected LSTM w_hr (P, H), with ``peephole`` w_peephole (3*H). Behind them
-            all, with ``reset_state``, the h (L*D, B, P) and for an LSTM c (L*D, B, H) that rows begin anew from.
+        params: for each layer and direction in turn w_ih (G*H, I of the layer), w_hh (G*H, P; with ``num_heads``
+            H / num_heads in place of P), with ``bias`` b_ih (G*H) and b_hh (G*H), for a projected LSTM w_hr (P, H),
+            with ``peephole`` w_peephole (3*H). Behind them all, with ``reset_state``, the h (L*D, B, P) and for an LSTM
+            c (L*D, B, H) that rows begin anew from.
         controls: which steps there are, where rows begin anew, and what was drawn at random.
 
     Returns:
@@ -310,7 +325,7 @@ def run_stack(
             w_hr = weights.pop() if has_projection else None
             w_ih, w_hh, b_ih, b_hh = weights if settings.bias else (*weights, None, None)
             assert w_hh is not None
-            rows, size = w_hh.shape
+            rows, size = w_hh.shape[0], w_hh.shape[1] * within.num_heads
             hidden_size = rows // kind.num_gates
             h = h0[index] if h0 is not None else input.new_zeros(batch, size)
             c = None

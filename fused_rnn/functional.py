@@ -12,10 +12,11 @@ L layers, D directions and G gates per unit (LSTM 4, GRU 3, RNN 1)::
     reset_state  as the initial states
 
 ``params`` is the flat list of :mod:`torch.nn`, for each layer, and in it each direction: ``weight_ih`` (G*H, I; D*P in
-place of I above the first layer), ``weight_hh`` (G*H, P), with ``bias`` ``bias_ih`` (G*H) and ``bias_hh`` (G*H), with a
-projection ``weight_hr`` (P, H), with ``peephole`` ``weight_peephole`` (3*H). :func:`torch.nn.Module.parameters` of a
-layer gives it in this order. The rows of a weight are in the order i, f, g, o for an LSTM and r, z, n for a GRU, those
-of the peepholes i, f, o. ``recurrent_bias=False`` is without ``bias_hh``.
+place of I above the first layer), ``weight_hh`` (G*H, P; with ``num_heads`` H / num_heads in place of P), with ``bias``
+``bias_ih`` (G*H) and ``bias_hh`` (G*H), with a projection ``weight_hr`` (P, H), with ``peephole`` ``weight_peephole``
+(3*H). :func:`torch.nn.Module.parameters` of a layer gives it in this order. The rows of a weight are in the order
+i, f, g, o for an LSTM and r, z, n for a GRU, those of the peepholes i, f, o. ``recurrent_bias=False`` is without
+``bias_hh``.
 
 Dtypes: float32, float64, bfloat16 and float16, and the complex ones through the reference; input, states and
 parameters share one. Under :class:`torch.autocast` they are cast as ``torch.nn`` has it: to the autocast dtype, except
@@ -101,7 +102,7 @@ def lstm(
             time, the same numbers.
         input_dropout, recurrent_dropout, weight_dropout, zoneout, zoneout_cell: as :class:`fused_rnn.LSTM` has them;
             drawn while ``training``.
-        activation, recurrent_activation, recurrent_bias, peephole, coupled_gates, cell_clip: the same.
+        activation, recurrent_activation, recurrent_bias, peephole, coupled_gates, num_heads, cell_clip: the same.
         recurrent_grad_clip, bptt_steps: the same.
         lengths: steps of each row from the first, any integer dtype on any device, 0 to T. On the CPU an error says if
             one is not in that range; on other devices, and under :func:`torch.compile`, a negative one counts as 0 and
@@ -218,12 +219,13 @@ def lstm_cell(
     Args:
         input: (B, I), or (I) without a batch.
         hx: ``(h, c)``, each (B, H), or (H) without a batch; ``None`` for zeros.
-        w_ih, w_hh: (4*H, I) and (4*H, H). b_ih, b_hh: (4*H), or ``None``. w_peephole: (3*H) of i, f, o, or ``None``.
+        w_ih, w_hh: (4*H, I) and (4*H, H / num_heads). b_ih, b_hh: (4*H), or ``None``.
+        w_peephole: (3*H) of i, f, o, or ``None``.
         reset: bool (B), or () without a batch, on the input's device: rows whose state is thrown away before the step.
         reset_state: ``(h, c)`` that they begin anew from, shaped like ``hx``; ``None`` for zeros. Only with ``reset``.
         training: whether recurrent_dropout and zoneout are drawn, for this step alone.
-        recurrent_dropout, zoneout, zoneout_cell, activation, recurrent_activation, coupled_gates, cell_clip: as
-            :class:`fused_rnn.LSTM` has them.
+        recurrent_dropout, zoneout, zoneout_cell, activation, recurrent_activation, coupled_gates, num_heads, cell_clip:
+            as :class:`fused_rnn.LSTM` has them.
 
     Returns:
         ``(h, c)`` after the step.
@@ -272,7 +274,8 @@ def rnn_cell(
 ) -> Tensor:
     """One step of an Elman network: weights have H rows, the rest is as for :func:`gru_cell`.
 
-    ``nonlinearity`` is :class:`fused_rnn.RNN`'s; of the options it has ``recurrent_dropout`` and ``zoneout``.
+    ``nonlinearity`` is :class:`fused_rnn.RNN`'s; of the options it has ``recurrent_dropout``, ``zoneout`` and
+    ``num_heads``.
     """
     given, steps = (w_ih, w_hh, b_ih, b_hh), cell_steps(reset, reset_state)
     return _functional_cell(rnn_kind(nonlinearity), nonlinearity, input, hx, given, None, steps, training, options)
@@ -318,8 +321,10 @@ def _settings_of_params(
         options,
         is_lstm=kind == CellKind.LSTM,
         is_gru=kind == CellKind.GRU,
+        hidden_size=hidden_size,
         bias=bias,
         bidirectional=bidirectional,
+        proj_size=proj_size,
     )
     given: dict[str, Any] = {name: value for name, value in options.items() if name in FUNCTION_OPTIONS}
     around = Around(**{name: given.pop(name) for name in Around._fields if name in given})
@@ -391,16 +396,20 @@ def _functional_cell(
     if w_peephole is None and not options and nonlinearity not in OTHER_NONLINEARITIES:
         return call_cell(cell_settings(*cell, names), input, hx, params, steps)
     _checks.check_flag("training", training)
-    within = with_nonlinearity(_within_cell(kind, w_peephole is not None, training, options), nonlinearity)
+    within = _within_cell(kind, cell[2], w_peephole is not None, training, options)
+    within = with_nonlinearity(within, nonlinearity)
     if w_peephole is not None:
         names, params = (*names, "w_peephole"), [*params, w_peephole]
     return call_cell(cell_settings(*cell, names, *([] if within is None else [within])), input, hx, params, steps)
 
 
-def _within_cell(kind: CellKind, peephole: bool, training: bool, options: StepFunctionOptions) -> Within | None:
+def _within_cell(
+    kind: CellKind, hidden_size: int, peephole: bool, training: bool, options: StepFunctionOptions
+) -> Within | None:
     _checks.check_names("this function", options, STEP_FUNCTION_OPTIONS)
     _checks.check_options(options)
-    _checks.check_fit(options, is_lstm=kind == CellKind.LSTM, is_gru=kind == CellKind.GRU)
+    is_lstm, is_gru = kind == CellKind.LSTM, kind == CellKind.GRU
+    _checks.check_fit(options, is_lstm=is_lstm, is_gru=is_gru, hidden_size=hidden_size)
     within = Within(peephole=peephole, **options).in_mode(training)
     return None if within == NOTHING_WITHIN else within
 

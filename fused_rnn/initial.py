@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["draw_as_keras", "draw_peepholes", "set_forget_bias"]
 
@@ -15,12 +15,12 @@ def draw_as_keras(layer: Any) -> None:
     """As Keras draws them, of the same shapes transposed: W_ih by Glorot and Bengio 2010 over all gates together, W_hh
     orthogonal over all gates together (Saxe 2014), no bias but 1 for an LSTM's forget gate (Jozefowicz 2015).
 
-    Of what Keras lacks, a projection is drawn as W_ih is, and peepholes are zero.
+    Of what Keras lacks, a projection is drawn as W_ih is, peepholes are zero, and W_hh is orthogonal head by head.
     """
     with torch.no_grad():
         for name, parameter in layer.named_parameters(recurse=False):
             if name.startswith("weight_hh"):
-                nn.init.orthogonal_(parameter)
+                _draw_orthogonal(parameter, layer.num_heads, layer.hidden_size)
             elif name.startswith("weight_peephole"):
                 parameter.zero_()
             elif name.startswith("weight"):
@@ -31,6 +31,14 @@ def draw_as_keras(layer: Any) -> None:
                 parameter.zero_()
     if layer.mode == "LSTM":
         set_forget_bias(layer, 1.0)
+
+
+def _draw_orthogonal(w_hh: Tensor, num_heads: int, hidden_size: int) -> None:
+    """The rows of each head's units, of all gates together."""
+    of_heads = w_hh.unflatten(0, (-1, num_heads, hidden_size // num_heads))
+    for head in range(num_heads):
+        block = of_heads[:, head]
+        block.copy_(nn.init.orthogonal_(torch.empty_like(block).flatten(0, 1)).view_as(block))
 
 
 def draw_peepholes(layer: Any) -> None:

@@ -26,7 +26,7 @@ from .settings import (
     show_options,
 )
 from .twin import HasTwin
-from .weights import ByAttribute, FlatWeightsMixin
+from .weights import ByAttribute, FlatWeightsMixin, narrow_to_heads
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,11 +71,22 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             bidirectional=bidirectional,
             proj_size=proj_size,
         )
-        _checks.check_fit(options, is_lstm=mode == "LSTM", is_gru=mode == "GRU", bias=bias, bidirectional=bidirectional)
+        _checks.check_fit(
+            options,
+            is_lstm=mode == "LSTM",
+            is_gru=mode == "GRU",
+            hidden_size=hidden_size,
+            bias=bias,
+            bidirectional=bidirectional,
+            proj_size=proj_size,
+        )
         is_other_rnn = mode in _OTHER_RNNS
         # The parameters get their first values in RNNBase's constructor.
         self.init = options.get("init", "torch")
         self.forget_bias = options.get("forget_bias")
+        num_heads = options.get("num_heads", 1)
+        if num_heads > 1:
+            self._has_shapes = False
         super().__init__(
             "RNN_TANH" if is_other_rnn else mode,  # RNNBase knows no other
             input_size,
@@ -91,6 +102,12 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
         )
         if is_other_rnn:
             self.mode = mode
+        if num_heads > 1:
+            narrow_to_heads(self, num_heads)
+            self._init_flat_weights()
+            self._within = NOTHING_WITHIN._replace(num_heads=num_heads)
+            del self._has_shapes
+            self.reset_parameters()
         if bias and not options.get("recurrent_bias", True):
             self._remove_parameters("bias_hh")
         for name, default in LAYER_OPTIONS.items():  # in this order: an option may need one before it
@@ -106,6 +123,7 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
     forget_bias: float | None = None
     _around: Around | None = None
     _within: Within | None = None
+    _has_shapes: bool = True  # False while RNNBase's constructor runs, whose W_hh are no heads'
 
     input_dropout: float = in_around("input_dropout")
     weight_dropout: float = in_around("weight_dropout")
@@ -120,6 +138,7 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
     reset_after: bool = in_within("reset_after")
     peephole: bool = in_within("peephole")
     coupled_gates: bool = in_within("coupled_gates")
+    num_heads: int = in_within("num_heads")
     cell_clip: float | None = in_within("cell_clip")
     recurrent_grad_clip: float | None = in_within("recurrent_grad_clip")
     bptt_steps: int | None = in_within("bptt_steps")
@@ -129,7 +148,17 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
         options = {option: getattr(self, option) for option in LAYER_OPTIONS} | {name: value}
         _checks.check_options({name: value})
         is_lstm, is_gru = self.mode == "LSTM", self.mode == "GRU"
-        _checks.check_fit(options, is_lstm=is_lstm, is_gru=is_gru, bias=self.bias, bidirectional=self.bidirectional)
+        _checks.check_fit(
+            options,
+            is_lstm=is_lstm,
+            is_gru=is_gru,
+            hidden_size=self.hidden_size,
+            bias=self.bias,
+            bidirectional=self.bidirectional,
+            proj_size=self.proj_size,
+        )
+        if name == "num_heads":
+            _checks.check_same_heads(value, self.num_heads)
         if name == "stateful" and value:
             carried.add_buffers(self)
         if name == "peephole" and value != self.peephole:
@@ -162,6 +191,8 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew, as ``init`` and ``forget_bias`` say."""
+        if not self._has_shapes:
+            return
         if self.init == "keras":
             initial.draw_as_keras(self)
         else:
@@ -323,6 +354,10 @@ class LSTM(_Recurrent):
         peephole: i and f see the c before the step, o the one after it (Gers and Schmidhuber 2000):
             ``weight_peephole_l{k}`` times c is added to what :math:`\sigma` is taken of.
         coupled_gates: i = 1 - f; the rows of i are without effect (Greff et al. 2015).
+        num_heads: W_hh is block-diagonal, of so many blocks of one size: the units of a head see the h of their own
+            head alone (sLSTM, Beck et al. 2024; FlashRNN, Poeppel et al. 2024; DreamerV3, Hafner et al. 2023). It
+            divides ``hidden_size``. Not with a projection, and only when the layer is made: ``weight_hh_l{k}`` is
+            (4*H, H / num_heads), in the row of unit u of a gate the columns of its head, u // (H / num_heads).
         cell_clip: c is clamped between minus and plus this in every step, before o and h are made of it (Sak, Senior
             and Beaufays 2014; ``cell_clip`` of TensorFlow's ``LSTMCell``). ``None`` for not at all.
         recurrent_grad_clip: the gradient of every h is clamped between minus and plus this on its way back, before it
@@ -333,7 +368,8 @@ class LSTM(_Recurrent):
             :meth:`reset_state` begins anew. What is carried is in the buffers ``carried_h`` and ``carried_c``, which
             move with the layer and are no part of its ``state_dict``. In one direction.
         init: ``"torch"``, or ``"keras"``: W_ih by Glorot and Bengio 2010, W_hh orthogonal, each over all gates
-            together, biases zero but 1 for the forget gate. How :meth:`reset_parameters` draws.
+            together (of each head by itself), biases zero but 1 for the forget gate. How :meth:`reset_parameters`
+            draws.
         forget_bias: first value of ``bias_ih + bias_hh`` of the forget gate; ``None`` for that of ``init``.
 
     Raises:

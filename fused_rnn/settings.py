@@ -72,6 +72,7 @@ class FunctionOptions(TypedDict, total=False):
     recurrent_bias: bool
     peephole: bool
     coupled_gates: bool
+    num_heads: int
     cell_clip: float | None
     recurrent_grad_clip: float | None
     bptt_steps: int | None
@@ -108,6 +109,7 @@ class StepFunctionOptions(TypedDict, total=False):
     recurrent_activation: str
     reset_after: bool
     coupled_gates: bool
+    num_heads: int
     cell_clip: float | None
 
 
@@ -144,6 +146,7 @@ class Within(NamedTuple):
     reset_after: bool = True
     peephole: bool = False
     coupled_gates: bool = False
+    num_heads: int = 1
     bptt_steps: int | None = None
     reset_state: bool = False  # the parameters are followed by the states that rows begin anew from
 
@@ -171,7 +174,7 @@ class Within(NamedTuple):
     @staticmethod
     def restore(integers: Sequence[int], numbers: Sequence[float]) -> Within:
         activation, recurrent_activation = (Activation(value).name.lower() for value in integers[:2])
-        reset_after, peephole, coupled_gates, bptt_steps, reset_state = integers[2:]
+        reset_after, peephole, coupled_gates, num_heads, bptt_steps, reset_state = integers[2:]
         cell_clip, recurrent_grad_clip, zoneout, zoneout_cell = numbers
         return Within(
             activation=activation,
@@ -179,6 +182,7 @@ class Within(NamedTuple):
             reset_after=bool(reset_after),
             peephole=bool(peephole),
             coupled_gates=bool(coupled_gates),
+            num_heads=num_heads,
             bptt_steps=bptt_steps or None,
             reset_state=bool(reset_state),
             cell_clip=cell_clip or None,
@@ -225,6 +229,10 @@ class Settings(NamedTuple):
         return self.within is not None and self.within.peephole
 
     @property
+    def num_heads(self) -> int:
+        return 1 if self.within is None else self.within.num_heads
+
+    @property
     def is_cell(self) -> bool:
         return bool(self.cell_names)
 
@@ -249,11 +257,14 @@ class Settings(NamedTuple):
                 "compile or export the model again with this version of fused_rnn"
             )
         kind = CellKind(integers[0])
-        rows, state_size = params[1].shape
+        rows, columns = params[1].shape
         end = len(INTEGER_SETTINGS)
         values: Any = (kind, *integers[1:end])
-        settings = Settings(input.shape[-1], rows // kind.num_gates, state_size, *values)
-        return settings._replace(within=Within.restore(integers[end:-1], numbers)) if numbers else settings
+        settings = Settings(input.shape[-1], rows // kind.num_gates, columns, *values)
+        if not numbers:
+            return settings
+        within = Within.restore(integers[end:-1], numbers)
+        return settings._replace(state_size=columns * within.num_heads, within=within)
 
 
 # Settings from the tuple of all fields: what a small call of a layer feels less than Settings(...).
@@ -278,7 +289,9 @@ STEP_FUNCTION_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in StepF
 CELL_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in CellOptions.__annotations__}
 # Of layers that exist already: those that leave their parameters as they are.
 CONVERT_OPTIONS = {
-    name: default for name, default in LAYER_OPTIONS.items() if name not in ("recurrent_bias", "init", "forget_bias")
+    name: default
+    for name, default in LAYER_OPTIONS.items()
+    if name not in ("recurrent_bias", "num_heads", "init", "forget_bias")
 }
 
 # Every set of sizes in use, a few per model: a cell's step feels the making of a record.

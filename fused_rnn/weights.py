@@ -14,6 +14,14 @@ from . import _checks
 _WEIGHT = re.compile(r"(weight|bias)_(ih|hh|hr|peephole)(_l\d+(_reverse)?)?")
 
 
+def narrow_to_heads(module: nn.Module, num_heads: int) -> None:
+    """Every W_hh (G*H, H) without the columns of other heads: (G*H, H / num_heads). It has no values yet."""
+    for name, w_hh in list(module.named_parameters(recurse=False)):
+        if name.startswith("weight_hh"):
+            rows, columns = w_hh.shape
+            setattr(module, name, nn.Parameter(w_hh.detach().new_empty(rows, columns // num_heads)))
+
+
 class ByAttribute:
     """Lets classes with an attribute lookup of their own find the weights by it, as ``torch.nn``'s modules do.
 

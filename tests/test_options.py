@@ -519,7 +519,7 @@ def test_convert_gives_options_to_layers_that_exist() -> None:
 @pytest.mark.parametrize("option", sorted(set(LAYER_OPTIONS) - {"recompute", "init", "forget_bias"}))
 def test_revert_refuses_what_torch_nn_has_not(option: str) -> None:
     flags = {name: not default for name, default in LAYER_OPTIONS.items() if isinstance(default, bool)}
-    others = {"bptt_steps": 3, "activation": "relu", "recurrent_activation": "hard_sigmoid"}
+    others = {"bptt_steps": 3, "activation": "relu", "recurrent_activation": "hard_sigmoid", "num_heads": 3}
     value = (flags | others).get(option, 0.5)
     name = "GRU" if option == "reset_after" else "LSTM"
     model = nn.Sequential(make(name, **{option: value}))

@@ -113,6 +113,14 @@ calls = {
     "peepholes": lambda: forward(
         giant(1, 1, 1), [*params(4, 2**31, 1), giant(3 * 2**31)], within=Within(peephole=True)
     ),
+    "heads": lambda: forward(x, small, within=Within(num_heads=2**62)),
+    "heads below zero": lambda: forward(x, small, within=Within(num_heads=-1)),
+    "heads of the whole matrix": lambda: forward(x, small, within=Within(num_heads=2)),
+    "heads that do not divide": lambda: forward(x, params(4, 4, 3, P=1), within=Within(num_heads=3)),
+    "more heads than units": lambda: forward(x, params(4, 4, 3, P=1), within=Within(num_heads=8)),
+    "heads of a projection": lambda: forward(
+        x, [*params(4, 4, 3, P=1), giant(2, 4)], within=Within(num_heads=2)
+    ),
     "a state": lambda: forward(
         giant(1, 2**61, 1), params(1, 1, 1), h0=giant(1, 2**61, 1), settings=(0, 1, 1, 0, 0, 0)
     ),

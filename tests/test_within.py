@@ -321,6 +321,7 @@ ALONE: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {"peephole": True, "recurrent_bias": False}),
     ("LSTM", {"coupled_gates": True}),
     ("LSTM", {"cell_clip": 0.4}),
+    ("GRU", {"num_heads": 5}),
     ("GRU", {"activation": "relu"}),
     ("GRU", {"recurrent_activation": "softsign"}),
     ("GRU", {"reset_after": False}),
@@ -445,6 +446,7 @@ FACTORS = {
     "reset_after": (True, False),
     "peephole": (False, True),
     "coupled_gates": (False, True),
+    "num_heads": (1, 2),
     "cell_clip": (None, 0.4),
     "zoneout": (0.0, 0.3),
     "zoneout_cell": (0.0, 0.3),
@@ -465,7 +467,8 @@ NOT_FOR["RNN"].add("recurrent_activation")
 
 def without_what_does_not_fit(row: Row) -> Row:
     name = row["name"].strip()
-    return {key: FACTORS[key][0] if key in NOT_FOR[name] else value for key, value in (row | {"name": name}).items()}
+    unfit = NOT_FOR[name] | ({"proj_size"} if row["num_heads"] > 1 else set())
+    return {key: FACTORS[key][0] if key in unfit else value for key, value in (row | {"name": name}).items()}
 
 
 def distinct(rows: list[Row]) -> list[Row]:
@@ -478,8 +481,8 @@ ROWS_ALONE = distinct(
     [
         FIRST | {"name": name, key: level}
         for name in LAYERS
-        for key in ("activation", "recurrent_activation", "reset_after", "peephole", "coupled_gates", "cell_clip")
-        + ("zoneout", "zoneout_cell", "recurrent_dropout")
+        for key in ("activation", "recurrent_activation", "reset_after", "peephole", "coupled_gates", "num_heads")
+        + ("cell_clip", "zoneout", "zoneout_cell", "recurrent_dropout")
         for level in FACTORS[key][1:]
     ]
 )
@@ -734,6 +737,7 @@ CELLS: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {"zoneout": 0.5, "zoneout_cell": 0.4, "recurrent_dropout": 0.3}),
     ("GRU", {"reset_after": False, "activation": "softsign"}),
     ("GRU", {"zoneout": 0.5, "recurrent_dropout": 0.3, "recurrent_activation": "hard_sigmoid"}),
+    ("LSTM", {"num_heads": 5, "peephole": True}),
     ("RNN", {"nonlinearity": "identity"}),
     ("RNN", {"nonlinearity": "relu", "zoneout": 0.5, "recurrent_dropout": 0.3}),
 ]
@@ -863,8 +867,9 @@ def test_attributes_are_read_and_set_and_checked() -> None:
 OPTIONS_OF = [
     ("LSTM", {"zoneout": 0.2, "zoneout_cell": 0.1, "peephole": True, "cell_clip": 2.0}),
     ("GRU", {"activation": "relu", "recurrent_activation": "hard_sigmoid", "reset_after": False}),
+    ("GRU", {"num_heads": 5}),
     ("RNN", {"nonlinearity": "softsign", "recurrent_dropout": 0.2, "recurrent_grad_clip": 1.5}),
-    ("LSTMCell", {"zoneout": 0.2, "peephole": True, "coupled_gates": True}),
+    ("LSTMCell", {"zoneout": 0.2, "peephole": True, "coupled_gates": True, "num_heads": 5}),
     ("RNNCell", {"nonlinearity": "identity", "recurrent_dropout": 0.1}),
 ]
 
@@ -938,7 +943,7 @@ def test_a_mode_sees_the_options_of_a_call(backend: str, name: str, options: dic
 def test_explain_has_a_sentence_for_each_option() -> None:
     options = {"zoneout": 0.2, "zoneout_cell": 0.1, "peephole": True, "cell_clip": 2.0, "recurrent_dropout": 0.3}
     options |= {"activation": "softsign", "coupled_gates": True, "recurrent_grad_clip": 1.0, "bptt_steps": 4}
-    options["recurrent_activation"] = "hard_sigmoid"
+    options |= {"recurrent_activation": "hard_sigmoid", "num_heads": 5}
     layer, x = make("LSTM", **options), data(T, B, INPUT)
     with fused_rnn.use_backend("reference"):
         found = fused_rnn.explain(layer, x)
