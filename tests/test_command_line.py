@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from support.backends import available_isas
 
 import fused_rnn
-from fused_rnn import check
+from fused_rnn import backend, check
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,11 +44,12 @@ def test_unknown_command_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.kernels
-def test_check_passes_here_and_shows_every_instruction_set_cell_and_dtype() -> None:
+def test_check_passes_here_and_shows_every_instruction_set_cell_option_and_dtype() -> None:
     result = command("check")
     assert result.returncode == 0, result.stdout + result.stderr
-    for word in (*available_isas(), *check.CELLS, "float32", "float64", "bfloat16", "float16"):
+    for word in (*available_isas(), *check.CELLS, *check.OPTIONS, "float32", "float64", "bfloat16", "float16"):
         assert word in result.stdout
+    assert "cuda" not in result.stdout or torch.cuda.is_available()
     assert "all within their limits" in result.stdout
 
 
@@ -118,6 +122,58 @@ def test_wrong_numbers_fail_the_check(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(check.Call, "run", wrong)
     assert check.main(["--isa", available_isas()[0]]) == 1
     assert "grad(input)" in capsys.readouterr().out
+
+
+def without_option(call: check.Call) -> Any:
+    """A layer of the same parameters and arguments that does not look at the option."""
+    cell = "RNN_TANH" if call.cell.startswith("RNN") else call.cell
+    peephole = (("peephole", True),) if ("peephole", True) in call.keywords else ()
+    layer: Any = dataclasses.replace(call, cell=cell, keywords=peephole).build()
+    if call.option == "peephole":
+        for name, parameter in layer.named_parameters():
+            if "peephole" in name:
+                torch.nn.init.zeros_(parameter)
+    if call.option == "reset":
+        plain = layer.forward
+        layer.forward = lambda x, reset, **steps: plain(x, reset=torch.zeros_like(reset), **steps)
+    return layer
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("option", check.OPTIONS)
+def test_an_option_that_kernels_do_not_see_fails_every_call_of_it(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [call for call in check.calls() if call.option == option and call.dtype == torch.float32]
+    assert {call.cell for call in chosen} == {cell for cell, _ in check.OPTIONS[option]}
+    monkeypatch.setattr(check, "calls", lambda: iter(chosen))
+    isa = available_isas()[0]
+    worst, failures = check.check([isa])
+    assert list(worst) == [(isa, option, torch.float32)] and not failures
+    honest = check.Call.run
+
+    def blind(self: check.Call, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return honest(self, without_option(self) if backend.current_backend() == "fused" else module)
+
+    monkeypatch.setattr(check.Call, "run", blind)
+    _, failures = check.check([isa])
+    assert {failure.call for failure in failures} == set(chosen)
+    assert all("is off by" in failure.what for failure in failures)
+
+
+@pytest.mark.kernels
+def test_check_leaves_out_on_cuda_what_runs_by_the_formulas_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [call for call in check.calls() if call.dtype == torch.float32 and call.cell == "GRU"]
+    monkeypatch.setattr(check, "calls", lambda: iter(chosen))
+    monkeypatch.setattr(check, "_kernels", lambda target: contextlib.nullcontext("cpu"))
+    monkeypatch.setattr("fused_rnn._C.build_info", lambda: {"cuda": True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check.main(["--isa", "cuda"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split()[1] for line in printed.splitlines() if line.startswith("cuda")]
+    assert rows == ["GRU"]
+    assert f"not on cuda, where they run by the formulas: {', '.join(check.OPTIONS)}" in printed
+    assert f"{sum(not call.option for call in chosen)} calls" in printed
 
 
 def test_scaled_error_measures_in_epsilons_of_the_largest_value() -> None:
