@@ -118,6 +118,24 @@ def test_options_that_all_examples_have(options: tuple[str, ...], tmp_path: Path
     assert ("not compared" in printed) == (options == ("--backend", "torch"))
 
 
+@pytest.mark.kernels
+def test_options_that_torch_nn_lacks_are_not_compared(tmp_path: Path) -> None:
+    given = ("--weight-dropout", "0.5", "--input-dropout", "0.4", "--recurrent-dropout", "0.1", "--zoneout", "0.1")
+    small = ("--sample", "--steps", "3", "--compare-steps", "2", "--models", "lstm-2-layers", "--out", str(tmp_path))
+    printed = run_example("word_lm", *small, *given, "--plain-too")
+    said = "with weight_dropout 0.5, input_dropout 0.4, recurrent_dropout 0.1, zoneout 0.1: torch.nn has no such option"
+    assert said in printed
+    rows = printed[printed.index("model  ") :].splitlines()[2:4]
+    assert rows[0].startswith("ptb-lstm-2-layers ") and rows[0].endswith("  agree")
+    assert rows[1].startswith("ptb-regularized-lstm-2-layers ") and rows[1].endswith("  not compared")
+    plain, regularized = (
+        torch.load(tmp_path / f"ptb-{name}lstm-2-layers.pt", weights_only=True)["learners"]
+        for name in ("", "regularized-")
+    )
+    assert list(plain) == ["fused", "torch.nn"] and list(regularized) == ["fused"]
+    assert regularized["fused"]["losses"] != plain["fused"]["losses"]
+
+
 # ---- the loop
 
 
@@ -320,6 +338,37 @@ def test_models_have_as_many_parameters_as_published(common: Any) -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 506_715
     model = char_lm.CharLM(80, char_lm.TEXTBOOK, one_bias=True)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_636_432
+
+
+def test_options_of_the_word_model_reach_its_layer(common: Any) -> None:
+    word_lm = load("word_lm")
+    arguments = argparse.Namespace(models=["rnn", "lstm-2-layers"], plain_too=False, backend="fused", seed=0)
+    arguments.__dict__.update(dtype="float32", device=torch.device("cpu"), compile=False, compare_steps=5)
+    given = {"weight_dropout": 0.5, "input_dropout": 0.4, "recurrent_dropout": 0.0, "zoneout": 0.1}
+    arguments.__dict__.update(given)
+    chosen = word_lm.choose_models(arguments)
+    taken = {name: value for name, value in given.items() if value}
+    assert chosen == [("rnn", {}), ("lstm-2-layers", taken)]
+
+    text = ["a", "b", "c"] * 400
+    workload = word_lm.Words("lstm-2-layers", (text, text), arguments, taken)
+    assert workload.identity().keys() == {"data", *taken}
+    (learner,) = common.training.make_learners(workload, arguments)
+    assert {name: getattr(learner.model.recurrent, name) for name in given} == given
+    # One mask for all words of a step is in place of the one that the plain model draws for each.
+    assert learner.model.input_dropout.p == 0.0
+    plain = word_lm.Words("lstm-2-layers", (text, text), arguments, {})
+    assert plain.make_model().input_dropout.p == 0.5
+
+    common.training.check_backend(plain, argparse.Namespace(backend="torch"))
+    with pytest.raises(common.options.ExampleError, match="^--backend: expected fused .* no option weight_dropout, "):
+        common.training.check_backend(workload, argparse.Namespace(backend="torch"))
+    arguments.models = ["rnn"]
+    with pytest.raises(common.options.ExampleError, match="^--weight-dropout: expected lstm-2-layers among --models"):
+        word_lm.choose_models(arguments)
+    arguments.__dict__.update(dict.fromkeys(given, 0.0), plain_too=True)
+    with pytest.raises(common.options.ExampleError, match="^--plain-too: expected one of --weight-dropout, "):
+        word_lm.choose_models(arguments)
 
 
 def test_splitting_by_episodes_is_what_reset_does(common: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from fused_rnn import info
 
 from .options import table
-from .training import LATE_WINDOW, Comparison, Learner, Outcome, Workload, run_workload, windowed
+from .training import LATE_WINDOW, Comparison, Learner, Outcome, Workload, check_backend, run_workload, windowed
 
 INK, GRID, FUSED_COLOR, TORCH_COLOR = "#222222", "#e4e4e4", "#0b6e99", "#e58a2b"
 OTHERS = ("#0b6e99", "#b3261e", "#4c8c2b", "#7a4fa3", "#a87900", "#555555")
@@ -29,6 +29,8 @@ def run_all(
     outcomes: a list to which those of the runs are appended, for a caller that goes on with the models.
     """
     outcomes = [] if outcomes is None else outcomes
+    for workload in workloads:
+        check_backend(workload, arguments)
     for workload in workloads:
         print(f"\n{describe(workload)}")
         outcomes.append(run_workload(workload, arguments))
@@ -60,7 +62,11 @@ def exit_status(name: str, outcomes: Sequence[Outcome]) -> int:
 def describe(workload: Workload) -> str:
     model = workload.make_model()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{workload.name}: {workload.title}, {parameters:,} parameters, {workload.steps_per_epoch:,} steps an epoch"
+    text = f"{workload.name}: {workload.title}, {parameters:,} parameters, {workload.steps_per_epoch:,} steps an epoch"
+    if workload.layer_options:
+        given = ", ".join(f"{name} {value}" for name, value in workload.layer_options.items())
+        text += f"\nwith {given}: torch.nn has no such option, so this model is not compared with torch.nn's"
+    return text
 
 
 def closing_table(outcomes: Sequence[Outcome]) -> str:

@@ -56,6 +56,7 @@ class Workload(ABC):
         title: over its picture.
         published: what is compared with the result, as text; empty if there is nothing.
         metric: which number of `evaluate` is the result; "loss" is the mean training loss of an epoch.
+        layer_options: of `fused_rnn.convert`, which torch.nn lacks: with any the model trains alone.
     """
 
     name: str = ""
@@ -65,6 +66,7 @@ class Workload(ABC):
     unit: str = "cross-entropy, nats"  # of the training loss, for the picture
     learning_rate: float = 1e-3
     clip: float | None = None  # the largest norm of a gradient
+    layer_options: Mapping[str, Any] = {}
 
     @property
     @abstractmethod
@@ -283,16 +285,29 @@ class Learner:
 
 
 def make_learners(workload: Workload, arguments: argparse.Namespace) -> list[Learner]:
-    """Return the learner of --backend, and with fused layers, if they are to be compared, its twin on torch.nn's."""
+    """Return the learner of --backend, and with fused layers, if they are to be compared, its twin on torch.nn's.
+
+    Raises:
+        ExampleError: the workload has options that torch.nn lacks, and `--backend torch` asks for its layers.
+    """
+    check_backend(workload, arguments)
     torch.manual_seed(arguments.seed)
     model = workload.make_model().to(arguments.device, DTYPES[arguments.dtype])
     if arguments.backend == "torch":
         return [Learner("torch.nn", model, workload, arguments)]
     twin = copy.deepcopy(model)
-    fused = Learner("fused", fused_rnn.convert(model), workload, arguments)
-    if not arguments.compare_steps:
+    fused = Learner("fused", fused_rnn.convert(model, **workload.layer_options), workload, arguments)
+    if workload.layer_options or not arguments.compare_steps:
         return [fused]
     return [fused, Learner("torch.nn", twin, workload, arguments)]
+
+
+def check_backend(workload: Workload, arguments: argparse.Namespace) -> None:
+    if workload.layer_options and arguments.backend == "torch":
+        raise ExampleError(
+            f"--backend: expected fused for {workload.name}, got torch, and torch.nn's layers have no option "
+            + ", ".join(workload.layer_options)
+        )
 
 
 @contextmanager
