@@ -978,7 +978,7 @@ def test_what_no_kernel_has_runs_on_the_formulas_and_says_so() -> None:
 @pytest.mark.kernels
 def test_no_option_within_has_a_kernel_on_cuda() -> None:
     on_cuda = types.SimpleNamespace(is_cuda=True)
-    for name, value in (("zoneout", 0.5), ("peephole", True), ("recurrent_grad_clip", 1.0)):
+    for name, value in (("zoneout", 0.5), ("peephole", True), ("num_heads", 2), ("recurrent_grad_clip", 1.0)):
         reason = fused_rnn.ops.why_not_within(CellKind.LSTM, Within(**{name: value}), on_cuda, True)
         assert reason == f"no fused kernel for cuda tensors has {name}"
 
