@@ -85,6 +85,7 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
                 del self.weight_peephole
 
     def reset_parameters(self) -> None:
+        """Draw the parameters anew, uniformly between plus and minus 1 / sqrt(H); peepholes too."""
         if self._has_shapes:
             super().reset_parameters()
 
