@@ -85,6 +85,7 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
                 del self.weight_peephole
 
     def reset_parameters(self) -> None:
+        """Draw the parameters anew, uniformly between plus and minus 1 / sqrt(H); peepholes too."""
         if self._has_shapes:
             super().reset_parameters()
 
@@ -144,8 +145,9 @@ class LSTMCell(_Cell):
         hidden_size: features of the state, H.
         bias: whether there are ``bias_ih`` and ``bias_hh``.
         device, dtype: of the parameters.
-        recurrent_dropout, zoneout, zoneout_cell, activation, recurrent_activation, coupled_gates, num_heads, cell_clip,
-            peephole: as :class:`fused_rnn.LSTM` has them; what is drawn at random is drawn for each step.
+        activation, recurrent_activation, coupled_gates, cell_clip, peephole: as :class:`fused_rnn.LSTM` has them.
+        num_heads: the same.
+        recurrent_dropout, zoneout, zoneout_cell: the same, drawn for each step.
 
     Raises:
         TypeError, ValueError: a size that is no int, or negative; an option of another type, or out of range.

@@ -864,7 +864,7 @@ def _draw_bits(like: Tensor, shape: tuple[int, ...], size: int, rate: float) -> 
     if size == 0:
         return like.new_empty(*shape, 0, dtype=torch.uint8)
     if like.device.type == "cpu" and backend.ops is not None:
-        seed = like.new_empty(1, dtype=torch.int64).random_()
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,))
         return backend.ops.draw_bits(seed, *shape, size, rate)
     drawn = like.new_empty(*shape, 8 * -(-size // 8), dtype=torch.bool).bernoulli_(rate)
     # Eight bytes of 0 or 1 as one number. The product has, for byte k, a 1 at bit 8 * k + 7 * j for each j of 1 to 8,

@@ -459,7 +459,9 @@ def test_vmap_over_marks_and_states_equals_a_loop(call: Call, backend: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", SOME[:5], ids=str)
+@pytest.mark.parametrize(
+    ("call", "backend"), [(SOME[0], "reference"), *((c, "fused") for c in SOME[:5])], ids=str, indirect=["backend"]
+)
 def test_compiled_without_a_graph_break_gives_the_same(call: Call, backend: str) -> None:
     call = dataclasses.replace(call, counts="all")
     module, (data, states) = call.build(), call.data()

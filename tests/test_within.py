@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import fused_available
+from support.backends import available_isas, fused_available
 from support.pairwise import Row, pairwise
 from torch import Tensor, nn
 from torch.nn.functional import dropout
@@ -19,7 +19,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import functional
+from fused_rnn import formulas, functional
+from fused_rnn.check import instruction_set
 from fused_rnn.settings import ACTIVATIONS, CELL_OPTIONS, CellKind, Settings, Within
 
 LAYERS = ("LSTM", "GRU", "RNN")
@@ -255,8 +256,8 @@ def test_recurrent_dropout_is_one_factor_a_row_and_unit_before_w_hh(backend: str
 def bits_of(seed: int, rate: float, *sizes: int) -> list[Tensor]:
     """What units of T * B rows keep, as a call draws it: whole bytes of units."""
     torch.manual_seed(seed)
-    drawn = [torch.empty(1, T * B, 8 * -(-size // 8), dtype=torch.bool).bernoulli_(rate) for size in sizes]
-    return [t[0, :, :size].view(T, B, size) for t, size in zip(drawn, sizes, strict=True)]
+    drawn = [functional._draw_bits(torch.zeros(1), (1, T * B), size, rate) for size in sizes]
+    return [formulas.unpack_bits(t[0], size).view(T, B, size) for t, size in zip(drawn, sizes, strict=True)]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -421,7 +422,7 @@ def test_draws_of_rows_of_other_lengths(backend: str, name: str, layout: str) ->
         sizes = [B] * T
     torch.manual_seed(seed)
     factors = dropout(torch.ones(1, B, H, dtype=torch.float64), 0.4)[0]
-    keeps = torch.empty(1, sum(sizes), 8, dtype=torch.bool).bernoulli_(0.5)[0, :, :H].split(sizes)
+    keeps = formulas.unpack_bits(functional._draw_bits(x, (1, sum(sizes)), H, 0.5)[0], H).split(sizes)
     h, c = torch.zeros(B, H, dtype=torch.float64), torch.zeros(B, H, dtype=torch.float64)
     for t in range(T):
         n = int((lengths > t).sum())
@@ -589,10 +590,6 @@ def test_other_dtypes_and_autocast(backend: str, name: str, dtype: torch.dtype) 
     options |= {"LSTM": {"peephole": True, "zoneout_cell": 0.2}, "GRU": {}, "RNN": {"nonlinearity": "softsign"}}[name]
     layer, x = make(name, num_layers=2, **options), data(T, B, INPUT)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.1}
-    bits = [torch.empty(2, T * B, 8, dtype=torch.bool)] * (2 if name == "LSTM" else 1)
-    torch.manual_seed(0)
-    kept = [torch.empty_like(t).bernoulli_(0.5) for t in bits]
-    assert all(t.any() for t in kept)
     results = []
     for cast in (torch.float64, dtype):
         torch.manual_seed(2)
@@ -609,7 +606,8 @@ def test_other_dtypes_and_autocast(backend: str, name: str, dtype: torch.dtype) 
 # ---- what is drawn ------------------------------------------------------------------------------------------------
 
 
-def test_bits_of_a_byte_are_in_the_order_of_units() -> None:
+def test_bits_of_a_byte_are_in_the_order_of_units_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional.backend, "ops", None)
     for size in (1, 7, 8, 9, 20):
         torch.manual_seed(4)
         bits = functional._draw_bits(torch.zeros(1), (2, 5), size, 0.5)
@@ -620,13 +618,53 @@ def test_bits_of_a_byte_are_in_the_order_of_units() -> None:
             assert torch.equal(bits[..., unit // 8] >> unit % 8 & 1, drawn[..., unit].to(torch.uint8))
 
 
-@pytest.mark.parametrize("option", ["zoneout", "zoneout_cell"])
-def test_zoneout_keeps_so_many_units(option: str) -> None:
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.9, 1.0])
+def test_so_many_bits_are_drawn_and_none_depends_on_its_neighbours(rate: float) -> None:
     torch.manual_seed(0)
-    for rate in (0.0, 0.1, 0.9, 1.0):
-        bits = functional._draw_bits(torch.zeros(1), (4, 500), 64, rate)
-        share = fused_rnn.formulas.unpack_bits(bits, 64).double().mean()
-        assert abs(share - rate) < 0.005 if 0 < rate < 1 else share == rate
+    drawn = formulas.unpack_bits(functional._draw_bits(torch.zeros(1), (4, 500), 64, rate), 64).double()
+    if rate in (0, 1):
+        assert (drawn == rate).all()
+        return
+    variance = rate * (1 - rate)
+    assert abs(drawn.mean() - rate) < 4 * (variance / drawn.numel()) ** 0.5
+    for a, b in ((drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1]), (drawn[..., 1:], drawn[..., :-1])):
+        correlation = ((a - rate) * (b - rate)).mean() / variance
+        assert abs(correlation) < 4 / a.numel() ** 0.5
+    # Sums over what is in one row, and in one unit of all rows, scatter as those of independent draws do.
+    for dims in ((0, 1), (2,)):
+        sums = drawn.sum(dims)
+        count = drawn.numel() / sums.numel()
+        assert 0.7 < sums.var() / (count * variance) < 1.4
+
+
+@pytest.mark.kernels
+def test_bits_are_the_same_on_every_instruction_set_and_number_of_threads() -> None:
+    seed, found, before = torch.tensor([-5]), [], torch.get_num_threads()
+    try:
+        for isa in available_isas():
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                with instruction_set(isa):
+                    draw = torch.ops.fused_rnn.draw_bits
+                    found.append([draw(seed, 3, 400, units, 0.3) for units in (1, 3, 8, 17, 64, 77)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert not torch.equal(found[0][4], torch.ops.fused_rnn.draw_bits(torch.tensor([-6]), 3, 400, 64, 0.3))
+    last = found[0][1]  # behind the third unit there is nothing
+    assert last.shape == (3, 400, 1) and int(last.max()) == 7
+
+
+def test_draws_that_cannot_be_are_refused() -> None:
+    draw, seed = torch.ops.fused_rnn.draw_bits, torch.tensor([1])
+    for rate in (-0.1, 1.1, float("nan")):
+        with pytest.raises(RuntimeError, match="rate: expected 0 to 1"):
+            draw(seed, 1, 1, 1, rate)
+    with pytest.raises(RuntimeError, match="seed: expected one int64"):
+        draw(torch.ones(1), 1, 1, 1, 0.5)
+    with pytest.raises(RuntimeError, match="sizes that are not negative"):
+        draw(seed, 1, -1, 1, 0.5)
 
 
 @pytest.mark.parametrize(("name", "options"), DRAWN, ids=str)
@@ -978,7 +1016,7 @@ def test_what_no_kernel_has_runs_on_the_formulas_and_says_so() -> None:
 @pytest.mark.kernels
 def test_no_option_within_has_a_kernel_on_cuda() -> None:
     on_cuda = types.SimpleNamespace(is_cuda=True)
-    for name, value in (("zoneout", 0.5), ("peephole", True), ("recurrent_grad_clip", 1.0)):
+    for name, value in (("zoneout", 0.5), ("peephole", True), ("num_heads", 2), ("recurrent_grad_clip", 1.0)):
         reason = fused_rnn.ops.why_not_within(CellKind.LSTM, Within(**{name: value}), on_cuda, True)
         assert reason == f"no fused kernel for cuda tensors has {name}"
 
