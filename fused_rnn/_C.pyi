@@ -32,6 +32,7 @@ def plan(
     directions: int,
     dtype: int,
     backward: bool,
+    heads: int = 1,
 ) -> dict[str, Any]: ...
 def cuda_plan_for(
     kind: int,

@@ -219,7 +219,7 @@ def plan(
         layer = (size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         if device.type == "cuda":
             return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device))
-        return _C.plan(kind, T, B, sizes, *layer)
+        return _C.plan(kind, T, B, sizes, *layer, settings.num_heads)
 
     def wavefronts(backward: bool) -> tuple[list[dict[str, Any]], str]:
         """Of the groups of layers that run at once; none, and why, where each runs by itself."""

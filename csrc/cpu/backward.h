@@ -409,7 +409,7 @@ class BackwardPass {
         barrier.wait();
         gradient_before_projection(d, rows, row + r0, unit_panels, mine);
       }
-      with_gates(gates_, [&](auto kind) { gradients_of_rows<kind>(d, t, r0, rows, unit_panels, row, mine); });
+      with_gates<S>(gates_, [&](auto kind) { gradients_of_rows<kind>(d, t, r0, rows, unit_panels, row, mine); });
       barrier.wait();
       const bool scales = s.through != nullptr;
       A* product = (scales ? s.through : s.grad_state) + r0 * state_stride_;
@@ -585,7 +585,13 @@ class BackwardPass {
         }
       }
     }
-    if (waiting > 0) gate_gradients<1, kind>(d, t, units);
+    if (waiting == 0) return;
+    if constexpr (kind == Gates::plain) {
+      gate_gradients<1, kind>(d, t, units);
+    } else {
+      units[1] = units[0];  // twice the same: less code
+      gate_gradients<group, kind>(d, t, units);
+    }
   }
 
   // One vector of units of one row; the row within the chunk; where the gradient of h before a projection stands.

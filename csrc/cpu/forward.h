@@ -709,7 +709,7 @@ class ForwardPass {
       units.next_row = by_rows ? 1 : 0;
       const bool saves = dir.gates || dir.cells;
       const int64_t vectors = by_rows ? rows : whole;
-      with_gates(gates_, [&](auto kind) {
+      with_gates<S>(gates_, [&](auto kind) {
         if (!by_rows || v < whole) gates_of<true, kind>(d, units, vectors, width, saves);
         if (tail && (!by_rows || v == whole)) gates_of<false, kind>(d, units, by_rows ? rows : 1, left % width, saves);
       });
@@ -719,12 +719,22 @@ class ForwardPass {
   // `vectors` of them, each of n units: a whole vector, or a part of one.
   template <bool whole, Gates kind>
   FRNN_INLINE void gates_of(int d, Units& units, int64_t vectors, int64_t n, bool saves) {
+    if constexpr (kind != Gates::plain) {
+      // One body for all of them, of which the last vectors may be computed twice over: code that few calls run.
+      while (vectors > 0) {
+        const int count = vectors < group ? int(vectors) : group;
+        gates<group, false, kind>(d, units, n, saves, count);
+        units.advance(count);
+        vectors -= count;
+      }
+      return;
+    }
     for (; vectors >= group; vectors -= group) {
-      gates<group, whole, kind>(d, units, n, saves);
+      gates<group, whole, kind>(d, units, n, saves, group);
       units.advance(group);
     }
     for (; vectors > 0; --vectors) {
-      gates<1, whole, kind>(d, units, n, saves);
+      gates<1, whole, kind>(d, units, n, saves, 1);
       units.advance(1);
     }
   }
@@ -734,35 +744,40 @@ class ForwardPass {
   // well.
   static constexpr int group = G == 4 && FRNN_VECTOR_BYTES == 64 ? 2 : 4;
 
+  // count: how many of the N vectors there are; the others stand for the last of them.
   template <int N, bool whole, Gates kind>
-  FRNN_INLINE void gates(int d, const Units& units, int64_t n, bool saves) {
+  FRNN_INLINE void gates(int d, const Units& units, int64_t n, bool saves, int count) {
     using Values = Pack<V, N, rough_gates<S>>;
     constexpr bool plain = kind == Gates::plain;
     if (whole) n = width;
+    const auto place = [&](int i) __attribute__((always_inline)) { return plain || i < count ? i : count - 1; };
     Values x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
+      const int k = place(i);
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         // The sums hold the projection too, but where the cell wants it apart; -0 added to them is no operation.
-        r[g].v[i] = Simd<A>::load(units.sums[i] + g * U * width);
+        r[g].v[i] = Simd<A>::load(units.sums[k] + g * U * width);
         x[g].v[i] =
-            Cell::hidden_bias_apart(g) ? Simd<A>::load(units.projected[i] + g * U * width) : Simd<A>::splat(A(-0.0));
+            Cell::hidden_bias_apart(g) ? Simd<A>::load(units.projected[k] + g * U * width) : Simd<A>::splat(A(-0.0));
       }
       if constexpr (Cell::kind == CellKind::gru)
-        h_prev.v[i] = !plain && keeps_h_ ? Simd<A>::load(units.carried[i]) : Simd<A>::load(units.h_prev[i]);
-      if constexpr (Cell::has_cell) c_prev.v[i] = Simd<A>::load(units.cell[i]);
+        h_prev.v[i] = !plain && keeps_h_ ? Simd<A>::load(units.carried[k]) : Simd<A>::load(units.h_prev[k]);
+      if constexpr (Cell::has_cell) c_prev.v[i] = Simd<A>::load(units.cell[k]);
     }
     if constexpr (plain) {
       Cell::template forward<Values>(x, r, h_prev, c_prev, h, c, saved);
     } else {
       Options<Values, kind == Gates::own_functions> options{layer_.within, {}};
       for (int i = 0; i < N; ++i)
-        load_peephole<S>(options, layer_.direction[d].weights.peephole, H_, units.unit + i * units.next_unit, n, i);
+        load_peephole<S>(options, layer_.direction[d].weights.peephole, H_, units.unit + place(i) * units.next_unit, n,
+                         i);
       Cell::template forward<Values>(x, r, h_prev, c_prev, h, c, saved, options);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
+      if (!plain && i >= count) break;
       if constexpr (Cell::has_cell && !plain) {
         const Zoneout<A> zone{row_of_bits(layer_.direction[d].extras.zoneout_cell, units.row + i * units.next_row, H_),
                               A(layer_.within.zoneout_cell)};
@@ -782,6 +797,7 @@ class ForwardPass {
     if (!saves) return;
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
+      if (!plain && i >= count) break;
       if (saves_gates_) {
 #pragma GCC unroll 4
         for (int g = 0; g < Cell::saved; ++g) keep(units.gates[i] + g * H_, saved[g].v[i], n, past_caches_);

@@ -27,16 +27,16 @@ template <class Values, bool own>
 using Options = OptionalGates<Values, own, CalledFunctions<Values>>;
 
 // How the gates of a layer are computed: by the cell's own formulas alone, with options beside them, or with options
-// among which are other functions.
+// among which are other functions. Float64 and float16 have the last for the second, too: it is less code.
 enum class Gates { plain, own_functions, any };
 
-template <class F>
+template <class S, class F>
 FRNN_INLINE void with_gates(Gates gates, F f) {
-  switch (gates) {
-    case Gates::plain: return f(std::integral_constant<Gates, Gates::plain>());
-    case Gates::own_functions: return f(std::integral_constant<Gates, Gates::own_functions>());
-    case Gates::any: return f(std::integral_constant<Gates, Gates::any>());
+  if (gates == Gates::plain) return f(std::integral_constant<Gates, Gates::plain>());
+  if constexpr (std::is_same_v<S, float> || std::is_same_v<S, BFloat16>) {
+    if (gates == Gates::own_functions) return f(std::integral_constant<Gates, Gates::own_functions>());
   }
+  f(std::integral_constant<Gates, Gates::any>());
 }
 
 template <class Cell, class Layer>
