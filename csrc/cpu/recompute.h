@@ -126,7 +126,7 @@ class GateRecomputation {
     A *input_bias = nullptr, *hidden_bias = nullptr;
     S* gates = nullptr;  // (chunk_rows, saved * H)
   };
-  // One of a chunk: where its state before the step is, and which row of the batch it is.
+  // The state before the step of a row of the chunk, as BackwardPass::Before.
   struct Row {
     const S* h;
     const A* cell;
