@@ -74,34 +74,38 @@ struct Lstm {
   template <class V, class Options = PlainGates>
   static FRNN_HOST_DEVICE void backward(const V* saved_values, V, V, V c, V c_prev, V dh, V dc, V* grads, V& dh_prev,
                                         V& dc_prev, const Options& options = {}) {
+    using S = typename Lanes<V>::Scalar;
     const V i = saved_values[0], f = saved_values[1], g = saved_values[2], o = saved_values[3];
-    const V cell = cell_of<V>(saved_values, c, c_prev, options);
-    const V tanh_c = options.template state<V>(cell);
-    V dc_total = dc + options.template state_gradient<V>(dh * o, tanh_c);
-    grads[3] = options.template gate_gradient<V>(dh * tanh_c, o);
-    if constexpr (!Options::plain) {
-      using L = Lanes<V>;
-      using S = typename L::Scalar;
-      if (options.within.peephole) dc_total = dc_total + options.peephole[2] * grads[3];
+    if constexpr (Options::plain) {
+      const V tanh_c = tanh<V>(c);
+      const V dc_total = dc + dh * o * (S(1) - tanh_c * tanh_c);
+      grads[0] = dc_total * g * i * (S(1) - i);
+      grads[1] = dc_total * c_prev * f * (S(1) - f);
+      grads[2] = dc_total * i * (S(1) - g * g);
+      grads[3] = dh * tanh_c * o * (S(1) - o);
+      dh_prev = V{};
+      dc_prev = dc_total * f;
+    } else {
+      const bool peephole = options.within.peephole;
+      const V state = options.template state<V>(cell_of<V>(saved_values, c, c_prev, options));
+      grads[3] = options.template gate_gradient<V>(dh * state, o);
+      V dc_total = dc + options.template state_gradient<V>(dh * o, state);
+      if (peephole) dc_total = dc_total + options.peephole[2] * grads[3];
       if (options.within.cell_clip > 0) {
         const S limit = S(options.within.cell_clip);
-        dc_total = L::select(absolute(f * c_prev + i * g) > limit, V{}, dc_total);
+        dc_total = Lanes<V>::select(absolute(f * c_prev + i * g) > limit, V{}, dc_total);
       }
-    }
-    V di = dc_total * g, df = dc_total * c_prev;
-    if constexpr (!Options::plain) {
+      V di = dc_total * g, df = dc_total * c_prev;
       if (options.within.coupled_gates) {
         df = df - di;
         di = V{};
       }
-    }
-    grads[0] = options.template gate_gradient<V>(di, i);
-    grads[1] = options.template gate_gradient<V>(df, f);
-    grads[2] = options.template state_gradient<V>(dc_total * i, g);
-    dh_prev = V{};
-    dc_prev = dc_total * f;
-    if constexpr (!Options::plain) {
-      if (options.within.peephole) dc_prev = dc_prev + options.peephole[0] * grads[0] + options.peephole[1] * grads[1];
+      grads[0] = options.template gate_gradient<V>(di, i);
+      grads[1] = options.template gate_gradient<V>(df, f);
+      grads[2] = options.template state_gradient<V>(dc_total * i, g);
+      dh_prev = V{};
+      dc_prev = dc_total * f;
+      if (peephole) dc_prev = dc_prev + options.peephole[0] * grads[0] + options.peephole[1] * grads[1];
     }
   }
 };
