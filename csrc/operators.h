@@ -203,7 +203,6 @@ struct Stack {
   }
   Extras extras(int64_t i) const {
     Extras e;
-    if (settings.plain && !reset.defined()) return e;
     e.reset_h = const_slice(reset_h, i);
     e.reset_c = const_slice(reset_c, i);
     e.dropout = const_slice(recurrent_dropout, i);
@@ -581,9 +580,10 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
 
 template <class Backend>
 void check_options(const Stack& stack) {
-  TORCH_CHECK(Backend::options || (stack.settings.plain && !stack.reset.defined() &&
-                                   !stack.recurrent_dropout.defined() && !stack.zoneout.defined()),
-              "settings: no kernel for options and resets on ", stack.input.device());
+  TORCH_CHECK(
+      Backend::options || (stack.settings.plain && !stack.reset.defined() && !stack.recurrent_dropout.defined() &&
+                           !stack.zoneout.defined() && !stack.zoneout_cell.defined()),
+      "settings: no kernel for options and resets on ", stack.input.device());
 }
 
 template <class Backend>
@@ -760,6 +760,9 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
     check_saved(t, stack.input, there ? shape : at::IntArrayRef{0}, dtype, name);
   };
   const int64_t kept = saved_gate_count(stack.kind()), below = stack.hidden_layers();
+  // The slope of the plain recurrence is that of its h, which the average with the h before hides.
+  TORCH_CHECK(kept > 0 || stack.zoneout.defined() || stack.settings.within.zoneout == 0,
+              "zoneout: the plain recurrence has no backward kernel for states on average");
   const at::ScalarType dtype = stack.input.scalar_type();
   saved(gates, kept > 0 && !stack.settings.recompute, {L * D, N, kept, H}, dtype, "gates");
   saved(cells, has_cell, {L * D, N, H}, accumulation_dtype(stack.input), "cells");
@@ -785,8 +788,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
     c10::List<bool> of_pieces = needs.copy();
     of_pieces[1] = first_h || anew_h;
     of_pieces[2] = first_c || anew_c;
-    const c10::List<bool>& wanted = of_pieces;
-    result = run_backward(backend, stack.packed_as(*pieces), given, wanted, reuse_gates);
+    result = run_backward(backend, stack.packed_as(*pieces), given, of_pieces, reuse_gates);
     auto& [grad_input, grad_h0, grad_c0, grad_params] = result;
     const Tensor of_h = grad_h0, of_c = grad_c0, none = grad_h0.new_empty({0});
     if (needs[0]) grad_input = pieces->unpack(grad_input);

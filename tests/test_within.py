@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_rnn
 from fused_rnn import formulas, functional
 from fused_rnn.check import instruction_set
-from fused_rnn.settings import ACTIVATIONS, CELL_OPTIONS, CellKind, Settings, Within
+from fused_rnn.settings import ACTIVATIONS, CELL_OPTIONS, CellKind, Controls, Settings, Within
 
 LAYERS = ("LSTM", "GRU", "RNN")
 T, B, INPUT, H = 6, 3, 4, 5
@@ -1200,3 +1200,27 @@ def test_functions_refuse() -> None:
     layer.weight_peephole_l0.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="weight_peephole_l0: expected a tensor with memory"):
         layer(x)
+
+
+@pytest.mark.kernels
+def test_the_operator_obeys_what_was_drawn_whatever_the_settings() -> None:
+    layer, x = make("LSTM"), data(T, B, INPUT)
+    params, settings = [p.detach() for p in layer.parameters()], layer._settings()
+    factors = dropout(torch.ones(1, B, H, dtype=torch.float64), 0.5)
+    bits = functional._draw_bits(x, (1, T * B), H, 0.5)
+    plain = formulas.run_stack(settings, x, None, None, params, Controls())[0]
+    for given in ({"recurrent_dropout": factors}, {"zoneout": bits}, {"zoneout_cell": bits}):
+        controls = Controls(**given)
+        expected = formulas.run_stack(settings, x, None, None, params, controls)[0]
+        arguments = (params, controls.flatten(x), *settings.flatten(), False)
+        assert_close(torch.ops.fused_rnn.rnn_forward(x, None, None, *arguments)[0], expected)
+        assert differ(expected, plain)
+
+
+@pytest.mark.kernels
+def test_no_kernel_gives_a_plain_recurrence_gradients_of_states_on_average() -> None:
+    layer, x = make("RNN", zoneout=0.5).eval(), data(T, B, INPUT)
+    arguments = (list(layer.parameters()), [], *layer._settings().flatten(), False)
+    output = torch.ops.fused_rnn.rnn_forward(x, None, None, *arguments)[0]
+    with pytest.raises(RuntimeError, match="zoneout: the plain recurrence has no backward kernel"):
+        output.sum().backward()
