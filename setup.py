@@ -278,7 +278,12 @@ def build_configuration(torch) -> dict:
                 fail(f"{error}; the compiler's messages are above")
 
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")}
-    definitions = [*macros.items(), ("FRNN_KERNEL_FLAGS", f'"{described}"')]
+    of_sets = ";".join(f"{name}:{' '.join(flags)}" for name, flags in instruction_sets().items())
+    definitions = [
+        *macros.items(),
+        ("FRNN_KERNEL_FLAGS", f'"{described}"'),
+        ("FRNN_INSTRUCTION_SET_FLAGS", f'"{of_sets}"'),
+    ]
     link = sanitizer_flags() or ["-Wl,--strip-debug"]
     if cuda:
         definitions += [

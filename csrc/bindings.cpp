@@ -7,6 +7,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <dlfcn.h>
+
 #include <numeric>
 #include <optional>
 #include <stdexcept>
@@ -14,6 +16,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "cpu/custom.h"
 #include "cpu/kernels.h"
 #include "cpu/packed.h"
 #include "cpu/plan.h"
@@ -33,6 +36,21 @@ namespace fused_rnn {
 
 namespace {
 
+// The library stays in the process: its kernels may be called at any time.
+int64_t add_custom(const std::string& path) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  TORCH_CHECK(library, "path: expected a library of a custom cell, got ", path, ": ", dlerror());
+  using Description = const CustomCell* (*)();
+  const auto describe = reinterpret_cast<Description>(dlsym(library, "fused_rnn_custom_cell"));
+  TORCH_CHECK(describe, "path: expected a library of a custom cell, got ", path);
+  const CustomCell* cell = describe();
+  TORCH_CHECK(cell->sizes == sizes_of_layers && is_custom(cell->kind) && cell->gates >= 1 &&
+                  cell->gates <= most_custom_gates,
+              "path: expected a cell that was compiled for this build, got ", path);
+  TORCH_CHECK(add_custom_cell(cell), "path: there are too many custom cells in this process");
+  return int64_t(cell->kind);
+}
+
 std::vector<std::string> instruction_sets(bool only_supported) {
   std::vector<std::string> names;
   for (const KernelTable* const* t = compiled_kernels(); *t; ++t) {
@@ -50,6 +68,7 @@ py::dict build_info() {
 #endif
 #if defined(FRNN_KERNEL_FLAGS)
   info["flags"] = FRNN_KERNEL_FLAGS;
+  info["instruction_set_flags"] = FRNN_INSTRUCTION_SET_FLAGS;
 #else
   info["flags"] = "";
 #endif
@@ -276,6 +295,8 @@ py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, boo
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build and plan information of fused_rnn; the operators are torch.ops.fused_rnn.";
+  m.def("add_custom_cell", &add_custom, py::arg("path"),
+        "Adds the cell in the library at `path` to those of this process; returns its number.");
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and PyTorch version of this build.");
   m.def(
       "isa_supported", [] { return instruction_sets(true); },

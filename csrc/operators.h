@@ -23,6 +23,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "cpu/custom.h"
 #include "cpu/plan.h"
 #include "ops.h"
 #include "pieces.h"
@@ -108,6 +109,7 @@ struct Stack {
   int64_t D;
   bool batch_first, packed;  // of the tensors here
   int64_t T, B, N, I, H, P;
+  int64_t C;                   // private states of a unit times H: size of c
   Tensor input;                // (T, B, I) view, or (N, I)
   std::vector<Tensor> params;  // contiguous
   std::vector<int64_t> sizes, offsets;
@@ -154,6 +156,7 @@ struct Stack {
     TORCH_CHECK(heads == 1 || (H % heads == 0 && params_[1].size(1) == H / heads), "params[1]: expected [",
                 gate_count(kind()) * H, ", ", H / heads, "] for ", heads, " heads, got ", params_[1].sizes());
     P = heads == 1 ? params_[1].size(1) : H;
+    C = private_states(kind()) * H;
     TORCH_CHECK(H >= 1 && P >= 1, "params[1]: expected at least 1 unit, got ", params_[1].sizes());
     TORCH_CHECK(P == H || kind() == CellKind::lstm, "params[1]: only an LSTM has a projection, got ",
                 params_[1].sizes());
@@ -166,9 +169,9 @@ struct Stack {
     }
     h0 = initial(h0_, P, "h0");
     TORCH_CHECK(!c0_ || has_cell_state(kind()), "c0: expected none without a cell state");
-    c0 = initial(c0_, H, "c0");
+    c0 = initial(c0_, C, "c0");
     if (states > 0) reset_h = initial(params_[expected - states], P, "reset_state");
-    if (states > 1) reset_c = initial(params_[expected - 1], H, "reset_state");
+    if (states > 1) reset_c = initial(params_[expected - 1], C, "reset_state");
     if (controls.dropout) read_dropout(*controls.dropout);
     if (controls.recurrent_dropout) recurrent_dropout = initial(controls.recurrent_dropout, P, "recurrent_dropout");
     if (controls.zoneout) zoneout = read_bits(*controls.zoneout, P, "zoneout");
@@ -509,12 +512,12 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
   const bool has_cell = has_cell_state(stack.kind()), carries = stack.mask.defined();
   const bool recompute = stack.settings.recompute;
   const Tensor h_n = make_empty({L * D, B, P}, options);
-  const Tensor c_n = make_empty(has_cell ? std::vector<int64_t>{L * D, B, H} : std::vector<int64_t>{0}, options);
+  const Tensor c_n = make_empty(has_cell ? std::vector<int64_t>{L * D, B, stack.C} : std::vector<int64_t>{0}, options);
   const auto sums = options.dtype(accumulation_dtype(stack.input));
   const auto nothing = [](const at::TensorOptions& o) { return make_empty({0}, o); };
   Tensor all_gates = nothing(options), all_cells = nothing(sums), all_hidden = nothing(options);
   if (save && !recompute && saved > 0) all_gates = saved_rows({L * D, room, saved, H}, options, N, carries);
-  if (save && has_cell) all_cells = saved_rows({L * D, room, H}, sums, N, carries);
+  if (save && has_cell) all_cells = saved_rows({L * D, room, stack.C}, sums, N, carries);
   const int64_t below = stack.hidden_layers();
   // Layers whose gates are computed again go one by one in both passes: to have all gates at once is what they avoid.
   const int64_t at_once = N == 0 || (save && recompute) ? 1 : stack.layers_at_once(backend, false);
@@ -584,6 +587,8 @@ void check_options(const Stack& stack) {
       Backend::options || (stack.settings.plain && !stack.reset.defined() && !stack.recurrent_dropout.defined() &&
                            !stack.zoneout.defined() && !stack.zoneout_cell.defined()),
       "settings: no kernel for options and resets on ", stack.input.device());
+  TORCH_CHECK(Backend::options || !is_custom(stack.kind()), "kind: no kernel for custom cells on ",
+              stack.input.device());
 }
 
 template <class Backend>
@@ -630,7 +635,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   };
   const Tensor grad_input = needs[0] ? make_rows(stack.input.sizes()) : make_empty({0}, options);
   const Tensor grad_h0 = make(needs[1] && stack.h0.defined(), {L * D, B, P});
-  const Tensor grad_c0 = make(needs[2] && stack.c0.defined() && has_cell_state(stack.kind()), {L * D, B, H});
+  const Tensor grad_c0 = make(needs[2] && stack.c0.defined() && has_cell_state(stack.kind()), {L * D, B, stack.C});
   std::vector<Tensor> grad_params;
   grad_params.reserve(stack.params.size());
   for (size_t i = 0; i < stack.params.size(); ++i) grad_params.push_back(make(needs[3 + i], stack.params[i].sizes()));
@@ -638,7 +643,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   const size_t behind = 3 + stack.params.size();
   const bool kernels_reset = stack.reset.defined();
   const Tensor grad_reset_h = make(kernels_reset && stack.reset_h.defined() && needs[behind], {L * D, B, P});
-  const Tensor grad_reset_c = make(kernels_reset && stack.reset_c.defined() && needs[behind + 1], {L * D, B, H});
+  const Tensor grad_reset_c = make(kernels_reset && stack.reset_c.defined() && needs[behind + 1], {L * D, B, stack.C});
   if (stack.reset_h.defined()) grad_params.push_back(grad_reset_h);
   if (stack.reset_c.defined()) grad_params.push_back(grad_reset_c);
   BackwardResult result(grad_input, grad_h0, grad_c0, grad_params);
@@ -751,7 +756,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   TORCH_CHECK(has_cell || !grad_c_n, "grad_c_n: expected none without a cell state");
   BackwardInput given{grad_output ? rows_first(*grad_output, "grad_output") : Tensor(),
                       final_gradient(grad_h_n, P, "grad_h_n"),
-                      final_gradient(grad_c_n, H, "grad_c_n"),
+                      final_gradient(grad_c_n, stack.C, "grad_c_n"),
                       rows_first(output, "output"),
                       gates,
                       cells,
@@ -765,7 +770,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
               "zoneout: the plain recurrence has no backward kernel for states on average");
   const at::ScalarType dtype = stack.input.scalar_type();
   saved(gates, kept > 0 && !stack.settings.recompute, {L * D, N, kept, H}, dtype, "gates");
-  saved(cells, has_cell, {L * D, N, H}, accumulation_dtype(stack.input), "cells");
+  saved(cells, has_cell, {L * D, N, stack.C}, accumulation_dtype(stack.input), "cells");
   saved(hidden, below > 0, {below, N, D * P}, dtype, "hidden");
 
   BackwardResult result;
@@ -812,6 +817,7 @@ struct Step {
   Step(const Tensor& input_, const Tensor& h_, const OptionalTensor& c_, at::TensorList params,
        const Settings& settings) {
     sizes.kind = settings.kind;
+    TORCH_CHECK(!is_custom(sizes.kind), "kind: a custom cell has layers alone");
     sizes.dtype = dtype_of(input_, "input");
     check_memory(input_, "input");
     TORCH_CHECK(input_.dim() == 2, "input: expected 2 dimensions, got ", input_.dim());

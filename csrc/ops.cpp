@@ -1,6 +1,7 @@
 // The operators' schemas, and the CPU's part of them.
 #include <ATen/Parallel.h>
 
+#include "cpu/custom.h"
 #include "cpu/kernels.h"
 #include "cpu/team.h"
 #include "operators.h"
@@ -66,8 +67,18 @@ struct Cpu {
   static void copy(const Tensor& to, const Tensor& from) {
     std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), to.nbytes());
   }
-  void forward(const LayerForward& layer) { run_layer(layer, kernels().forward, false); }
-  void backward(const LayerBackward& layer) { run_layer(layer, kernels().backward, true); }
+  void forward(const LayerForward& layer) {
+    const CustomCell* cell = custom_of(layer.sizes);
+    run_layer(layer, cell ? cell->forward : kernels().forward, false);
+  }
+  void backward(const LayerBackward& layer) {
+    const CustomCell* cell = custom_of(layer.sizes);
+    run_layer(layer, cell ? cell->backward : kernels().backward, true);
+  }
+  // Null: a cell of our own.
+  static const CustomCell* custom_of(const LayerSizes& sizes) {
+    return is_custom(sizes.kind) ? custom_cell(sizes.kind) : nullptr;
+  }
 };
 
 }  // namespace

@@ -137,6 +137,7 @@ Cell cell_of(CellKind kind) {
     case CellKind::rnn_relu: return describe<RnnRelu>();
     case CellKind::lstm: return describe<Lstm>();
     case CellKind::gru: return describe<Gru>();
+    case CellKind::custom: break;
   }
   TORCH_CHECK(false, "kind: not one of a cell");
 }

@@ -15,9 +15,13 @@
 #define FRNN_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
+// For what kernels that are compiled elsewhere (cpu/custom.h) call.
+#define FRNN_EXPORT __attribute__((visibility("default")))
+
 namespace fused_rnn {
 
-enum class CellKind : int32_t { rnn_tanh = 0, rnn_relu = 1, lstm = 2, gru = 3 };
+// From `custom` on: cells of somebody's own (cpu/custom.h), each with a number that follows from its formulas.
+enum class CellKind : int32_t { rnn_tanh = 0, rnn_relu = 1, lstm = 2, gru = 3, custom = 1 << 16 };
 
 // Of a gate or a state.
 enum class Activation : int32_t { tanh = 0, sigmoid = 1, relu = 2, hard_sigmoid = 3, softsign = 4, identity = 5 };

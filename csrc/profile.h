@@ -4,6 +4,7 @@
 
 #include <ATen/record_function.h>
 
+#include <iterator>
 #include <optional>
 #include <string>
 #include <utility>
@@ -17,7 +18,8 @@ inline std::string describe_layer(const LayerSizes& sizes, const Steps& steps, b
   const char* cells[] = {"RNN_TANH", "RNN_RELU", "LSTM", "GRU"};
   const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
   const auto size = [](const char* letter, int64_t value) { return std::string(" ") + letter + std::to_string(value); };
-  std::string text = std::string("fused_rnn ") + cells[int(sizes.kind)] + (backward ? " backward" : " forward");
+  const char* cell = size_t(sizes.kind) < std::size(cells) ? cells[int(sizes.kind)] : "CUSTOM";
+  std::string text = std::string("fused_rnn ") + cell + (backward ? " backward" : " forward");
   text += size("T", steps.T) + size("B", steps.B) + size("I", sizes.input_size) + size("H", sizes.hidden_size);
   if (sizes.state_size != sizes.hidden_size) text += size("P", sizes.state_size);
   if (sizes.num_directions > 1) text += " x2";

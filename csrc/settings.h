@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/plan.h"
 #include "problem.h"
 
 namespace fused_rnn {
@@ -60,6 +61,7 @@ struct Settings {
       field = static_cast<std::remove_reference_t<decltype(field)>>(value);
     };
     each_integer(settings, read);
+    TORCH_CHECK(is_known(settings.kind), "kind: expected 0 to 3 or that of a loaded cell, got ", int64_t(settings.kind));
     settings.plain = numbers.empty();
     size_t next_number = 0;
     if (!settings.plain) {
@@ -89,7 +91,7 @@ struct Settings {
   // visit(name, field, least, most) for each, in the order of fused_rnn/settings.py.
   template <class Self, class Visit>
   static void each_integer(Self&& self, Visit visit) {
-    visit("kind", self.kind, 0, 3);
+    visit("kind", self.kind, 0, std::numeric_limits<int32_t>::max());
     visit("bias", self.has_biases, 0, 1);
     visit("num_layers", self.num_layers, 1, most_layers);
     visit("bidirectional", self.bidirectional, 0, 1);

@@ -10,6 +10,7 @@ from . import diagnostics, functional, packed_weights, reference
 from .backend import use_backend
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import ConversionReport, ConversionWarning, convert, revert
+from .custom import load_cell
 from .explain import Explanation, explain
 from .layers import GRU, LSTM, RNN
 from .patching import patch, unpatch
@@ -30,6 +31,7 @@ __all__ = [
     "diagnostics",
     "explain",
     "functional",
+    "load_cell",
     "packed_weights",
     "patch",
     "reference",

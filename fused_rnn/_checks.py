@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from .settings import ACTIVATIONS, LAYER_OPTIONS, CellKind, Settings, Steps
+from .settings import ACTIVATIONS, LAYER_OPTIONS, AnyCellKind, Settings, Steps
 
 ParamSpec = tuple[str, tuple[int, ...]]
 
@@ -282,11 +282,11 @@ def raise_input_type(settings: Settings, input: Any) -> NoReturn:
     raise TypeError(f"input: expected a Tensor, got {_describe(input)}{hint}")
 
 
-def split_state(kind: CellKind, hx: Any, name: str = "hx") -> tuple[Tensor | None, Tensor | None]:
+def split_state(kind: AnyCellKind, hx: Any, name: str = "hx") -> tuple[Tensor | None, Tensor | None]:
     """``hx`` as ``(h, c)``: both ``None`` if it is, c ``None`` unless the cell is an LSTM's."""
     if hx is None:
         return None, None
-    if kind == CellKind.LSTM:
+    if kind.num_states:
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             error = RuntimeError if isinstance(hx, (tuple, list)) else TypeError
             raise error(f"{name}: expected a tuple (h_0, c_0) of two Tensors or None, got {_describe(hx)}")
@@ -486,7 +486,7 @@ def check_reset(
     _check_bool("reset", reset, input, shape, layout)
     h, c = split_state(settings.kind, reset_state, "reset_state")
     if h is not None:
-        h_shape, c_shape = (*sizes, settings.state_size), (*sizes, settings.hidden_size)
+        h_shape, c_shape = (*sizes, settings.state_size), (*sizes, settings.kind.num_states * settings.hidden_size)
         _check_state_shapes(h, c, h_shape, c_shape, False, "reset_state")
         check_states_like_input(input, h, c, "reset_state")
         check_state_memory(reset_state, "reset_state")
@@ -552,7 +552,7 @@ def check_layer_states(settings: Settings, h: Tensor, c: Tensor | None, batch: i
     """Shapes of a layer's initial states; ``batch`` as :func:`check_layer_input` returned it."""
     states = settings.num_layers * settings.num_directions
     sizes = (states,) if batch is None else (states, batch)
-    _check_state_shapes(h, c, (*sizes, settings.state_size), (*sizes, settings.hidden_size), settings.is_cell)
+    _check_state_shapes(h, c, (*sizes, settings.state_size), (*sizes, settings.kind.num_states * settings.hidden_size), settings.is_cell)
 
 
 def check_cell_input(settings: Settings, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[int, ...]:
@@ -608,7 +608,7 @@ def raise_first_weight(params: Any) -> NoReturn:
     raise_not_matrix("weight_ih_l0", params[0])
 
 
-def raise_first_weight_empty(kind: CellKind, weight: Tensor) -> NoReturn:
+def raise_first_weight_empty(kind: AnyCellKind, weight: Tensor) -> NoReturn:
     raise RuntimeError(
         f"weight_ih_l0: expected at least ({kind.num_gates}, 1), a unit and a feature, got {_shape(weight)}"
     )

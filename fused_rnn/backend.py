@@ -115,7 +115,7 @@ use_backend(_name_at_start)
 
 
 def why_reference(
-    input: Tensor, settings: Settings | None = None, recorded: bool = False, has_reset: bool = False
+    input: Tensor, settings: Settings | None = None, recorded: bool = False, has_reset: bool = False, is_custom: bool = False
 ) -> str | None:
     """Why the reference computes a call, one sentence; ``None`` if the kernels do.
 
@@ -124,6 +124,7 @@ def why_reference(
         settings: of the call, where something is within.
         recorded: whether it keeps what a backward pass needs.
         has_reset: whether rows begin anew within the call.
+        is_custom: whether the cell is a custom one.
 
     Raises:
         ImportError: the compiled extension is missing and the backend is not ``"reference"``.
@@ -141,6 +142,8 @@ def why_reference(
     reason: str | None = ops.why_not_fused(input)
     if reason is None and has_reset and input.device.type == "cuda":
         reason = "no fused kernel for reset= on cuda tensors: the CPU has one"
+    if reason is None and is_custom and input.device.type == "cuda":
+        reason = "no fused kernel for custom cells on cuda tensors: the CPU has them"
     if reason is None and settings is not None and settings.within is not None:
         reason = ops.why_not_within(settings.kind, settings.within, input, recorded)
     if reason is not None and name == "fused":

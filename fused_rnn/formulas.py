@@ -329,8 +329,8 @@ def run_stack(
             hidden_size = rows // kind.num_gates
             h = h0[index] if h0 is not None else input.new_zeros(batch, size)
             c = None
-            if kind == CellKind.LSTM:
-                c = c0[index] if c0 is not None else input.new_zeros(batch, hidden_size)
+            if kind.num_states:
+                c = c0[index] if c0 is not None else input.new_zeros(batch, kind.num_states * hidden_size)
             outputs, h, c = _layer(
                 kind,
                 _Course(
@@ -361,7 +361,7 @@ def split_params(settings: Settings, params: Sequence[Tensor]) -> tuple[Sequence
     """The parameters of :func:`run_stack`, and the states behind them that rows begin anew from."""
     if settings.within is None or not settings.within.reset_state:
         return params, ()
-    end = len(params) - (2 if settings.kind == CellKind.LSTM else 1)
+    end = len(params) - (2 if settings.kind.num_states else 1)
     return params[:end], params[end:]
 
 

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 # What autocast casts; float64 and complex tensors it leaves alone.
-_LSTM = CellKind.LSTM
+_LSTM, _GRU = CellKind.LSTM, CellKind.GRU
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -476,11 +476,12 @@ def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], 
             results = kernels.trace_stack(settings, input, hx, params)
     if results is None:
         tensors = _tensors(input, hx, params, steps)
-        if _is_overridden(tensors):
+        if settings.kind in _PUBLIC and _is_overridden(tensors):  # a custom cell has no function
             return _call_override(settings, tensors, input, hx, params, steps)
         results = _run_layers(settings, input, hx, params, steps)
     output, h_n, c_n = results
-    return (output, (h_n, c_n)) if settings.kind is _LSTM else (output, h_n)
+    has_cell = settings.kind is _LSTM or (settings.kind > _GRU and settings.kind.num_states > 0)
+    return (output, (h_n, c_n)) if has_cell else (output, h_n)
 
 
 def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
@@ -566,7 +567,7 @@ def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[
     controls = Controls(steps.batch_sizes, mask, reset=reset)
     anew = _anew(settings, steps)
     within = _what_is_within(settings, num_steps, steps, (input, h, c, *params, *anew))
-    why_reference = backend.why_reference(input, *within, has_reset=reset is not None)
+    why_reference = backend.why_reference(input, *within, has_reset=reset is not None, is_custom=settings.kind > _GRU)
     return Call(input, h, c, controls, num_steps, batch, why_reference, anew)
 
 
@@ -674,7 +675,7 @@ def _run_layers(
     run = backend.implementation(call.why_reference).run_stack
     output, h_n, c_n = _compute(run, settings, call, params, input, h, c, of_operator, controls)
     if call.batch is None:
-        return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if settings.kind == CellKind.LSTM else c_n
+        return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if settings.kind.num_states else c_n
     return output, h_n, c_n
 
 
@@ -742,7 +743,7 @@ def _run_slices(
             of_slice = Steps(None, lengths, mask, reset, steps.reset_state)
         output, h, c = _run_layers(settings, input.narrow(dim, first, count), hx, params, of_slice, factors)
         outputs.append(output)
-        hx = (h.detach(), c.detach()) if settings.kind == CellKind.LSTM else h.detach()
+        hx = (h.detach(), c.detach()) if settings.kind.num_states else h.detach()
     return torch.cat(outputs, dim), h, c
 
 

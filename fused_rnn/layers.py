@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -16,6 +16,7 @@ from .settings import (
     NOTHING_WITHIN,
     OTHER_NONLINEARITIES,
     STEP_OPTIONS,
+    AnyCellKind,
     Around,
     CellKind,
     LayerOptions,
@@ -26,7 +27,7 @@ from .settings import (
     show_options,
 )
 from .twin import HasTwin
-from .weights import ByAttribute, FlatWeightsMixin, narrow_to_heads
+from .weights import ByAttribute, FlatWeightsMixin, narrow_to_heads, widen_to_gates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,8 +39,8 @@ _KINDS = {kind.name: kind for kind in CellKind}
 _OTHER_RNNS = {f"RNN_{name.upper()}": name for name in OTHER_NONLINEARITIES}
 
 
-class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
-    """What the three layers share.
+class Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
+    """What all layers share.
 
     Derives from ``RNNBase`` and not from ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, at whose instances Dynamo breaks the
     graph. ``RNNBase`` creates and initialises the parameters, so names, order and random numbers are its own.
@@ -81,14 +82,15 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             proj_size=proj_size,
         )
         is_other_rnn = mode in _OTHER_RNNS
+        is_custom = self._custom is not None
         # The parameters get their first values in RNNBase's constructor.
         self.init = options.get("init", "torch")
         self.forget_bias = options.get("forget_bias")
         num_heads = options.get("num_heads", 1)
-        if num_heads > 1:
+        if num_heads > 1 or is_custom:
             self._has_shapes = False
         super().__init__(
-            "RNN_TANH" if is_other_rnn else mode,  # RNNBase knows no other
+            "RNN_TANH" if is_other_rnn or is_custom else mode,  # RNNBase knows no other
             input_size,
             hidden_size,
             num_layers,
@@ -100,12 +102,15 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             device,
             dtype,
         )
-        if is_other_rnn:
+        if is_other_rnn or is_custom:
             self.mode = mode
-        if num_heads > 1:
-            narrow_to_heads(self, num_heads)
+        if num_heads > 1 or is_custom:
+            if self._custom is not None:
+                widen_to_gates(self, self._custom.num_gates)
+            if num_heads > 1:
+                narrow_to_heads(self, num_heads)
+                self._within = NOTHING_WITHIN._replace(num_heads=num_heads)
             self._init_flat_weights()
-            self._within = NOTHING_WITHIN._replace(num_heads=num_heads)
             del self._has_shapes
             self.reset_parameters()
         if bias and not options.get("recurrent_bias", True):
@@ -118,6 +123,7 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             initial.draw_peepholes(self)
 
     # Of layers without these options, and those that were made, or pickled, before there were any.
+    _custom: ClassVar[AnyCellKind | None] = None  # of a custom cell; that of the others is in `mode`
     recompute: bool = False
     init: str = "torch"
     forget_bias: float | None = None
@@ -226,8 +232,9 @@ class _Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
     def _settings(self) -> Settings:
         """Everything a call needs to know but its tensors. A small call feels what this costs."""
         within = self._within
+        kind: AnyCellKind
         try:
-            kind = _KINDS[self.mode]
+            kind = self._custom or _KINDS[self.mode]
         except (KeyError, TypeError):
             kind, within = CellKind.RNN_TANH, self._within_other_rnn()
         hidden_size = self.hidden_size
@@ -312,7 +319,7 @@ def _rows(states: Any, order: Tensor) -> Any:
     return states.index_select(1, order)
 
 
-class LSTM(_Recurrent):
+class LSTM(Recurrent):
     r"""Long short-term memory layers over a sequence, drop-in for :class:`torch.nn.LSTM`.
 
     For each layer and step, with :math:`\sigma` the logistic function and :math:`\odot` the product of elements
@@ -498,7 +505,7 @@ class LSTM(_Recurrent):
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
 
-class _SingleState(_Recurrent):
+class _SingleState(Recurrent):
     """Layers whose state is h alone."""
 
     @overload

@@ -42,7 +42,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _C, _checks, formulas
 from ._C import clear_packed, packed_bytes_held, packed_bytes_limit, set_packed_bytes_limit
-from .settings import INTEGER_SETTINGS, NOTHING_WITHIN, CellKind, Controls, Settings, Within
+from .settings import INTEGER_SETTINGS, NOTHING_WITHIN, AnyCellKind, CellKind, Controls, Settings, Within, kind_of
 
 __all__ = [
     "clear_packed",
@@ -107,9 +107,6 @@ _isa = os.environ.get("FUSED_RNN_ISA")
 if _isa and _isa not in _C.isa_supported():
     raise ValueError(f"FUSED_RNN_ISA: expected one of {', '.join(_C.isa_supported())} on this machine, got {_isa}")
 
-# Values per unit and step that the forward pass saves: csrc/cells.
-_NUM_SAVED = {CellKind.RNN_TANH: 0, CellKind.RNN_RELU: 0, CellKind.LSTM: 4, CellKind.GRU: 4}
-
 # Of the kernels: csrc/problem.h, DType.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -117,6 +114,28 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 # Whether this build has CUDA kernels, and the oldest compute capability that they run on.
 _HAS_CUDA: bool = _C.build_info()["cuda"]
 _OLDEST_CAPABILITY = (8, 0)
+
+# Custom cells: fused_rnn/compiling.py.
+add_custom_cell = _C.add_custom_cell
+instruction_set = _C.isa_used
+
+
+def extension_path() -> str:
+    """The file that the kernels' symbols are in."""
+    assert _C.__file__ is not None
+    return _C.__file__
+
+
+def build_flags() -> str:
+    """Compiler flags of all kernels."""
+    return str(_C.build_info()["flags"])
+
+
+def instruction_set_flags(name: str) -> list[str]:
+    """And of those for one instruction set."""
+    pairs = (entry.partition(":") for entry in _C.build_info()["instruction_set_flags"].split(";"))
+    return next(flags.split() for known, _, flags in pairs if known == name)
+
 
 _TIMES = ("predicted_us", "serial_us", "bound_us")
 
@@ -147,7 +166,7 @@ def why_not_fused(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def why_not_within(kind: CellKind, within: Within, input: Tensor, recorded: bool) -> str | None:
+def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: bool) -> str | None:
     """Why no fused kernel has these options; None when one does.
 
     Args:
@@ -158,7 +177,7 @@ def why_not_within(kind: CellKind, within: Within, input: Tensor, recorded: bool
         return f"no fused kernel for cuda tensors has {names[0]}"
     if not within.reset_after:
         return "no fused kernel has reset_after=False, where the product with W_hn waits for the reset gate"
-    if kind.num_gates == 1 and within.zoneout and not within.training and recorded:
+    if kind.num_saved == 0 and within.zoneout and not within.training and recorded:
         return (
             "no fused kernel has zoneout of an RNN with gradients in eval mode: it keeps h alone, and h is a mean there"
         )
@@ -250,7 +269,7 @@ def plan(
     result = stack(backward=False)
     if training:
         backward = stack(backward=True)
-        backward["recomputes"] = settings.recompute and _NUM_SAVED[kind] > 0
+        backward["recomputes"] = settings.recompute and kind.num_saved > 0
         if backward["recomputes"]:
             for key in _TIMES:
                 if key in backward:
@@ -323,7 +342,7 @@ def _formulas_of(
             h_next, c_next = formulas.run_step(settings, input, h, c, params)
             return (h_next,) if c_next is None else (h_next, c_next)
         results = formulas.run_stack(settings, input, h, c, params, Controls.restore(controls))
-        return results if settings.kind == CellKind.LSTM else results[:2]
+        return results if settings.kind.num_states else results[:2]
 
     return run
 
@@ -513,16 +532,16 @@ def _(input, h0, c0, params, controls, integers, numbers, save):  # type: ignore
         N = T * B
         output = input.new_empty(T, B, D * P)
         output = output.transpose(0, 1) if settings.batch_first else output
-    has_cell = kind == CellKind.LSTM
+    C = kind.num_states * H
     rows = (L * D, N)
     num_hidden = L if mask is not None and input.device.type == "cuda" else L - 1
-    saved = _NUM_SAVED[kind] if save and not settings.recompute else 0
+    saved = kind.num_saved if save and not settings.recompute else 0
     return (
         output,
         input.new_empty(L * D, B, P),
-        input.new_empty((L * D, B, H) if has_cell else 0),
+        input.new_empty((L * D, B, C) if C else 0),
         input.new_empty((*rows, saved, H) if saved else 0),
-        input.new_empty((*rows, H) if save and has_cell else 0, dtype=_accumulation_dtype(input.dtype)),
+        input.new_empty((*rows, C) if save and C else 0, dtype=_accumulation_dtype(input.dtype)),
         input.new_empty((num_hidden, N, D * P) if save and num_hidden else 0),
     )
 
@@ -556,7 +575,7 @@ def _(input, h, c, params, integers, numbers, save):  # type: ignore[no-untyped-
     _check_devices(input, h=h, c=c, params=params)
     B, H = h.shape
     has_cell = settings.kind == CellKind.LSTM
-    saved = max(_NUM_SAVED[settings.kind], 1) if save else 0
+    saved = max(settings.kind.num_saved, 1) if save else 0
     return (
         h.new_empty(B, H),
         h.new_empty((B, H) if has_cell else 0),
@@ -597,11 +616,11 @@ def _backward_flops(
     """For each matrix a product for the gradient of what it multiplied, and one for its own where that is asked for."""
     matrices = [(i, math.prod(shape)) for i, shape in enumerate(params) if len(shape) == 2]
     sum_of_products = sum(elements * (1 + needs[3 + i]) for i, elements in matrices)
-    kind = CellKind(integers[0])
+    kind = kind_of(integers[0])
     if not needs[0]:  # the input's gradient is that of the lowest W_ih, in each direction
         directions = 2 if integers[INTEGER_SETTINGS.index("bidirectional")] else 1
         sum_of_products -= directions * math.prod(params[0])
-    again = _NUM_SAVED[kind] > 0 and math.prod(gates) == 0
+    again = kind.num_saved > 0 and math.prod(gates) == 0
     return 2 * math.prod(input[:-1]) * sum_of_products + (_forward_flops(input, params) if again else 0)
 
 

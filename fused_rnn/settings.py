@@ -24,18 +24,60 @@ from torch import Tensor
 OPERATORS_VERSION = 3
 
 
-class CellKind(IntEnum):
-    """Which cell a layer repeats; the values are those of the enumeration in ``csrc/problem.h``."""
+class CellShape(NamedTuple):
+    """What a cell has per unit."""
+
+    num_gates: int  # G: rows of W_ih and W_hh
+    num_states: int  # private states beside h
+    num_saved: int  # values that the kernels' forward pass saves for each step: csrc/cells
+
+
+class AnyCellKind(IntEnum):
+    """Which cell a layer repeats, as a number that stands for it in the operators."""
+
+    @property
+    def num_gates(self) -> int:
+        """G: rows of W_ih and W_hh per hidden unit."""
+        return _shapes[self.value].num_gates
+
+    @property
+    def num_states(self) -> int:
+        """Private states beside h: 1 of an LSTM, whose c it is. They stand side by side, H features each."""
+        return _shapes[self.value].num_states
+
+    @property
+    def num_saved(self) -> int:
+        """Values per unit and step that the kernels' forward pass saves for the backward pass."""
+        return _shapes[self.value].num_saved
+
+
+class CellKind(AnyCellKind):
+    """The cells that are built in; the values are those of the enumeration in ``csrc/problem.h``."""
 
     RNN_TANH = 0
     RNN_RELU = 1
     LSTM = 2
     GRU = 3
 
-    @property
-    def num_gates(self) -> int:
-        """G: rows of W_ih and W_hh per hidden unit."""
-        return (1, 1, 4, 3)[self.value]
+
+_shapes = {0: CellShape(1, 0, 0), 1: CellShape(1, 0, 0), 2: CellShape(4, 1, 4), 3: CellShape(3, 0, 4)}
+_kinds: dict[int, AnyCellKind] = {kind.value: kind for kind in CellKind}
+
+
+def add_kind(name: str, number: int, shape: CellShape) -> AnyCellKind:
+    """A custom cell, whose number is that in ``csrc/cpu/custom.h``."""
+    if number not in _kinds:
+        _shapes[number] = shape
+        _kinds[number] = AnyCellKind(f"{name}Kind", {name.upper(): number})[name.upper()]  # type: ignore[call-overload]
+    return _kinds[number]
+
+
+def kind_of(number: int) -> AnyCellKind:
+    """The kind of cell that a number among the operators' settings stands for."""
+    kind = _kinds.get(number)
+    if kind is None:
+        raise ValueError(f"kind: expected that of a cell, got {number}; load_cell() the custom cell first")
+    return kind
 
 
 class Activation(IntEnum):
@@ -207,7 +249,7 @@ class Settings(NamedTuple):
     hidden_size: int
     state_size: int  # P
 
-    kind: CellKind
+    kind: AnyCellKind
     bias: bool = True
     num_layers: int = 1
     bidirectional: bool = False
@@ -256,7 +298,7 @@ class Settings(NamedTuple):
                 f"settings: expected those of version {OPERATORS_VERSION} of the operators, got {list(integers)}: "
                 "compile or export the model again with this version of fused_rnn"
             )
-        kind = CellKind(integers[0])
+        kind = kind_of(integers[0])
         rows, columns = params[1].shape
         end = len(INTEGER_SETTINGS)
         values: Any = (kind, *integers[1:end])

@@ -22,6 +22,13 @@ def narrow_to_heads(module: nn.Module, num_heads: int) -> None:
             setattr(module, name, nn.Parameter(w_hh.detach().new_empty(rows, columns // num_heads)))
 
 
+def widen_to_gates(module: nn.Module, num_gates: int) -> None:
+    """Every parameter (H, .) of a plain RNN for a cell of more gates: (G*H, .). It has no values yet."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        rows, *columns = parameter.shape
+        setattr(module, name, nn.Parameter(parameter.detach().new_empty(num_gates * rows, *columns)))
+
+
 class ByAttribute:
     """Lets classes with an attribute lookup of their own find the weights by it, as ``torch.nn``'s modules do.
 

@@ -20,14 +20,16 @@ PACKAGE = Path(fused_rnn.__file__).parent
 
 # Lowest first. A module of the library imports only what stands in a line above its own.
 LEVELS = [
-    {"settings"},
+    {"settings", "expressions"},
     {"formulas", "_checks"},
     {"ops"},
     {"backend"},
     {"functional", "packed_weights"},
     {"reference", "weights", "initial", "carried", "options"},
     {"twin"},
+    {"compiling"},
     {"layers", "cells"},
+    {"custom"},
     {"subclasses", "explain", "diagnostics"},
     {"class_tests"},
     {"convert"},

@@ -5,7 +5,8 @@
 //   gates                products per unit and step: rows of w_ih and w_hh are gate-major, (gates * H)
 //   saved                values per unit and step that the backward pass wants back (0: h alone is enough)
 //   grad_gates           gradients per unit and step that go into the weight products
-//   has_cell             whether a cell state c runs beside h
+//   states               private states beside h, as an LSTM's c, one value each per unit; has_cell: whether any
+//   reads_h              whether h_prev is wanted but for its product
 //   hidden_bias_apart(g) true where b_hh of gate g must stay with the recurrent product instead of joining b_ih
 //   input_grads, hidden_grads
 //                        which of the grad_gates belong to w_ih and w_hh: `gates` of them from `first` on, the j-th
@@ -31,7 +32,15 @@ namespace fused_rnn {
 // Which weight gates a run of grad_gates belongs to.
 struct GateGrads {
   int first;
-  int gate[4];
+  int gate[8];
 };
+
+// Gates at the end of those of a cell whose b_hh stays with the recurrent product.
+template <class Cell>
+constexpr int gates_apart() {
+  int count = 0;
+  for (int g = 0; g < Cell::gates; ++g) count += Cell::hidden_bias_apart(g);
+  return count;
+}
 
 }  // namespace fused_rnn

@@ -11,7 +11,9 @@ struct Gru {
   static constexpr int gates = 3;
   static constexpr int saved = 4;       // r, z, n after their activations, and W_hn h + b_hn
   static constexpr int grad_gates = 4;  // of x_n, r, z, and W_hn h: the candidate's two parts differ by the factor r
-  static constexpr bool has_cell = false;
+  static constexpr int states = 0;
+  static constexpr bool has_cell = states > 0;
+  static constexpr bool reads_h = true;
   static constexpr bool hidden_bias_apart(int gate) { return gate == 2; }
   static constexpr GateGrads input_grads = {0, {2, 0, 1, 0}};
   static constexpr GateGrads hidden_grads = {1, {0, 1, 2, 0}};

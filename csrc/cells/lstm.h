@@ -12,7 +12,9 @@ struct Lstm {
   static constexpr int gates = 4;
   static constexpr int saved = 4;  // i, f, g, o after their activations
   static constexpr int grad_gates = 4;
-  static constexpr bool has_cell = true;
+  static constexpr int states = 1;
+  static constexpr bool has_cell = states > 0;
+  static constexpr bool reads_h = false;
   static constexpr bool hidden_bias_apart(int) { return false; }
   static constexpr GateGrads input_grads = {0, {0, 1, 2, 3}};
   static constexpr GateGrads hidden_grads = {0, {0, 1, 2, 3}};

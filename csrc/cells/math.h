@@ -18,9 +18,10 @@ namespace fused_rnn {
 
 // What the formulas need of a value type V: its scalar, integer lanes of the same width, and primitives that operators
 // alone cannot express. The SIMD types have specialisations of their own (cpu/simd.h).
-//   times_power(x, n)    x * 2^n for whole n from -150 (float64: -1080) to 0
+//   times_power(x, n)    x * 2^n for whole n from -150 (float64: -1080) to 128 (1024)
 //   quotient(a, a_low, b, b_low)
 //                        (a + a_low) / (b + b_low), where 1 <= b <= 2 and the low parts are roundings of a and b
+//   shift_right(i, n)    bits of a value without a sign, moved down
 //   own_activations      true where it brings tanh(x) and sigmoid(x) of its own (cpu/activations.h)
 template <class V>
 struct Lanes;
@@ -54,6 +55,7 @@ struct Lanes<float> {
     return x;
   }
   static FRNN_HOST_DEVICE float select(bool mask, float a, float b) { return mask ? a : b; }
+  static FRNN_HOST_DEVICE Int shift_right(Int i, int n) { return i >> n; }
   static FRNN_HOST_DEVICE float times_power(float x, float n) { return detail::plain_times_power(x, n); }
   static FRNN_HOST_DEVICE float quotient(float a, float a_low, float b, float b_low) {
 #if defined(__CUDA_ARCH__)
@@ -84,6 +86,7 @@ struct Lanes<double> {
     return x;
   }
   static FRNN_HOST_DEVICE double select(bool mask, double a, double b) { return mask ? a : b; }
+  static FRNN_HOST_DEVICE Int shift_right(Int i, int n) { return i >> n; }
   static FRNN_HOST_DEVICE double times_power(double x, double n) { return detail::plain_times_power(x, n); }
   static FRNN_HOST_DEVICE double quotient(double a, double a_low, double b, double b_low) {
     return detail::plain_quotient(a, a_low, b, b_low);

@@ -36,7 +36,9 @@ struct Elman {
   static constexpr int gates = 1;
   static constexpr int saved = 0;
   static constexpr int grad_gates = 1;
-  static constexpr bool has_cell = false;
+  static constexpr int states = 0;
+  static constexpr bool has_cell = states > 0;
+  static constexpr bool reads_h = false;
   static constexpr bool hidden_bias_apart(int) { return false; }
   static constexpr GateGrads input_grads = {0, {0, 0, 0, 0}};
   static constexpr GateGrads hidden_grads = {0, {0, 0, 0, 0}};

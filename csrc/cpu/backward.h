@@ -25,6 +25,17 @@ inline constexpr size_t most_operand_bytes = 512 * 1024;
 template <class E>
 inline constexpr int64_t most_rows_past_caches = packs_as_it_goes<E> ? 64 : 16;
 
+// As forward_of().
+template <class Cell, class V, class... Options>
+FRNN_INLINE void backward_of(const V* saved, const V& h, const V& h_prev, const V* c, const V* c_prev, const V& dh,
+                             const V* dc, V* grads, V& dh_prev, V* dc_prev, const Options&... options) {
+  if constexpr (Cell::kind >= CellKind::custom) {
+    Cell::template backward<V>(saved, h_prev, c_prev, c, dh, dc, grads, dh_prev, dc_prev);
+  } else {
+    Cell::template backward<V>(saved, h, h_prev, c[0], c_prev[0], dh, dc[0], grads, dh_prev, dc_prev[0], options...);
+  }
+}
+
 // Gate gradients are kept, and multiplied, as E.
 template <class Cell, class S, class E>
 class BackwardPass {
@@ -54,6 +65,7 @@ class BackwardPass {
         plain_gates_(layer.plain_gates),
         state_stride_(round_up(P_, width) + 16),
         unit_stride_(round_up(H_, width) + 16),
+        cell_stride_(Cell::states * unit_stride_),
         grad_stride_(round_up(GG * H_, width) + 32),
         recomputation_(layer, plan.threads()) {}
 
@@ -94,13 +106,13 @@ class BackwardPass {
   struct DirectionScratch {
     E *w_ih, *w_hh, *w_hr;
     A* grad_state;       // (B, state_stride) gradient of h, of the step that comes next in the scan
-    A* grad_cell;        // (B, unit_stride)
+    A* grad_cell;        // (B, cell_stride) of the private states, each at a distance of unit_stride
     E* grads;            // (chunk_rows, grad_stride) gate gradients
     E* grad_h;           // (chunk_rows, state_stride) gradient of the projected h
     E* hidden;           // (chunk_rows, unit_stride) h before its projection
     A* through;          // (B, state_stride) gradient of the h that was multiplied, where that is h times factors
     S* dropped;          // (chunk_rows, P) that h
-    A *anew_h, *anew_c;  // (B, P), (B, H) gradients of what rows begin anew from; null: not needed
+    A *anew_h, *anew_c;  // (B, P), (B, states * H) gradients of what rows begin anew from; null: not needed
     WeightGradient ih, hh, hr;
     A *bias_ih, *bias_hh;  // (G * H), null: not needed
     A* peephole;           // (3 * H), null: not needed
@@ -126,14 +138,14 @@ class BackwardPass {
                                                          : heads_ * G * elements_of_block());
       s.w_hr = layout.take<E>(projects_ ? int64_t(Columns::elements(P_, H_)) : 0);
       s.grad_state = layout.take<A>(B_ * state_stride_);
-      s.grad_cell = layout.take<A>(Cell::has_cell ? B_ * unit_stride_ : 0);
+      s.grad_cell = layout.take<A>(B_ * cell_stride_);
       s.grads = layout.take<E>(chunk_rows_ * grad_stride_);
       s.grad_h = layout.take<E>(projects_ ? chunk_rows_ * state_stride_ : 0);
       s.hidden = layout.take<E>(projects_ ? chunk_rows_ * unit_stride_ : 0);
       s.through = dir.extras.dropout ? layout.take<A>(B_ * state_stride_) : nullptr;
       s.dropped = dir.extras.dropout ? layout.take<S>(chunk_rows_ * P_) : nullptr;
       s.anew_h = dir.grad_reset_h ? layout.take<A>(B_ * P_) : nullptr;
-      s.anew_c = dir.grad_reset_c ? layout.take<A>(B_ * H_) : nullptr;
+      s.anew_c = dir.grad_reset_c ? layout.take<A>(B_ * Cell::states * H_) : nullptr;
       s.peephole = dir.grad_peephole ? layout.take<A>(3 * H_) : nullptr;
       s.ih = weight_gradient(layout, dir.grad_w_ih, G * H_, I_);
       s.hh = weight_gradient(layout, dir.grad_w_hh, G * H_, K_, heads_);
@@ -311,20 +323,22 @@ class BackwardPass {
   Before before(int d, int64_t t, int64_t b) const {
     const DirectionBackward& dir = layer_.direction[d];
     const auto given = [&](const void* h, const void* c) {
-      return Before{h ? rows_of<S>(h) + b * P_ : nullptr, nullptr, c ? rows_of<S>(c) + b * H_ : nullptr};
+      return Before{h ? rows_of<S>(h) + b * P_ : nullptr, nullptr,
+                    c ? rows_of<S>(c) + b * Cell::states * H_ : nullptr};
     };
     if (begins_anew(d, t, b)) return given(dir.extras.reset_h, dir.extras.reset_c);
     const int64_t previous = previous_time(d, t, b);
     if (previous < 0) return given(dir.h0, dir.c0);
     const A* cell = nullptr;
-    if constexpr (Cell::has_cell) cell = rows_of<A>(dir.cells) + (layer_.steps.first_row(previous) + b) * H_;
+    if constexpr (Cell::has_cell)
+      cell = rows_of<A>(dir.cells) + (layer_.steps.first_row(previous) + b) * Cell::states * H_;
     return {y_row(d, previous, b), cell, nullptr};
   }
 
-  // c of such a state, of one vector of units.
-  FRNN_INLINE V cell_before(const Before& before, int64_t unit) const {
-    if (before.cell) return Simd<A>::load_n(before.cell + unit, H_ - unit);
-    if (before.c) return Simd<A>::load_n(before.c + unit, H_ - unit);
+  // A private state of it, of one vector of units.
+  FRNN_INLINE V cell_before(const Before& before, int state, int64_t unit) const {
+    if (before.cell) return Simd<A>::load_n(before.cell + state * H_ + unit, H_ - unit);
+    if (before.c) return Simd<A>::load_n(before.c + state * H_ + unit, H_ - unit);
     return V{};
   }
 
@@ -372,10 +386,11 @@ class BackwardPass {
     DirectionScratch& s = direction_[d];
     for (int64_t r = r0; r < r1; ++r) {
       copy_row<A>(dir.grad_h_n ? rows_of<S>(dir.grad_h_n) + r * P_ : nullptr, s.grad_state + r * state_stride_, P_);
-      if constexpr (Cell::has_cell)
-        copy_row<A>(dir.grad_c_n ? rows_of<S>(dir.grad_c_n) + r * H_ : nullptr, s.grad_cell + r * unit_stride_, H_);
+      for (int i = 0; i < Cell::states; ++i)
+        copy_row<A>(dir.grad_c_n ? rows_of<S>(dir.grad_c_n) + (r * Cell::states + i) * H_ : nullptr,
+                    s.grad_cell + r * cell_stride_ + i * unit_stride_, H_);
       if (s.anew_h) copy_row<A, A>(nullptr, s.anew_h + r * P_, P_);
-      if (s.anew_c) copy_row<A, A>(nullptr, s.anew_c + r * H_, H_);
+      if (s.anew_c) copy_row<A, A>(nullptr, s.anew_c + r * Cell::states * H_, Cell::states * H_);
     }
   }
 
@@ -384,10 +399,13 @@ class BackwardPass {
     const DirectionScratch& s = direction_[d];
     for (int64_t r = r0; r < r1; ++r) {
       if (dir.grad_h0) copy_row<A>(s.grad_state + r * state_stride_, rows_of<S>(dir.grad_h0) + r * P_, P_);
-      if (Cell::has_cell && dir.grad_c0)
-        copy_row<A>(s.grad_cell + r * unit_stride_, rows_of<S>(dir.grad_c0) + r * H_, H_);
+      for (int i = 0; i < Cell::states && dir.grad_c0; ++i)
+        copy_row<A>(s.grad_cell + r * cell_stride_ + i * unit_stride_,
+                    rows_of<S>(dir.grad_c0) + (r * Cell::states + i) * H_, H_);
       if (s.anew_h) copy_row<A>(s.anew_h + r * P_, rows_of<S>(dir.grad_reset_h) + r * P_, P_);
-      if (s.anew_c) copy_row<A>(s.anew_c + r * H_, rows_of<S>(dir.grad_reset_c) + r * H_, H_);
+      if (s.anew_c)
+        copy_row<A>(s.anew_c + r * Cell::states * H_, rows_of<S>(dir.grad_reset_c) + r * Cell::states * H_,
+                    Cell::states * H_);
     }
   }
 
@@ -492,8 +510,9 @@ class BackwardPass {
       const bool anew = begins_anew(d, t, r);
       if (!anew && !all) continue;
       end_gradient(s.grad_state + r * state_stride_, anew && s.anew_h ? s.anew_h + r * P_ : nullptr, features);
-      if constexpr (Cell::has_cell)
-        end_gradient(s.grad_cell + r * unit_stride_, anew && s.anew_c ? s.anew_c + r * H_ : nullptr, units);
+      for (int i = 0; i < Cell::states; ++i)
+        end_gradient(s.grad_cell + r * cell_stride_ + i * unit_stride_,
+                     anew && s.anew_c ? s.anew_c + (r * Cell::states + i) * H_ : nullptr, units);
     }
   }
 
@@ -607,7 +626,9 @@ class BackwardPass {
     const DirectionBackward& dir = layer_.direction[d];
     DirectionScratch& s = direction_[d];
     const int64_t first_row = layer_.steps.first_row(t);
-    Values saved[Cell::saved + 1], grads[GG], h{}, h_prev{}, c{}, c_prev{}, dh, dc{}, dh_prev, dc_prev{};
+    constexpr int places = Cell::states + 1;  // no array is empty
+    Values saved[Cell::saved + 1], grads[GG], h{}, h_prev{}, c[places]{}, c_prev[places]{}, dh, dc[places]{}, dh_prev;
+    Values dc_prev[places]{};
     Values h_to_before{}, c_to_before{};  // past the cell, by zoneout
 #pragma GCC unroll 2
     for (int i = 0; i < N; ++i) {
@@ -616,39 +637,41 @@ class BackwardPass {
       const S* gates = saved_gates(d, t, r, chunk_row) + unit;
 #pragma GCC unroll 4
       for (int g = 0; g < Cell::saved; ++g) saved[g].v[i] = Simd<A>::load_n(gates + g * H_, n);
-      if constexpr (Cell::has_cell || Cell::kind == CellKind::gru) {
+      if constexpr (Cell::has_cell || Cell::reads_h) {
         const Before state = before(d, t, r);
-        if constexpr (Cell::has_cell) {
-          c.v[i] = Simd<A>::load_n(rows_of<A>(dir.cells) + (first_row + r) * H_ + unit, n);
-          c_prev.v[i] = cell_before(state, unit);
-          dc.v[i] = Simd<A>::load(s.grad_cell + r * unit_stride_ + unit);
-        } else if (state.h) {
-          h_prev.v[i] = Simd<A>::load_n(state.h + unit, n);
+#pragma GCC unroll 4
+        for (int j = 0; j < Cell::states; ++j) {
+          c[j].v[i] = Simd<A>::load_n(rows_of<A>(dir.cells) + ((first_row + r) * Cell::states + j) * H_ + unit, n);
+          c_prev[j].v[i] = cell_before(state, j, unit);
+          dc[j].v[i] = Simd<A>::load(s.grad_cell + r * cell_stride_ + j * unit_stride_ + unit);
+        }
+        if constexpr (Cell::reads_h) {
+          if (state.h) h_prev.v[i] = Simd<A>::load_n(state.h + unit, n);
         }
       }
       if constexpr (Cell::saved == 0) h.v[i] = Simd<A>::load_n(y_row(d, t, r) + unit, n);
       dh.v[i] = projects_ ? Simd<A>::load(grad_hidden + unit) : output_gradient(d, t, r, unit);
       if constexpr (!plain) {
         if (!projects_) divide_state_gradient(d, t, r, unit, dh.v[i], h_to_before.v[i]);
-        if constexpr (Cell::has_cell) {
+        if constexpr (Cell::kind == CellKind::lstm) {
           const Zoneout<A> zone{row_of_bits(dir.extras.zoneout_cell, first_row + r, H_), A(layer_.within.zoneout_cell)};
-          if (zone.any()) zone.divide(dc.v[i], c_to_before.v[i], unit, n);
+          if (zone.any()) zone.divide(dc[0].v[i], c_to_before.v[i], unit, n);
         }
       }
     }
     Values hidden{};
     if constexpr (plain) {
-      Cell::template backward<Values>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev);
-      if constexpr (Cell::has_cell) {
-        if (projects_) hidden = Cell::template hidden<Values>(saved, c);
+      backward_of<Cell>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev);
+      if constexpr (Cell::kind == CellKind::lstm) {
+        if (projects_) hidden = Cell::template hidden<Values>(saved, c[0]);
       }
     } else {
       const auto options = options_of<N, kind == Gates::own_functions>(d, units);
-      Cell::template backward<Values>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev, options);
+      backward_of<Cell>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev, options);
       dh_prev = dh_prev + h_to_before;
-      dc_prev = dc_prev + c_to_before;
-      if constexpr (Cell::has_cell) {
-        if (projects_) hidden = Cell::template hidden<Values>(saved, c, c_prev, options);
+      dc_prev[0] = dc_prev[0] + c_to_before;
+      if constexpr (Cell::kind == CellKind::lstm) {
+        if (projects_) hidden = Cell::template hidden<Values>(saved, c[0], c_prev[0], options);
       }
     }
 #pragma GCC unroll 2
@@ -656,8 +679,10 @@ class BackwardPass {
       const int64_t r = units[i].r, unit = units[i].unit, row = units[i].chunk_row, n = H_ - unit;
 #pragma GCC unroll 4
       for (int g = 0; g < GG; ++g) Simd<A>::store_n(s.grads + row * grad_stride_ + g * H_ + unit, grads[g].v[i], n);
-      if constexpr (Cell::has_cell) {
-        Simd<A>::store(s.grad_cell + r * unit_stride_ + unit, dc_prev.v[i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < Cell::states; ++j)
+        Simd<A>::store(s.grad_cell + r * cell_stride_ + j * unit_stride_ + unit, dc_prev[j].v[i]);
+      if constexpr (Cell::kind == CellKind::lstm) {
         if (projects_) Simd<A>::store(s.hidden + row * unit_stride_ + unit, hidden.v[i]);
       }
       if (!projects_) Simd<A>::store(s.grad_state + r * state_stride_ + unit, dh_prev.v[i]);
@@ -798,7 +823,7 @@ class BackwardPass {
         const int64_t n = own.end - u;
         One saved[Cell::saved + 1];
         for (int g = 0; g < Cell::saved; ++g) saved[g].v[0] = Simd<A>::load_n(gates + g * H_ + u, n);
-        const One before_step{{cell_before(state, u)}}, after{{Simd<A>::load_n(cells + u, n)}};
+        const One before_step{{cell_before(state, 0, u)}}, after{{Simd<A>::load_n(cells + u, n)}};
         const V cell = Cell::template cell_of<One>(saved, after, before_step, options).v[0];
         const auto add = [&](int k, int gate, V seen) __attribute__((always_inline)) {
           A* sum = s.peephole + k * H_ + u;
@@ -944,7 +969,7 @@ class BackwardPass {
   const bool projects_, wants_x_;
   const Gates gates_;
   const bool plain_gates_;
-  const int64_t state_stride_, unit_stride_, grad_stride_;
+  const int64_t state_stride_, unit_stride_, cell_stride_, grad_stride_;
   GateRecomputation<Cell, S> recomputation_;
   friend class GateRecomputation<Cell, S>;
   bool packs_ = true;

@@ -101,6 +101,17 @@ void pack_bias(const Weights& w, int64_t H, int64_t p, typename Accumulator<S>::
   }
 }
 
+// The step of a cell, whose private states are an array here; the cells of cells/ have one at most.
+template <class Cell, class V, class... Options>
+FRNN_INLINE void forward_of(const V* x, const V* r, const V& h_prev, const V* c_prev, V& h, V* c, V* saved,
+                            const Options&... options) {
+  if constexpr (Cell::kind >= CellKind::custom) {
+    Cell::template forward<V>(x, r, h_prev, c_prev, h, c, saved);
+  } else {
+    Cell::template forward<V>(x, r, h_prev, c_prev[0], h, c[0], saved, options...);
+  }
+}
+
 template <class Cell, class S, int U>
 class ForwardPass {
   using A = typename Accumulator<S>::type;
@@ -111,7 +122,7 @@ class ForwardPass {
   static constexpr int NV = G * U;
   static constexpr int64_t panel_columns = NV * width;
   // Vectors at the end of a panel whose recurrent sums the cell wants without the input projection.
-  static constexpr int vectors_apart = Cell::hidden_bias_apart(G - 1) ? U : 0;
+  static constexpr int vectors_apart = gates_apart<Cell>() * U;
   static constexpr int64_t panel_units = U * width;
 
  public:
@@ -133,7 +144,8 @@ class ForwardPass {
         saves_gates_(layer.direction[0].gates != nullptr),
         // Rows of a stride that is no multiple of 4 KiB: tiles read several rows at the same column.
         state_stride_(round_up(P_, width) + 16),
-        unit_stride_(panels_ * panel_units + 16) {}
+        unit_stride_(panels_ * panel_units + 16),
+        cell_stride_(Cell::states * unit_stride_) {}
 
   bool run() {
     own_panels_ = (panels_ + plan_.unit_groups - 1) / plan_.unit_groups;
@@ -150,7 +162,7 @@ class ForwardPass {
         weight_bytes > large_weight_bytes ? large_projection_chunk_bytes : projection_chunk_bytes;
     const int64_t wanted = chunk_bytes / (own_panels_ * panel_columns * int64_t(sizeof(A)));
     past_caches_ =
-        all * H_ * (Cell::saved * int64_t(sizeof(S)) + Cell::has_cell * int64_t(sizeof(A))) > past_caches_bytes &&
+        all * H_ * (Cell::saved * int64_t(sizeof(S)) + Cell::states * int64_t(sizeof(A))) > past_caches_bytes &&
         H_ % width == 0 && aligned_to_lines(layer_.direction[0]) && aligned_to_lines(layer_.direction[1]);
     const Sequence& y = layer_.y;
     output_past_caches_ = all * D_ * P_ * int64_t(sizeof(S)) > past_caches_bytes &&
@@ -200,7 +212,7 @@ class ForwardPass {
     A *input_bias, *hidden_bias;
     E* state[2];  // (B, state_stride) h before and after the step, as it is multiplied
     A* carried;   // (B, state_stride) h itself, where that is kept apart
-    A* cell;      // (B, unit_stride)
+    A* cell;      // (B, cell_stride) private states, each at a distance of unit_stride
     E* hidden;    // (B, unit_stride) h before its projection
   };
   struct ThreadScratch {
@@ -234,7 +246,7 @@ class ForwardPass {
       s.hidden_bias = layout.take<A>(panels_ * panel_columns);
       for (E*& state : s.state) state = layout.take<E>(B_ * state_stride_);
       s.carried = layout.take<A>(keeps_h_ ? B_ * state_stride_ : 0);
-      s.cell = layout.take<A>(Cell::has_cell ? B_ * unit_stride_ : 0);
+      s.cell = layout.take<A>(B_ * cell_stride_);
       s.hidden = layout.take<E>(projects_ ? B_ * unit_stride_ : 0);
     }
     unit_barriers_ = layout.take<Barrier>(plan_.threads() / plan_.unit_groups);
@@ -472,8 +484,12 @@ class ForwardPass {
       }
     }
     if (past_caches_ || output_past_caches_) wait_for_stores_past_caches();
-    if (first && Cell::has_cell) {
-      for (int64_t r = r0; r < r1; ++r) copy_row<A>(s.cell + r * unit_stride_, rows_of<S>(dir.c_n) + r * H_, H_);
+    if (first) {
+      for (int64_t r = r0; r < r1; ++r) {
+        for (int i = 0; i < Cell::states; ++i)
+          copy_row<A>(s.cell + r * cell_stride_ + i * unit_stride_,
+                      rows_of<S>(dir.c_n) + (r * Cell::states + i) * H_, H_);
+      }
     }
   }
 
@@ -491,9 +507,10 @@ class ForwardPass {
     const void* h = anew ? dir.extras.reset_h : dir.h0;
     const void* c = anew ? dir.extras.reset_c : dir.c0;
     for (int i = 0; i < 2; ++i) place_state(d, r, i, h, Share(P_, 0, 1));
-    if constexpr (Cell::has_cell) {
-      copy_row<A>(c ? rows_of<S>(c) + r * H_ : nullptr, s.cell + r * unit_stride_, H_);
-      for (int64_t u = H_; u < unit_stride_; ++u) s.cell[r * unit_stride_ + u] = 0;
+    for (int i = 0; i < Cell::states; ++i) {
+      A* cell = s.cell + r * cell_stride_ + i * unit_stride_;
+      copy_row<A>(c ? rows_of<S>(c) + (r * Cell::states + i) * H_ : nullptr, cell, H_);
+      for (int64_t u = H_; u < unit_stride_; ++u) cell[u] = 0;
     }
   }
 
@@ -514,9 +531,10 @@ class ForwardPass {
     for (int64_t r = r0; r < r1; ++r) {
       if (!layer_.steps.begins_anew(t, r, d == 1)) continue;
       place_state(d, r, next, extras.reset_h, of_state);
-      if constexpr (Cell::has_cell) {
-        const S* c = extras.reset_c ? rows_of<S>(extras.reset_c) + r * H_ + units.begin : nullptr;
-        copy_row<A>(c, direction_[d].cell + r * unit_stride_ + units.begin, units.end - units.begin);
+      for (int i = 0; i < Cell::states; ++i) {
+        const S* c = extras.reset_c ? rows_of<S>(extras.reset_c) + (r * Cell::states + i) * H_ + units.begin : nullptr;
+        copy_row<A>(c, direction_[d].cell + r * cell_stride_ + i * unit_stride_ + units.begin,
+                    units.end - units.begin);
       }
     }
   }
@@ -696,8 +714,8 @@ class ForwardPass {
       units.h_prev = places(static_cast<const E*>(s.state[now]) + r0 * state_stride_ + unit, state_stride_, width);
       units.h_next = places(s.state[now ^ 1] + r0 * state_stride_ + unit, state_stride_, width);
       units.hidden = places(s.hidden + r0 * unit_stride_ + unit, unit_stride_, width);
-      units.cell = places(s.cell + r0 * unit_stride_ + unit, unit_stride_, width);
-      units.cells = places(rows_of<A>(dir.cells) + first_row * H_ + unit, H_, width);
+      units.cell = places(s.cell + r0 * cell_stride_ + unit, cell_stride_, width);
+      units.cells = places(rows_of<A>(dir.cells) + first_row * Cell::states * H_ + unit, Cell::states * H_, width);
       units.y = places(rows_of<S>(y.data) + layer_.steps.step(y, t) + r0 * y.batch_stride + d * P_ + unit,
                        y.batch_stride, width);
       units.gates = places(rows_of<S>(dir.gates) + first_row * Cell::saved * H_ + unit, Cell::saved * H_, width);
@@ -751,7 +769,7 @@ class ForwardPass {
     constexpr bool plain = kind == Gates::plain;
     if (whole) n = width;
     const auto place = [&](int i) __attribute__((always_inline)) { return plain || i < count ? i : count - 1; };
-    Values x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
+    Values x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev[Cell::states + 1]{}, h, c[Cell::states + 1]{};
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
       const int k = place(i);
@@ -762,28 +780,30 @@ class ForwardPass {
         x[g].v[i] =
             Cell::hidden_bias_apart(g) ? Simd<A>::load(units.projected[k] + g * U * width) : Simd<A>::splat(A(-0.0));
       }
-      if constexpr (Cell::kind == CellKind::gru)
+      if constexpr (Cell::reads_h)
         h_prev.v[i] = !plain && keeps_h_ ? Simd<A>::load(units.carried[k]) : Simd<A>::load(units.h_prev[k]);
-      if constexpr (Cell::has_cell) c_prev.v[i] = Simd<A>::load(units.cell[k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < Cell::states; ++j) c_prev[j].v[i] = Simd<A>::load(units.cell[k] + j * unit_stride_);
     }
     if constexpr (plain) {
-      Cell::template forward<Values>(x, r, h_prev, c_prev, h, c, saved);
+      forward_of<Cell>(x, r, h_prev, c_prev, h, c, saved);
     } else {
       Options<Values, kind == Gates::own_functions> options{layer_.within, {}};
       for (int i = 0; i < N; ++i)
         load_peephole<S>(options, layer_.direction[d].weights.peephole, H_, units.unit + place(i) * units.next_unit, n,
                          i);
-      Cell::template forward<Values>(x, r, h_prev, c_prev, h, c, saved, options);
+      forward_of<Cell>(x, r, h_prev, c_prev, h, c, saved, options);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
       if (!plain && i >= count) break;
-      if constexpr (Cell::has_cell && !plain) {
+      if constexpr (Cell::kind == CellKind::lstm && !plain) {
         const Zoneout<A> zone{row_of_bits(layer_.direction[d].extras.zoneout_cell, units.row + i * units.next_row, H_),
                               A(layer_.within.zoneout_cell)};
-        if (zone.any()) c.v[i] = zone.applied(c.v[i], c_prev.v[i], units.unit + i * units.next_unit, n);
+        if (zone.any()) c[0].v[i] = zone.applied(c[0].v[i], c_prev[0].v[i], units.unit + i * units.next_unit, n);
       }
-      if constexpr (Cell::has_cell) Simd<A>::store(units.cell[i], c.v[i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < Cell::states; ++j) Simd<A>::store(units.cell[i] + j * unit_stride_, c[j].v[i]);
       if (projects_) {
         Simd<A>::store(units.hidden[i], h.v[i]);
       } else if (plain || !keeps_h_) {
@@ -802,7 +822,8 @@ class ForwardPass {
 #pragma GCC unroll 4
         for (int g = 0; g < Cell::saved; ++g) keep(units.gates[i] + g * H_, saved[g].v[i], n, past_caches_);
       }
-      if constexpr (Cell::has_cell) keep(units.cells[i], c.v[i], n, past_caches_);
+#pragma GCC unroll 4
+      for (int j = 0; j < Cell::states; ++j) keep(units.cells[i] + j * H_, c[j].v[i], n, past_caches_);
     }
   }
 
@@ -879,7 +900,7 @@ class ForwardPass {
   const bool saves_gates_;      // or, for the backward pass, the cells alone
   PackedCopy* copy_ = nullptr;  // null: none is kept of weights such as these
   std::atomic<bool> changed_{false};
-  const int64_t state_stride_, unit_stride_;
+  const int64_t state_stride_, unit_stride_, cell_stride_;
   int64_t own_panels_ = 0, own_rows_ = 0, chunk_rows_ = 0;
   DirectionScratch direction_[2];
   ThreadScratch* threads_ = nullptr;

@@ -5,35 +5,13 @@
 
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 
-#include "backward.h"
 #include "draw.h"
-#include "forward.h"
 #include "kernels.h"
 #include "peak.h"
+#include "run.h"
 
 namespace fused_rnn {
 namespace FRNN_ISA {
-
-template <class Cell, class S>
-bool run_forward(const LayerForward& layer, const Plan& plan) {
-  if constexpr (Cell::gates == 1) {
-    // Two vectors of units a panel, but for the smallest layers, which fit one.
-    constexpr int width = Simd<typename Accumulator<S>::type>::width;
-    if (layer.sizes.hidden_size > width &&
-        (layer.sizes.heads == 1 || layer.sizes.hidden_size / layer.sizes.heads % (2 * width) == 0))
-      return ForwardPass<Cell, S, 2>(layer, plan).run();
-  }
-  return ForwardPass<Cell, S, 1>(layer, plan).run();
-}
-
-template <class Cell, class S>
-bool run_backward(const LayerBackward& layer, const Plan& plan) {
-  // In place, few rows are multiplied in the accumulation type whatever the weights are stored in.
-  using A = typename Accumulator<S>::type;
-  using InPlace = BackwardPass<Cell, S, A>;
-  if (InPlace::in_place(layer) && layer.steps.total_rows() < least_rows_in_lanes<A>) return InPlace(layer, plan).run();
-  return BackwardPass<Cell, S, typename ProductElement<S>::type>(layer, plan).run();
-}
 
 template <class S>
 bool forward_of(const LayerForward& layer, const Plan& plan) {
@@ -41,7 +19,8 @@ bool forward_of(const LayerForward& layer, const Plan& plan) {
     case CellKind::rnn_tanh: return run_forward<RnnTanh, S>(layer, plan);
     case CellKind::rnn_relu: return run_forward<RnnRelu, S>(layer, plan);
     case CellKind::gru: return run_forward<Gru, S>(layer, plan);
-    case CellKind::lstm: break;
+    case CellKind::lstm:
+    case CellKind::custom: break;
   }
   return run_forward<Lstm, S>(layer, plan);
 }
@@ -52,7 +31,8 @@ bool backward_of(const LayerBackward& layer, const Plan& plan) {
     case CellKind::rnn_tanh: return run_backward<RnnTanh, S>(layer, plan);
     case CellKind::rnn_relu: return run_backward<RnnRelu, S>(layer, plan);
     case CellKind::gru: return run_backward<Gru, S>(layer, plan);
-    case CellKind::lstm: break;
+    case CellKind::lstm:
+    case CellKind::custom: break;
   }
   return run_backward<Lstm, S>(layer, plan);
 }

@@ -16,7 +16,7 @@
 namespace fused_rnn {
 
 // Random numbers of this process that fingerprints are taken with.
-const uint32_t* fingerprint_key();
+FRNN_EXPORT const uint32_t* fingerprint_key();
 
 // What a copy was made of, and for which code.
 struct PackedKey {
@@ -30,7 +30,7 @@ struct PackedKey {
 struct PackedMemory;
 
 // The copy that one call uses: none, one that was filled before, or one that this call fills.
-class PackedCopy {
+class FRNN_EXPORT PackedCopy {
  public:
   // The copy kept for `key`, of `bytes`, with `prints` numbers for fingerprints. Weights seen for the first time, and
   // those that change from call to call, get none.

@@ -5,6 +5,7 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "custom.h"
 
 namespace fused_rnn {
 
@@ -45,7 +46,8 @@ auto with_cell(CellKind kind, F f) {
     case CellKind::rnn_tanh: return f(RnnTanh{});
     case CellKind::rnn_relu: return f(RnnRelu{});
     case CellKind::gru: return f(Gru{});
-    case CellKind::lstm: break;
+    case CellKind::lstm:
+    case CellKind::custom: break;
   }
   return f(Lstm{});
 }
@@ -85,18 +87,28 @@ double in_place_cycles(const LayerSizes& sizes, const Steps& steps, bool backwar
   return (touched + again) / (touched <= l2_bytes ? bytes_per_cycle_shared : bytes_per_cycle_memory);
 }
 
+// Null: a cell of cells/.
+const CustomCell* custom(CellKind kind) { return is_custom(kind) ? custom_cell(kind) : nullptr; }
+
 }  // namespace
 
 int gate_count(CellKind kind) {
+  if (const CustomCell* cell = custom(kind)) return cell->gates;
   return with_cell(kind, [](auto cell) { return int(decltype(cell)::gates); });
 }
 
 int saved_gate_count(CellKind kind) {
+  if (const CustomCell* cell = custom(kind)) return cell->saved;
   return with_cell(kind, [](auto cell) { return int(decltype(cell)::saved); });
 }
 
-bool has_cell_state(CellKind kind) {
-  return with_cell(kind, [](auto cell) { return bool(decltype(cell)::has_cell); });
+int private_states(CellKind kind) {
+  if (const CustomCell* cell = custom(kind)) return cell->states;
+  return with_cell(kind, [](auto cell) { return int(decltype(cell)::states); });
+}
+
+bool is_known(CellKind kind) {
+  return (kind >= CellKind::rnn_tanh && kind <= CellKind::gru) || custom(kind) != nullptr;
 }
 
 bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps) {

@@ -21,7 +21,7 @@ inline constexpr int64_t most_rows_in_place_of_any_steps = 12;
 
 // Whether a call reads its weights where they stand, because it has so few rows and steps that packing them would cost
 // more than it saves (in_place.h). The same on any number of threads.
-bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps);
+FRNN_EXPORT bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps);
 
 // `threads`: at most so many; `vector_bytes`: of the instruction set in use; `backward`: which pass.
 Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward);
@@ -39,9 +39,14 @@ int gate_count(CellKind kind);
 // Values that the forward pass saves per unit and step (0 for the plain recurrence).
 int saved_gate_count(CellKind kind);
 
-bool has_cell_state(CellKind kind);
+// Private states beside h: one of an LSTM, none of a GRU.
+int private_states(CellKind kind);
+inline bool has_cell_state(CellKind kind) { return private_states(kind) > 0; }
+
+// Whether there is such a cell.
+bool is_known(CellKind kind);
 
 // First row of group `group` of `groups`, so that each group gets about the same number of live rows over all steps.
-int64_t row_boundary(const Steps& steps, int group, int groups);
+FRNN_EXPORT int64_t row_boundary(const Steps& steps, int group, int groups);
 
 }  // namespace fused_rnn

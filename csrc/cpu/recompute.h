@@ -18,7 +18,7 @@ class GateRecomputation {
   static constexpr int width = Simd<A>::width;
   static constexpr int G = Cell::gates;
   static constexpr int64_t panel_columns = G * width;
-  static constexpr int vectors_apart = Cell::hidden_bias_apart(G - 1) ? 1 : 0;
+  static constexpr int vectors_apart = gates_apart<Cell>();
   static constexpr bool converts = sizeof(S) != sizeof(E);
 
  public:
@@ -167,7 +167,7 @@ class GateRecomputation {
   FRNN_INLINE void store_gates(int d, const Thread& mine, int64_t row, int64_t unit, S* gates) {
     const int64_t n = H_ - unit;
     const Row& place = mine.rows[row];
-    V x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev{}, h, c{};
+    V x[G], r[G], saved[Cell::saved + 1], h_prev{}, c_prev[Cell::states + 1]{}, h, c[Cell::states + 1]{};
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
       // As in the forward pass: the sums hold the projection too, but where the cell wants it apart.
@@ -175,20 +175,21 @@ class GateRecomputation {
       x[g] = Cell::hidden_bias_apart(g) ? Simd<A>::load(mine.projected + row * panel_columns + g * width)
                                         : Simd<A>::splat(A(-0.0));
     }
-    if constexpr (Cell::kind == CellKind::gru) {
+    if constexpr (Cell::reads_h) {
       if (place.h) h_prev = Simd<A>::load_n(place.h + unit, n);
     }
-    if constexpr (Cell::has_cell) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Cell::states; ++j) {
       if (place.cell) {
-        c_prev = Simd<A>::load_n(place.cell + unit, n);
+        c_prev[j] = Simd<A>::load_n(place.cell + j * H_ + unit, n);
       } else if (place.c) {
-        c_prev = Simd<A>::load_n(place.c + unit, n);
+        c_prev[j] = Simd<A>::load_n(place.c + j * H_ + unit, n);
       }
     }
-    if constexpr (plain) {
-      Cell::template forward<V>(x, r, h_prev, c_prev, h, c, saved);
+    if constexpr (plain || Cell::kind >= CellKind::custom) {
+      forward_of<Cell>(x, r, h_prev, c_prev, h, c, saved);
     } else {
-      forward_with_options(d, unit, n, x, r, h_prev, c_prev, saved);
+      forward_with_options(d, unit, n, x, r, h_prev, c_prev[0], saved);
     }
 #pragma GCC unroll 4
     for (int g = 0; g < Cell::saved; ++g) Simd<A>::store_n(gates + g * H_ + unit, saved[g], n);

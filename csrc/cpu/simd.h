@@ -261,6 +261,7 @@ struct VectorLanes {
   static FRNN_INLINE Vector select(Mask mask, Vector a, Vector b) {
     return mask ? a : b;
   }
+  static FRNN_INLINE Int shift_right(Int i, int n) { return i >> n; }
   static FRNN_INLINE Vector times_power(Vector x, Vector n) { return plain_times_power(x, n); }
   static FRNN_INLINE Vector quotient(Vector a, Vector a_low, Vector b, Vector b_low) {
     return plain_quotient(a, a_low, b, b_low);
@@ -327,6 +328,9 @@ struct Lanes<FRNN_ISA::Pack<V, N, rough>> {
   template <class Mask>
   static FRNN_INLINE P select(const Mask& mask, const P& a, const P& b) {
     return each<V>([&](int i) __attribute__((always_inline)) { return One::select(mask.v[i], a.v[i], b.v[i]); });
+  }
+  static FRNN_INLINE Int shift_right(const Int& x, int n) {
+    return each<typename One::Int>([&](int i) __attribute__((always_inline)) { return One::shift_right(x.v[i], n); });
   }
   static FRNN_INLINE P times_power(const P& x, const P& n) {
     return each<V>([&](int i) __attribute__((always_inline)) { return One::times_power(x.v[i], n.v[i]); });

@@ -21,7 +21,7 @@ class alignas(64) Barrier {
     arrived_.store(0, std::memory_order_relaxed);
     generation_.store(0, std::memory_order_relaxed);
   }
-  void wait();
+  FRNN_EXPORT void wait();
 
  private:
   int threads_ = 1;
@@ -53,7 +53,7 @@ void expect_teams_in_time();
 
 // Runs task(context, thread) on `threads` threads at once and returns true; returns false, having run nothing, where
 // the runtime does not give that many. In a task denormal numbers are zero.
-bool run_team(int threads, void (*task)(void* context, int thread), void* context);
+FRNN_EXPORT bool run_team(int threads, void (*task)(void* context, int thread), void* context);
 
 // Memory for packed weights and buffers, aligned to 64 bytes or to a huge page; free() gives it back. Null when there
 // is none to be had.
@@ -61,7 +61,7 @@ void* large_memory(size_t bytes);
 
 // Memory of the calling thread that is kept from call to call, aligned to 64 bytes: it grows to what the largest call
 // needed. Null when there is none to be had.
-void* scratch_memory(size_t bytes);
+FRNN_EXPORT void* scratch_memory(size_t bytes);
 
 // Bytes that scratch_memory holds for the calling thread.
 size_t scratch_held();

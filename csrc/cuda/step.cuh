@@ -343,6 +343,7 @@ void launch_step_in(CellKind kind, int64_t hidden_size, const Step* directions, 
     case CellKind::rnn_relu: return with(RnnRelu{});
     case CellKind::lstm: return with(Lstm{});
     case CellKind::gru: return with(Gru{});
+    case CellKind::custom: break;
   }
 }
 

@@ -1,0 +1,167 @@
+"""Compiling custom cells on the user's machine: a header's trace, and kernels, both kept by content."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import backend
+
+__all__ = ["add_kernels", "compile_kernels", "trace_of"]
+
+_log = logging.getLogger("fused_rnn")
+
+_PACKAGE = Path(__file__).resolve().parent
+# Beside the package where it is installed, else in the checkout that it is used from.
+HEADERS = next((f for f in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if f.is_dir()), _PACKAGE / "csrc")
+
+_TRACE = '#include <initializer_list>\n#include "cells/trace.h"\n#include "{path}"\n'
+_TRACE += "int main() {{ return fused_rnn::trace::run<{name}>(); }}\n"
+
+_KERNELS = """#define FRNN_ISA custom_{isa}
+#define FRNN_ISA_TEXT "{isa}"
+#define FRNN_VECTOR_BYTES {bytes}
+#include "cpu/custom_kernels.h"
+
+namespace fused_rnn {{
+{struct}
+}}  // namespace fused_rnn
+
+FRNN_CUSTOM_CELL(fused_rnn::{name}, {number})
+"""
+
+# Bytes of a vector of each instruction set; what another has beside AVX-512 concerns products of our own cells.
+_VECTOR_BYTES = {"avx2": 32, "avx512": 64, "avx512_bf16": 64, "avx512_amx": 64}
+
+
+def cache_folder() -> Path:
+    """``FUSED_RNN_CACHE``, or ``fused_rnn`` in the user's folder for caches."""
+    if given := os.environ.get("FUSED_RNN_CACHE"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fused_rnn"
+
+
+def compiler() -> list[str]:
+    """``CXX``, or the first of g++, c++ and clang++ that there is.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if given := os.environ.get("CXX"):
+        return shlex.split(given)
+    for name in ("g++", "c++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise RuntimeError(
+        "load_cell: expected a C++ compiler, g++, c++ or clang++, on PATH or in the environment variable CXX, found "
+        "none: install one (Debian, Ubuntu: apt install g++), or bring the folder FUSED_RNN_CACHE of a machine that has"
+    )
+
+
+@functools.cache
+def _digest_of_headers() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(HEADERS.rglob("*.h")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join((*parts, _digest_of_headers())).encode()).hexdigest()[:32]
+
+
+def trace_of(source: str, name: str, origin: str) -> str:
+    """The lines that ``csrc/cells/trace.h`` prints of the struct ``name`` in a header.
+
+    Args:
+        source: the header's text. origin: its path, for messages.
+
+    Raises:
+        RuntimeError: it does not compile, or there is no compiler.
+    """
+    kept = cache_folder() / f"{_key('trace', source, name)}.trace"
+    if kept.is_file():
+        return kept.read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        main, program = Path(folder) / "trace.cpp", Path(folder) / "trace"
+        # At its own place, so that what it includes is found.
+        path = Path(origin) if Path(origin).is_file() else Path(folder) / "cell.h"
+        if not path.is_file():
+            path.write_text(source)
+        main.write_text(_TRACE.format(path=path.resolve(), name=name))
+        _compile([*compiler(), "-std=c++17", "-O0", f"-I{HEADERS}", str(main), "-o", str(program)], origin)
+        result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{origin}: {result.stderr.strip() or 'the cell’s step did not run'}")
+    _keep(kept, result.stdout.encode())
+    return result.stdout
+
+
+def compile_kernels(struct: str, name: str, number: int, isa: str) -> Path:
+    """The library with the kernels of a cell for one instruction set: that of the cache, or a new one.
+
+    Args:
+        struct: the cell as C++, named ``name``. number: its kind.
+
+    Raises:
+        RuntimeError: it does not compile, or there is no compiler.
+    """
+    assert backend.ops is not None
+    if isa == "avx512_amx":  # tiles are for products of our own cells
+        isa_of_kernels = "avx512_bf16"
+    else:
+        isa_of_kernels = isa
+    flags = [*shlex.split(backend.ops.build_flags()), *backend.ops.instruction_set_flags(isa_of_kernels)]
+    source = _KERNELS.format(isa=isa, bytes=_VECTOR_BYTES.get(isa, 16), struct=struct, name=name, number=number)
+    kept = cache_folder() / f"{_key('kernels', source, shlex.join(flags))}.so"
+    if kept.is_file():
+        return kept
+    _log.info("compiling the kernels of %s for %s, once: about a minute", name, isa)
+    with tempfile.TemporaryDirectory() as folder:
+        file, library = Path(folder) / "cell.cpp", Path(folder) / "cell.so"
+        file.write_text(source)
+        _compile([*compiler(), *flags, f"-I{HEADERS}", "-shared", str(file), "-o", str(library)], name)
+        _keep(kept, library.read_bytes())
+    return kept
+
+
+def add_kernels(library: Path) -> None:
+    """Its kernels to those of the process."""
+    _show_symbols()
+    assert backend.ops is not None
+    backend.ops.add_custom_cell(str(library))
+
+
+@functools.cache
+def _show_symbols() -> None:
+    """Python loads an extension for itself alone; kernels of custom cells call its team of threads."""
+    assert backend.ops is not None
+    ctypes.CDLL(backend.ops.extension_path(), mode=os.RTLD_NOW | os.RTLD_GLOBAL | os.RTLD_NOLOAD)
+
+
+def _compile(command: Sequence[str], origin: str) -> None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"load_cell: the C++ compiler does not run: {error}") from error
+    if result.returncode != 0:
+        raise RuntimeError(f"{origin}: does not compile ({shlex.join(command)}):\n{result.stderr.strip()}")
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """All of it or nothing, whoever else writes the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.chmod(file.name, 0o644 if path.suffix != ".so" else 0o755)
+    os.replace(file.name, path)

@@ -1,0 +1,240 @@
+"""Cells of one's own: a step written down once, as a C++ header, and layers that run it like those that are built in."""
+
+from __future__ import annotations
+
+import copyreg
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _checks, backend, compiling, formulas
+from .expressions import Step, Trace, evaluate
+from .layers import Recurrent
+from .settings import LAYER_OPTIONS, STEP_OPTIONS, AnyCellKind, CellShape, LayerOptions, StepOptions, add_kind, show_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["CustomLayer", "load_cell"]
+
+_FIRST_NUMBER, _LAST_NUMBER = 1 << 16, (1 << 31) - 1  # csrc/problem.h, CellKind
+
+_classes: dict[tuple[str, str], type[CustomLayer]] = {}
+
+
+class CustomLayer(Recurrent):
+    """Layers of a custom cell, over a sequence. :func:`load_cell` makes a class of this kind for each header.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: features of the state, H.
+        num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as :class:`fused_rnn.LSTM`.
+        options: those of :class:`fused_rnn.RNN` but ``activation``.
+
+    Parameters, for layer k, and with suffix ``_reverse`` for the second direction, each drawn uniformly between
+    :math:`\\pm 1 / \\sqrt{H}`: ``weight_ih_l{k}`` (G*H, I; D*H in place of I for k > 0), ``weight_hh_l{k}`` (G*H, H),
+    ``bias_ih_l{k}`` and ``bias_hh_l{k}`` (G*H), with G gates in the order of the header.
+    """
+
+    _custom: ClassVar[AnyCellKind]
+    _header: ClassVar[str]  # its text
+    _step: ClassVar[Step]
+
+    @show_options(LAYER_OPTIONS)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        if not options.get("recurrent_bias", True) and self._step.apart > 0:
+            raise ValueError(
+                f"recurrent_bias: expected True for a {type(self).__name__}, in which W_hh h + b_hh of a gate is used "
+                "without W_ih x + b_ih"
+            )
+        super().__init__(
+            self._custom.name,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            options,
+        )
+
+    @show_options(STEP_OPTIONS)
+    def forward(self, input: Any, hx: Any = None, **steps: Unpack[StepOptions]) -> Any:
+        """Run the layers.
+
+        Args:
+            input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) without a batch, or a PackedSequence.
+            hx: h_0 (L*D, B, H), or for a cell with private states the tuple of h_0 and each of them, all of this
+                shape, without B for unbatched input; ``None`` for zeros.
+            lengths, mask, reset, reset_state: as :meth:`fused_rnn.LSTM.forward` has them, ``reset_state`` as ``hx``.
+
+        Returns:
+            ``(output, states)``: h of the last layer at all steps, and what ``hx`` is, after the last step.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`fused_rnn.LSTM.forward`.
+        """
+        several = self._custom.num_states > 1
+        if several:
+            hx = self._join(hx, "hx")
+            if steps.get("reset_state") is not None:
+                steps = {**steps, "reset_state": self._join(steps["reset_state"], "reset_state")}  # type: ignore[misc]
+        results = self._run(input, hx, steps)
+        if several:
+            h, c = results[1]
+            return (results[0], (h, *c.chunk(self._custom.num_states, dim=-1)), *results[2:])
+        return results
+
+    def _join(self, states: Any, name: str) -> Any:
+        """Operators have the private states side by side."""
+        if states is None:
+            return None
+        count = self._custom.num_states + 1
+        if not isinstance(states, (tuple, list)) or len(states) != count:
+            error = RuntimeError if isinstance(states, (tuple, list)) else TypeError
+            raise error(f"{name}: expected a tuple of {count} Tensors or None, got {_checks._describe(states)}")
+        for index, state in enumerate(states):
+            if not isinstance(state, Tensor):
+                raise TypeError(f"{name}[{index}]: expected a Tensor, got {_checks._describe(state)}")
+            if state.shape != states[0].shape:
+                expected = tuple(states[0].shape)
+                raise RuntimeError(f"{name}[{index}]: expected {expected} as {name}[0] has, got {tuple(state.shape)}")
+        return states[0], torch.cat(tuple(states[1:]), dim=-1)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """With its header instead of the class, which no module has."""
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_new_layer, (self._header, type(self).__name__), *reduced[2:])
+
+
+def _new_layer(header: str, name: str) -> CustomLayer:
+    cls = load_cell_text(header, name, name)
+    return cls.__new__(cls)
+
+
+def load_cell(path: str | os.PathLike[str], name: str | None = None) -> type[CustomLayer]:
+    """A class of layers, like :class:`fused_rnn.LSTM`, whose step is written in a C++ header of your own.
+
+    The header has a struct with the number of gates and a function of one step, a template on the value ``V``; the
+    backward step follows from it by reverse-mode differentiation. Everything else is there: both directions, stacks,
+    lengths, masks, packed batches, resets, recompute, zoneout and the other options that concern no gate, second
+    derivatives, :func:`torch.compile`. The documentation's page about new cells has the whole vocabulary::
+
+        struct MinimalGatedUnit {
+          static constexpr int gates = 2;
+          template <class V>
+          static void forward(const V* x, const V* r, V h_prev, const V*, V& h, V*) {
+            const V f = sigmoid(x[0] + r[0]);
+            const V n = tanh(x[1] + f * r[1]);
+            h = (1 - f) * h_prev + f * n;
+          }
+        };
+
+    The kernels are compiled once for this machine's processor, which takes about a minute, and kept in the folder
+    ``FUSED_RNN_CACHE`` (``~/.cache/fused_rnn``) by content. The formulas run on every device, and the kernels on the
+    CPU.
+
+    Args:
+        path: of the header.
+        name: of the struct, where the header has several; the class gets its name.
+
+    Returns:
+        the class, the same for the same text and name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the header has no struct of that name, or several and none is named.
+        RuntimeError: it does not compile, there is no C++ compiler, or a value is not assigned.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    structs = re.findall(r"^\s*struct\s+(\w+)\s*(?::[^{;]*)?\{", text, re.MULTILINE)
+    if name is None:
+        if len(structs) != 1:
+            found = "none" if not structs else ", ".join(structs)
+            raise ValueError(f"name: expected the name of a struct in {path}, which has {found}; got None")
+        name = structs[0]
+    elif name not in structs:
+        raise ValueError(f"name: expected one of {', '.join(structs) or 'no struct'} in {path}, got {name!r}")
+    return load_cell_text(text, name, str(path))
+
+
+def load_cell_text(text: str, name: str, origin: str) -> type[CustomLayer]:
+    """:func:`load_cell` of a header's text; ``origin``: what messages call it."""
+    cls = _classes.get((text, name))
+    if cls is None:
+        trace = Trace(compiling.trace_of(text, name, origin))
+        cls = _classes[text, name] = _make_class(text, name, trace)
+    _add_kernels(cls)
+    return cls
+
+
+def _make_class(text: str, name: str, trace: Trace) -> type[CustomLayer]:
+    step = Step(trace)
+    content = json.dumps([trace.gates, trace.states, step.cpp("Cell")])
+    span = _LAST_NUMBER - _FIRST_NUMBER
+    number = _FIRST_NUMBER + int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") % span
+    kind = add_kind(name, number, CellShape(trace.gates, trace.states, step.saved))
+    formulas.STEPS[kind] = _formula_of(trace)
+    documentation = f"Layers of the custom cell {name}.\n\n{(CustomLayer.__doc__ or '').partition(chr(10) * 2)[2]}"
+    members = {"_custom": kind, "_header": text, "_step": step, "__doc__": documentation, "__module__": __name__}
+    return type(name, (CustomLayer,), members)
+
+
+def _formula_of(trace: Trace) -> Any:
+    """The step in PyTorch's operations, as those in :mod:`fused_rnn.formulas`."""
+    gates, states = trace.gates, trace.states
+    wanted = [trace.outputs["h", 0], *(trace.outputs["state", i] for i in range(states))]
+
+    def step(
+        cell: formulas.Cell, x_gates: Tensor, h_dropped: Tensor, h: Tensor, c: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        inputs = {("x", g): x for g, x in enumerate(x_gates.chunk(gates, dim=-1))}
+        inputs |= {("r", g): r for g, r in enumerate(cell.recurrent(h_dropped).chunk(gates, dim=-1))}
+        inputs["h", 0] = h
+        if c is not None:
+            inputs |= {("state", i): state for i, state in enumerate(c.chunk(states, dim=-1))}
+        new_h, *new_states = evaluate(trace.graph, wanted, inputs)
+        return new_h, torch.cat(new_states, dim=-1) if states else None
+
+    return step
+
+
+def _add_kernels(cls: type[CustomLayer]) -> None:
+    """For the instruction set in use, if there is an extension whose kernels they join."""
+    if backend.ops is None:
+        return
+    isa = backend.ops.instruction_set()
+    if (cls._custom, isa) in _added:
+        return
+    # By number, so that the same cell by another name is the same library.
+    name = f"Cell{cls._custom.value}"
+    compiling.add_kernels(compiling.compile_kernels(cls._step.cpp(name), name, cls._custom.value, isa))
+    _added.add((cls._custom, isa))
+
+
+_added: set[tuple[AnyCellKind, str]] = set()
