@@ -239,6 +239,7 @@ def ninja_path(path) -> str:
 
 def build_configuration(torch) -> dict:
     """`ext_modules` and `cmdclass` for setup()."""
+    from setuptools.command.build_py import build_py
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     cuda = usable_cuda(torch)
@@ -304,7 +305,24 @@ def build_configuration(torch) -> dict:
         extra_link_args=link,
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()),
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithKernels}}
+
+    class BuildWithHeaders(build_py):
+        """Kernels of custom cells are compiled where the package is used (fused_rnn/compiling.py)."""
+
+        def run(self):
+            super().run()
+            if getattr(self, "editable_mode", False):
+                return
+            for header in kernel_headers():
+                target = Path(self.build_lib) / "fused_rnn" / header.relative_to(ROOT)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(header), str(target))
+
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithKernels, "build_py": BuildWithHeaders}}
+
+
+def kernel_headers() -> list[Path]:
+    return [ROOT / "csrc/problem.h", *sorted((ROOT / "csrc/cells").glob("*.h")), *sorted((ROOT / "csrc/cpu").glob("*.h"))]
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -11,10 +13,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import backend
+from .expressions import Step
 
 __all__ = ["add_kernels", "compile_kernels", "trace_of"]
 
@@ -36,8 +40,10 @@ namespace fused_rnn {{
 {struct}
 }}  // namespace fused_rnn
 
-FRNN_CUSTOM_CELL(fused_rnn::{name}, {number})
+FRNN_CUSTOM_KERNELS({name}, {element})
 """
+_TABLE = '#include "cpu/custom_table.h"\n\nFRNN_CUSTOM_CELL({number}, "{isa}", {gates}, {saved}, {states})\n'
+_ELEMENTS = ("float", "double", "BFloat16", "Half")
 
 # Bytes of a vector of each instruction set; what another has beside AVX-512 concerns products of our own cells.
 _VECTOR_BYTES = {"avx2": 32, "avx512": 64, "avx512_bf16": 64, "avx512_amx": 64}
@@ -71,7 +77,7 @@ def compiler() -> list[str]:
 @functools.cache
 def _digest_of_headers() -> str:
     digest = hashlib.sha256()
-    for path in sorted(HEADERS.rglob("*.h")):
+    for path in (HEADERS / "problem.h", *sorted(HEADERS.glob("cells/*.h")), *sorted(HEADERS.glob("cpu/*.h"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -90,8 +96,13 @@ def trace_of(source: str, name: str, origin: str) -> str:
         RuntimeError: it does not compile, or there is no compiler.
     """
     kept = cache_folder() / f"{_key('trace', source, name)}.trace"
-    if kept.is_file():
-        return kept.read_text()
+    with _alone(kept):
+        if not kept.is_file():
+            _keep(kept, _trace(source, name, origin).encode())
+    return kept.read_text()
+
+
+def _trace(source: str, name: str, origin: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         main, program = Path(folder) / "trace.cpp", Path(folder) / "trace"
         # At its own place, so that what it includes is found.
@@ -103,36 +114,52 @@ def trace_of(source: str, name: str, origin: str) -> str:
         result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{origin}: {result.stderr.strip() or 'the cell’s step did not run'}")
-    _keep(kept, result.stdout.encode())
     return result.stdout
 
 
-def compile_kernels(struct: str, name: str, number: int, isa: str) -> Path:
+def compile_kernels(step: Step, number: int, isa: str) -> Path:
     """The library with the kernels of a cell for one instruction set: that of the cache, or a new one.
 
     Args:
-        struct: the cell as C++, named ``name``. number: its kind.
+        number: the cell's kind.
 
     Raises:
         RuntimeError: it does not compile, or there is no compiler.
     """
     assert backend.ops is not None
-    if isa == "avx512_amx":  # tiles are for products of our own cells
-        isa_of_kernels = "avx512_bf16"
-    else:
-        isa_of_kernels = isa
-    flags = [*shlex.split(backend.ops.build_flags()), *backend.ops.instruction_set_flags(isa_of_kernels)]
-    source = _KERNELS.format(isa=isa, bytes=_VECTOR_BYTES.get(isa, 16), struct=struct, name=name, number=number)
-    kept = cache_folder() / f"{_key('kernels', source, shlex.join(flags))}.so"
-    if kept.is_file():
-        return kept
-    _log.info("compiling the kernels of %s for %s, once: about a minute", name, isa)
-    with tempfile.TemporaryDirectory() as folder:
-        file, library = Path(folder) / "cell.cpp", Path(folder) / "cell.so"
-        file.write_text(source)
-        _compile([*compiler(), *flags, f"-I{HEADERS}", "-shared", str(file), "-o", str(library)], name)
-        _keep(kept, library.read_bytes())
+    # Tiles are for products of our own cells.
+    of_set = backend.ops.instruction_set_flags("avx512_bf16" if isa == "avx512_amx" else isa)
+    # -O2 takes two thirds of the time of -O3 here, and what vectors are there are written out.
+    of_build = [flag for flag in shlex.split(backend.ops.build_flags()) if flag not in ("-O3", "-Wall", "-Wextra")]
+    flags = [*of_build, "-O2", "-w", *of_set, f"-I{HEADERS}"]
+    name = f"Cell{number}"  # so that the same cell by another name is the same library
+    given = {"isa": isa, "bytes": _VECTOR_BYTES.get(isa, 16), "struct": step.cpp(name), "name": name}
+    sources = {element: _KERNELS.format(element=element, **given) for element in _ELEMENTS}
+    sources["table"] = _TABLE.format(number=number, isa=isa, gates=step.gates, saved=step.saved, states=step.states)
+    kept = cache_folder() / f"{_key('kernels', *sources.values(), *flags)}.so"
+    with _alone(kept):
+        if not kept.is_file():
+            _compile_library(sources, flags, kept, isa)
     return kept
+
+
+def _compile_library(sources: Mapping[str, str], flags: Sequence[str], kept: Path, isa: str) -> None:
+    assert backend.ops is not None
+    _log.info("compiling a custom cell's kernels for %s, once: a minute or less", isa)
+    with tempfile.TemporaryDirectory() as folder:
+        command = compiler()
+
+        def compile_one(element: str) -> str:
+            file = Path(folder) / f"{element}.cpp"
+            file.write_text(sources[element])
+            _compile([*command, *flags, "-c", str(file), "-o", f"{file}.o"], "load_cell")
+            return f"{file}.o"
+
+        with ThreadPoolExecutor(backend.ops.available_processors()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        library = Path(folder) / "cell.so"
+        _compile([*command, "-shared", *objects, "-o", str(library)], "load_cell")
+        _keep(kept, library.read_bytes())
 
 
 def add_kernels(library: Path) -> None:
@@ -158,9 +185,20 @@ def _compile(command: Sequence[str], origin: str) -> None:
         raise RuntimeError(f"{origin}: does not compile ({shlex.join(command)}):\n{result.stderr.strip()}")
 
 
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While one process makes this file, others wait for it: all ranks of a job load the same cells at once."""
+    if path.is_file():
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _keep(path: Path, content: bytes) -> None:
     """All of it or nothing, whoever else writes the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
     os.chmod(file.name, 0o644 if path.suffix != ".so" else 0o755)

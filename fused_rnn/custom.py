@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["CustomLayer", "load_cell"]
 
 _FIRST_NUMBER, _LAST_NUMBER = 1 << 16, (1 << 31) - 1  # csrc/problem.h, CellKind
+
+_OF_GATES = ("zoneout_cell", "activation", "recurrent_activation", "reset_after", "peephole", "coupled_gates", "cell_clip")
+_OF_GATES += ("forget_bias",)
 
 _classes: dict[tuple[str, str], type[CustomLayer]] = {}
 
@@ -61,11 +65,7 @@ class CustomLayer(Recurrent):
         dtype: Any = None,
         **options: Unpack[LayerOptions],
     ) -> None:
-        if not options.get("recurrent_bias", True) and self._step.apart > 0:
-            raise ValueError(
-                f"recurrent_bias: expected True for a {type(self).__name__}, in which W_hh h + b_hh of a gate is used "
-                "without W_ih x + b_ih"
-            )
+        self._check_options(options)
         super().__init__(
             self._custom.name,
             input_size,
@@ -80,6 +80,24 @@ class CustomLayer(Recurrent):
             dtype,
             options,
         )
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Those that concern gates have no meaning here."""
+        for name, value in options.items():
+            if name in _OF_GATES and value != LAYER_OPTIONS[name]:
+                raise ValueError(
+                    f"{name}: expected {LAYER_OPTIONS[name]!r} for a {type(self).__name__}, a custom cell, whose gates "
+                    f"are as its header has them, got {value!r}"
+                )
+        if not options.get("recurrent_bias", True) and self._step.apart > 0:
+            raise ValueError(
+                f"recurrent_bias: expected True for a {type(self).__name__}, in which W_hh h + b_hh of a gate is used "
+                "without W_ih x + b_ih"
+            )
+
+    def _prepare_option(self, name: str, value: Any) -> None:
+        self._check_options({name: value})
+        super()._prepare_option(name, value)
 
     @show_options(STEP_OPTIONS)
     def forward(self, input: Any, hx: Any = None, **steps: Unpack[StepOptions]) -> Any:
@@ -97,16 +115,18 @@ class CustomLayer(Recurrent):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`fused_rnn.LSTM.forward`.
         """
-        several = self._custom.num_states > 1
-        if several:
-            hx = self._join(hx, "hx")
-            if steps.get("reset_state") is not None:
-                steps = {**steps, "reset_state": self._join(steps["reset_state"], "reset_state")}  # type: ignore[misc]
-        results = self._run(input, hx, steps)
-        if several:
+        results = self._run(input, *self._for_operators(hx, steps))
+        if self._custom.num_states > 1:
             h, c = results[1]
             return (results[0], (h, *c.chunk(self._custom.num_states, dim=-1)), *results[2:])
         return results
+
+    def _for_operators(self, hx: Any, steps: StepOptions) -> tuple[Any, StepOptions]:
+        if self._custom.num_states <= 1:
+            return hx, steps
+        if steps.get("reset_state") is not None:
+            steps = {**steps, "reset_state": self._join(steps["reset_state"], "reset_state")}  # type: ignore[misc]
+        return self._join(hx, "hx"), steps
 
     def _join(self, states: Any, name: str) -> Any:
         """Operators have the private states side by side."""
@@ -198,7 +218,7 @@ def _make_class(text: str, name: str, trace: Trace) -> type[CustomLayer]:
     content = json.dumps([trace.gates, trace.states, step.cpp("Cell")])
     span = _LAST_NUMBER - _FIRST_NUMBER
     number = _FIRST_NUMBER + int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") % span
-    kind = add_kind(name, number, CellShape(trace.gates, trace.states, step.saved))
+    kind = add_kind(f"CUSTOM_{name}", number, CellShape(trace.gates, trace.states, step.saved))
     formulas.STEPS[kind] = _formula_of(trace)
     documentation = f"Layers of the custom cell {name}.\n\n{(CustomLayer.__doc__ or '').partition(chr(10) * 2)[2]}"
     members = {"_custom": kind, "_header": text, "_step": step, "__doc__": documentation, "__module__": __name__}
@@ -231,9 +251,7 @@ def _add_kernels(cls: type[CustomLayer]) -> None:
     isa = backend.ops.instruction_set()
     if (cls._custom, isa) in _added:
         return
-    # By number, so that the same cell by another name is the same library.
-    name = f"Cell{cls._custom.value}"
-    compiling.add_kernels(compiling.compile_kernels(cls._step.cpp(name), name, cls._custom.value, isa))
+    compiling.add_kernels(compiling.compile_kernels(cls._step, cls._custom.value, isa))
     _added.add((cls._custom, isa))
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
-from .layers import GRU, LSTM, RNN
+from .layers import Recurrent
 from .settings import NOTHING_AROUND, NOTHING_WITHIN, Around, Settings, StepOptions
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation", "explain"]
 
-_LAYERS = (LSTM, GRU, RNN)
 _CELLS = (LSTMCell, GRUCell, RNNCell)
 
 
@@ -147,7 +146,8 @@ def explain(
     data: Any = input
     batch_sizes = None
     params: Sequence[Any]
-    if isinstance(module, _LAYERS):
+    if isinstance(module, Recurrent):
+        hx, steps = module._for_operators(hx, steps)
         settings, params = module._settings(), module._params()
         if isinstance(input, PackedSequence):
             data, batch_sizes = input.data, input.batch_sizes
@@ -165,7 +165,7 @@ def explain(
     if region is not None:
         data, hx, params = functional.autocast(settings, region, data, hx, params)
         given_steps = functional.cast_reset_state(given_steps, data)
-    if isinstance(module, _LAYERS):
+    if isinstance(module, Recurrent):
         call = functional.prepare_layers(settings, data, hx, params, given_steps)
     else:
         call = functional.prepare_cell(settings, data, hx, params, given_steps)

@@ -277,6 +277,10 @@ class Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
     def _params_by_attribute(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
 
+    def _for_operators(self, hx: Any, steps: StepOptions) -> tuple[Any, StepOptions]:
+        """States as functions and operators have them: h, or (h, c)."""
+        return hx, steps
+
     def _run(self, input: Any, hx: Any, steps: StepOptions) -> Any:
         settings = self._settings()
         carries_on = settings.around is not None and settings.around.stateful

@@ -117,6 +117,7 @@ _OLDEST_CAPABILITY = (8, 0)
 
 # Custom cells: fused_rnn/compiling.py.
 add_custom_cell = _C.add_custom_cell
+available_processors = _C.available_processors
 instruction_set = _C.isa_used
 
 

@@ -68,7 +68,7 @@ def add_kind(name: str, number: int, shape: CellShape) -> AnyCellKind:
     """A custom cell, whose number is that in ``csrc/cpu/custom.h``."""
     if number not in _kinds:
         _shapes[number] = shape
-        _kinds[number] = AnyCellKind(f"{name}Kind", {name.upper(): number})[name.upper()]  # type: ignore[call-overload]
+        _kinds[number] = AnyCellKind(f"KindOf_{name}", {name: number})[name]  # type: ignore[call-overload]
     return _kinds[number]
 
 

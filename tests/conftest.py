@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,10 @@ SUITE_THREADS = 1
 
 # In files with tests that run alone (ALONE_TESTS in the Makefile).
 ALONE = re.compile(r"mark[.]alone|\bthreads: None")
+
+
+# Custom cells are compiled once for all processes and runs.
+os.environ.setdefault("FUSED_RNN_CACHE", str(Path(__file__).parent.parent / "build" / "cells"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

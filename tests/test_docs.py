@@ -66,11 +66,25 @@ def test_all_pages_with_code_are_run_here() -> None:
         "index.md",
         "migrating.md",
         "diagnostics.md",
+        "new-cell.md",
         "options.md",
         "resets.md",
         "variable-lengths.md",
         *ways,
     }
+
+
+@pytest.mark.compiles
+def test_code_of_the_page_on_new_cells_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    headers = re.findall(r"```cpp\n(// (\w+\.h).*?)```", (DOCS / "new-cell.md").read_text(), re.DOTALL)
+    for text, name in headers:
+        (tmp_path / name).write_text(text)
+        example = DOCS.parent / "examples" / "cells" / name
+        assert example.read_text() == text
+    assert len(headers) == 3
+    monkeypatch.chdir(tmp_path)
+    page = run_page(DOCS / "new-cell.md", monkeypatch, torch=torch, fused_rnn=fused_rnn)
+    assert page.model.rate.grad.count_nonzero() > 0 and page.output.shape == (20, 4, 64)
 
 
 def test_code_of_the_page_on_options_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,482 @@
+"""`load_cell`: a step written down once, as a header, runs as the cells that are built in do."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.backends import fused_available
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fused_rnn
+from fused_rnn.custom import CustomLayer
+from fused_rnn.expressions import Graph, Step, Trace, differentiate, evaluate
+
+HEADERS = Path(__file__).parent / "cells"
+F64 = torch.float64
+
+# Loading compiles: once for all processes and runs of the suite, by content.
+pytestmark = pytest.mark.compiles
+
+
+def cell(name: str) -> type[CustomLayer]:
+    header = "like_ours.h" if name in ("Lstm", "Gru", "Rnn", "LstmByHand") else "others.h"
+    return fused_rnn.load_cell(HEADERS / header, name)
+
+
+OTHERS = ("ScalarLstm", "Apart", "AllFunctions")
+TWINS: dict[str, Callable[..., nn.Module]] = {
+    "Lstm": fused_rnn.LSTM,
+    "LstmByHand": fused_rnn.LSTM,
+    "Gru": fused_rnn.GRU,
+    "Rnn": lambda *args, **options: fused_rnn.RNN(*args, nonlinearity="relu", **options),
+}
+
+
+def flat(states: Any) -> list[Tensor]:
+    return list(states) if isinstance(states, tuple) else [states]
+
+
+def run(layer: nn.Module, input: Tensor, hx: Any = None, **steps: Any) -> list[Tensor]:
+    """Output and final states, and the gradients of input, hx and parameters."""
+    input = input.detach().clone().requires_grad_()
+    leaves = [] if hx is None else [s.detach().clone().requires_grad_() for s in flat(hx)]
+    hx = None if hx is None else tuple(leaves) if isinstance(hx, tuple) else leaves[0]
+    output, states = layer(input, hx, **steps)
+    results = [output, *flat(states)]
+    generator = torch.Generator().manual_seed(3)
+    loss = sum((r.double() * torch.randn(r.shape, generator=generator, dtype=F64)).sum() for r in results)
+    params = list(layer.parameters())
+    grads = torch.autograd.grad(loss, [input, *leaves, *params], allow_unused=True)
+    return [*results, *(torch.zeros_like(p) if g is None else g for g, p in zip(grads, [input, *leaves, *params]))]
+
+
+def states_of(layer: CustomLayer, batch: int, seed: int = 7) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    rows = layer.num_layers * (2 if layer.bidirectional else 1)
+    shape = (rows, batch, layer.hidden_size)
+    dtype = layer.weight_ih_l0.dtype
+    states = [torch.rand(shape, generator=generator, dtype=F64).to(dtype) for _ in range(1 + layer._custom.num_states)]
+    return states[0] if len(states) == 1 else tuple(states)
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-11) -> None:
+    assert len(found) == len(expected)
+    for f, e in zip(found, expected, strict=True):
+        assert f.shape == e.shape and torch.isfinite(f).all()
+        assert (f.double() - e.double()).abs().max() <= tolerance * max(1.0, float(e.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=str)
+def test_cells_written_anew_are_those_that_are_built_in(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    layer = cell(name)(5, 19, num_layers=2, bidirectional=True).to(dtype)
+    twin = TWINS[name](5, 19, num_layers=2, bidirectional=True).to(dtype)
+    twin.load_state_dict(layer.state_dict())
+    x, hx = torch.randn(7, 3, 5).to(dtype), states_of(layer, 3)
+    assert_close(run(layer, x, hx), run(twin, x, hx), tolerance)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", [*TWINS, *OTHERS])
+@pytest.mark.parametrize("hidden_size, batch", [(1, 1), (16, 2), (37, 5)])
+def test_kernels_are_the_formulas(name: str, hidden_size: int, batch: int) -> None:
+    torch.manual_seed(1)
+    layer = cell(name)(4, hidden_size, num_layers=2, bidirectional=True, dtype=F64)
+    x, hx = torch.randn(6, batch, 4, dtype=F64), states_of(layer, batch)
+    reset = torch.rand(6, batch) < 0.3
+    reset_state = states_of(layer, batch, seed=8)
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        (None, {}),
+        (hx, {"lengths": torch.arange(batch) % 7}),
+        (hx, {"mask": torch.rand(6, batch) < 0.7}),
+        (hx, {"reset": reset, "reset_state": reset_state, "lengths": torch.full((batch,), 5)}),
+    ]
+    for states, steps in calls:
+        assert fused_rnn.explain(layer, x).backend == "fused"
+        found = run(layer, x, states, **steps)
+        layer.recompute = True
+        again = run(layer, x, states, **steps)
+        layer.recompute = False
+        with fused_rnn.use_backend("reference"):
+            expected = run(layer, x, states, **steps)
+        assert_close(found, expected)
+        assert_close(again, expected)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_dtypes(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(2)
+    layer = cell(name)(12, 24).to(dtype)
+    x, hx = torch.randn(5, 4, 12).to(dtype), states_of(layer, 4)
+    found = run(layer, x, hx)
+    with fused_rnn.use_backend("reference"):
+        expected = run(copy.deepcopy(layer).double(), x.double(), states_of(layer.double(), 4))
+    assert all(t.dtype == dtype for t in found)
+    assert_close(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_second_derivatives(name: str) -> None:
+    torch.manual_seed(3)
+    layer = cell(name)(2, 3, dtype=F64)
+    x, hx = torch.randn(3, 2, 2, dtype=F64, requires_grad=True), states_of(layer, 2)
+    leaves = [s.requires_grad_() for s in flat(hx)]
+    params = list(layer.parameters())
+
+    def call(x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        output, final = layer(x, tuple(states) if len(states) > 1 else states[0])
+        return output, *flat(final)
+
+    assert torch.autograd.gradcheck(lambda x, *rest: call(x, *rest[: len(leaves)]), (x, *leaves, *params))
+    assert torch.autograd.gradgradcheck(lambda x, *rest: call(x, *rest), (x, *leaves), atol=1e-4)
+    jvp = torch.func.jvp(lambda x: call(x, *leaves)[0], (x,), (torch.ones_like(x),))[1]
+    numeric = (call(x + 1e-6, *leaves)[0] - call(x - 1e-6, *leaves)[0]) / 2e-6
+    torch.testing.assert_close(jvp, numeric, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["Gru", "ScalarLstm"])
+def test_options_of_the_loops(name: str) -> None:
+    torch.manual_seed(4)
+    options: dict[str, Any] = {"zoneout": 0.3, "recurrent_dropout": 0.2, "input_dropout": 0.1, "num_heads": 2}
+    layer = cell(name)(5, 32, num_layers=2, dtype=F64, recurrent_grad_clip=0.05, **options)
+    x, hx = torch.randn(6, 3, 5, dtype=F64), states_of(layer, 3)
+    torch.manual_seed(5)
+    found = run(layer, x, hx)
+    torch.manual_seed(5)
+    with fused_rnn.use_backend("reference"):
+        expected = run(layer, x, hx)
+    assert_close(found, expected)
+    if name == "Gru":
+        twin = fused_rnn.GRU(5, 32, num_layers=2, dtype=F64, recurrent_grad_clip=0.05, **options)
+        twin.load_state_dict(layer.state_dict())
+        torch.manual_seed(5)
+        assert_close(run(twin, x, hx), expected)
+    assert "zoneout=0.3" in repr(layer) and "num_heads=2" in repr(layer)
+
+
+def test_packed_batches() -> None:
+    torch.manual_seed(5)
+    layer = cell("ScalarLstm")(5, 8, bidirectional=True, dtype=F64)
+    lengths = torch.tensor([3, 6, 1])
+    x, hx = torch.randn(6, 3, 5, dtype=F64), states_of(layer, 3)
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    output, states = layer(packed, hx)
+    padded, expected = layer(x, hx, lengths=lengths)
+    torch.testing.assert_close(nn.utils.rnn.pad_packed_sequence(output)[0], padded)
+    for state, other in zip(states, expected, strict=True):
+        torch.testing.assert_close(state, other)
+
+
+def test_without_a_batch_and_batch_first() -> None:
+    torch.manual_seed(6)
+    layer = cell("ScalarLstm")(5, 8, batch_first=True, dtype=F64)
+    x = torch.randn(2, 4, 5, dtype=F64)
+    output, states = layer(x)
+    alone, states_alone = layer(x[1])
+    torch.testing.assert_close(alone, output[1])
+    for state, other in zip(states_alone, states, strict=True):
+        torch.testing.assert_close(state, other[:, 1])
+
+
+def test_a_stateful_layer_carries_every_state() -> None:
+    torch.manual_seed(7)
+    layer = cell("ScalarLstm")(5, 8, stateful=True, dtype=F64)
+    x = torch.randn(6, 3, 5, dtype=F64)
+    parts = [layer(part)[0] for part in x.split(2)]
+    layer.stateful = False
+    torch.testing.assert_close(torch.cat(parts), layer(x)[0])
+
+
+@pytest.mark.kernels
+def test_any_number_of_threads(threads: None) -> None:
+    torch.manual_seed(8)
+    for name in ("ScalarLstm", "Apart"):
+        layer = cell(name)(16, 128, bidirectional=True)
+        x = torch.randn(12, 6, 16)
+        results = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(run(layer, x))
+        for other in results[1:]:
+            assert_close(other, results[0], 1e-5)
+
+
+@pytest.mark.kernels
+def test_compile_in_one_graph() -> None:
+    torch.manual_seed(9)
+    for name in ("Apart", "ScalarLstm"):
+        layer = cell(name)(4, 8, dtype=F64)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x = torch.randn(5, 2, 4, dtype=F64)
+        assert_close(run(compiled, x), run(layer, x))
+
+
+def test_vmap_and_functional_call() -> None:
+    torch.manual_seed(10)
+    layer = cell("Apart")(4, 8, dtype=F64)
+    x = torch.randn(3, 5, 2, 4, dtype=F64)
+    batched = torch.func.vmap(lambda x: layer(x)[0])(x)
+    torch.testing.assert_close(batched, torch.stack([layer(one)[0] for one in x]))
+    doubled = {name: 2 * p for name, p in layer.named_parameters()}
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(torch.func.functional_call(layer, doubled, (x[0],))[0], other(x[0])[0])
+
+
+def test_copies_files_and_classes() -> None:
+    torch.manual_seed(11)
+    layer = cell("ScalarLstm")(4, 8, zoneout=0.1, dtype=F64).eval()
+    x = torch.randn(5, 2, 4, dtype=F64)
+    expected = layer(x)[0]
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+        assert type(other) is type(layer) and other.zoneout == 0.1
+        torch.testing.assert_close(other(x)[0], expected)
+    assert cell("ScalarLstm") is type(layer)
+    assert repr(layer) == "ScalarLstm(4, 8, zoneout=0.1)"
+    assert [tuple(p.shape) for p in layer.parameters()] == [(32, 4), (32, 8), (32,), (32,)]
+
+
+def test_convert_and_revert_leave_it_alone() -> None:
+    model = nn.Sequential(cell("Apart")(4, 8))
+    fused_rnn.convert(model)
+    assert type(model[0]) is cell("Apart")
+    with pytest.raises(Exception, match="Apart"):
+        fused_rnn.revert(model)
+    assert model(torch.randn(3, 2, 4))[0].shape == (3, 2, 8)
+
+
+def test_a_cell_of_constants_has_no_gradients() -> None:
+    layer = cell("Constant")(3, 5, dtype=F64)
+    results = run(layer, torch.randn(4, 2, 3, dtype=F64))
+    assert (results[0] == 0.5).all() and all((g == 0).all() for g in results[2:])
+
+
+# Functions, at many values: x comes through with W_ih = 1, b = 0.
+
+FUNCTIONS = {
+    "exp": torch.exp,
+    "log": torch.log,
+    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype, ulp", [(torch.float32, 2**-23), (F64, 2**-52)], ids=str)
+def test_accuracy_of_functions(dtype: torch.dtype, ulp: float) -> None:
+    layer = cell("Functions")(1, 1, bias=False, dtype=dtype)
+    with torch.no_grad():
+        layer.weight_ih_l0.fill_(1)
+        layer.weight_hh_l0.fill_(0)
+    most, tiny = (700 if dtype == F64 else 85), torch.finfo(dtype).tiny
+    x = torch.cat([torch.linspace(-most, most, 4001), torch.linspace(-2, 2, 4001), torch.randn(2000).exp()]).to(dtype)
+    x = torch.cat([x, x.abs() + tiny, x[x.abs() < 80].exp(), 1 + x / 1e4])
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], dtype=dtype)
+    with torch.no_grad():
+        found, (_, *states) = layer(torch.cat([x, special]).view(1, -1, 1))
+    for (name, exact), values in zip(FUNCTIONS.items(), (found, *states), strict=True):
+        values = values.flatten()
+        torch.testing.assert_close(values[-4:], exact(special), equal_nan=True)
+        expected = exact(x.double())
+        counts = (expected.abs() < torch.finfo(dtype).max) & expected.isfinite()
+        near_zero = 1e-3 if name == "log" else tiny  # log of a number near 1
+        error = (values[:-4].double() - expected).abs() / expected.abs().clamp(min=near_zero)
+        assert error[counts].max() <= 4 * ulp, name
+        assert values[:-4][expected.isnan()].isnan().all()
+
+
+def gru_d(layer: CustomLayer, x: Tensor, until_next: Tensor) -> tuple[Tensor, Tensor]:
+    """h before and after its decay, at each step, by the paper's equations; the state starts at zero."""
+    H = layer.hidden_size
+    h = decayed = x.new_zeros(x.shape[1], H)
+    before, after = [], []
+    for t in range(x.shape[0]):
+        given = torch.cat([x[t], until_next[t]], -1)
+        of_x = given @ layer.weight_ih_l0.T + layer.bias_ih_l0
+        of_h = decayed @ layer.weight_hh_l0.T + layer.bias_hh_l0
+        r = torch.sigmoid(of_x[:, :H] + of_h[:, :H])
+        z = torch.sigmoid(of_x[:, H : 2 * H] + of_h[:, H : 2 * H])
+        candidate = torch.tanh(of_x[:, 2 * H : 3 * H] + r * of_h[:, 2 * H : 3 * H])
+        h = (1 - z) * decayed + z * candidate
+        decayed = torch.exp(-torch.clamp(of_x[:, 3 * H :], min=0)) * h
+        before.append(h)
+        after.append(decayed)
+    return torch.stack(before), torch.stack(after)
+
+
+def test_gru_d_of_the_documentation_is_the_papers() -> None:
+    torch.manual_seed(12)
+    layer = fused_rnn.load_cell(Path(__file__).parent.parent / "examples/cells/gru_d.h")(6, 17, dtype=F64)
+    x, until_next = torch.randn(9, 3, 4, dtype=F64, requires_grad=True), torch.rand(9, 3, 2, dtype=F64)
+    output, (_, h) = layer(torch.cat([x, until_next], -1))
+    before, after = gru_d(layer, x, until_next)
+    torch.testing.assert_close(output, after)
+    torch.testing.assert_close(h[0], before[-1])
+    leaves = [x, *layer.parameters()]
+    found = torch.autograd.grad(output.square().sum() + h.sum(), leaves)
+    expected = torch.autograd.grad(after.square().sum() + before[-1].sum(), leaves)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+    small = type(layer)(3, 2, dtype=F64)
+    x = torch.randn(3, 2, 3, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: small(x)[0], (x, *small.parameters()))
+
+
+# The graph.
+
+
+def test_derivatives_of_a_graph_are_those_of_autograd() -> None:
+    graph = Graph()
+    a, b = graph.input("a", 0), graph.input("b", 0)
+    product = graph.add("mul", graph.add("tanh", a), graph.add("exp", b))
+    ratio = graph.add("div", product, graph.add("add", graph.constant(2), graph.add("sigmoid", a)))
+    result = graph.add("select", graph.add("less", a, b), ratio, graph.add("softplus", graph.add("sub", b, product)))
+    seed = graph.input("d", 0)
+    gradients = differentiate(graph, {result: seed}, [a, b])
+    values = {("a", 0): torch.randn(50, dtype=F64, requires_grad=True)}
+    values["b", 0] = torch.randn(50, dtype=F64, requires_grad=True)
+    values["d", 0] = torch.randn(50, dtype=F64)
+    (value,) = evaluate(graph, [result], values)
+    expected = torch.autograd.grad(value, [values["a", 0], values["b", 0]], values["d", 0])
+    for found, e in zip(evaluate(graph, [gradients[a], gradients[b]], values), expected, strict=True):
+        torch.testing.assert_close(found, e)
+
+
+def test_graphs_leave_out_what_is_trivial() -> None:
+    graph = Graph()
+    a, one, zero = graph.input("a", 0), graph.constant(1), graph.constant(0)
+    assert graph.add("mul", a, one) == graph.add("add", zero, a) == graph.add("div", a, one) == a
+    assert graph.add("neg", graph.add("neg", a)) == a and graph.add("sub", zero, a) == graph.add("neg", a)
+    assert graph.add("add", one, one) == graph.constant(2)
+    assert graph.add("tanh", a) == graph.add("tanh", a) != graph.add("sigmoid", a)
+
+
+def test_what_is_kept_is_what_built_in_cells_keep() -> None:
+    kept = {name: (c._step.saved, c._step.apart, c._step.reads_h) for name in TWINS for c in [cell(name)]}
+    assert kept == {
+        "Lstm": (4, 0, False),
+        "LstmByHand": (4, 0, False),
+        "Gru": (4, 1, True),
+        "Rnn": (1, 0, False),
+    }
+
+
+def test_a_step_that_is_traced_by_hand() -> None:
+    lines = '["cell", 1, 0, 0]\n["input", "x", 0]\n["input", "r", 0]\n["input", "h", 0]\n["add", 0, 1]\n'
+    lines += '["tanh", 3]\n["output", "h", 0, 4]\n'
+    step = Step(Trace(lines))
+    assert step.apart == 0 and "tanh<V>(r[0])" in step.cpp("Cell")
+
+
+# What is wrong.
+
+WRONG = {
+    "does not compile": "struct Cell { static constexpr int gates = 1; };",
+    "assigns nothing to h": """struct Cell { static constexpr int gates = 1;
+        template <class V> static void forward(const V*, const V*, V, const V*, V&, V*) {} };""",
+    r"assigns nothing to state\[1\]": """struct Cell { static constexpr int gates = 1; static constexpr int states = 2;
+        template <class V> static void forward(const V* x, const V*, V, const V*, V& h, V* s) { h = s[0] = x[0]; } };""",
+    "read before anything was assigned": """struct Cell { static constexpr int gates = 1;
+        template <class V> static void forward(const V*, const V*, V, const V*, V& h, V*) { V a; h = a + 1; } };""",
+    "a cell has 1 to 6 gates": """struct Cell { static constexpr int gates = 7;
+        template <class V> static void forward(const V* x, const V*, V, const V*, V& h, V*) { h = x[0]; } };""",
+    "is not finite": """struct Cell { static constexpr int gates = 1;
+        template <class V> static void forward(const V* x, const V*, V, const V*, V& h, V*) { h = x[0] * (1 / 0.0); } };""",
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_headers_that_are_wrong(message: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.h"
+    path.write_text(WRONG[message])
+    with pytest.raises(RuntimeError, match=f"(?s)wrong.h.*{message}"):
+        fused_rnn.load_cell(path)
+
+
+def test_names_that_are_wrong(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        fused_rnn.load_cell(tmp_path / "none.h")
+    with pytest.raises(ValueError, match="name: expected the name of a struct in .*, which has ScalarLstm, Apart"):
+        fused_rnn.load_cell(HEADERS / "others.h")
+    with pytest.raises(ValueError, match="name: expected one of Lstm, .*, got 'Nobody'"):
+        fused_rnn.load_cell(HEADERS / "like_ours.h", "Nobody")
+    (tmp_path / "empty.h").write_text("// nothing")
+    with pytest.raises(ValueError, match="which has none; got None"):
+        fused_rnn.load_cell(tmp_path / "empty.h")
+
+
+def test_arguments_that_are_wrong() -> None:
+    layer = cell("ScalarLstm")(4, 8)
+    x, states = torch.randn(3, 2, 4), states_of(layer, 2)
+    with pytest.raises(TypeError, match="hx: expected a tuple of 4 Tensors or None, got a Tensor"):
+        layer(x, states[0])
+    with pytest.raises(RuntimeError, match="hx: expected a tuple of 4 Tensors or None, got a tuple of 2"):
+        layer(x, states[:2])
+    with pytest.raises(RuntimeError, match=r"hx\[2\]: expected \(1, 2, 8\) as hx\[0\] has, got \(1, 2, 7\)"):
+        layer(x, (*states[:2], states[2][..., :7], states[3]))
+    with pytest.raises(TypeError, match=r"reset_state\[3\]: expected a Tensor"):
+        layer(x, reset=torch.zeros(3, 2, dtype=torch.bool), reset_state=(*states[:3], None))
+    with pytest.raises(RuntimeError, match="input: expected"):
+        layer(torch.randn(3, 2, 5))
+    with pytest.raises(ValueError, match="peephole"):
+        cell("ScalarLstm")(4, 8, peephole=True)
+    with pytest.raises(ValueError, match="activation"):
+        cell("Gru")(4, 8, activation="relu")
+    with pytest.raises(ValueError, match="recurrent_bias: expected True for a Apart"):
+        cell("Apart")(4, 8, recurrent_bias=False)
+    assert len(list(cell("ScalarLstm")(4, 8, recurrent_bias=False).parameters())) == 3
+
+
+IN_A_NEW_PROCESS = """
+import torch, fused_rnn
+layer = fused_rnn.load_cell({path!r}, "Gru")(4, 8)
+print(tuple(layer(torch.randn(3, 2, 4))[0].shape))
+"""
+
+
+def run_in_a_new_process(**environment: str) -> subprocess.CompletedProcess[str]:
+    source = IN_A_NEW_PROCESS.format(path=str(HEADERS / "like_ours.h"))
+    given = {name: value for name, value in os.environ.items() if name != "CXX"} | environment
+    root = Path(fused_rnn.__file__).parent.parent
+    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=given, cwd=root, check=False)
+
+
+def test_no_compiler_is_needed_where_the_cell_was_compiled_before(tmp_path: Path) -> None:
+    cell("Gru")
+    result = run_in_a_new_process(PATH=str(tmp_path))
+    assert result.stdout == "(3, 2, 8)\n", result.stderr
+    result = run_in_a_new_process(PATH=str(tmp_path), FUSED_RNN_CACHE=str(tmp_path / "cache"))
+    assert result.returncode == 1 and "expected a C++ compiler, g++, c++ or clang++" in result.stderr
+    result = run_in_a_new_process(CXX="no-such-compiler", FUSED_RNN_CACHE=str(tmp_path / "cache"))
+    assert result.returncode == 1 and "the C++ compiler does not run" in result.stderr
+
+
+@pytest.mark.kernels
+def test_a_library_of_something_else_is_refused(tmp_path: Path) -> None:
+    from fused_rnn import backend
+
+    assert fused_available() and backend.ops is not None
+    for content in (b"nothing", b""):
+        (tmp_path / "other.so").write_bytes(content)
+        with pytest.raises(RuntimeError, match="path: expected a library of a custom cell"):
+            backend.ops.add_custom_cell(str(tmp_path / "other.so"))
+    with pytest.raises(ValueError, match="load_cell\\(\\) the custom cell first"):
+        fused_rnn.settings.kind_of(99999)
