@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter, RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from .settings import ACTIVATIONS, LAYER_OPTIONS, CellKind, Settings, Steps
@@ -163,6 +163,19 @@ def check_fit(
                 "bptt_steps: expected None with bidirectional=True: the reverse direction comes through the whole "
                 "sequence before the first step's output is there"
             )
+
+
+def check_fit_of_layer(options: Mapping[str, Any], layer: RNNBase) -> None:
+    """The same of a layer that exists, a fused one or ``torch.nn``'s."""
+    check_fit(
+        options,
+        is_lstm=layer.mode == "LSTM",
+        is_gru=layer.mode == "GRU",
+        hidden_size=layer.hidden_size,
+        bias=layer.bias,
+        bidirectional=layer.bidirectional,
+        proj_size=layer.proj_size,
+    )
 
 
 def check_same_heads(num_heads: int, made_with: int) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.backends import fused_available
 from support.compare import assert_within
 from support.pairwise import Row, pairwise
+from support.values import data, flat
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
@@ -25,22 +24,6 @@ from fused_rnn.settings import NOTHING_WITHIN, Settings
 F64 = torch.float64
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 T, B, INPUT = 5, 3, 4
-
-
-@pytest.fixture(params=["reference", "fused"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "fused" and not fused_available():
-        pytest.skip("the kernels are not in use")
-    with fused_rnn.use_backend("auto" if request.param == "fused" else "reference"):
-        yield request.param
-
-
-def data(*shape: int, seed: int = 1, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def flat(states: Any) -> list[Tensor]:
-    return list(states) if isinstance(states, tuple) else [states]
 
 
 def by_hand(blocks: Tensor, num_heads: int) -> Tensor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.backends import available_isas, fused_available
+from support.backends import available_isas
+from support.compare import assert_same
 from support.pairwise import Row, pairwise
+from support.values import data, flat
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -27,15 +29,6 @@ LAYERS = ("LSTM", "GRU", "RNN")
 T, B, INPUT, H = 6, 3, 4, 5
 
 
-@pytest.fixture(params=["reference", "fused"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """By the formulas, or by what computes such a call by itself: the kernels, where they have the option."""
-    if request.param == "fused" and not fused_available():
-        pytest.skip("the kernels are not in use")
-    with fused_rnn.use_backend("auto" if request.param == "fused" else "reference"):
-        yield request.param
-
-
 def make(name: str, *, scale: float = 2.0, **keywords: Any) -> Any:
     torch.manual_seed(0)
     layer = getattr(fused_rnn, name)(INPUT, H, dtype=torch.float64, **keywords)
@@ -43,18 +36,6 @@ def make(name: str, *, scale: float = 2.0, **keywords: Any) -> Any:
         for parameter in layer.parameters():
             parameter.mul_(scale)  # so that gates leave the middle
     return layer
-
-
-def data(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    assert_close(actual, expected, rtol=0, atol=0)
-
-
-def flat(states: Any) -> list[Tensor]:
-    return list(states) if isinstance(states, tuple) else [states]
 
 
 def differ(a: Tensor, b: Tensor) -> bool:
