@@ -49,7 +49,7 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "peephole": (("LSTM", {"peephole": True}),),
     "coupled_gates": (("LSTM", {"coupled_gates": True}), ("LSTM", {"coupled_gates": True, "peephole": True})),
     "cell_clip": (("LSTM", {"cell_clip": 0.3}),),
-    "recurrent_grad_clip": tuple((cell, {"recurrent_grad_clip": 1.0}) for cell in ("LSTM", "GRU", "RNN_TANH")),
+    "recurrent_grad_clip": tuple((cell, {"recurrent_grad_clip": 0.25}) for cell in ("LSTM", "GRU", "RNN_TANH")),
     "bptt_steps": tuple((cell, {"bptt_steps": 5}) for cell in ("LSTM", "GRU", "RNN_TANH")),
     "reset": tuple((cell, {}) for cell in ("LSTM", "GRU", "RNN_TANH")),
 }

@@ -245,7 +245,8 @@ def _options_within(settings: Settings, call: functional.Call, with_gradients: b
             f"num_heads={within.num_heads}: {where} multiply each head's part of h by its own block of W_hh"
         )
     if within.recurrent_grad_clip is not None and with_gradients:
-        sentences.append(f"recurrent_grad_clip={within.recurrent_grad_clip}: {where} clamp the gradient of each h")
+        limit = within.recurrent_grad_clip
+        sentences.append(f"recurrent_grad_clip={limit}: {where} clamp what comes back through time to each h")
     k = within.bptt_steps
     if k is not None and k < call.num_steps and with_gradients:
         if in_slices:

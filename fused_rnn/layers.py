@@ -336,8 +336,9 @@ class LSTM(_Recurrent):
             (4*H, H / num_heads), in the row of unit u of a gate the columns of its head, u // (H / num_heads).
         cell_clip: c is clamped between minus and plus this in every step, before o and h are made of it (Sak, Senior
             and Beaufays 2014; ``cell_clip`` of TensorFlow's ``LSTMCell``). ``None`` for not at all.
-        recurrent_grad_clip: the gradient of every h is clamped between minus and plus this on its way back, before it
-            goes through the step (FlashRNN, Poeppel et al. 2024). ``None`` for not at all.
+        recurrent_grad_clip: what comes back to each h from the step after it is clamped between minus and plus this,
+            before the gradient of the output at that step is added (FlashRNN, Poeppel et al. 2024). ``None`` for not
+            at all.
         bptt_steps: k, gradients stop at every k-th step, as if the sequence were given in slices of k steps with the
             state detached between them (truncated back-propagation through time). ``None`` for none. In one direction.
         stateful: begin where the last call ended, row by row, without its gradient, unless ``hx`` is given;
