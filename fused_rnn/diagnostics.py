@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import _checks, carried, formulas, functional
+from .indrnn import IndRNN
 from .layers import GRU, LSTM, RNN
 from .settings import CellKind, Controls, Settings, Steps
 
 __all__ = ["GateStatistics", "GradientFlow", "gate_statistics", "gradient_flow"]
 
-_LAYERS = (LSTM, GRU, RNN)
+_LAYERS = (LSTM, GRU, RNN, IndRNN)
 
 
 class _Direction(NamedTuple):

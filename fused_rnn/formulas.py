@@ -69,7 +69,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def rnn_step(cell: Cell, x_gates: Tensor, h_dropped: Tensor, h: Tensor, c: Tensor | None) -> State:
     """Elman network (Elman 1990): h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or another function in place of tanh.
 
-    Of rectified units: Le, Jaitly and Hinton 2015.
+    Of rectified units: Le, Jaitly and Hinton 2015. With a head for each unit W_hh h is u * h, u the one column of w_hh:
+    an independently recurrent network (Li, Li, Cook, Zhu and Gao 2018).
     """
     return ACTIVATIONS[cell.within.activation](x_gates + cell.recurrent(h_dropped)), c
 

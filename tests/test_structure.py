@@ -28,6 +28,7 @@ LEVELS = [
     {"reference", "weights", "initial", "carried", "options"},
     {"twin"},
     {"layers", "cells"},
+    {"indrnn"},
     {"subclasses", "explain", "diagnostics"},
     {"class_tests"},
     {"convert"},
