@@ -32,8 +32,9 @@ class IndRNN(_SingleState):
     Args:
         nonlinearity: ``"relu"``, or one of the others that :class:`RNN` has.
         bias: whether there is ``bias_ih``. There is no second bias.
-        recurrent_range: the first values of u are drawn uniformly between these two. The paper has 0 and 1, or, to
-            remember for T steps, ``(0.5 ** (1 / T), 2 ** (1 / T))``, in the last layer above all.
+        recurrent_range: the first values of u are drawn uniformly between these two. The authors' 0 and 1 give units
+            memories of all lengths; where only the last of T steps is read, they have
+            ``(0.5 ** (1 / T), 2 ** (1 / T))`` in the last layer.
         input_dropout, recurrent_dropout, weight_dropout, zoneout, recurrent_grad_clip, bptt_steps, stateful: as
             :class:`LSTM` has them. ``weight_dropout`` is of u.
         input_size, hidden_size, num_layers, batch_first, dropout, bidirectional, device, dtype: the same.

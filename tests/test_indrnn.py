@@ -384,7 +384,7 @@ def test_shapes_and_first_values(hidden_size: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), again.parameters(), strict=True))
 
 
-def test_the_first_values_of_the_paper_are_from_0_to_1() -> None:
+def test_the_first_values_of_the_authors_are_from_0_to_1() -> None:
     u = fused_rnn.IndRNN(INPUT, 400).weight_hh_l0
     assert 0 <= u.min() < 0.02 and 0.98 < u.max() <= 1
 
