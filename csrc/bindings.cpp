@@ -152,7 +152,9 @@ py::dict plan(int kind, int64_t T, int64_t B, const std::optional<std::vector<in
   TORCH_CHECK_VALUE(heads >= 1 && state_size % heads == 0, "heads: expected a divisor of ", state_size, ", got ",
                     heads);
   LayerSizes sizes = layer_sizes(kind, input_size, hidden_size, state_size, directions, dtype);
-  sizes.heads = heads;
+  const int bytes = kernels().vector_bytes;
+  const int64_t vector_units = bytes / (sizes.dtype == DType::float64 ? 8 : 4);
+  sizes.heads = heads / heads_together(hidden_size, heads, vector_units);
   Steps steps = dense_steps(T, B);
   std::vector<int64_t> offsets{0};
   if (batch_sizes) {
@@ -160,7 +162,6 @@ py::dict plan(int kind, int64_t T, int64_t B, const std::optional<std::vector<in
     steps.batch_sizes = batch_sizes->data();
     steps.offsets = offsets.data();
   }
-  const int bytes = kernels().vector_bytes;
   const Plan p = make_plan(sizes, steps, usable_threads(at::get_num_threads()), bytes, backward);
   const Bound bound = time_bound(sizes, steps, p, bytes, backward);
   py::dict result;

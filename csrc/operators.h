@@ -306,33 +306,33 @@ struct Stack {
     s.input_size = layer == 0 ? I : D * P;
     s.hidden_size = H;
     s.state_size = P;
-    s.heads = dense_heads > 0 ? 1 : settings.within.num_heads;
+    s.heads = settings.within.num_heads / heads_in_block;
     s.num_directions = int32_t(D);
     return s;
   }
 
-  // Where heads are no whole vectors of units, kernels get w_hh with the zeros outside its blocks.
+  // Where heads are no whole vectors of units, kernels get w_hh in larger blocks, with zeros between the heads in each.
   void fit_heads(int64_t vector_units) {
     const int64_t heads = settings.within.num_heads;
-    if (heads == 1 || H / heads % vector_units == 0) return;
-    dense_heads = heads;
+    heads_in_block = heads_together(H, heads, vector_units);
+    if (heads_in_block == 1) return;
+    const int64_t G = gate_count(kind()), K = H / heads, M = heads_in_block;
     for (size_t i = 1; i < params.size(); i += params_per_direction()) {
-      const int64_t G = gate_count(kind()), K = H / heads;
-      const Tensor dense = at::zeros({G, heads, K, heads, K}, params[i].options());
-      dense.diagonal(0, 1, 3).copy_(params[i].view({G, heads, K, K}).permute({0, 2, 3, 1}));
-      params[i] = dense.view({G * H, H});
+      const Tensor blocks = at::zeros({G, heads / M, M, K, M, K}, params[i].options());
+      blocks.diagonal(0, 2, 4).copy_(params[i].view({G, heads / M, M, K, K}).permute({0, 1, 3, 4, 2}));
+      params[i] = blocks.view({G * H, M * K});
     }
   }
-  int64_t dense_heads = 0;  // 0: as they are
+  int64_t heads_in_block = 1;  // that the kernels have
 
   // Of gradients of the parameters, those of such a w_hh as it is stored.
   void take_blocks(std::vector<Tensor>& grads) const {
-    if (dense_heads == 0) return;
-    const int64_t G = gate_count(kind()), K = H / dense_heads;
+    if (heads_in_block == 1) return;
+    const int64_t G = gate_count(kind()), heads = settings.within.num_heads, K = H / heads, M = heads_in_block;
     for (size_t i = 1; i < params.size(); i += params_per_direction()) {
       if (grads[i].numel() == 0) continue;
-      const Tensor blocks = grads[i].view({G, dense_heads, K, dense_heads, K}).diagonal(0, 1, 3);
-      grads[i] = blocks.permute({0, 3, 1, 2}).reshape({G * H, K});
+      const Tensor own = grads[i].view({G, heads / M, M, K, M, K}).diagonal(0, 2, 4);
+      grads[i] = own.permute({0, 1, 4, 2, 3}).reshape({G * H, K});
     }
   }
 

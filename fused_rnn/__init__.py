@@ -1,9 +1,10 @@
 """Recurrent layers for PyTorch with kernels of their own, drop-in for those of :mod:`torch.nn`.
 
 :class:`LSTM`, :class:`GRU`, :class:`RNN` and the cells take the place of ``torch.nn``'s; :func:`convert` puts them in a
-model that exists, :class:`patch` in those that are being built. :mod:`fused_rnn.functional` has the same as functions,
-:mod:`fused_rnn.reference` in plain PyTorch; :func:`use_backend` chooses, :func:`explain` says what runs,
-:mod:`fused_rnn.packed_weights` what memory inference keeps, :mod:`fused_rnn.diagnostics` how gradients and gates fare.
+model that exists, :class:`patch` in those that are being built. :class:`IndRNN` is one that ``torch.nn`` lacks.
+:mod:`fused_rnn.functional` has the same as functions, :mod:`fused_rnn.reference` in plain PyTorch; :func:`use_backend`
+chooses, :func:`explain` says what runs, :mod:`fused_rnn.packed_weights` what memory inference keeps,
+:mod:`fused_rnn.diagnostics` how gradients and gates fare.
 """
 
 from . import diagnostics, functional, packed_weights, reference
@@ -12,6 +13,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import ConversionReport, ConversionWarning, convert, revert
 from .custom import load_cell
 from .explain import Explanation, explain
+from .indrnn import IndRNN
 from .layers import GRU, LSTM, RNN
 from .patching import patch, unpatch
 
@@ -22,6 +24,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "GRUCell",
+    "IndRNN",
     "LSTMCell",
     "RNNCell",
     "ConversionReport",

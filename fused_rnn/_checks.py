@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter, RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from .settings import ACTIVATIONS, LAYER_OPTIONS, AnyCellKind, Settings, Steps
@@ -165,6 +165,25 @@ def check_fit(
             )
 
 
+def check_fit_of_layer(options: Mapping[str, Any], layer: RNNBase) -> None:
+    """The same of a layer that exists, a fused one or ``torch.nn``'s."""
+    check_fit(
+        options,
+        is_lstm=layer.mode == "LSTM",
+        is_gru=layer.mode == "GRU",
+        hidden_size=layer.hidden_size,
+        bias=layer.bias,
+        bidirectional=layer.bidirectional,
+        proj_size=layer.proj_size,
+    )
+
+
+def check_only_value(name: str, expected: Any, value: Any) -> None:
+    """An option of other layers that is what it is in an IndRNN."""
+    if value != expected:
+        raise ValueError(f"{name}: expected {expected!r} for an IndRNN, got {_describe(value)}")
+
+
 def check_same_heads(num_heads: int, made_with: int) -> None:
     """A layer or cell that exists has the parameters of one number of heads."""
     if num_heads != made_with:
@@ -188,6 +207,13 @@ def check_dropout(dropout: Any) -> None:
 def check_rate(name: str, rate: Any) -> None:
     if not _is_number(rate) or not 0 <= rate <= 1:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {_describe(rate)}")
+
+
+def check_range(name: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(_is_number, value)):
+        raise TypeError(f"{name}: expected two numbers (low, high), got {_describe(value)}")
+    if not -math.inf < value[0] <= value[1] < math.inf:
+        raise ValueError(f"{name}: expected finite numbers, the lower first, got {value}")
 
 
 def _is_number(value: Any) -> bool:
@@ -248,7 +274,8 @@ def _make_param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
     for layer in range(settings.num_layers):
         columns = settings.input_size if layer == 0 else state_size * settings.num_directions
         for suffix in (f"_l{layer}", f"_l{layer}_reverse") if settings.bidirectional else (f"_l{layer}",):
-            specs += [(f"weight_ih{suffix}", (rows, columns)), (f"weight_hh{suffix}", (rows, columns_hh))]
+            shape_hh = (rows,) if settings.is_independent else (rows, columns_hh)
+            specs += [(f"weight_ih{suffix}", (rows, columns)), (f"weight_hh{suffix}", shape_hh)]
             biases = ("bias_ih", "bias_hh")[: settings.num_biases]
             specs += [(f"{bias}{suffix}", (rows,)) for bias in biases]
             if state_size != settings.hidden_size:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from . import _checks, functional, initial
-from .options import in_within
+from .options import HasOptionsWithin, changed_options, set_options
 from .settings import CELL_OPTIONS, NOTHING_WITHIN, CellKind, CellOptions, Settings, Within, cell_settings, show_options
 from .twin import HasTwin
 from .weights import ByAttribute, narrow_to_heads
@@ -20,7 +20,7 @@ __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
+class _Cell(HasTwin, HasOptionsWithin, ByAttribute, nn.RNNCellBase):
     """What the three cells share; ``RNNCellBase`` creates and initialises the parameters."""
 
     def __init__(
@@ -47,27 +47,12 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
             self._within = NOTHING_WITHIN._replace(num_heads=num_heads)
             del self._has_shapes
             self.reset_parameters()
-        for name, default in CELL_OPTIONS.items():
-            value = options.get(name, default)
-            if value != default:
-                setattr(self, name, value)
+        set_options(self, options, CELL_OPTIONS)
         if self.peephole:
             initial.draw_peepholes(self)
 
-    _within: Within | None = None
     _has_shapes: bool = True  # False while RNNCellBase's constructor runs, whose W_hh is no heads'
     __jit_unused_properties__ = list(CELL_OPTIONS)  # torch.jit.script of a subclass passes them by
-
-    recurrent_dropout: float = in_within("recurrent_dropout")
-    zoneout: float = in_within("zoneout")
-    zoneout_cell: float = in_within("zoneout_cell")
-    activation: str = in_within("activation")
-    recurrent_activation: str = in_within("recurrent_activation")
-    reset_after: bool = in_within("reset_after")
-    coupled_gates: bool = in_within("coupled_gates")
-    num_heads: int = in_within("num_heads")
-    cell_clip: float | None = in_within("cell_clip")
-    peephole: bool = in_within("peephole")
 
     def _prepare_option(self, name: str, value: Any) -> None:
         """Before an option is set: see that it fits, and that what belongs to it is there."""
@@ -90,8 +75,7 @@ class _Cell(HasTwin, ByAttribute, nn.RNNCellBase):
             super().reset_parameters()
 
     def extra_repr(self) -> str:
-        options = {name: getattr(self, name) for name in CELL_OPTIONS}
-        changed = [f", {name}={value!r}" for name, value in options.items() if value != CELL_OPTIONS[name]]
+        changed = [f", {name}={value!r}" for name, value in changed_options(self, CELL_OPTIONS).items()]
         return super().extra_repr() + "".join(changed)
 
     def _kind(self) -> CellKind:
@@ -203,7 +187,25 @@ class LSTMCell(_Cell):
         return self._run(input, hx, reset, reset_state)
 
 
-class GRUCell(_Cell):
+class _SingleStateCell(_Cell):
+    """Cells whose state is h alone."""
+
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Tensor:
+        """One step: ``hx`` is h (B, H), or (H) without a batch, and so are ``reset_state`` and the result.
+
+        The rest, and errors: see :class:`LSTMCell`.
+        """
+        return self._run(input, hx, reset, reset_state)
+
+
+class GRUCell(_SingleStateCell):
     """One step of a GRU, drop-in for :class:`torch.nn.GRUCell`; the formula is :class:`fused_rnn.GRU`'s.
 
     Arguments, errors and parameters: see :class:`LSTMCell`, with 3*H rows in the order r, z, n. Of the options those
@@ -227,22 +229,8 @@ class GRUCell(_Cell):
     def _kind(self) -> CellKind:
         return CellKind.GRU
 
-    def forward(
-        self,
-        input: Tensor,
-        hx: Tensor | None = None,
-        *,
-        reset: Tensor | None = None,
-        reset_state: Tensor | None = None,
-    ) -> Tensor:
-        """One step: ``hx`` is h (B, H), or (H) without a batch, and so are ``reset_state`` and the result.
 
-        The rest, and errors: see :class:`LSTMCell`.
-        """
-        return self._run(input, hx, reset, reset_state)
-
-
-class RNNCell(_Cell):
+class RNNCell(_SingleStateCell):
     """One step of an Elman network, drop-in for :class:`torch.nn.RNNCell`; the formula is :class:`fused_rnn.RNN`'s.
 
     Arguments, errors and parameters: see :class:`LSTMCell`, with H rows, and ``nonlinearity``, one of
@@ -275,17 +263,3 @@ class RNNCell(_Cell):
         if self._within is None and self.nonlinearity == "tanh":  # the usual one
             return None
         return functional.with_nonlinearity(super()._call_within(), self.nonlinearity)
-
-    def forward(
-        self,
-        input: Tensor,
-        hx: Tensor | None = None,
-        *,
-        reset: Tensor | None = None,
-        reset_state: Tensor | None = None,
-    ) -> Tensor:
-        """One step: ``hx`` is h (B, H), or (H) without a batch, and so are ``reset_state`` and the result.
-
-        The rest, and errors: see :class:`LSTMCell`.
-        """
-        return self._run(input, hx, reset, reset_state)

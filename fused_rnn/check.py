@@ -49,9 +49,11 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "peephole": (("LSTM", {"peephole": True}),),
     "coupled_gates": (("LSTM", {"coupled_gates": True}), ("LSTM", {"coupled_gates": True, "peephole": True})),
     "cell_clip": (("LSTM", {"cell_clip": 0.3}),),
-    "recurrent_grad_clip": tuple((cell, {"recurrent_grad_clip": 1.0}) for cell in ("LSTM", "GRU", "RNN_TANH")),
+    "recurrent_grad_clip": tuple((cell, {"recurrent_grad_clip": 0.25}) for cell in ("LSTM", "GRU", "RNN_TANH")),
     "bptt_steps": tuple((cell, {"bptt_steps": 5}) for cell in ("LSTM", "GRU", "RNN_TANH")),
     "reset": tuple((cell, {}) for cell in ("LSTM", "GRU", "RNN_TANH")),
+    # no option, but a plain recurrence with heads
+    "IndRNN": (("IndRNN", {"nonlinearity": "tanh"}), ("IndRNN", {"nonlinearity": "relu"})),
 }
 
 # Largest of `scaled_errors`, in epsilons of the dtype, that a right result may have. The largest come from tensors of a
@@ -276,6 +278,8 @@ def calls() -> Iterator[Call]:
             if dtype.itemsize == 2 and _derivative_jumps(keywords):
                 continue
             call = Call(cell, dtype, option=option, keywords=tuple(keywords.items()))
+            if option == "IndRNN":  # units in blocks of vectors
+                call = dataclasses.replace(call, hidden_size=48)
             if option == "bptt_steps":  # not for both directions
                 yield call
                 continue

@@ -197,17 +197,8 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
 
 
 def _check_fit(name: str, module: nn.RNNBase, options: LayerOptions) -> None:
-    is_lstm, is_gru = module.mode == "LSTM", module.mode == "GRU"
     try:
-        _checks.check_fit(
-            options,
-            is_lstm=is_lstm,
-            is_gru=is_gru,
-            hidden_size=module.hidden_size,
-            bias=module.bias,
-            bidirectional=module.bidirectional,
-            proj_size=module.proj_size,
-        )
+        _checks.check_fit_of_layer(options, module)
     except ValueError as error:
         raise ValueError(f"{error} (of {_quote(name)})") from None
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import _checks, carried, formulas, functional
+from .indrnn import IndRNN
 from .layers import GRU, LSTM, RNN
 from .settings import CellKind, Controls, Settings, Steps
 
 __all__ = ["GateStatistics", "GradientFlow", "gate_statistics", "gradient_flow"]
 
-_LAYERS = (LSTM, GRU, RNN)
+_LAYERS = (LSTM, GRU, RNN, IndRNN)
 
 
 class _Direction(NamedTuple):
@@ -436,6 +437,7 @@ def _run_direction(
         x_gates.requires_grad_()  # the states of a frozen layer have gradients, too
     of_x = x_gates.unbind(0)
     T = x.shape[0]
+    own = torch.zeros(B, 1, dtype=torch.bool, device=x.device)  # rows whose h a step has made
     made = _Direction(list(x.unbind(0)), [h] * T, [], [h] * T, [], [], [], live, params)
     if c is not None:
         made = made._replace(c_before=[c] * T, c=[c] * T, new_c=[c] * T, c_of_h=[c] * T)
@@ -447,14 +449,15 @@ def _run_direction(
             rows, anew = beginnings[0][mark], beginnings[1] or (h.new_zeros(()), h.new_zeros(()))
             h = torch.where(rows, anew[0].to(h.dtype), h)
             c = None if c is None else torch.where(rows, anew[-1].to(c.dtype), c)
+            own = own & ~rows
         h_before = h.to(accumulate)
+        if within.recurrent_grad_clip is not None:
+            h_before = formulas.read_state(h_before, own, within.recurrent_grad_clip)
         made.before[t] = h_dropped = h_before if drawn.factors is None else h_before * drawn.factors.to(accumulate)
         new_h, new_c = formulas.STEPS[settings.kind](cell, of_x[t], h_dropped, h_before, c)
         if w_hr is not None:
             new_h = nn.functional.linear(new_h, w_hr)
         new_h = formulas.zone(new_h, h_before, None if zoned is None else zoned[t], within.zoneout).to(x.dtype)
-        if within.recurrent_grad_clip is not None:
-            new_h = formulas.clamp_gradient(new_h, within.recurrent_grad_clip)
         if new_c is not None and c is not None:
             made.c_before[t], made.c_of_h[t] = c, new_c
             keeps = None if zoned_cell is None else zoned_cell[t]
@@ -463,6 +466,7 @@ def _run_direction(
             new_h = torch.where(live[t], new_h, h)
             new_c = None if new_c is None or c is None else torch.where(live[t], new_c, c)
         made.h[t] = h = new_h
+        own = own | (True if live is None else live[t])
         if new_c is not None:
             made.c[t] = c = new_c
     return made

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import Recurrent
+from .layers import GRU, LSTM, RNN
 from .settings import NOTHING_AROUND, NOTHING_WITHIN, Around, Settings, StepOptions
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def _options_around(around: Around) -> list[str]:
         sentences.append("input_dropout: the input is multiplied by a factor for each row and feature first")
     if around.weight_dropout:
         sentences.append("weight_dropout: every W_hh is multiplied by factors drawn once for the call first")
-    if not around.recurrent_bias:
+    if not around.recurrent_bias and not around.independent:
         sentences.append("recurrent_bias=False: the kernels get zeros")
     return sentences
 
@@ -240,12 +241,15 @@ def _options_within(settings: Settings, call: functional.Call, with_gradients: b
     for name in _IN_EACH_STEP:
         if (value := getattr(within, name)) != getattr(NOTHING_WITHIN, name):
             sentences.append(f"{name}={value!r}: {where} have it in each step")
-    if within.num_heads > 1:
+    if settings.is_independent:
+        sentences.append(f"weight_hh: {where} take its {settings.hidden_size} weights for as many heads of one unit")
+    elif within.num_heads > 1:
         sentences.append(
             f"num_heads={within.num_heads}: {where} multiply each head's part of h by its own block of W_hh"
         )
     if within.recurrent_grad_clip is not None and with_gradients:
-        sentences.append(f"recurrent_grad_clip={within.recurrent_grad_clip}: {where} clamp the gradient of each h")
+        limit = within.recurrent_grad_clip
+        sentences.append(f"recurrent_grad_clip={limit}: {where} clamp what comes back through time to each h")
     k = within.bptt_steps
     if k is not None and k < call.num_steps and with_gradients:
         if in_slices:

@@ -69,7 +69,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def rnn_step(cell: Cell, x_gates: Tensor, h_dropped: Tensor, h: Tensor, c: Tensor | None) -> State:
     """Elman network (Elman 1990): h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or another function in place of tanh.
 
-    Of rectified units: Le, Jaitly and Hinton 2015.
+    Of rectified units: Le, Jaitly and Hinton 2015. With a head for each unit W_hh h is u * h, u the one column of w_hh:
+    an independently recurrent network (Li, Li, Cook, Zhu and Gao 2018).
     """
     return ACTIVATIONS[cell.within.activation](x_gates + cell.recurrent(h_dropped)), c
 
@@ -159,6 +160,14 @@ def clamp_gradient(x: Tensor, limit: float) -> Tensor:
     return result
 
 
+def read_state(h: Tensor, made: Tensor, limit: float) -> Tensor:
+    """h as the next step reads it, whose gradient is clamped on its way back (FlashRNN, Poeppel et al. 2024).
+
+    ``made``: bool (B, 1), False for rows whose h no step has made: that of the caller gets its gradient whole.
+    """
+    return torch.where(made, clamp_gradient(h, limit), h)
+
+
 def unpack_bits(bits: Tensor, size: int) -> Tensor:
     """bool (..., size), of which bit u % 8 of byte u / 8 of ``bits`` (..., ceil(size / 8)) is element u."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
@@ -219,6 +228,9 @@ def _layer(
     if c is not None:
         c = c.to(accumulate)
     anew_h, anew_c = (s.to(t) if isinstance(s, Tensor) else s for s, t in zip(anew, (dtype, accumulate), strict=True))
+    made = None  # (B, 1): rows whose h an earlier step has made, where that matters
+    if within.recurrent_grad_clip is not None:
+        made = torch.zeros(h.shape[0], 1, dtype=torch.bool, device=h.device)
     outputs = []
     inputs, live, reset = course[:3]
     k, num_steps = within.bptt_steps, len(inputs)
@@ -232,7 +244,11 @@ def _layer(
         if reset is not None and mark < num_steps:  # after the cut, which is of what the steps before have left
             h = torch.where(reset[mark], anew_h, h)
             c = None if c is None else torch.where(reset[mark], anew_c, c)
-        h_previous, c_previous = h[:b].to(accumulate), None if c is None else c[:b]
+            made = None if made is None else made & ~reset[mark]
+        h_previous, c_previous = h[:b], None if c is None else c[:b]
+        if made is not None and within.recurrent_grad_clip is not None:
+            h_previous = read_state(h_previous, made[:b], within.recurrent_grad_clip)
+        h_previous = h_previous.to(accumulate)
         if live is not None:
             # The state of a row without any step is whatever the caller gave: it must meet neither a product, which
             # would bring it into the weights' gradients, nor another gate.
@@ -248,8 +264,6 @@ def _layer(
             keeps = None if course.zoneout_cell is None else course.zoneout_cell[t]
             c_t = zone(c_t, c_previous, keeps, within.zoneout_cell)
         h_t = h_t.to(dtype)
-        if within.recurrent_grad_clip is not None:  # FlashRNN (Poeppel et al. 2024)
-            h_t = clamp_gradient(h_t, within.recurrent_grad_clip)
         if live is None:
             outputs.append(h_t)
         else:
@@ -258,6 +272,8 @@ def _layer(
             c_t = None if c is None or c_t is None else torch.where(live[t], c_t, c)
         h = _carry(h_t, h)
         c = None if c is None or c_t is None else _carry(c_t, c)
+        if made is not None:
+            made = _carry(made[:b] | (True if live is None else live[t]), made)
     if reverse:
         outputs.reverse()
     return outputs, h, None if c is None else c.to(dtype)

@@ -41,6 +41,7 @@ from .settings import (
     CALL_OPTIONS,
     EVERY_STEP,
     FUNCTION_OPTIONS,
+    INDRNN_CALL_OPTIONS,
     NOTHING_AROUND,
     NOTHING_WITHIN,
     OTHER_NONLINEARITIES,
@@ -50,6 +51,7 @@ from .settings import (
     CallOptions,
     CellKind,
     Controls,
+    IndRNNCallOptions,
     Settings,
     StepFunctionOptions,
     Steps,
@@ -61,7 +63,7 @@ from .settings import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+__all__ = ["gru", "gru_cell", "indrnn", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 # What autocast casts; float64 and complex tensors it leaves alone.
 _LSTM, _GRU = CellKind.LSTM, CellKind.GRU
@@ -196,6 +198,48 @@ def rnn(
         rnn_kind(nonlinearity), params, 0, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
     settings = settings._replace(within=with_nonlinearity(settings.within, nonlinearity))
+    return call_layers(settings, input, hx, params, _steps_of(batch_sizes, options))
+
+
+@show_options(INDRNN_CALL_OPTIONS)
+def indrnn(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    nonlinearity: str = "relu",
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    **options: Unpack[IndRNNCallOptions],
+) -> tuple[Tensor, Tensor]:
+    """A stack of independently recurrent layers over a sequence (Li, Li, Cook, Zhu and Gao 2018).
+
+    Args:
+        params: for each layer, and in it each direction, ``weight_ih`` (H, I; D*H in place of I above the first layer),
+            ``weight_hh`` (H), with ``bias`` ``bias_ih`` (H).
+        nonlinearity: as :class:`fused_rnn.IndRNN` has it. The others: see :func:`rnn`.
+
+    Returns:
+        ``(output, h_n)``.
+    """
+    if not _gives_sizes(params):
+        given = {"nonlinearity": nonlinearity, "bias": bias, "num_layers": num_layers, "dropout": dropout}
+        given |= {"training": training, "bidirectional": bidirectional, "batch_first": batch_first}
+        return _call_without_sizes(indrnn, input, hx, params, given | {"batch_sizes": batch_sizes} | options)
+    _checks.check_names("this function", options, INDRNN_CALL_OPTIONS)
+    as_rnn: CallOptions = {**options, "num_heads": max(1, params[0].shape[0]), "recurrent_bias": False}
+    settings = _settings_of_params(
+        rnn_kind(nonlinearity), params, 0, bias, num_layers, dropout, training, bidirectional, batch_first, as_rnn
+    )
+    settings = settings._replace(
+        around=(settings.around or NOTHING_AROUND)._replace(independent=True),
+        within=with_nonlinearity(settings.within, nonlinearity),
+    )
     return call_layers(settings, input, hx, params, _steps_of(batch_sizes, options))
 
 
@@ -365,7 +409,7 @@ def _call_without_sizes(
     return handle_torch_function(function, tensors, input, hx, params, **changed)
 
 
-def _steps_of(batch_sizes: Tensor | None, options: CallOptions) -> Steps:
+def _steps_of(batch_sizes: Tensor | None, options: CallOptions | IndRNNCallOptions) -> Steps:
     return steps_of(batch_sizes, {name: value for name, value in options.items() if name in STEP_OPTIONS})
 
 
@@ -531,6 +575,9 @@ def _call_override(
     if settings.kind == CellKind.RNN_TANH and within.activation != "tanh":
         also = {"nonlinearity": within.activation}
         within = within._replace(activation="tanh")
+    if around.independent:
+        function, also = indrnn, {"nonlinearity": "tanh"} | also
+        around, within = around._replace(recurrent_bias=True), within._replace(num_heads=1)
     training = bool(settings.dropout) or around != around.in_eval_mode() or within != within.in_mode(False)
     fields = settings._asdict() | around._asdict() | within._asdict() | steps._asdict()
     if settings.is_cell:
@@ -692,7 +739,7 @@ def _run_around(
 
 
 def _params_of_operator(settings: Settings, around: Around, params: Sequence[Tensor]) -> list[Tensor]:
-    """With W_hh as this call's dropout leaves it, and zeros for a recurrent bias that there is not."""
+    """With W_hh as this call's dropout leaves it, as a matrix, and zeros for a recurrent bias that there is not."""
     per_cell = len(params) // (settings.num_layers * settings.num_directions)
     no_bias = None
     result = []
@@ -700,6 +747,8 @@ def _params_of_operator(settings: Settings, around: Around, params: Sequence[Ten
         w_ih, w_hh, *others = params[first : first + per_cell]
         if around.weight_dropout:
             w_hh = torch.nn.functional.dropout(w_hh, around.weight_dropout, training=True)
+        if around.independent:
+            w_hh = w_hh.unsqueeze(1)
         if settings.num_biases == 1:
             no_bias = torch.zeros_like(others[0], requires_grad=False) if no_bias is None else no_bias
             others.insert(1, no_bias)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks, carried, functional, initial
-from .options import in_around, in_within
+from .options import HasOptionsWithin, changed_options, in_around, in_within, set_options
 from .settings import (
     EVERY_STEP,
     LAYER_OPTIONS,
@@ -39,7 +39,7 @@ _KINDS = {kind.name: kind for kind in CellKind}
 _OTHER_RNNS = {f"RNN_{name.upper()}": name for name in OTHER_NONLINEARITIES}
 
 
-class Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
+class Recurrent(HasTwin, HasOptionsWithin, ByAttribute, FlatWeightsMixin):
     """What all layers share.
 
     Derives from ``RNNBase`` and not from ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, at whose instances Dynamo breaks the
@@ -115,10 +115,7 @@ class Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
             self.reset_parameters()
         if bias and not options.get("recurrent_bias", True):
             self._remove_parameters("bias_hh")
-        for name, default in LAYER_OPTIONS.items():  # in this order: an option may need one before it
-            value = options.get(name, default)
-            if value != default:
-                setattr(self, name, value)
+        set_options(self, options, LAYER_OPTIONS)
         if self.peephole and self.init == "torch":
             initial.draw_peepholes(self)
 
@@ -128,7 +125,6 @@ class Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
     init: str = "torch"
     forget_bias: float | None = None
     _around: Around | None = None
-    _within: Within | None = None
     _has_shapes: bool = True  # False while RNNBase's constructor runs, whose W_hh are no heads'
 
     input_dropout: float = in_around("input_dropout")
@@ -136,16 +132,6 @@ class Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
     recurrent_bias: bool = in_around("recurrent_bias")
     stateful: bool = in_around("stateful")
 
-    recurrent_dropout: float = in_within("recurrent_dropout")
-    zoneout: float = in_within("zoneout")
-    zoneout_cell: float = in_within("zoneout_cell")
-    activation: str = in_within("activation")
-    recurrent_activation: str = in_within("recurrent_activation")
-    reset_after: bool = in_within("reset_after")
-    peephole: bool = in_within("peephole")
-    coupled_gates: bool = in_within("coupled_gates")
-    num_heads: int = in_within("num_heads")
-    cell_clip: float | None = in_within("cell_clip")
     recurrent_grad_clip: float | None = in_within("recurrent_grad_clip")
     bptt_steps: int | None = in_within("bptt_steps")
 
@@ -153,16 +139,7 @@ class Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
         """Before an option is set: see that it fits, and that what belongs to it is there."""
         options = {option: getattr(self, option) for option in LAYER_OPTIONS} | {name: value}
         _checks.check_options({name: value})
-        is_lstm, is_gru = self.mode == "LSTM", self.mode == "GRU"
-        _checks.check_fit(
-            options,
-            is_lstm=is_lstm,
-            is_gru=is_gru,
-            hidden_size=self.hidden_size,
-            bias=self.bias,
-            bidirectional=self.bidirectional,
-            proj_size=self.proj_size,
-        )
+        _checks.check_fit_of_layer(options, self)
         if name == "num_heads":
             _checks.check_same_heads(value, self.num_heads)
         if name == "stateful" and value:
@@ -220,8 +197,7 @@ class Recurrent(HasTwin, ByAttribute, FlatWeightsMixin):
         carried.reset(self, rows)
 
     def extra_repr(self) -> str:
-        options = {name: getattr(self, name) for name in LAYER_OPTIONS}
-        changed = [f", {name}={value!r}" for name, value in options.items() if value != LAYER_OPTIONS[name]]
+        changed = [f", {name}={value!r}" for name, value in changed_options(self, LAYER_OPTIONS).items()]
         if self.mode in _OTHER_RNNS:
             changed.insert(0, f", nonlinearity={_OTHER_RNNS[self.mode]!r}")
         return super().extra_repr() + "".join(changed)
@@ -371,8 +347,9 @@ class LSTM(Recurrent):
             (4*H, H / num_heads), in the row of unit u of a gate the columns of its head, u // (H / num_heads).
         cell_clip: c is clamped between minus and plus this in every step, before o and h are made of it (Sak, Senior
             and Beaufays 2014; ``cell_clip`` of TensorFlow's ``LSTMCell``). ``None`` for not at all.
-        recurrent_grad_clip: the gradient of every h is clamped between minus and plus this on its way back, before it
-            goes through the step (FlashRNN, Poeppel et al. 2024). ``None`` for not at all.
+        recurrent_grad_clip: what comes back to each h from the step after it is clamped between minus and plus this,
+            before the gradient of the output at that step is added (FlashRNN, Poeppel et al. 2024). ``None`` for not
+            at all.
         bptt_steps: k, gradients stop at every k-th step, as if the sequence were given in slices of k steps with the
             state detached between them (truncated back-propagation through time). ``None`` for none. In one direction.
         stateful: begin where the last call ended, row by row, without its gradient, unless ``hx`` is given;

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from .settings import NOTHING_AROUND, NOTHING_WITHIN
+from .settings import NOTHING_AROUND, NOTHING_WITHIN, Within
 
-__all__ = ["in_around", "in_within"]
+__all__ = ["HasOptionsWithin", "changed_options", "in_around", "in_within", "set_options"]
 
 
 def in_around(name: str) -> Any:
@@ -31,3 +32,33 @@ def _in_record(attribute: str, nothing: Any, name: str) -> Any:
         self.__dict__[attribute] = None if record == nothing else record
 
     return property(get, put)
+
+
+class HasOptionsWithin:
+    """The options that layers and cells share as attributes; both have more of them."""
+
+    _within: Within | None = None  # also of those that were made, or pickled, before there were any
+
+    recurrent_dropout: float = in_within("recurrent_dropout")
+    zoneout: float = in_within("zoneout")
+    zoneout_cell: float = in_within("zoneout_cell")
+    activation: str = in_within("activation")
+    recurrent_activation: str = in_within("recurrent_activation")
+    reset_after: bool = in_within("reset_after")
+    peephole: bool = in_within("peephole")
+    coupled_gates: bool = in_within("coupled_gates")
+    num_heads: int = in_within("num_heads")
+    cell_clip: float | None = in_within("cell_clip")
+
+
+def set_options(module: Any, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Give a module the options that its constructor was given, in the order of ``defaults``: one may need another."""
+    for name, default in defaults.items():
+        value = given.get(name, default)
+        if value != default:
+            setattr(module, name, value)
+
+
+def changed_options(module: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a module that have another value than their default."""
+    return {name: value for name, default in defaults.items() if (value := getattr(module, name)) != default}

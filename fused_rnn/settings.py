@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 # csrc/settings.h
-OPERATORS_VERSION = 3
+OPERATORS_VERSION = 4
 
 
 class CellShape(NamedTuple):
@@ -141,6 +141,27 @@ class CallOptions(FunctionOptions, StepOptions, total=False):
     """Keywords of a functional call that ``torch.nn`` lacks."""
 
 
+class IndRNNFunctionOptions(TypedDict, total=False):
+    """Of :class:`FunctionOptions`, those that have a meaning for an IndRNN."""
+
+    input_dropout: float
+    recurrent_dropout: float
+    weight_dropout: float
+    zoneout: float
+    recurrent_grad_clip: float | None
+    bptt_steps: int | None
+
+
+class IndRNNOptions(IndRNNFunctionOptions, total=False):
+    """Keywords of an IndRNN's constructor that other layers have, too."""
+
+    stateful: bool
+
+
+class IndRNNCallOptions(IndRNNFunctionOptions, StepOptions, total=False):
+    """Keywords of a functional call of an IndRNN."""
+
+
 class StepFunctionOptions(TypedDict, total=False):
     """Keywords of a functional cell: those of :class:`Within` that have a meaning for one step."""
 
@@ -168,6 +189,7 @@ class Around(NamedTuple):
     weight_dropout: float = 0.0
     recurrent_bias: bool = True
     stateful: bool = False  # of a layer: no function has it
+    independent: bool = False  # of an IndRNN, whose W_hh are vectors (H): the operators get (H, 1)
 
     def in_eval_mode(self) -> Around:
         return self._replace(input_dropout=0.0, weight_dropout=0.0)
@@ -275,6 +297,10 @@ class Settings(NamedTuple):
         return 1 if self.within is None else self.within.num_heads
 
     @property
+    def is_independent(self) -> bool:
+        return self.around is not None and self.around.independent
+
+    @property
     def is_cell(self) -> bool:
         return bool(self.cell_names)
 
@@ -327,6 +353,8 @@ LAYER_OPTIONS: dict[str, Any] = FUNCTION_OPTIONS | {
 }
 STEP_OPTIONS: dict[str, Any] = dict.fromkeys(StepOptions.__annotations__)
 CALL_OPTIONS = FUNCTION_OPTIONS | STEP_OPTIONS
+INDRNN_OPTIONS: dict[str, Any] = {name: LAYER_OPTIONS[name] for name in IndRNNOptions.__annotations__}
+INDRNN_CALL_OPTIONS: dict[str, Any] = {name: CALL_OPTIONS[name] for name in IndRNNCallOptions.__annotations__}
 STEP_FUNCTION_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in StepFunctionOptions.__annotations__}
 CELL_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in CellOptions.__annotations__}
 # Of layers that exist already: those that leave their parameters as they are.

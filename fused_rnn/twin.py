@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .options import changed_options
 from .settings import CELL_OPTIONS, LAYER_OPTIONS, OTHER_NONLINEARITIES
 from .weights import OF_ASSIGNMENT
 
@@ -82,7 +83,7 @@ def why_not_torch_nn(module: Any) -> str | None:
             else f"it is a {cls.__qualname__}, a subclass of a fused_rnn module"
         )
     options = _CHANGE_NUMBERS if isinstance(module, nn.RNNBase) else CELL_OPTIONS
-    changed = {name: value for name, default in options.items() if (value := getattr(module, name)) != default}
+    changed = changed_options(module, options)
     if (nonlinearity := getattr(module, "nonlinearity", "tanh")) in OTHER_NONLINEARITIES:
         changed = {"nonlinearity": nonlinearity} | changed
     for name, value in changed.items():

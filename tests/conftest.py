@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.backends import available_isas, fused_available, why_no_cuda
 
+import fused_rnn
 from fused_rnn.check import instruction_set
 
 # Most calls here are small. torch.nn and the reference, with several threads on a machine that is busy with something
@@ -84,6 +85,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
         return
     with instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", "fused"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """By the formulas, or by what computes such a call by itself: the kernels, where they have the option."""
+    if request.param == "fused" and not fused_available():
+        pytest.skip("the kernels are not in use")
+    with fused_rnn.use_backend("auto" if request.param == "fused" else "reference"):
         yield request.param
 
 

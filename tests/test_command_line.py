@@ -128,7 +128,12 @@ def without_option(call: check.Call) -> Any:
     """A layer of the same parameters and arguments that does not look at the option."""
     cell = "RNN_TANH" if call.cell.startswith("RNN") else call.cell
     peephole = (("peephole", True),) if ("peephole", True) in call.keywords else ()
-    layer: Any = dataclasses.replace(call, cell=cell, keywords=peephole).build()
+    keywords = call.keywords if call.option == "IndRNN" else peephole
+    layer: Any = dataclasses.replace(call, cell=cell, keywords=keywords).build()
+    if call.option == "IndRNN":  # no unit sees its own h
+        for name, parameter in layer.named_parameters():
+            if "weight_hh" in name:
+                torch.nn.init.zeros_(parameter)
     if call.option == "peephole":
         for name, parameter in layer.named_parameters():
             if "peephole" in name:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.values import data
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
@@ -19,10 +20,6 @@ T, B, INPUT, H = 6, 3, 4, 5
 def make(name: str, **keywords: Any) -> Any:
     torch.manual_seed(0)
     return getattr(fused_rnn, name)(INPUT, H, dtype=torch.float64, **keywords)
-
-
-def data(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def by_cells(layer: Any, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[list[Any]]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.backends import fused_available
 from support.compare import assert_within
 from support.pairwise import Row, pairwise
+from support.values import data, flat
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
@@ -25,22 +24,6 @@ from fused_rnn.settings import NOTHING_WITHIN, Settings
 F64 = torch.float64
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 T, B, INPUT = 5, 3, 4
-
-
-@pytest.fixture(params=["reference", "fused"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "fused" and not fused_available():
-        pytest.skip("the kernels are not in use")
-    with fused_rnn.use_backend("auto" if request.param == "fused" else "reference"):
-        yield request.param
-
-
-def data(*shape: int, seed: int = 1, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def flat(states: Any) -> list[Tensor]:
-    return list(states) if isinstance(states, tuple) else [states]
 
 
 def by_hand(blocks: Tensor, num_heads: int) -> Tensor:
@@ -155,6 +138,47 @@ def test_heads_are_the_blocks_of_a_diagonal(backend: str, row: Row) -> None:
     layout, dtype = keywords.pop("layout"), keywords["dtype"]
     layer = make(**keywords, batch_first=layout == "batch first")
     check_as_dense(layer, layout, dtype)
+
+
+# Units of a head, and how many heads: some make whole vectors together, of some instruction sets, some none.
+SMALL = [(1, 16), (1, 48), (1, 20), (2, 8), (2, 24), (2, 5), (3, 16), (3, 32), (3, 7)]
+SMALL += [(4, 12), (4, 3), (8, 2), (8, 6), (8, 5), (12, 4), (12, 8), (12, 3)]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize(("head_size", "num_heads"), SMALL)
+def test_heads_of_a_few_units(isa: str, head_size: int, num_heads: int, name: str, dtype: torch.dtype) -> None:
+    layer = make(name, head_size, num_heads, dtype, bidirectional=num_heads == 8)
+    names = [parameter for parameter, _ in layer.named_parameters()]
+    with fused_rnn.use_backend("reference"):
+        expected = blocks_of(results(dense_of(layer), "lengths", F64, names), num_heads)
+    with fused_rnn.use_backend("fused"):
+        assert_within(results(layer, "lengths", dtype, names), expected)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16], ids=str)
+def test_heads_of_a_few_units_cost_a_vector_each(isa: str, dtype: torch.dtype) -> None:
+    """By the plan, whose sizes are those that the kernels get: neighbours are one head of a vector of units."""
+    from fused_rnn import ops
+
+    sizes = {torch.float32: 4, F64: 8, torch.bfloat16: 4}  # of what is summed
+    vector = {"portable": 16, "avx2": 32}.get(isa, 64) // sizes[dtype]
+
+    def plan(H: int, num_heads: int) -> dict[str, Any]:
+        settings = make("RNN", H // num_heads, num_heads, dtype)._settings()
+        return ops.plan(settings, T=100, B=8, batch_sizes=None, dtype=dtype, device=torch.device("cpu"), training=True)
+
+    for backward in (False, True):
+        of_units, of_vectors, of_one = (plan(256, num_heads) for num_heads in (256, 256 // vector, 1))
+        if backward:
+            of_units, of_vectors, of_one = (found["backward"] for found in (of_units, of_vectors, of_one))
+        for time in ("predicted_us", "serial_us", "bound_us"):
+            assert of_units[time] == of_vectors[time]
+        assert of_units["serial_us"] < 0.7 * of_one["serial_us"]
+    assert plan(vector + 1, vector + 1)["serial_us"] == plan(vector + 1, 1)["serial_us"]  # none divides them
 
 
 WITH: list[tuple[str, dict[str, Any]]] = [

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.compare import assert_same
 from support.pairwise import Row, pairwise
+from support.values import data, flat
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -36,18 +38,6 @@ def twin_of(layer: Any, **keywords: Any) -> Any:
             given = getattr(layer, name, None)
             parameter.copy_(torch.zeros_like(parameter) if given is None else given)
     return twin
-
-
-def data(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    assert_close(actual, expected, rtol=0, atol=0)
-
-
-def flat(states: Any) -> list[Tensor]:
-    return list(states) if isinstance(states, tuple) else [states]
 
 
 def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.values import flat
 from torch import Tensor
 from torch.nn.functional import dropout
 from torch.testing import assert_close
@@ -36,10 +37,6 @@ def data(*shape: int, seed: int = 1) -> Tensor:
 def assert_near(actual: Any, expected: Any, *, atol: float = 2e-6) -> None:
     """To the accuracy of sums in float32."""
     assert_close(actual, expected, rtol=1e-5, atol=atol)
-
-
-def flat(states: Any) -> list[Tensor]:
-    return list(states) if isinstance(states, tuple) else [states]
 
 
 def reordered(tensor: Tensor, order: Sequence[int]) -> Tensor:

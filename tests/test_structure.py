@@ -29,7 +29,7 @@ LEVELS = [
     {"twin"},
     {"compiling"},
     {"layers", "cells"},
-    {"custom"},
+    {"indrnn", "custom"},
     {"subclasses", "explain", "diagnostics"},
     {"class_tests"},
     {"convert"},

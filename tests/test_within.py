@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.backends import available_isas, fused_available
+from support.backends import available_isas
+from support.compare import assert_same
 from support.pairwise import Row, pairwise
+from support.values import data, flat
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -27,15 +29,6 @@ LAYERS = ("LSTM", "GRU", "RNN")
 T, B, INPUT, H = 6, 3, 4, 5
 
 
-@pytest.fixture(params=["reference", "fused"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """By the formulas, or by what computes such a call by itself: the kernels, where they have the option."""
-    if request.param == "fused" and not fused_available():
-        pytest.skip("the kernels are not in use")
-    with fused_rnn.use_backend("auto" if request.param == "fused" else "reference"):
-        yield request.param
-
-
 def make(name: str, *, scale: float = 2.0, **keywords: Any) -> Any:
     torch.manual_seed(0)
     layer = getattr(fused_rnn, name)(INPUT, H, dtype=torch.float64, **keywords)
@@ -43,18 +36,6 @@ def make(name: str, *, scale: float = 2.0, **keywords: Any) -> Any:
         for parameter in layer.parameters():
             parameter.mul_(scale)  # so that gates leave the middle
     return layer
-
-
-def data(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    assert_close(actual, expected, rtol=0, atol=0)
-
-
-def flat(states: Any) -> list[Tensor]:
-    return list(states) if isinstance(states, tuple) else [states]
 
 
 def differ(a: Tensor, b: Tensor) -> bool:
@@ -219,7 +200,8 @@ def test_cell_clip(backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_recurrent_grad_clip_clamps_what_comes_back_to_every_h(backend: str, name: str) -> None:
+def test_recurrent_grad_clip_clamps_what_comes_back_through_time(backend: str, name: str) -> None:
+    """Not what comes from the output or as the gradient of the final state, nor what goes to the initial state."""
     clamped = []
 
     def clamp(gradient: Tensor) -> Tensor:
@@ -227,12 +209,13 @@ def test_recurrent_grad_clip_clamps_what_comes_back_to_every_h(backend: str, nam
         return gradient.clamp(-0.5, 0.5)
 
     def step(layer: Any, x: Tensor, h: Tensor, c: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        h, c = PLAIN[name](layer, x, h, c, t)
-        h.register_hook(clamp)
-        return h, c
+        if t > 0:
+            h = h.clone()  # as this step alone reads it
+            h.register_hook(clamp)
+        return PLAIN[name](layer, x, h, c, t)
 
     check_by_hand(make(name, recurrent_grad_clip=0.5), step)
-    assert 0.1 < torch.stack(clamped).mean() < 0.9
+    assert len(clamped) == T - 1 and 0.1 < torch.stack(clamped).mean() < 0.9
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -315,7 +298,7 @@ def test_rates_of_1_and_of_0(backend: str, name: str) -> None:
 
 # ---- shapes of a call ---------------------------------------------------------------------------------------------
 
-# Each by itself, of a layer that has it: what changes the numbers without a draw.
+# Each by itself, of a layer that has it: what changes the numbers, or the gradients, without a draw.
 ALONE: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {"activation": "softsign"}),
     ("LSTM", {"recurrent_activation": "hard_sigmoid"}),
@@ -328,6 +311,7 @@ ALONE: list[tuple[str, dict[str, Any]]] = [
     ("GRU", {"reset_after": False}),
     ("RNN", {"nonlinearity": "hard_sigmoid"}),
     ("RNN", {"nonlinearity": "identity"}),
+    *((name, {"recurrent_grad_clip": 0.2}) for name in LAYERS),
 ]
 DRAWN: list[tuple[str, dict[str, Any]]] = [
     *((name, {"zoneout": 0.3}) for name in LAYERS),
@@ -554,10 +538,10 @@ def test_second_derivatives_of_gradients_that_are_cut(backend: str, name: str, o
     for t in range(T):
         if option == "bptt_steps" and t % 2 == 0:
             h, c = h.detach(), c.detach()
-        h, c = PLAIN[name](layer, x[t], h, c, t)
-        if option == "recurrent_grad_clip":
-            h = h.clone()  # of what comes from later steps and from outside; what tanh keeps of itself is no gradient
+        if option == "recurrent_grad_clip" and t > 0:
+            h = h.clone()
             h.register_hook(lambda gradient: gradient.clamp(-0.5, 0.5))
+        h, c = PLAIN[name](layer, x[t], h, c, t)
         outputs.append(h)
     leaves = [x, *layer.parameters()]
     results = []
@@ -568,12 +552,13 @@ def test_second_derivatives_of_gradients_that_are_cut(backend: str, name: str, o
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize("row", [row | {"recompute": False} for row in ROWS], ids=name_of)
-def test_fused_kernels_are_the_formulas_with_gates_kept_or_computed_again(row: Row) -> None:
+def test_fused_kernels_are_the_formulas_with_gates_kept_or_computed_again(row: Row, clip: float | None) -> None:
     results = []
     for name, recompute in (("reference", False), ("auto", False), ("auto", True)):
         with fused_rnn.use_backend(name):
-            _, call, arguments = build(row | {"recompute": recompute})
+            _, call, arguments = build(row | {"recompute": recompute, "recurrent_grad_clip": clip})
             outputs = call(*arguments)
             leaves = [t for t in arguments if t.requires_grad]
             found = torch.autograd.grad(outputs, leaves, [data(*t.shape, seed=9) for t in outputs])
@@ -1124,6 +1109,20 @@ def test_diagnostics_have_the_options(backend: str) -> None:
         (gates,) = fused_rnn.diagnostics.gate_statistics(layer, run)
         assert_close(outputs[2], outputs[0].detach())
         assert all(0 <= float(share.min()) <= float(share.max()) <= 1 for share in gates.low.values())
+
+
+def test_gradient_flow_is_that_of_states_whose_gradients_are_clamped_through_time() -> None:
+    layer, x = make("RNN", recurrent_grad_clip=0.5), data(T, B, INPUT)
+    h, outputs = torch.zeros(B, H, dtype=torch.float64), []
+    for t in range(T):
+        if t > 0:
+            h = h.clone()
+            h.register_hook(lambda gradient: gradient.clamp(-0.5, 0.5))
+        h, _ = rnn(layer, x[t], h, h, t)
+        outputs.append(h)
+    wanted = torch.autograd.grad(torch.stack(outputs).square().sum(), outputs)
+    (flow,) = fused_rnn.diagnostics.gradient_flow(layer, lambda: layer(x)[0].square().sum())
+    assert_close(flow.h[0, 0], torch.stack([gradient.norm(dim=-1).mean() for gradient in wanted]))
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------

@@ -305,6 +305,12 @@ class BackwardPass {
     return previous < 0 || previous >= T_ || b >= layer_.steps.rows(previous) ? -1 : previous;
   }
 
+  // Whether row b has a step after step t.
+  bool goes_on(int d, int64_t t, int64_t b) const {
+    const int64_t next = d == 1 ? t - 1 : t + 1;
+    return next >= 0 && next < T_ && b < layer_.steps.rows(next);
+  }
+
   const S* y_row(int d, int64_t t, int64_t b) const {
     const Sequence& y = layer_.y;
     return rows_of<S>(y.data) + layer_.steps.step(y, t) + b * y.batch_stride + d * P_;
@@ -549,9 +555,12 @@ class BackwardPass {
     const Share features = features_of(panels, P_);
     for (int64_t r = r0; r < r0 + rows; ++r) {
       for (int64_t u = features.begin; u < features.end; u += width) {
-        V grad = output_gradient(d, t, r, u);
-        if (!plain_gates_) {
+        V grad;
+        if (plain_gates_) {
+          grad = output_gradient<true>(d, t, r, u);
+        } else {
           V to_before{};
+          grad = output_gradient<false>(d, t, r, u);
           divide_state_gradient(d, t, r, u, grad, to_before);
           Simd<A>::store(s.grad_state + r * state_stride_ + u, to_before);
         }
@@ -560,19 +569,22 @@ class BackwardPass {
     }
   }
 
-  // With options: the gradient of h after step t, clipped, as that of the step's own h, and of the h before, which
-  // zoneout keeps.
+  // With options: the gradient of h after step t as that of the step's own h, and of the h before, which zoneout keeps.
   FRNN_INLINE void divide_state_gradient(int d, int64_t t, int64_t r, int64_t u, V& grad, V& to_before) const {
-    const double clip = layer_.within.recurrent_grad_clip;
-    if (clip > 0) grad = clamped<V>(grad, A(clip));
     const uint8_t* bits = row_of_bits(layer_.direction[d].extras.zoneout, layer_.steps.first_row(t) + r, P_);
     const Zoneout<A> zone{bits, A(layer_.within.zoneout)};
     if (zone.any()) zone.divide(grad, to_before, u, P_ - u);
   }
 
-  // grad_y + grad_state of one vector.
+  // grad_y + grad_state of one vector. With options the latter is clipped where it came back through time: in a row's
+  // last step it is the gradient of the final state, which like grad_y comes from outside.
+  template <bool plain>
   FRNN_INLINE V output_gradient(int d, int64_t t, int64_t r, int64_t u) {
     V dh = Simd<A>::load(direction_[d].grad_state + r * state_stride_ + u);
+    if constexpr (!plain) {
+      const double clip = layer_.within.recurrent_grad_clip;
+      if (clip > 0 && goes_on(d, t, r)) dh = clamped<V>(dh, A(clip));
+    }
     const Sequence& y = layer_.grad_y;
     if (y.data)
       dh = dh + Simd<A>::load_n(rows_of<S>(y.data) + layer_.steps.step(y, t) + r * y.batch_stride + d * P_ + u, P_ - u);
@@ -650,7 +662,7 @@ class BackwardPass {
         }
       }
       if constexpr (Cell::saved == 0) h.v[i] = Simd<A>::load_n(y_row(d, t, r) + unit, n);
-      dh.v[i] = projects_ ? Simd<A>::load(grad_hidden + unit) : output_gradient(d, t, r, unit);
+      dh.v[i] = projects_ ? Simd<A>::load(grad_hidden + unit) : output_gradient<plain>(d, t, r, unit);
       if constexpr (!plain) {
         if (!projects_) divide_state_gradient(d, t, r, unit, dh.v[i], h_to_before.v[i]);
         if constexpr (Cell::kind == CellKind::lstm) {

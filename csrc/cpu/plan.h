@@ -23,6 +23,10 @@ inline constexpr int64_t most_rows_in_place_of_any_steps = 12;
 // more than it saves (in_place.h). The same on any number of threads.
 FRNN_EXPORT bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps);
 
+// How many neighbouring heads of H / heads units the kernels take for one, whose block of w_hh has zeros between
+// theirs: the fewest whose units are whole vectors, all where no number that divides the heads has such.
+int64_t heads_together(int64_t hidden_size, int64_t heads, int64_t vector_units);
+
 // `threads`: at most so many; `vector_bytes`: of the instruction set in use; `backward`: which pass.
 Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward);
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,9 @@ def assert_within(actual: Mapping[str, Tensor], reference: Mapping[str, Tensor],
     assert not wrong, f"off by {wrong}"
 
 
-def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Every tensor equal bit for bit, NaN equal to NaN."""
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            actual[name], tensor, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-        )
+def assert_same(actual: Any, expected: Any) -> None:
+    """Every tensor, in tuples and dictionaries, too, equal bit for bit, NaN equal to NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_close_to_twin(actual: Mapping[str, Tensor], twin: Mapping[str, Tensor]) -> None:
