@@ -79,10 +79,10 @@ TORCH_LIBRARY(fused_rnn, m) {
       "hidden)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, Tensor? c0, "
-      "Tensor[] params, Tensor[] controls, Tensor output, Tensor gates, Tensor cells, Tensor hidden, int[] settings, "
-      "float[] numbers, bool[] needs, bool reuse_gates) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, "
-      "Tensor[] grad_params)",
+      "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor? grad_hidden, "
+      "Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor[] controls, Tensor output, Tensor gates, Tensor "
+      "cells, Tensor hidden, int[] settings, float[] numbers, bool[] needs, bool reuse_gates) -> (Tensor grad_input, "
+      "Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "cell_forward(Tensor input, Tensor h, Tensor? c, Tensor[] params, int[] settings, float[] numbers, bool save) "

@@ -21,7 +21,7 @@ using OptionalTensor = std::optional<Tensor>;
 // Stands last in the list of integers, and so in every compiled or exported program: what PyTorch's caches and files
 // keep of an operator is its name and its arguments, and calls of another version must not look the same. To be raised
 // with every change of a schema, or of what an operator computes (tests/test_operators.py).
-inline constexpr int64_t operators_version = 3;
+inline constexpr int64_t operators_version = 4;
 
 struct Settings {
   CellKind kind = CellKind::lstm;
@@ -75,6 +75,11 @@ struct Settings {
     return settings;
   }
 
+  // Whether the lists of a call ask for the states of every step, without the time that restore() takes.
+  static bool returns_states(at::IntArrayRef integers, at::ArrayRef<double> numbers) {
+    return !numbers.empty() && integers.size() >= 2 && integers[integers.size() - 2] != 0;
+  }
+
   // Names of the settings of a plain cell in the order of the list of integers.
   static std::vector<std::string> integer_names() {
     std::vector<std::string> names;
@@ -107,6 +112,7 @@ struct Settings {
     visit("num_heads", within.num_heads, 1, most_layers);
     visit("bptt_steps", within.bptt_steps, 0, std::numeric_limits<int64_t>::max());
     visit("reset_state", within.reset_state, 0, 1);
+    visit("return_states", within.return_states, 0, 1);  // the last: returns_states()
   }
 
   template <class Visit>
