@@ -583,7 +583,7 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
   if (carries) {
     output = stack.without_masked(y.view(stack.output_shape()));
   } else if (returns) {  // which are no output that a program may change in place
-    output.copy_(y.view(stack.output_shape()));
+    backend.copy(output, y);
   }
   return result();
 }

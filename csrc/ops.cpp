@@ -64,7 +64,16 @@ struct Cpu {
     return kernels().vector_bytes / int64_t(c10::elementSize(accumulation_dtype(input)));
   }
   static void copy(const Tensor& to, const Tensor& from) {
-    std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), to.nbytes());
+    char* target = static_cast<char*>(to.mutable_data_ptr());
+    const char* source = static_cast<const char*>(from.const_data_ptr());
+    const auto run = [&](int64_t begin, int64_t end) { std::memcpy(target + begin, source + begin, end - begin); };
+    constexpr int64_t bytes_of_a_thread = 1 << 18;
+    const int64_t bytes = int64_t(to.nbytes());
+    if (bytes <= bytes_of_a_thread || team_is_late() || usable_threads(at::get_num_threads()) == 1) {
+      run(0, bytes);
+    } else {
+      at::parallel_for(0, bytes, bytes_of_a_thread, run);
+    }
   }
   void forward(const LayerForward& layer) { run_layer(layer, kernels().forward, false); }
   void backward(const LayerBackward& layer) { run_layer(layer, kernels().backward, true); }

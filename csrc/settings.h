@@ -75,7 +75,16 @@ struct Settings {
     return settings;
   }
 
-  // Whether the lists of a call ask for the states of every step, without the time that restore() takes.
+  // Makes lists of a plain cell ask for the states of every step, too.
+  static void return_states(Integers& integers, Numbers& numbers) {
+    Within within;
+    within.return_states = true;
+    integers.pop_back();  // the version, which stands last
+    each_integer_within(within, [&](const char*, auto field, int64_t, int64_t) { integers.push_back(int64_t(field)); });
+    integers.push_back(operators_version);
+    each_number_within(within, [&](const char*, double number, double) { numbers.push_back(number); });
+  }
+  // Whether the lists of a call do so, without the time that restore() takes.
   static bool returns_states(at::IntArrayRef integers, at::ArrayRef<double> numbers) {
     return !numbers.empty() && integers.size() >= 2 && integers[integers.size() - 2] != 0;
   }

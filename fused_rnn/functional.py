@@ -43,9 +43,11 @@ from .settings import (
     CALL_OPTIONS,
     EVERY_STEP,
     FUNCTION_OPTIONS,
+    NO_CONTROLS,
     NOTHING_AROUND,
     NOTHING_WITHIN,
     OTHER_NONLINEARITIES,
+    STATES_OF_EVERY_STEP,
     STEP_FUNCTION_OPTIONS,
     STEP_OPTIONS,
     Around,
@@ -525,7 +527,9 @@ def steps_of(batch_sizes: Tensor | None, given: Mapping[str, Any]) -> Steps:
         _checks.check_flag("return_states", given["return_states"])
     if batch_sizes is None and all(value is STEP_OPTIONS[name] for name, value in given.items()):
         return EVERY_STEP
-    return Steps(batch_sizes, **given)
+    steps = Steps(batch_sizes, **given)
+    only_states = steps.return_states and all(value is None for value in steps[:-1])
+    return STATES_OF_EVERY_STEP if only_states else steps
 
 
 def cell_steps(reset: Any, reset_state: Any) -> Steps:
@@ -553,15 +557,31 @@ def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], 
         elif (kernels := backend.traced_kernels()) is not None:
             results = kernels.trace_stack(settings, input, hx, params)
     if results is None:
-        tensors = _tensors(input, hx, params, steps)
-        if _is_overridden(tensors):
-            return _call_override(settings, tensors, input, hx, params, steps)
-        results = _run_layers(settings, input, hx, params, steps)
+        if steps is STATES_OF_EVERY_STEP:
+            results = _try_states(settings, input, hx, params)
+        if results is None:
+            tensors = _tensors(input, hx, params, steps)
+            if _is_overridden(tensors):
+                return _call_override(settings, tensors, input, hx, params, steps)
+            results = _run_layers(settings, input, hx, params, steps)
         if steps.return_states:
             output, h_n, c_n, states = results
             return (output, (h_n, c_n), states) if settings.kind is _LSTM else (output, h_n, states[0])
     output, h_n, c_n = results
     return (output, (h_n, c_n)) if settings.kind is _LSTM else (output, h_n)
+
+
+def _try_states(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) -> tuple[Any, ...] | None:
+    """The usual call that wants the states of every step, and nothing else of its steps; ``None`` for any other."""
+    if settings.around is not None or settings.within is not None or (settings.dropout and settings.num_layers > 1):
+        return None
+    kernels = backend.eager_kernels()
+    found = None if kernels is None else kernels.try_stack(settings, input, hx, params, True)
+    if found is None:
+        return None
+    output, h_n, c_n, cells, hidden = found
+    num_steps, batch = input.shape[:2][::-1] if settings.batch_first else input.shape[:2]
+    return output, h_n, c_n, _states_of_steps(settings, num_steps, batch, cells, hidden)
 
 
 def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
@@ -765,32 +785,42 @@ def _run_layers(
         settings = settings._replace(within=(within or NOTHING_WITHIN)._replace(reset_state=True))
     run = backend.implementation(call.why_reference).run_stack
     output, h_n, c_n, *of_steps = _compute(run, settings, call, params, input, h, c, of_operator, controls)
-    states = _states_of_steps(settings, call, controls, (h, c), anew, *of_steps) if of_steps else None
+    states = None
+    if of_steps:
+        batch = None if controls.batch_sizes is not None else h_n.shape[1]
+        cells, hidden = of_steps
+        states = _states_of_steps(settings, call.num_steps, batch, cells, hidden, controls, (h, c), anew)
     if call.batch is None:
         output, h_n = output.squeeze(1), h_n.squeeze(1)
         c_n = c_n.squeeze(1) if settings.kind == CellKind.LSTM else c_n
+        states = None if states is None else tuple(state.squeeze(2) for state in states)
     return (output, h_n, c_n) if states is None else (output, h_n, c_n, states)
 
 
 def _states_of_steps(
     settings: Settings,
-    call: Call,
-    controls: Controls,
-    initial: tuple[Tensor | None, Tensor | None],
-    anew: tuple[Tensor, ...],
+    num_steps: int,
+    batch: int | None,
     cells: Tensor,
     hidden: Tensor,
+    controls: Controls = NO_CONTROLS,
+    initial: tuple[Tensor | None, Tensor | None] = (None, None),
+    anew: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, ...]:
-    """h, and c of an LSTM, after every step: (L*D, T, B, .) in the order in which the input has T and B, or
-    (L*D, N, .). ``cells`` and ``hidden`` as the operator returns them."""
+    """h, and c of an LSTM, after every step, ``cells`` and ``hidden`` as the operator returns them.
+
+    (L*D, T, B, .) in the order in which the input has T and B; (L*D, N, .) of packed data, where ``batch`` is ``None``.
+    """
     directions = settings.num_directions
-    of_layers = hidden.unflatten(-1, (directions, settings.state_size))  # (L, N, D, P)
-    h = of_layers.transpose(1, 2).flatten(0, 1)
+    if directions == 1:
+        h = hidden
+    else:
+        of_layers = hidden.unflatten(-1, (directions, settings.state_size))  # (L, N, D, P)
+        h = of_layers.transpose(1, 2).flatten(0, 1)
     states: tuple[Tensor, ...] = (h, cells.to(h.dtype)) if settings.kind == CellKind.LSTM else (h,)
-    if controls.batch_sizes is not None:
+    if batch is None:
         return states
-    batch = 1 if call.batch is None else call.batch
-    states = tuple(state.unflatten(1, (call.num_steps, batch)) for state in states)
+    states = tuple(state.view(state.shape[0], num_steps, batch, state.shape[2]) for state in states)
     if controls.mask is not None:
         sources = [
             _steps_of_states(controls.mask, controls.reset, reverse=direction == 1) for direction in range(directions)
@@ -800,8 +830,6 @@ def _states_of_steps(
             _kept_states(state, sources, first, begin)
             for state, first, begin in zip(states, initial, beginnings, strict=False)
         )
-    if call.batch is None:
-        return tuple(state.squeeze(2) for state in states)
     return tuple(state.transpose(1, 2) for state in states) if settings.batch_first else states
 
 

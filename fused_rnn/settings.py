@@ -355,6 +355,7 @@ class Steps(NamedTuple):
 
 
 EVERY_STEP = Steps()
+STATES_OF_EVERY_STEP = Steps(return_states=True)
 
 
 class Controls(NamedTuple):
@@ -379,6 +380,8 @@ class Controls(NamedTuple):
     def restore(controls: Sequence[Tensor]) -> Controls:
         return Controls(*(None if tuple(t.shape) == (0,) else t for t in controls))
 
+
+NO_CONTROLS = Controls()
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
