@@ -56,6 +56,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], float]] = {
     "stateful": ({"stateful": True}, 1.1),
     "bptt_steps": ({"bptt_steps": 20}, 1.25),
     "reset": ({}, 1.1),  # of a call: one step in a hundred is marked
+    "return_states": ({}, 1.1),  # of a call: the states of every step have a gradient, too
 }
 _LSTM_ALONE = ("recurrent_bias=False", "zoneout_cell", "peephole", "coupled_gates", "cell_clip")
 
@@ -70,11 +71,18 @@ def training_step(cell: str, shape: Shape, option: str | None) -> Callable[[], N
     layer = getattr(fused_rnn, cell)(shape.input_size, shape.hidden_size, **keywords)
     x = torch.randn(shape.steps, shape.batch, shape.input_size, requires_grad=True)
     grad = torch.randn(shape.steps, shape.batch, shape.hidden_size)
-    of_call = {"reset": torch.rand(shape.steps, shape.batch) < 0.01} if option == "reset" else {}
+    of_call: dict[str, Any] = {}
+    if option == "reset":
+        of_call = {"reset": torch.rand(shape.steps, shape.batch) < 0.01}
+    elif option == "return_states":
+        of_call = {"return_states": True}
     leaves = [x, *layer.parameters()]
+    states = [torch.randn(1, shape.steps, shape.batch, shape.hidden_size) for _ in range(1 + (cell == "LSTM"))]
 
     def step() -> None:
-        torch.autograd.grad(layer(x, **of_call)[0], leaves, grad)
+        output, _, *of_steps = layer(x, **of_call)
+        found = [output, *(of_steps[0] if cell == "LSTM" and of_steps else of_steps)]
+        torch.autograd.grad(found, leaves, [grad, *states][: len(found)])
 
     return step
 
@@ -96,6 +104,8 @@ def measure(cell: str, shape: Shape, options: list[str]) -> dict[str, Any]:
 
 
 def _label(option: str) -> str:
+    if option == "return_states":
+        return "return_states=True"
     keywords = OPTIONS[option][0]
     return ", ".join(f"{name}={value!r}" for name, value in keywords.items()) or f"{option}=, 1 % of steps"
 

@@ -17,6 +17,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 
 #include "cpu/plan.h"
@@ -38,6 +39,10 @@ bool any(const Predicate& holds, const Tensor& t) {
 template <class Predicate>
 bool any(const Predicate& holds, const OptionalTensor& t) {
   return t && any(holds, *t);
+}
+template <class Predicate>
+bool any(const Predicate& holds, at::ArrayRef<OptionalTensor> list) {
+  return std::any_of(list.begin(), list.end(), [&](const OptionalTensor& t) { return any(holds, t); });
 }
 template <class Predicate>
 bool any(const Predicate& holds, at::TensorList list) {
@@ -119,6 +124,7 @@ struct Constants {
   }
 
   bool has_cell() const { return has_cell_state(CellKind(settings[0])); }
+  bool returns_states() const { return Settings::returns_states(settings, numbers); }
 };
 
 py::object to_python(const Tensor& t) { return t.defined() ? py::cast(t) : py::none(); }
@@ -212,14 +218,29 @@ class Needs {
   size_t edge_ = 0;
 };
 
+// Places of tensors among the results of a call, or among the gradients that come to them.
+using Places = c10::SmallVector<size_t, 5>;
+
 // The two kinds of calls. Results are `outputs` that have a gradient, the last of them only for a cell with a cell
-// state, and then what is saved; a backward pass gets what is saved, for layers the first output before it, `kept`
-// tensors together, and a gradient for each output.
+// state, and then what is saved, of which layers return the states with a gradient where the call asks for them. A
+// backward pass gets what is saved, for layers the first output before it, `kept` tensors together, and `seeds`
+// gradients: of the outputs and, for layers, of those states.
 
 struct Layers {
   using Results = ForwardResult;
   static constexpr bool is_cell = false;
-  static constexpr size_t outputs = 3, kept = 4;
+  static constexpr size_t outputs = 3, kept = 4, seeds = 5;
+
+  // Of the results that have a gradient; and of that gradient among the seeds.
+  static Places with_gradient(const Constants& constants) {
+    Places places{0, 1};
+    if (constants.has_cell()) places.push_back(2);
+    if (!constants.returns_states()) return places;
+    if (constants.has_cell()) places.push_back(4);
+    places.push_back(5);
+    return places;
+  }
+  static size_t seed_of(size_t result) { return result < outputs ? result : result - 1; }
 
   static Results forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
                          at::TensorList controls, Integers settings, Numbers numbers, bool save) {
@@ -228,9 +249,9 @@ struct Layers {
   static BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const OptionalTensor& h,
                                  const OptionalTensor& c, at::TensorList params, const Tensor* saved,
                                  const Constants& constants, const c10::List<bool>& needs, bool reuse_gates) {
-    return rnn_backward_operator().call(seeds[0], seeds[1], seeds[2], input, h, c, params, constants.controls, saved[0],
-                                        saved[1], saved[2], saved[3], constants.settings, constants.numbers, needs,
-                                        reuse_gates);
+    return rnn_backward_operator().call(seeds[0], seeds[1], seeds[2], seeds[3], seeds[4], input, h, c, params,
+                                        constants.controls, saved[0], saved[1], saved[2], saved[3], constants.settings,
+                                        constants.numbers, needs, reuse_gates);
   }
   static variable_list list(Results&& r) {
     auto& [output, h_n, c_n, gates, cells, hidden] = r;
@@ -244,7 +265,10 @@ struct Layers {
 struct Cell {
   using Results = CellResult;
   static constexpr bool is_cell = true;
-  static constexpr size_t outputs = 2, kept = 2;
+  static constexpr size_t outputs = 2, kept = 2, seeds = 2;
+
+  static Places with_gradient(const Constants& constants) { return constants.has_cell() ? Places{0, 1} : Places{0}; }
+  static size_t seed_of(size_t result) { return result; }
 
   static Results forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
                          at::TensorList, Integers settings, Numbers numbers, bool save) {
@@ -294,11 +318,12 @@ class Gradient {
     saved.push_back(c.value_or(Tensor()));
     saved.insert(saved.end(), params.begin(), params.end());
     constants.record(ctx, std::move(saved));
-    return {results.begin(), results.begin() + Call::outputs - (constants.has_cell() ? 0 : 1)};
+    variable_list outputs;
+    for (const size_t place : Call::with_gradient(constants)) outputs.push_back(results[place]);
+    return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    grads.resize(Call::outputs);
     return for_each_example(grads,
                             [&](const variable_list& one, bool alone) { return backward_of_one(ctx, one, alone); });
   }
@@ -315,15 +340,17 @@ class Gradient {
     const at::ArrayRef<Tensor> all(saved), inputs = all.slice(Call::kept);
     Needs needs(ctx);
     for (const Tensor& t : inputs) needs.add(t.defined());
-    const OptionalTensor seeds[] = {optional(grads[0]), optional(grads[1]), optional(grads.back())};
+    std::array<OptionalTensor, Call::seeds> seeds;
+    const Places places = Call::with_gradient(constants);
+    for (size_t i = 0; i < places.size(); ++i) seeds[Call::seed_of(places[i])] = optional(grads[i]);
     const bool reuse_gates = !Call::is_cell && alone && is_last_use(all[1]);
     const OptionalTensor h = optional(inputs[1]), c = optional(inputs[2]);
     // The operator's Autograd kernel has nothing to do for a plain backward pass.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
-    if (is_plain_mode() && !at::GradMode::is_enabled() && !is_dual(seeds[0], seeds[1], seeds[2], inputs))
+    if (is_plain_mode() && !at::GradMode::is_enabled() && !is_dual(at::ArrayRef<OptionalTensor>(seeds), inputs))
       below_autograd.emplace();
-    variable_list result = list_of_gradients(
-        Call::backward(seeds, inputs[0], h, c, inputs.slice(3), all.data(), constants, needs.list(), reuse_gates));
+    variable_list result = list_of_gradients(Call::backward(seeds.data(), inputs[0], h, c, inputs.slice(3), all.data(),
+                                                            constants, needs.list(), reuse_gates));
     for (size_t i = 0; i < result.size(); ++i)
       if (!needs.values[i]) result[i] = Tensor();
     result.resize(result.size() + 2);  // of the constants and of what was computed
@@ -335,10 +362,13 @@ template <class Call>
 class GradientOfBackward {
  public:
   static variable_list forward(AutogradContext* ctx, const OptionalTensor& seed0, const OptionalTensor& seed1,
-                               const OptionalTensor& seed2, const Tensor& input, const OptionalTensor& h,
-                               const OptionalTensor& c, at::TensorList params, const Constants& constants,
-                               const std::vector<bool>& needs, const variable_list& results) {
-    variable_list saved{seed0.value_or(Tensor()), seed1.value_or(Tensor()), seed2.value_or(Tensor())};
+                               const OptionalTensor& seed2, const OptionalTensor& seed3, const OptionalTensor& seed4,
+                               const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
+                               at::TensorList params, const Constants& constants, const std::vector<bool>& needs,
+                               const variable_list& results) {
+    variable_list saved;
+    for (const OptionalTensor* seed : {&seed0, &seed1, &seed2, &seed3, &seed4})
+      saved.push_back(seed->value_or(Tensor()));
     saved.push_back(input);
     saved.push_back(h.value_or(Tensor()));
     saved.push_back(c.value_or(Tensor()));
@@ -359,22 +389,24 @@ class GradientOfBackward {
   }
 
  private:
+  static constexpr size_t most_seeds = Layers::seeds;
+
   static variable_list backward_of_one(AutogradContext* ctx, const variable_list& grads) {
     variable_list saved = ctx->get_saved_variables();
     const Constants constants = Constants::recorded(ctx, saved);
-    const at::ArrayRef<Tensor> all(saved), seeds = all.slice(0, 3), inputs = all.slice(3);
+    const at::ArrayRef<Tensor> all(saved), seeds = all.slice(0, most_seeds), inputs = all.slice(most_seeds);
     const c10::List<bool> needed = ctx->saved_data["needs"].toBoolList();
     variable_list result;
     {
       py::gil_scoped_acquire gil;
       py::list needs;
       for (const bool value : needed) needs.append(value);
-      result = call_formulas("second_derivative", Call::is_cell, constants, needs,
-                             list_of(seeds.slice(0, Call::outputs)), list_of(inputs), list_of(grads));
+      result = call_formulas("second_derivative", Call::is_cell, constants, needs, list_of(seeds.slice(0, Call::seeds)),
+                             list_of(inputs), list_of(grads));
     }
-    // One for each seed, of which a cell has two, and for each input; then of what is no tensor.
-    if (Call::outputs == 2) result.insert(result.begin() + 2, Tensor());
-    result.resize(3 + inputs.size() + 3);
+    // One for each seed, of which a cell has fewer, and for each input; then of what is no tensor.
+    result.insert(result.begin() + Call::seeds, most_seeds - Call::seeds, Tensor());
+    result.resize(most_seeds + inputs.size() + 3);
     return result;
   }
 };
@@ -409,21 +441,23 @@ typename Call::Results forward(const Tensor& input, const OptionalTensor& h, con
   Computed computed{Call::list(compute(save || !dual))};
   variable_list& results = computed.results;
   const Constants constants(settings, numbers, controls);
+  const Places places = Call::with_gradient(constants);
   if (dual) {
     py::gil_scoped_acquire gil;
     const variable_list outputs = call_formulas("forward_by_formulas", Call::is_cell, constants, to_python(input),
                                                 to_python(h), to_python(c), list_of(params));
-    std::copy_n(outputs.begin(), Call::outputs - (constants.has_cell() ? 0 : 1), results.begin());
+    for (const size_t place : places) results[place] = outputs[Call::seed_of(place)];
     return Call::results(results);
   }
   {
     const Recording recording;
     using Gradient = std::conditional_t<Call::is_cell, CellGradient, RnnGradient>;
     const variable_list recorded = Gradient::apply(input, h, c, params, constants, computed);
-    std::copy(recorded.begin(), recorded.end(), results.begin());
+    for (size_t i = 0; i < places.size(); ++i) results[places[i]] = recorded[i];
   }
   if (!save) {
-    for (size_t i = Call::outputs; i < results.size(); ++i) results[i] = nothing_like(results[i]);
+    for (size_t i = Call::outputs; i < results.size(); ++i)
+      if (std::find(places.begin(), places.end(), i) == places.end()) results[i] = nothing_like(results[i]);
   }
   return Call::results(results);
 }
@@ -451,7 +485,7 @@ variable_list backward_by_formulas(const OptionalTensor* seeds, const Tensor& in
                       to_python(primals[2]), list_of(at::ArrayRef<Tensor>(primals).slice(3)));
   }
   variable_list seeded;
-  for (size_t i = 0; i < outputs.size(); ++i) {
+  for (size_t i = 0; i < std::min(outputs.size(), Call::seeds); ++i) {
     if (!seeds[i]) continue;
     seeded.push_back(outputs[i]);
     given.push_back(*seeds[i]);
@@ -486,9 +520,9 @@ template <class Call>
 BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const OptionalTensor& h,
                         const OptionalTensor& c, at::TensorList params, const Tensor* saved, const Constants& constants,
                         const c10::List<bool>& needs, bool reuse_gates) {
-  const OptionalTensor last = Call::outputs == 3 ? seeds[2] : std::nullopt;
-  const bool dual = is_dual(seeds[0], seeds[1], last, input, h, c, params);
-  const bool recorded = is_recorded(seeds[0], seeds[1], last, input, h, c, params);
+  const at::ArrayRef<OptionalTensor> all(seeds, Call::seeds);
+  const bool dual = is_dual(all, input, h, c, params);
+  const bool recorded = is_recorded(all, input, h, c, params);
   BackwardResult result;
   if (!dual) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -503,7 +537,9 @@ BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const 
     const std::vector<bool> needed(needs.begin(), needs.end());
     const Recording recording;
     using SecondGradient = std::conditional_t<Call::is_cell, CellSecondGradient, RnnSecondGradient>;
-    gradients = SecondGradient::apply(seeds[0], seeds[1], last, input, h, c, params, constants, needed, gradients);
+    const auto seed = [&](size_t i) { return i < Call::seeds ? seeds[i] : std::nullopt; };
+    gradients = SecondGradient::apply(seed(0), seed(1), seed(2), seed(3), seed(4), input, h, c, params, constants,
+                                      needed, gradients);
   }
   return {gradients[0], gradients[1], gradients[2], {gradients.begin() + 3, gradients.end()}};
 }
@@ -515,11 +551,12 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
 }
 
 BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                            const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
+                            const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
+                            const OptionalTensor& grad_hidden, const Tensor& input, const OptionalTensor& h0,
                             const OptionalTensor& c0, at::TensorList params, at::TensorList controls,
                             const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
                             Integers settings, Numbers numbers, const c10::List<bool>& needs, bool reuse_gates) {
-  const OptionalTensor seeds[] = {grad_output, grad_h_n, grad_c_n};
+  const OptionalTensor seeds[] = {grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden};
   const Tensor saved[] = {output, gates, cells, hidden};
   return backward<Layers>(seeds, input, h0, c0, params, saved, Constants(settings, numbers, controls), needs,
                           reuse_gates);

@@ -144,9 +144,11 @@ PyObject* decline() { Py_RETURN_NONE; }
 
 PyObject* run_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 4, "run_layers: expected 4 arguments, got ", count);
+  TORCH_CHECK_TYPE(count == 4 || count == 5, "run_layers: expected 4 or 5 arguments, got ", count);
   Arguments read;
-  const Record record = read.settings(args[0]);
+  Record record = read.settings(args[0]);
+  const bool returns_states = count == 5 && args[4] == Py_True;
+  if (returns_states) Settings::return_states(record.integers, record.numbers);
   const Tensor input = read.tensor(args[1]);
   if (!read.usual || input.dim() != 3 || input.size(2) != record.input_size || !has_kernels_for(input.scalar_type()))
     return decline();
@@ -161,7 +163,9 @@ PyObject* run_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
       const BelowAutograd below_autograd;
       result = rnn_forward_operator().call(input, h, c, params, {}, record.integers, record.numbers, false);
     }
-    return tuple_of({&std::get<0>(result), &std::get<1>(result), &std::get<2>(result)});
+    auto& [output, h_n, c_n, gates, cells, hidden] = result;
+    if (returns_states) return tuple_of({&output, &h_n, &c_n, &cells, &hidden});
+    return tuple_of({&output, &h_n, &c_n});
   } catch (const c10::Error&) {
     return decline();  // the checks of the long way say it in the caller's words
   }
@@ -202,8 +206,8 @@ PyObject* run_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"run_layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_layers)), METH_FASTCALL,
-     "run_layers(settings, input, hx, params): (output, h_n, c_n), or None where the call is not of the usual kind, or "
-     "not valid."},
+     "run_layers(settings, input, hx, params, return_states=False): (output, h_n, c_n) and, with return_states, cells "
+     "and hidden; or None where the call is not of the usual kind, or not valid."},
     {"run_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_cell)), METH_FASTCALL,
      "run_cell(settings, input, hx, params): (h, c), c None without a cell state; or None where the call is not of the "
      "usual kind, or not valid."},

@@ -457,8 +457,11 @@ struct Stack {
     return 1;
   }
 
+  // Whether the h and c of every step are results of the call.
+  bool returns_states() const { return settings.within.return_states; }
+
   // Layers whose states are a tensor of their own: those below the output, which has none in masked steps.
-  int64_t hidden_layers() const { return mask.defined() ? num_layers() : num_layers() - 1; }
+  int64_t hidden_layers() const { return mask.defined() || returns_states() ? num_layers() : num_layers() - 1; }
 
   std::vector<int64_t> output_shape() const {
     return packed ? std::vector<int64_t>{N, D * P} : std::vector<int64_t>{T, B, D * P};
@@ -510,27 +513,30 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
   const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
   const int64_t saved = saved_gate_count(stack.kind());
   const bool has_cell = has_cell_state(stack.kind()), carries = stack.mask.defined();
-  const bool recompute = stack.settings.recompute;
+  const bool recompute = stack.settings.recompute, returns = stack.returns_states();
+  // States of every step that are results have their rows alone: rnn_forward puts them where masked steps are, too.
+  const int64_t room_of_states = returns ? N : room;
   const Tensor h_n = make_empty({L * D, B, P}, options);
   const Tensor c_n = make_empty(has_cell ? std::vector<int64_t>{L * D, B, stack.C} : std::vector<int64_t>{0}, options);
   const auto sums = options.dtype(accumulation_dtype(stack.input));
   const auto nothing = [](const at::TensorOptions& o) { return make_empty({0}, o); };
   Tensor all_gates = nothing(options), all_cells = nothing(sums), all_hidden = nothing(options);
   if (save && !recompute && saved > 0) all_gates = saved_rows({L * D, room, saved, H}, options, N, carries);
-  if (save && has_cell) all_cells = saved_rows({L * D, room, stack.C}, sums, N, carries);
+  if ((save || returns) && has_cell) all_cells = saved_rows({L * D, room_of_states, stack.C}, sums, N, carries);
   const int64_t below = stack.hidden_layers();
   // Layers whose gates are computed again go one by one in both passes: to have all gates at once is what they avoid.
   const int64_t at_once = N == 0 || (save && recompute) ? 1 : stack.layers_at_once(backend, false);
   // Without a backward pass only those outputs are there of which somebody reads, two at a time.
   const int64_t read = L / at_once + L % at_once - (L - below);
-  const int64_t kept = save ? below : std::min<int64_t>(read, 2);
-  if (kept > 0) all_hidden = saved_rows({kept, room, D * P}, options, N, save && carries);
+  const bool keeps = save || returns;
+  const int64_t kept = keeps ? below : std::min<int64_t>(read, 2);
+  if (kept > 0) all_hidden = saved_rows({kept, room_of_states, D * P}, options, N, keeps && carries);
   const Tensor gates = front(all_gates, N), cells = front(all_cells, N), hidden = front(all_hidden, N);
   // Where kernels carry states over masked steps, those are not the output.
   Tensor output = carries && N > 0 ? Tensor() : make_empty(stack.output_shape(), options);
   const auto result = [&] {
     return ForwardResult(output, stack.with_idle(h_n, stack.h0), has_cell ? stack.with_idle(c_n, stack.c0) : c_n,
-                         all_gates, all_cells, save ? all_hidden : nothing(options));
+                         all_gates, all_cells, keeps ? all_hidden : nothing(options));
   };
   if (N == 0) return result();
 
@@ -550,7 +556,7 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
     const bool goes_on = first + at_once <= L && l + 1 < first + at_once;  // the next layer runs with this one
     if (l == below) {
       y = output;
-    } else if (save) {
+    } else if (keeps) {
       y = hidden.select(0, l);
     } else {
       y = goes_on ? Tensor() : hidden.select(0, turn++ % 2);
@@ -574,10 +580,14 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
     together.clear();
     if (l == L - 1) break;
     x = y;
-    if (!stack.dropout.empty()) x = save ? x * stack.dropout[l] : x.mul_(stack.dropout[l]);
+    if (!stack.dropout.empty()) x = keeps ? x * stack.dropout[l] : x.mul_(stack.dropout[l]);
     x = rows_for<Backend>(x);
   }
-  if (carries) output = stack.without_masked(y.view(stack.output_shape()));
+  if (carries) {
+    output = stack.without_masked(y.view(stack.output_shape()));
+  } else if (returns) {  // which are no output that a program may change in place
+    backend.copy(output, y);
+  }
   return result();
 }
 
@@ -608,6 +618,10 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
     result = run_forward(backend, stack.packed_as(*pieces), save, stack.N);
     auto& [output, h_n, c_n, gates, cells, hidden] = result;
     output = pieces->unpack(output);
+    if (stack.returns_states()) {
+      if (has_cell_state(stack.kind())) cells = pieces->unpack_each(cells);
+      hidden = pieces->unpack_each(hidden);
+    }
     h_n = pieces->final_states(h_n, stack.h0, stack.reset_h, stack.D);
     if (has_cell_state(stack.kind())) c_n = pieces->final_states(c_n, stack.c0, stack.reset_c, stack.D);
   }
@@ -617,7 +631,7 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
 
 // What comes into a backward pass, in order of time: gradients, undefined for zeros, and what the forward pass gave.
 struct BackwardInput {
-  Tensor grad_output, grad_h_n, grad_c_n, output, gates, cells, hidden;
+  Tensor grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, output, gates, cells, hidden;
 };
 
 // The backward pass of a stack in order of time, packed or dense.
@@ -683,6 +697,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
     layer.x = stack.sequence(x);
     layer.y = stack.sequence(l == L - 1 ? y : given.hidden.select(0, l));
     if (l == highest) layer.grad_y = stack.sequence(grad_y);
+    if (given.grad_hidden.defined()) layer.grad_h = stack.sequence(given.grad_hidden.select(0, l));
     layer.grad_x = stack.sequence(grad_x);
     if (l < highest && !stack.dropout.empty()) layer.factors = stack.sequence(stack.dropout[l]);
     layer.reuse_gates = reuse_gates;
@@ -698,6 +713,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
       dir.cells = const_slice(given.cells, i);
       dir.grad_h_n = const_slice(given.grad_h_n, i);
       dir.grad_c_n = const_slice(given.grad_c_n, i);
+      dir.grad_cells = const_slice(given.grad_cells, i);
       dir.grad_h0 = mutable_slice(grad_h0, i);
       dir.grad_c0 = mutable_slice(grad_c0, i);
       const int64_t p = stack.first_param(l, d);
@@ -727,7 +743,8 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
 
 template <class Backend>
 BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                            const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
+                            const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
+                            const OptionalTensor& grad_hidden, const Tensor& input, const OptionalTensor& h0,
                             const OptionalTensor& c0, at::TensorList params, at::TensorList controls,
                             const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
                             Integers settings, Numbers numbers, const c10::List<bool>& needs, bool reuse_gates) {
@@ -754,9 +771,23 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
     return t->contiguous();
   };
   TORCH_CHECK(has_cell || !grad_c_n, "grad_c_n: expected none without a cell state");
+  const bool returns = stack.returns_states();
+  TORCH_CHECK((returns && has_cell) || !grad_cells, "grad_cells: expected none, the call returns no c of every step");
+  TORCH_CHECK(returns || !grad_hidden, "grad_hidden: expected none, the call returns no h of every step");
+  const auto gradient_of_states = [&](const OptionalTensor& t, at::IntArrayRef shape, at::ScalarType dtype,
+                                      const char* name) {
+    if (!t) return Tensor();
+    TORCH_CHECK(t->device() == input.device() && t->scalar_type() == dtype && t->sizes() == shape, name, ": expected ",
+                dtype, " ", shape, " on ", input.device(), ", got ", t->scalar_type(), " ", t->sizes(), " on ",
+                t->device());
+    check_memory(*t, name);
+    return t->contiguous();
+  };
   BackwardInput given{grad_output ? rows_first(*grad_output, "grad_output") : Tensor(),
                       final_gradient(grad_h_n, P, "grad_h_n"),
                       final_gradient(grad_c_n, stack.C, "grad_c_n"),
+                      gradient_of_states(grad_cells, {L * D, N, stack.C}, accumulation_dtype(input), "grad_cells"),
+                      gradient_of_states(grad_hidden, {L, N, D * P}, input.scalar_type(), "grad_hidden"),
                       rows_first(output, "output"),
                       gates,
                       cells,
@@ -778,13 +809,16 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
     result = run_backward(backend, stack, given, needs, reuse_gates);
   } else if constexpr (!Backend::masks_in_kernels) {
     const Tensor final_h = given.grad_h_n, final_c = given.grad_c_n;
+    const auto states = [&](const Tensor& t) { return returns ? pieces->pack_each(t) : front(t, pieces->count()); };
     given = {given.grad_output.defined() ? pieces->pack(given.grad_output) : Tensor(),
              pieces->final_gradients(final_h, D),
              pieces->final_gradients(final_c, D),
+             given.grad_cells.defined() ? pieces->pack_each(given.grad_cells) : Tensor(),
+             given.grad_hidden.defined() ? pieces->pack_each(given.grad_hidden) : Tensor(),
              pieces->pack(given.output),
              front(gates, pieces->count()),
-             front(cells, pieces->count()),
-             front(hidden, pieces->count())};
+             has_cell ? states(cells) : cells,
+             states(hidden)};
     // The initial states of pieces are those of rows, and what they begin anew from.
     const size_t behind = 3 + stack.params.size();
     const bool anew_h = stack.reset_h.defined() && needs[behind];

@@ -65,7 +65,16 @@ struct Cpu {
     return kernels().vector_bytes / int64_t(c10::elementSize(accumulation_dtype(input)));
   }
   static void copy(const Tensor& to, const Tensor& from) {
-    std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), to.nbytes());
+    char* target = static_cast<char*>(to.mutable_data_ptr());
+    const char* source = static_cast<const char*>(from.const_data_ptr());
+    const auto run = [&](int64_t begin, int64_t end) { std::memcpy(target + begin, source + begin, end - begin); };
+    constexpr int64_t bytes_of_a_thread = 1 << 18;
+    const int64_t bytes = int64_t(to.nbytes());
+    if (bytes <= bytes_of_a_thread || team_is_late() || usable_threads(at::get_num_threads()) == 1) {
+      run(0, bytes);
+    } else {
+      at::parallel_for(0, bytes, bytes_of_a_thread, run);
+    }
   }
   void forward(const LayerForward& layer) {
     const CustomCell* cell = custom_of(layer.sizes);
@@ -90,10 +99,10 @@ TORCH_LIBRARY(fused_rnn, m) {
       "hidden)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, Tensor? c0, "
-      "Tensor[] params, Tensor[] controls, Tensor output, Tensor gates, Tensor cells, Tensor hidden, int[] settings, "
-      "float[] numbers, bool[] needs, bool reuse_gates) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, "
-      "Tensor[] grad_params)",
+      "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor? grad_hidden, "
+      "Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor[] controls, Tensor output, Tensor gates, Tensor "
+      "cells, Tensor hidden, int[] settings, float[] numbers, bool[] needs, bool reuse_gates) -> (Tensor grad_input, "
+      "Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "cell_forward(Tensor input, Tensor h, Tensor? c, Tensor[] params, int[] settings, float[] numbers, bool save) "

@@ -29,7 +29,8 @@ using RnnForward = ForwardResult(const Tensor& input, const OptionalTensor& h0, 
                                  at::TensorList params, at::TensorList controls, Integers settings, Numbers numbers,
                                  bool save);
 using RnnBackward = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                                   const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
+                                   const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
+                                   const OptionalTensor& grad_hidden, const Tensor& input, const OptionalTensor& h0,
                                    const OptionalTensor& c0, at::TensorList params, at::TensorList controls,
                                    const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
                                    Integers settings, Numbers numbers, const c10::List<bool>& needs, bool reuse_gates);

@@ -97,6 +97,10 @@ class Pieces {
   // The live rows of t (T, B, features), whose features are contiguous, in the order of the packed batch.
   Tensor pack(const Tensor& t) const {
     const Tensor packed = at::empty({count_, t.size(2)}, t.options());
+    pack(t, packed);
+    return packed;
+  }
+  void pack(const Tensor& t, const Tensor& packed) const {
     const int64_t size = t.element_size(), row_bytes = t.size(2) * size;
     const int64_t time_bytes = t.stride(0) * size, batch_bytes = t.stride(1) * size;
     const char* from = static_cast<const char*>(t.const_data_ptr());
@@ -105,25 +109,34 @@ class Pieces {
       const int64_t n = live_[p];
       std::memcpy(to + p * row_bytes, from + n / B_ * time_bytes + n % B_ * batch_bytes, row_bytes);
     });
-    return packed;
   }
 
   // The same of each entry of t (entries, T * B, features), contiguous.
   Tensor pack_each(const Tensor& t) const {
-    std::vector<Tensor> entries;
-    for (int64_t i = 0; i < t.size(0); ++i) entries.push_back(pack(t.select(0, i).view({T_, B_, t.size(2)})));
-    return at::stack(entries);
+    const Tensor packed = at::empty({t.size(0), count_, t.size(2)}, t.options());
+    for (int64_t i = 0; i < t.size(0); ++i) pack(t.select(0, i).view({T_, B_, t.size(2)}), packed.select(0, i));
+    return packed;
   }
 
   // (T, B, features), of which the live rows are those of packed, and the others zeros.
   Tensor unpack(const Tensor& packed) const {
     const Tensor t = at::empty({T_, B_, packed.size(1)}, packed.options());
+    unpack(packed, t);
+    return t;
+  }
+  void unpack(const Tensor& packed, const Tensor& t) const {
     const int64_t row_bytes = packed.size(1) * packed.element_size();
     const char* from = static_cast<const char*>(packed.const_data_ptr());
     char* to = static_cast<char*>(t.mutable_data_ptr());
     each(count_, row_bytes,
          [&](int64_t p) { std::memcpy(to + live_[p] * row_bytes, from + p * row_bytes, row_bytes); });
     each(T_ * B_ - count_, row_bytes, [&](int64_t k) { std::memset(to + masked_[k] * row_bytes, 0, row_bytes); });
+  }
+
+  // The same of each entry of packed (entries, rows of the packed batch, features): (entries, T * B, features).
+  Tensor unpack_each(const Tensor& packed) const {
+    const Tensor t = at::empty({packed.size(0), T_ * B_, packed.size(2)}, packed.options());
+    for (int64_t i = 0; i < packed.size(0); ++i) unpack(packed.select(0, i), t.select(0, i));
     return t;
   }
 

@@ -36,6 +36,7 @@ struct Within {
   int64_t num_heads = 1;
   int64_t bptt_steps = 0;
   bool reset_state = false;
+  bool return_states = false;
   double cell_clip = 0;
   double recurrent_grad_clip = 0;
   double zoneout = 0;
@@ -138,8 +139,9 @@ struct DirectionBackward {
   const void* c0 = nullptr;
   const void* gates = nullptr;  // null: computed again from x and the states
   const void* cells = nullptr;
-  const void* grad_h_n = nullptr;  // (B, P) or null: zeros
-  const void* grad_c_n = nullptr;  // (B, H) or null: zeros
+  const void* grad_h_n = nullptr;    // (B, P) or null: zeros
+  const void* grad_c_n = nullptr;    // (B, H) or null: zeros
+  const void* grad_cells = nullptr;  // (N, H), accumulation dtype, of c after each step; null: zeros
   void* grad_h0 = nullptr;
   void* grad_c0 = nullptr;
   void* grad_w_ih = nullptr;
@@ -158,6 +160,7 @@ struct LayerBackward {
   Sequence x;                // the layer's input
   Sequence y;                // the layer's output
   Sequence grad_y;           // data null: zeros
+  Sequence grad_h;           // beside it, of y as the states of the layer; data null: zeros
   Sequence grad_x;           // data null: not needed
   Sequence factors;          // as forward
   bool reuse_gates = false;  // nobody reads the saved gates after this: their memory may be written

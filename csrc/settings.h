@@ -77,6 +77,20 @@ struct Settings {
     return settings;
   }
 
+  // Makes lists of a plain cell ask for the states of every step, too.
+  static void return_states(Integers& integers, Numbers& numbers) {
+    Within within;
+    within.return_states = true;
+    integers.pop_back();  // the version, which stands last
+    each_integer_within(within, [&](const char*, auto field, int64_t, int64_t) { integers.push_back(int64_t(field)); });
+    integers.push_back(operators_version);
+    each_number_within(within, [&](const char*, double number, double) { numbers.push_back(number); });
+  }
+  // Whether the lists of a call do so, without the time that restore() takes.
+  static bool returns_states(at::IntArrayRef integers, at::ArrayRef<double> numbers) {
+    return !numbers.empty() && integers.size() >= 2 && integers[integers.size() - 2] != 0;
+  }
+
   // Names of the settings of a plain cell in the order of the list of integers.
   static std::vector<std::string> integer_names() {
     std::vector<std::string> names;
@@ -109,6 +123,7 @@ struct Settings {
     visit("num_heads", within.num_heads, 1, most_layers);
     visit("bptt_steps", within.bptt_steps, 0, std::numeric_limits<int64_t>::max());
     visit("reset_state", within.reset_state, 0, 1);
+    visit("return_states", within.return_states, 0, 1);  // the last: returns_states()
   }
 
   template <class Visit>

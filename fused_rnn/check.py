@@ -54,6 +54,7 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "reset": tuple((cell, {}) for cell in ("LSTM", "GRU", "RNN_TANH")),
     # no option, but a plain recurrence with heads
     "IndRNN": (("IndRNN", {"nonlinearity": "tanh"}), ("IndRNN", {"nonlinearity": "relu"})),
+    "return_states": tuple((cell, {}) for cell in ("LSTM", "GRU", "RNN_TANH")),
 }
 
 # Largest of `scaled_errors`, in epsilons of the dtype, that a right result may have. The largest come from tensors of a
@@ -214,6 +215,8 @@ class Call:
             anew = [random_values(sizes, integers=False, generator=others).to(like).requires_grad_() for _ in states]
             options["reset_state"] = tuple(anew) if self.cell == "LSTM" else anew[0]
             leaves |= {f"reset_state[{name}]": state for name, state in zip(states, anew, strict=True)}
+        if self.option == "return_states":
+            options["return_states"] = True
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             outputs = _tensors(module(sequence, **options))
@@ -238,8 +241,8 @@ class Call:
     def __str__(self) -> str:
         kind = "layer" if self.steps else "cell"
         options = [name for name in ("bidirectional", "packed", "masked") if getattr(self, name)]
-        if self.option == "reset":
-            options.append("reset")
+        if self.option in ("reset", "return_states"):
+            options.append(self.option)
         options += [f"{name}={value!r}" for name, value in self.keywords]
         if not self.training:
             options.append("in eval mode")

@@ -315,9 +315,10 @@ def _recording(model: Any) -> Iterator[dict[str, list[list[_Direction]]]]:
 def _run_by_steps(layer: Any, input: Any, hx: Any, steps: Any) -> tuple[Any, list[_Direction]]:
     """A call of the layer, and its steps."""
     if isinstance(input, PackedSequence):
-        _checks.check_padded(functional.steps_of(None, steps))
+        given = functional.steps_of(None, steps)
+        _checks.check_padded(given)
         x, lengths = pad_packed_sequence(input)
-        steps = {"lengths": lengths.to(x.device)}
+        steps = {"lengths": lengths.to(x.device), "return_states": given.return_states}
         settings = layer._settings()._replace(batch_first=False)
     else:
         x, settings = input, layer._settings()
@@ -382,10 +383,30 @@ def _run_checked(
         ends = (ends, torch.stack(c_n).to(x.dtype))
     if call.batch is None:
         ends = tuple(s.squeeze(1) for s in ends) if c_n else ends.squeeze(1)
+    results: tuple[Any, ...] = (x, ends)
     if isinstance(input, PackedSequence):
         assert given.lengths is not None
-        return (pack_padded_sequence(x, given.lengths.cpu(), enforce_sorted=input.sorted_indices is None), ends), made
-    return (x, ends), made
+        order = input.sorted_indices
+        results = (pack_padded_sequence(x, given.lengths.cpu(), enforce_sorted=order is None), ends)
+    if given.return_states:
+        results = (*results, _states_of(settings, call, input, made))
+    return results, made
+
+
+def _states_of(settings: Settings, call: functional.Call, input: Any, made: Sequence[_Direction]) -> Any:
+    """h, or (h, c), of every step as a call returns them."""
+    of_lists = [[cell.h for cell in made], [cell.c for cell in made if cell.c]]
+    states = [torch.stack([torch.stack(steps) for steps in lists]) for lists in of_lists if lists]
+    states = [state.to(states[0].dtype) for state in states]  # (L*D, T, B, .)
+    if isinstance(input, PackedSequence):
+        sizes, order = input.batch_sizes.tolist(), input.sorted_indices
+        in_order = states if order is None else [state.index_select(2, order) for state in states]
+        states = [torch.cat([state[:, t, :rows] for t, rows in enumerate(sizes)], 1) for state in in_order]
+    elif call.batch is None:
+        states = [state.squeeze(2) for state in states]
+    elif settings.batch_first:
+        states = [state.transpose(1, 2) for state in states]
+    return tuple(states) if settings.kind == CellKind.LSTM else states[0]
 
 
 class _Drawn(NamedTuple):

@@ -14,7 +14,7 @@ from . import backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import Recurrent
 from .layers import GRU, LSTM, RNN
-from .settings import NOTHING_AROUND, NOTHING_WITHIN, Around, Settings, StepOptions
+from .settings import NOTHING_AROUND, NOTHING_WITHIN, Around, CellKind, ForwardOptions, Settings, Steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -129,19 +129,20 @@ def _time(us: float) -> str:
 
 
 def explain(
-    module: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **steps: Unpack[StepOptions]
+    module: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **steps: Unpack[ForwardOptions]
 ) -> Explanation:
     """Which kernel ``module(input, hx)`` would run on, and why. Nothing is computed, and hooks do not run.
 
     Args:
         module: a layer or cell of this package.
-        input, hx: what it would be called with. lengths, mask, reset, reset_state: the same; the first two for layers.
+        input, hx: what it would be called with. lengths, mask, reset, reset_state, return_states: the same; a cell has
+            reset and reset_state of them.
 
     Returns:
         An :class:`Explanation`; print it.
 
     Raises:
-        TypeError: ``module`` is no layer or cell of this package, or a cell with ``lengths`` or ``mask``.
+        TypeError: ``module`` is no layer or cell of this package, or a cell with what only a layer has.
         Whatever the call itself would raise for these arguments.
     """
     data: Any = input
@@ -156,6 +157,8 @@ def explain(
         names = [name for name in ("lengths", "mask") if steps.get(name) is not None]
         if names:
             raise TypeError(f"{names[0]}: expected None for a cell, which takes one step")
+        if steps.get("return_states"):
+            raise TypeError("return_states: expected False for a cell, whose result is the state of its one step")
         settings, params = module._settings(), module._params()
     else:
         hint = "; fused_rnn.convert makes one" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""
@@ -212,6 +215,7 @@ def explain(
         options=(
             *_options_around(settings.around or NOTHING_AROUND),
             *_options_within(settings, call, training, in_slices),
+            *_option_states(settings, call, given_steps),
         ),
     )
 
@@ -258,6 +262,14 @@ def _options_within(settings: Settings, call: functional.Call, with_gradients: b
         else:
             sentences.append(f"bptt_steps={k}: {where} stop the gradients of the states there")
     return sentences
+
+
+def _option_states(settings: Settings, call: functional.Call, steps: Steps) -> list[str]:
+    if not steps.return_states:
+        return []
+    where = "the formulas" if call.why_reference is not None else "the kernels"
+    states = "h and c" if settings.kind == CellKind.LSTM else "h"
+    return [f"return_states: {where} keep {states} of every layer at every step"]
 
 
 _IN_EACH_STEP = ("activation", "recurrent_activation", "reset_after", "peephole", "coupled_gates", "cell_clip")

@@ -211,13 +211,14 @@ def _layer(
     within: Within,
     anew: tuple[Tensor | float, Tensor | float] = (0, 0),
     factors: Tensor | None = None,
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
     """One layer in one direction.
 
     Sequences are sorted by falling length, so step t concerns the first b_t rows of the state; of the others the
     forward direction has passed the end, the backward one not yet reached it. ``anew``: h (B, P) and c (B, H) that rows
-    begin anew from. ``factors``: (B, P), of h before W_hh. Returns the T outputs (b_t, P) in order of time, h_n (B, P)
-    and c_n (B, H).
+    begin anew from. ``factors``: (B, P), of h before W_hh. Returns, in order of time, the T outputs (b_t, P), each the
+    h after a step, and the T c (b_t, H) after it in the dtype of sums, none without a cell state; then h_n (B, P) and
+    c_n (B, H). Outputs and c are 0 in rows for which a step does not count.
     """
     h, c = state
     dtype = h.dtype
@@ -231,7 +232,7 @@ def _layer(
     made = None  # (B, 1): rows whose h an earlier step has made, where that matters
     if within.recurrent_grad_clip is not None:
         made = torch.zeros(h.shape[0], 1, dtype=torch.bool, device=h.device)
-    outputs = []
+    outputs, cells = [], []
     inputs, live, reset = course[:3]
     k, num_steps = within.bptt_steps, len(inputs)
     order = reversed(range(num_steps)) if reverse else range(num_steps)
@@ -264,10 +265,10 @@ def _layer(
             keeps = None if course.zoneout_cell is None else course.zoneout_cell[t]
             c_t = zone(c_t, c_previous, keeps, within.zoneout_cell)
         h_t = h_t.to(dtype)
-        if live is None:
-            outputs.append(h_t)
-        else:
-            outputs.append(torch.where(live[t], h_t, 0))
+        outputs.append(h_t if live is None else torch.where(live[t], h_t, 0))
+        if c_t is not None:
+            cells.append(c_t if live is None else torch.where(live[t], c_t, 0))
+        if live is not None:
             h_t = torch.where(live[t], h_t, h)
             c_t = None if c is None or c_t is None else torch.where(live[t], c_t, c)
         h = _carry(h_t, h)
@@ -276,7 +277,8 @@ def _layer(
             made = _carry(made[:b] | (True if live is None else live[t]), made)
     if reverse:
         outputs.reverse()
-    return outputs, h, None if c is None else c.to(dtype)
+        cells.reverse()
+    return outputs, cells, h, None if c is None else c.to(dtype)
 
 
 def run_stack(
@@ -286,7 +288,7 @@ def run_stack(
     c0: Tensor | None,
     params: Sequence[Tensor],
     controls: Controls,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """All layers and directions.
 
     Args:
@@ -302,7 +304,10 @@ def run_stack(
     Returns:
         ``(output, h_n, c_n)``: (T, B, D*P) — a transposed view of that with ``batch_first``, (N, D*P) if packed —,
         (L*D, B, P) and (L*D, B, H), the last an empty tensor unless the cell is an LSTM. All in the dtype of ``input``;
-        for float16 and bfloat16 sums and c are float32 within the call and h is rounded at every step.
+        for float16 and bfloat16 sums and c are float32 within the call and h is rounded at every step. With
+        ``return_states`` also the states after every step, rows in the order of packed data, those of step 0 first: c
+        of each layer and direction (L*D, N, H) in the dtype of sums, and h (L, N, D*P) before dropout; 0 in steps that
+        do not count.
     """
     kind, num_layers, num_directions = settings.kind, settings.num_layers, settings.num_directions
     within = within_of(settings)
@@ -331,7 +336,7 @@ def run_stack(
     def of_steps(bits: Tensor | None, index: int, size: int) -> Sequence[Tensor] | None:
         return None if bits is None else unpack_bits(bits[index], size).split(sizes)
 
-    h_n, c_n = [], []
+    h_n, c_n, hidden, cells = [], [], [], []
     for layer in range(num_layers):
         directions = []
         for direction in range(num_directions):
@@ -347,7 +352,7 @@ def run_stack(
             c = None
             if kind.num_states:
                 c = c0[index] if c0 is not None else input.new_zeros(batch, kind.num_states * hidden_size)
-            outputs, h, c = _layer(
+            outputs, c_of_steps, h, c = _layer(
                 kind,
                 _Course(
                     inputs, live, resets, of_steps(zoneout, index, size), of_steps(zoneout_cell, index, hidden_size)
@@ -363,14 +368,21 @@ def run_stack(
             h_n.append(h)
             if c is not None:
                 c_n.append(c)
+                cells.append(c_of_steps)
         inputs = [torch.cat(both, dim=-1) for both in zip(*directions, strict=True)]
+        hidden.append(inputs)
         if dropout is not None and layer < num_layers - 1:
             inputs = [x * f for x, f in zip(inputs, dropout[layer].flatten(0, -2).split(sizes), strict=True)]
 
     output = join(inputs)
     if settings.batch_first and batch_sizes is None:
         output = output.transpose(0, 1)
-    return output, torch.stack(h_n), torch.stack(c_n) if c_n else input.new_empty(0)
+    final = (torch.stack(h_n), torch.stack(c_n) if c_n else input.new_empty(0))
+    if not within.return_states:
+        return output, *final
+    of_sums = _accumulation_dtype(input.dtype)
+    all_cells = torch.stack([torch.cat(c) for c in cells]) if cells else input.new_empty(0, dtype=of_sums)
+    return output, *final, all_cells, torch.stack([torch.cat(h) for h in hidden])
 
 
 def split_params(settings: Settings, params: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -403,5 +415,5 @@ def run_step(
     """
     weights = (*params, None, None) if settings.bias else (*params, None, None, None, None)
     course = _Course([input], None, None, None, None)
-    _, h, c = _layer(settings.kind, course, (h, c), weights, False, within_of(settings))
+    _, _, h, c = _layer(settings.kind, course, (h, c), weights, False, within_of(settings))
     return h, c

@@ -10,6 +10,8 @@ L layers, D directions and G gates per unit (LSTM 4, GRU 3, RNN 1)::
     lengths      (B), or () without a batch
     mask, reset  (T, B); (B, T) with batch_first; (T) without a batch
     reset_state  as the initial states
+    h, c         of every step: (L*D, T, B, P or H), (L*D, B, T, .) with batch_first, (L*D, T, .) without a batch,
+                 (L*D, N, .) of packed data
 
 ``params`` is the flat list of :mod:`torch.nn`, for each layer, and in it each direction: ``weight_ih`` (G*H, I; D*P in
 place of I above the first layer), ``weight_hh`` (G*H, P; with ``num_heads`` H / num_heads in place of P), with ``bias``
@@ -30,7 +32,7 @@ the argument.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -42,9 +44,11 @@ from .settings import (
     EVERY_STEP,
     FUNCTION_OPTIONS,
     INDRNN_CALL_OPTIONS,
+    NO_CONTROLS,
     NOTHING_AROUND,
     NOTHING_WITHIN,
     OTHER_NONLINEARITIES,
+    STATES_OF_EVERY_STEP,
     STEP_FUNCTION_OPTIONS,
     STEP_OPTIONS,
     Around,
@@ -52,6 +56,9 @@ from .settings import (
     CellKind,
     Controls,
     IndRNNCallOptions,
+    FunctionKeywords,
+    LSTMKeywords,
+    RNNKeywords,
     Settings,
     StepFunctionOptions,
     Steps,
@@ -70,6 +77,28 @@ _LSTM, _GRU = CellKind.LSTM, CellKind.GRU
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@overload
+def lstm(
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    params: Sequence[Tensor],
+    *,
+    return_states: Literal[False] = False,
+    **keywords: Unpack[LSTMKeywords],
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+
+@overload
+def lstm(
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    params: Sequence[Tensor],
+    *,
+    return_states: Literal[True],
+    **keywords: Unpack[LSTMKeywords],
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]: ...
+
+
 @show_options(CALL_OPTIONS)
 def lstm(
     input: Tensor,
@@ -85,7 +114,7 @@ def lstm(
     proj_size: int = 0,
     batch_sizes: Tensor | None = None,
     **options: Unpack[CallOptions],
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> Any:
     """A stack of LSTM layers over a sequence (Hochreiter and Schmidhuber 1997; Gers 2000; projection: Sak 2014).
 
     Args:
@@ -117,9 +146,13 @@ def lstm(
             step, in every layer, and begins anew; the reverse direction begins anew after it has read that step. No
             gradient goes from one side to the other. In a step that does not count, too. Not with ``batch_sizes``.
         reset_state: ``(h, c)`` that rows begin anew from, shaped like ``hx``; ``None`` for zeros. Only with ``reset``.
+        return_states: whether to return the states of every step, too.
 
     Returns:
         ``(output, (h_n, c_n))``. With ``batch_first`` the output is a transposed view of (T, B, D*P) storage.
+
+        With ``return_states`` ``(output, (h_n, c_n), (h, c))``, the last two of every layer and direction after every
+        step, as :class:`fused_rnn.LSTM` has them.
     """
     if not _gives_sizes(params):
         given = {"bias": bias, "num_layers": num_layers, "dropout": dropout, "training": training}
@@ -129,6 +162,28 @@ def lstm(
         CellKind.LSTM, params, proj_size, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
     return call_layers(settings, input, hx, params, _steps_of(batch_sizes, options))
+
+
+@overload
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    return_states: Literal[False] = False,
+    **keywords: Unpack[FunctionKeywords],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    return_states: Literal[True],
+    **keywords: Unpack[FunctionKeywords],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @show_options(CALL_OPTIONS)
@@ -145,7 +200,7 @@ def gru(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     **options: Unpack[CallOptions],
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     """A stack of GRU layers over a sequence (Cho 2014; reset gate after the product with W_hh).
 
     Args:
@@ -153,7 +208,7 @@ def gru(
         reset_after: ``False`` for the reset gate before the product. The others: see :func:`lstm`.
 
     Returns:
-        ``(output, h_n)``.
+        ``(output, h_n)``; with ``return_states`` ``(output, h_n, h)``.
     """
     if not _gives_sizes(params):
         given = {"bias": bias, "num_layers": num_layers, "dropout": dropout, "training": training}
@@ -163,6 +218,28 @@ def gru(
         CellKind.GRU, params, 0, bias, num_layers, dropout, training, bidirectional, batch_first, options
     )
     return call_layers(settings, input, hx, params, _steps_of(batch_sizes, options))
+
+
+@overload
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    return_states: Literal[False] = False,
+    **keywords: Unpack[RNNKeywords],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    return_states: Literal[True],
+    **keywords: Unpack[RNNKeywords],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @show_options(CALL_OPTIONS)
@@ -180,7 +257,7 @@ def rnn(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     **options: Unpack[CallOptions],
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     """A stack of Elman layers over a sequence (Elman 1990).
 
     Args:
@@ -188,7 +265,7 @@ def rnn(
         nonlinearity: as :class:`fused_rnn.RNN` has it. The others: see :func:`lstm`.
 
     Returns:
-        ``(output, h_n)``.
+        ``(output, h_n)``; with ``return_states`` ``(output, h_n, h)``.
     """
     if not _gives_sizes(params):
         given = {"nonlinearity": nonlinearity, "bias": bias, "num_layers": num_layers, "dropout": dropout}
@@ -490,9 +567,13 @@ class Call(NamedTuple):
 def steps_of(batch_sizes: Tensor | None, given: Mapping[str, Any]) -> Steps:
     """The record of what a caller says of its steps; :data:`EVERY_STEP` itself where that is nothing."""
     _checks.check_names("this call", given, STEP_OPTIONS)
-    if batch_sizes is None and all(value is None for value in given.values()):
+    if "return_states" in given:
+        _checks.check_flag("return_states", given["return_states"])
+    if batch_sizes is None and all(value is STEP_OPTIONS[name] for name, value in given.items()):
         return EVERY_STEP
-    return Steps(batch_sizes, **given)
+    steps = Steps(batch_sizes, **given)
+    only_states = steps.return_states and all(value is None for value in steps[:-1])
+    return STATES_OF_EVERY_STEP if only_states else steps
 
 
 def cell_steps(reset: Any, reset_state: Any) -> Steps:
@@ -503,7 +584,8 @@ def cell_steps(reset: Any, reset_state: Any) -> Steps:
 
 
 def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
-    """A whole stack: ``(output, (h_n, c_n))`` of an LSTM, ``(output, h_n)`` of the others."""
+    """A whole stack: ``(output, (h_n, c_n))`` of an LSTM, ``(output, h_n)`` of the others; with ``return_states`` the
+    states of every step after them, ``(h, c)`` or h."""
     results = None
     if (
         steps is EVERY_STEP
@@ -519,13 +601,32 @@ def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], 
         elif (kernels := backend.traced_kernels()) is not None:
             results = kernels.trace_stack(settings, input, hx, params)
     if results is None:
-        tensors = _tensors(input, hx, params, steps)
-        if settings.kind in _PUBLIC and _is_overridden(tensors):  # a custom cell has no function
-            return _call_override(settings, tensors, input, hx, params, steps)
-        results = _run_layers(settings, input, hx, params, steps)
+        if steps is STATES_OF_EVERY_STEP:
+            results = _try_states(settings, input, hx, params)
+        if results is None:
+            tensors = _tensors(input, hx, params, steps)
+            if settings.kind in _PUBLIC and _is_overridden(tensors):  # a custom cell has no function
+                return _call_override(settings, tensors, input, hx, params, steps)
+            results = _run_layers(settings, input, hx, params, steps)
+        if steps.return_states:
+            output, h_n, c_n, states = results
+            return (output, (h_n, c_n), states) if settings.kind.num_states else (output, h_n, states[0])
     output, h_n, c_n = results
     has_cell = settings.kind is _LSTM or (settings.kind > _GRU and settings.kind.num_states > 0)
     return (output, (h_n, c_n)) if has_cell else (output, h_n)
+
+
+def _try_states(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) -> tuple[Any, ...] | None:
+    """The usual call that wants the states of every step, and nothing else of its steps; ``None`` for any other."""
+    if settings.around is not None or settings.within is not None or (settings.dropout and settings.num_layers > 1):
+        return None
+    kernels = backend.eager_kernels()
+    found = None if kernels is None else kernels.try_stack(settings, input, hx, params, True)
+    if found is None:
+        return None
+    output, h_n, c_n, cells, hidden = found
+    num_steps, batch = input.shape[:2][::-1] if settings.batch_first else input.shape[:2]
+    return output, h_n, c_n, _states_of_steps(settings, num_steps, batch, cells, hidden)
 
 
 def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
@@ -558,7 +659,7 @@ def _flat(arguments: Sequence[Any]) -> list[Any]:
 
 
 def _given(steps: Steps) -> dict[str, Any]:
-    return {name: value for name, value in steps._asdict().items() if value is not None}
+    return {name: value for name, value in steps._asdict().items() if value is not _DEFAULTS[name]}
 
 
 def _is_overridden(tensors: tuple[Any, ...]) -> bool:
@@ -634,6 +735,8 @@ def _what_is_within(
     settings: Settings, num_steps: int, steps: Steps, tensors: tuple[Tensor | None, ...]
 ) -> tuple[Settings | None, bool]:
     """What :func:`backend.why_reference` has to know of a call whose settings these are, if anything."""
+    if steps.return_states:
+        settings = _with_states(settings)
     if settings.within is None:
         return None, False
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
@@ -657,6 +760,11 @@ def _of_call(settings: Settings, num_steps: int) -> Settings:
     k = None if settings.within is None else settings.within.bptt_steps
     changes = k is not None and k < num_steps and torch.is_grad_enabled()
     return settings if changes or k is None else _without_bptt_steps(settings)
+
+
+def _with_states(settings: Settings) -> Settings:
+    """Of an operator that returns the states of every step."""
+    return settings._replace(within=(settings.within or NOTHING_WITHIN)._replace(return_states=True))
 
 
 def _without_bptt_steps(settings: Settings) -> Settings:
@@ -686,8 +794,10 @@ def _run_layers(
     params: Sequence[Any],
     steps: Steps,
     recurrent_dropout: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(output, h_n, c_n)``, c_n empty unless it is an LSTM's. ``recurrent_dropout``: factors, where drawn already."""
+) -> tuple[Any, ...]:
+    """``(output, h_n, c_n)``, c_n empty unless it is an LSTM's; with ``return_states`` then the tuple of the states of
+    every step. ``recurrent_dropout``: factors, where drawn already.
+    """
     region = autocast_region(settings, input)
     if region is not None:
         input, hx, params = autocast(settings, region, input, hx, params, packed=steps.batch_sizes is not None)
@@ -701,6 +811,8 @@ def _run_layers(
     if is_in_slices(settings, steps, call):
         return _run_slices(settings, call, input, hx, params, steps)
     settings = _of_call(settings, call.num_steps)
+    if steps.return_states:
+        settings = _with_states(settings)
     within = settings.within
     input, h, c, controls = call[:4]
     anew = call.anew
@@ -720,15 +832,93 @@ def _run_layers(
         of_operator = [*params, *anew]
         settings = settings._replace(within=(within or NOTHING_WITHIN)._replace(reset_state=True))
     run = backend.implementation(call.why_reference).run_stack
-    output, h_n, c_n = _compute(run, settings, call, params, input, h, c, of_operator, controls)
+    output, h_n, c_n, *of_steps = _compute(run, settings, call, params, input, h, c, of_operator, controls)
+    states = None
+    if of_steps:
+        batch = None if controls.batch_sizes is not None else h_n.shape[1]
+        cells, hidden = of_steps
+        states = _states_of_steps(settings, call.num_steps, batch, cells, hidden, controls, (h, c), anew)
     if call.batch is None:
-        return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if settings.kind.num_states else c_n
-    return output, h_n, c_n
+        output, h_n = output.squeeze(1), h_n.squeeze(1)
+        c_n = c_n.squeeze(1) if settings.kind.num_states else c_n
+        states = None if states is None else tuple(state.squeeze(2) for state in states)
+    return (output, h_n, c_n) if states is None else (output, h_n, c_n, states)
+
+
+def _states_of_steps(
+    settings: Settings,
+    num_steps: int,
+    batch: int | None,
+    cells: Tensor,
+    hidden: Tensor,
+    controls: Controls = NO_CONTROLS,
+    initial: tuple[Tensor | None, Tensor | None] = (None, None),
+    anew: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, ...]:
+    """h, and c of an LSTM, after every step, ``cells`` and ``hidden`` as the operator returns them.
+
+    (L*D, T, B, .) in the order in which the input has T and B; (L*D, N, .) of packed data, where ``batch`` is ``None``.
+    """
+    directions = settings.num_directions
+    if directions == 1:
+        h = hidden
+    else:
+        of_layers = hidden.unflatten(-1, (directions, settings.state_size))  # (L, N, D, P)
+        h = of_layers.transpose(1, 2).flatten(0, 1)
+    states: tuple[Tensor, ...] = (h, cells.to(h.dtype)) if settings.kind.num_states else (h,)
+    if batch is None:
+        return states
+    states = tuple(state.view(state.shape[0], num_steps, batch, state.shape[2]) for state in states)
+    if controls.mask is not None:
+        sources = [
+            _steps_of_states(controls.mask, controls.reset, reverse=direction == 1) for direction in range(directions)
+        ]
+        beginnings = anew or (None, None)
+        states = tuple(
+            _kept_states(state, sources, first, begin)
+            for state, first, begin in zip(states, initial, beginnings, strict=False)
+        )
+    return tuple(state.transpose(1, 2) for state in states) if settings.batch_first else states
+
+
+def _steps_of_states(mask: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
+    """int64 (T, B): where a row's state after each step comes from, 2 + t if it is what step t made.
+
+    0 is what the row began with, 1 what it began anew from.
+    """
+    num_steps = mask.shape[0]
+    begins = torch.zeros_like(mask) if reset is None else reset
+    if reverse:  # in its own order of steps, in which a row begins anew before a step if the one after it is marked
+        mask = mask.flip(0)
+        begins = torch.cat([torch.zeros_like(begins[:1]), begins[1:].flip(0)])
+    step = torch.arange(num_steps, device=mask.device).unsqueeze(1)
+    last_live, last_begin = (torch.where(marks, step, -1).cummax(0).values for marks in (mask, begins))
+    made = num_steps - 1 - last_live if reverse else last_live
+    source = torch.where(last_live >= last_begin, torch.where(last_live >= 0, 2 + made, 0), 1)
+    return source.flip(0) if reverse else source
+
+
+def _kept_states(states: Tensor, sources: Sequence[Tensor], initial: Tensor | None, anew: Tensor | None) -> Tensor:
+    """``states`` (L*D, T, B, F) with what each row carries on in steps that do not count.
+
+    ``sources``: of each direction, :func:`_steps_of_states`. ``initial``, ``anew``: (L*D, B, F), ``None`` for zeros.
+    """
+    directions = len(sources)
+    count, _, batch, size = states.shape
+    zeros = states.new_zeros(count, batch, size)
+    beginnings = torch.stack([zeros if begin is None else begin for begin in (initial, anew)], 1)
+    known = torch.cat([beginnings, states], 1)
+    row = torch.arange(batch, device=states.device)
+    kept = [
+        known[direction::directions].flatten(1, 2).index_select(1, (source * batch + row).flatten())
+        for direction, source in enumerate(sources)
+    ]
+    return torch.stack(kept, 1).view_as(states)
 
 
 def _run_around(
     settings: Settings, around: Around, call: Call, hx: Any, params: Sequence[Any], steps: Steps
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """A checked call whose options are for Python, as calls without them."""
     _checks.check_memory(settings, call.input, hx, params)
     params = _params_of_operator(settings, around, params)
@@ -769,7 +959,7 @@ def _drop_inputs(settings: Settings, rate: float, call: Call) -> Tensor:
 
 def _run_slices(
     settings: Settings, call: Call, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """Calls of k steps each, one after the other: no gradient goes from one to the one before."""
     if steps.batch_sizes is not None:
         raise RuntimeError(
@@ -782,18 +972,22 @@ def _run_slices(
     factors = _recurrent_dropout_factors(settings, settings.within, call)
     settings = _without_bptt_steps(settings)
     dim = 1 if settings.batch_first and call.batch is not None else 0
-    outputs = []
+    outputs, of_slices = [], []
     for first in range(0, call.num_steps, k):
         count = min(k, call.num_steps - first)
         of_slice = EVERY_STEP
         if steps is not EVERY_STEP:
             lengths = None if steps.lengths is None else (steps.lengths.long() - first).clamp(0, count)
             mask, reset = (None if s is None else s.narrow(dim, first, count) for s in (steps.mask, steps.reset))
-            of_slice = Steps(None, lengths, mask, reset, steps.reset_state)
-        output, h, c = _run_layers(settings, input.narrow(dim, first, count), hx, params, of_slice, factors)
+            of_slice = Steps(None, lengths, mask, reset, steps.reset_state, steps.return_states)
+        output, h, c, *states = _run_layers(settings, input.narrow(dim, first, count), hx, params, of_slice, factors)
         outputs.append(output)
+        of_slices += states
         hx = (h.detach(), c.detach()) if settings.kind.num_states else h.detach()
-    return torch.cat(outputs, dim), h, c
+    output = torch.cat(outputs, dim)
+    if not steps.return_states:
+        return output, h, c
+    return output, h, c, tuple(torch.cat(parts, 1 + dim) for parts in zip(*of_slices, strict=True))
 
 
 def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Call:

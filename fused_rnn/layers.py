@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -19,6 +19,7 @@ from .settings import (
     AnyCellKind,
     Around,
     CellKind,
+    ForwardOptions,
     LayerOptions,
     Settings,
     StepOptions,
@@ -253,11 +254,11 @@ class Recurrent(HasTwin, HasOptionsWithin, ByAttribute, FlatWeightsMixin):
     def _params_by_attribute(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
 
-    def _for_operators(self, hx: Any, steps: StepOptions) -> tuple[Any, StepOptions]:
+    def _for_operators(self, hx: Any, steps: ForwardOptions) -> tuple[Any, ForwardOptions]:
         """States as functions and operators have them: h, or (h, c)."""
         return hx, steps
 
-    def _run(self, input: Any, hx: Any, steps: StepOptions) -> Any:
+    def _run(self, input: Any, hx: Any, steps: ForwardOptions) -> Any:
         settings = self._settings()
         carries_on = settings.around is not None and settings.around.stateful
         if carries_on:
@@ -271,7 +272,7 @@ class Recurrent(HasTwin, HasOptionsWithin, ByAttribute, FlatWeightsMixin):
             carried.keep(self, results[1])
         return results
 
-    def _run_packed(self, settings: Settings, input: PackedSequence, hx: Any, steps: StepOptions) -> Any:
+    def _run_packed(self, settings: Settings, input: PackedSequence, hx: Any, steps: ForwardOptions) -> Any:
         """A packed batch. ``hx`` and the results' states are in the order the sequences had before they were sorted."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
         _checks.check_sorted_indices(input)
@@ -282,10 +283,15 @@ class Recurrent(HasTwin, HasOptionsWithin, ByAttribute, FlatWeightsMixin):
             _checks.check_state_memory(hx)
             hx = _rows(h if c is None else (h, c), sorted_indices)
         given = functional.steps_of(batch_sizes, steps)
-        output, states = functional.call_layers(settings, data, hx, self._params(), given)
+        results = functional.call_layers(settings, data, hx, self._params(), given)
+        if given.return_states:
+            output, states, of_steps = results
+        else:
+            output, states = results
         if unsorted_indices is not None:
             states = _rows(states, unsorted_indices)
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return (packed, states, of_steps) if given.return_states else (packed, states)
 
 
 def _not_nothing(within: Within) -> Within | None:
@@ -416,16 +422,33 @@ class LSTM(Recurrent):
         self,
         input: Tensor,
         hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        return_states: Literal[False] = False,
         **steps: Unpack[StepOptions],
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
 
     @overload
     def forward(
-        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        return_states: Literal[True],
+        **steps: Unpack[StepOptions],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, return_states: Literal[False] = False
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
 
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, return_states: Literal[True]
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]: ...
+
     @show_options(STEP_OPTIONS)
-    def forward(self, input: Any, hx: Any = None, **steps: Unpack[StepOptions]) -> Any:
+    def forward(self, input: Any, hx: Any = None, **steps: Unpack[ForwardOptions]) -> Any:
         """Run the layers.
 
         Args:
@@ -444,11 +467,17 @@ class LSTM(Recurrent):
                 that does not count, too. Not with a PackedSequence.
             reset_state: ``(h, c)`` that rows begin anew from, shaped like ``hx``; ``None`` for zeros. Only with
                 ``reset``.
+            return_states: whether to return the states of every step, too.
 
         Returns:
             ``(output, (h_n, c_n))``: the last layer's h at all steps, as ``input`` with D*P in place of I, and the
             states after the last step, as ``hx``. For packed input the output is packed, and the states are in the
             order of the sequences before packing.
+
+            With ``return_states`` ``(output, (h_n, c_n), (h, c))``: h (L*D, T, B, P) and c (L*D, T, B, H) of every
+            layer and direction after every step, before ``dropout``, with gradients to any order; (L*D, B, T, .) with
+            ``batch_first``, (L*D, T, .) without a batch, (L*D, N, .) in the order of packed data. In a step that does
+            not count they are what the row carries on, where ``output`` is 0.
 
         Raises:
             TypeError: ``input`` or ``hx`` is another kind of object.
@@ -494,14 +523,33 @@ class _SingleState(Recurrent):
         self,
         input: Tensor,
         hx: Tensor | None = None,
+        *,
+        return_states: Literal[False] = False,
         **steps: Unpack[StepOptions],
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
-    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        return_states: Literal[True],
+        **steps: Unpack[StepOptions],
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None, *, return_states: Literal[False] = False
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None, *, return_states: Literal[True]
+    ) -> tuple[PackedSequence, Tensor, Tensor]: ...
 
     @show_options(STEP_OPTIONS)
-    def forward(self, input: Any, hx: Any = None, **steps: Unpack[StepOptions]) -> Any:
+    def forward(self, input: Any, hx: Any = None, **steps: Unpack[ForwardOptions]) -> Any:
         """Run the layers.
 
         Args:
@@ -519,11 +567,17 @@ class _SingleState(Recurrent):
                 begins anew after it has read that step. No gradient goes from one side to the other. It acts in a step
                 that does not count, too. Not with a PackedSequence.
             reset_state: h that rows begin anew from, shaped like ``hx``; ``None`` for zeros. Only with ``reset``.
+            return_states: whether to return the states of every step, too.
 
         Returns:
             ``(output, h_n)``: the last layer's h at all steps, as ``input`` with D*H in place of I, and h after the
             last step, as ``hx``. For packed input the output is packed, and h_n is in the order of the sequences
             before packing.
+
+            With ``return_states`` ``(output, h_n, h)``: h (L*D, T, B, H) of every layer and direction after every
+            step, before ``dropout``, with gradients to any order; (L*D, B, T, H) with ``batch_first``, (L*D, T, H)
+            without a batch, (L*D, N, H) in the order of packed data. In a step that does not count it is what the row
+            carries on, where ``output`` is 0.
 
         Raises:
             TypeError: ``input`` or ``hx`` is another kind of object.

@@ -14,6 +14,8 @@ step.
                           With a ``mask`` (T, B), on the CPU: what is saved is of the live steps alone, at the front of
                           memory for all, zeros behind it; on CUDA hidden is (L, N, D * P), the states of all layers at
                           every step
+                          With ``return_states``, whether it saves or not, cells and hidden (L, N, D * P) are results
+                          with a gradient: c and h of all rows after every step, before dropout, 0 in masked steps
 ``rnn_backward``          gradients of input, h0, c0 and params; (0,) for those that ``needs`` does not ask for. With
                           ``reuse_gates`` it may write over ``gates``, which its schema does not say (as PyTorch's own
                           for cuDNN with its reserve): only for a tensor that nobody reads afterwards
@@ -290,7 +292,7 @@ def run_stack(
     c0: Tensor | None,
     params: Sequence[Tensor],
     controls: Controls,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """A stack of recurrent layers over a whole sequence, in one operator.
 
     Args:
@@ -304,13 +306,15 @@ def run_stack(
 
     Returns:
         output (shaped like the input, D * P features), h_n (L * D, B, P), c_n (L * D, B, H) or, without a cell state,
-        an empty tensor.
+        an empty tensor. With ``return_states`` also c (L * D, N, H), in float32 (float64 for float64), and h
+        (L, N, D * P) after every step, 0 where a step is masked.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
     result = _rnn_forward(input, h0, c0, list(params), controls.flatten(input), *settings.flatten(), False)
-    return result[:3]
+    returns_states = settings.within is not None and settings.within.return_states
+    return result[:3] + result[4:] if returns_states else result[:3]
 
 
 def run_step(
@@ -333,7 +337,8 @@ def _formulas_of(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """A call of an operator in differentiable tensor operations, a function of input, h, c, params.
 
-    Its results are those that have a gradient: output, h_n[, c_n], or h[, c] of a cell.
+    Its results are those that have a gradient: output, h_n, c_n[, cells, hidden], or h[, c] of a cell. Without a cell
+    state c_n and cells stand for nothing.
     """
 
     def run(input: Tensor, h: Tensor | None, c: Tensor | None, *params: Tensor) -> tuple[Tensor, ...]:
@@ -342,8 +347,7 @@ def _formulas_of(
             assert h is not None
             h_next, c_next = formulas.run_step(settings, input, h, c, params)
             return (h_next,) if c_next is None else (h_next, c_next)
-        results = formulas.run_stack(settings, input, h, c, params, Controls.restore(controls))
-        return results if settings.kind.num_states else results[:2]
+        return formulas.run_stack(settings, input, h, c, params, Controls.restore(controls))
 
     return run
 
@@ -535,26 +539,29 @@ def _(input, h0, c0, params, controls, integers, numbers, save):  # type: ignore
         output = output.transpose(0, 1) if settings.batch_first else output
     C = kind.num_states * H
     rows = (L * D, N)
-    num_hidden = L if mask is not None and input.device.type == "cuda" else L - 1
+    returns_states = settings.within is not None and settings.within.return_states
+    num_hidden = L if returns_states or (mask is not None and input.device.type == "cuda") else L - 1
     saved = kind.num_saved if save and not settings.recompute else 0
+    keeps = save or returns_states
     return (
         output,
         input.new_empty(L * D, B, P),
         input.new_empty((L * D, B, C) if C else 0),
         input.new_empty((*rows, saved, H) if saved else 0),
-        input.new_empty((*rows, C) if save and C else 0, dtype=_accumulation_dtype(input.dtype)),
-        input.new_empty((num_hidden, N, D * P) if save and num_hidden else 0),
+        input.new_empty((*rows, C) if keeps and C else 0, dtype=_accumulation_dtype(input.dtype)),
+        input.new_empty((num_hidden, N, D * P) if keeps and num_hidden else 0),
     )
 
 
 @torch.library.register_fake("fused_rnn::rnn_backward")
 def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, controls, output, gates, cells, hidden, integers, numbers,
-    needs, reuse_gates,
+    grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output, gates, cells,
+    hidden, integers, numbers, needs, reuse_gates,
 ):  # fmt: skip
     settings = Settings.restore(integers, numbers, input, params)
     given = Controls.restore(controls)
     gradients = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
+    gradients |= {"grad_cells": grad_cells, "grad_hidden": grad_hidden}
     saved = {"output": output, "gates": gates, "cells": cells, "hidden": hidden}
     _check_devices(input, given.batch_sizes, **gradients, h0=h0, c0=c0, params=params, **_on_device(given), **saved)
     grad_input = _gradient_like(input, input, needs[0])
@@ -632,8 +639,8 @@ def _(input, h, c, params, *_, **__):  # type: ignore[no-untyped-def]
 
 @register_flop_formula(torch.ops.fused_rnn.rnn_backward)
 def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, controls, output, gates, cells, hidden, integers, numbers,
-    needs, *_, **__,
+    grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output, gates, cells,
+    hidden, integers, numbers, needs, *_, **__,
 ):  # fmt: skip
     return _backward_flops(input, params, gates, integers, needs)
 

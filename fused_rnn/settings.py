@@ -129,7 +129,7 @@ class LayerOptions(FunctionOptions, total=False):
 
 
 class StepOptions(TypedDict, total=False):
-    """Keywords of a layer's ``forward`` that ``torch.nn`` lacks: fields of :class:`Steps`."""
+    """Keywords of a call that say something of its steps: fields of :class:`Steps`."""
 
     lengths: Tensor | None
     mask: Tensor | None
@@ -137,7 +137,13 @@ class StepOptions(TypedDict, total=False):
     reset_state: Tensor | tuple[Tensor, Tensor] | None
 
 
-class CallOptions(FunctionOptions, StepOptions, total=False):
+class ForwardOptions(StepOptions, total=False):
+    """Keywords of a layer's ``forward`` that ``torch.nn`` lacks."""
+
+    return_states: bool
+
+
+class CallOptions(FunctionOptions, ForwardOptions, total=False):
     """Keywords of a functional call that ``torch.nn`` lacks."""
 
 
@@ -158,8 +164,28 @@ class IndRNNOptions(IndRNNFunctionOptions, total=False):
     stateful: bool
 
 
-class IndRNNCallOptions(IndRNNFunctionOptions, StepOptions, total=False):
+class IndRNNCallOptions(IndRNNFunctionOptions, ForwardOptions, total=False):
     """Keywords of a functional call of an IndRNN."""
+
+
+class FunctionKeywords(FunctionOptions, StepOptions, total=False):
+    """All keywords of a functional GRU but ``return_states``, which decides what a call returns."""
+
+    bias: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    batch_sizes: Tensor | None
+
+
+class LSTMKeywords(FunctionKeywords, total=False):
+    proj_size: int
+
+
+class RNNKeywords(FunctionKeywords, total=False):
+    nonlinearity: str
 
 
 class StepFunctionOptions(TypedDict, total=False):
@@ -201,7 +227,7 @@ NOTHING_AROUND = Around()
 class Within(NamedTuple):
     """What the operators do beside the plain cell; see :class:`fused_rnn.LSTM` for the meaning of each.
 
-    Up to ``reset_state`` the fields go to the operators as integers, then up to ``zoneout_cell`` as numbers; the rest
+    Up to ``return_states`` the fields go to the operators as integers, then up to ``zoneout_cell`` as numbers; the rest
     is for Python, which draws by it what :class:`Controls` have.
     """
 
@@ -213,6 +239,7 @@ class Within(NamedTuple):
     num_heads: int = 1
     bptt_steps: int | None = None
     reset_state: bool = False  # the parameters are followed by the states that rows begin anew from
+    return_states: bool = False  # h and c of every step are results, with gradients
 
     cell_clip: float | None = None
     recurrent_grad_clip: float | None = None
@@ -238,7 +265,7 @@ class Within(NamedTuple):
     @staticmethod
     def restore(integers: Sequence[int], numbers: Sequence[float]) -> Within:
         activation, recurrent_activation = (Activation(value).name.lower() for value in integers[:2])
-        reset_after, peephole, coupled_gates, num_heads, bptt_steps, reset_state = integers[2:]
+        reset_after, peephole, coupled_gates, num_heads, bptt_steps, reset_state, return_states = integers[2:]
         cell_clip, recurrent_grad_clip, zoneout, zoneout_cell = numbers
         return Within(
             activation=activation,
@@ -249,6 +276,7 @@ class Within(NamedTuple):
             num_heads=num_heads,
             bptt_steps=bptt_steps or None,
             reset_state=bool(reset_state),
+            return_states=bool(return_states),
             cell_clip=cell_clip or None,
             recurrent_grad_clip=recurrent_grad_clip or None,
             zoneout=zoneout,
@@ -256,7 +284,7 @@ class Within(NamedTuple):
         )
 
 
-_END_OF_WITHIN_INTEGERS = Within._fields.index("reset_state") + 1
+_END_OF_WITHIN_INTEGERS = Within._fields.index("return_states") + 1
 _END_OF_WITHIN = Within._fields.index("zoneout_cell") + 1
 NOTHING_WITHIN = Within()
 
@@ -351,7 +379,7 @@ LAYER_OPTIONS: dict[str, Any] = FUNCTION_OPTIONS | {
     "init": "torch",
     "forget_bias": None,
 }
-STEP_OPTIONS: dict[str, Any] = dict.fromkeys(StepOptions.__annotations__)
+STEP_OPTIONS: dict[str, Any] = dict.fromkeys(StepOptions.__annotations__) | {"return_states": False}
 CALL_OPTIONS = FUNCTION_OPTIONS | STEP_OPTIONS
 INDRNN_OPTIONS: dict[str, Any] = {name: LAYER_OPTIONS[name] for name in IndRNNOptions.__annotations__}
 INDRNN_CALL_OPTIONS: dict[str, Any] = {name: CALL_OPTIONS[name] for name in IndRNNCallOptions.__annotations__}
@@ -386,16 +414,18 @@ def _make_cell_settings(
 
 
 class Steps(NamedTuple):
-    """Which steps a call has, and where rows begin anew, as its caller says it."""
+    """Which steps a call has, where rows begin anew, and whether all are wanted, as its caller says it."""
 
     batch_sizes: Tensor | None = None  # int64 (T) on the CPU: the batch is packed
     lengths: Tensor | None = None
     mask: Tensor | None = None
     reset: Tensor | None = None
     reset_state: Any = None  # as hx: h, or (h, c) of an LSTM
+    return_states: bool = False  # the states of every step, beside the output and those after the last
 
 
 EVERY_STEP = Steps()
+STATES_OF_EVERY_STEP = Steps(return_states=True)
 
 
 class Controls(NamedTuple):
@@ -420,6 +450,8 @@ class Controls(NamedTuple):
     def restore(controls: Sequence[Tensor]) -> Controls:
         return Controls(*(None if tuple(t.shape) == (0,) else t for t in controls))
 
+
+NO_CONTROLS = Controls()
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 

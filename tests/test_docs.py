@@ -69,6 +69,7 @@ def test_all_pages_with_code_are_run_here() -> None:
         "new-cell.md",
         "options.md",
         "resets.md",
+        "state-sequences.md",
         "variable-lengths.md",
         *ways,
     }
@@ -125,6 +126,18 @@ def test_code_of_the_page_on_resets_runs(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(page.in_three_rows[: end - begin, episode], alone)
     parts = page.episodes[0].split([2, 3])
     torch.testing.assert_close(page.output[:5, 0], torch.cat([page.model.lstm(part)[0] for part in parts]))
+
+
+def test_code_of_the_page_on_states_of_every_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"lstm": fused_rnn.LSTM(4, 6), "gru": fused_rnn.GRU(4, 6), "x": torch.randn(5, 3, 4)}
+    page = run_page(DOCS / "state-sequences.md", monkeypatch, torch=torch, fused_rnn=fused_rnn, **names)
+    assert page.network.lstm.weight_hh_l0.grad.count_nonzero() > 0 and page.stack.weight_hh_l0.grad.count_nonzero() > 0
+    # the weights have not changed since: a window has the numbers of the whole
+    whole = page.network.lstm(page.observations, page.begin)[0]
+    alone = page.network.lstm(page.window, tuple(s[:, page.first, page.row] for s in page.stored))[0]
+    torch.testing.assert_close(alone, whole[page.step, page.row])
+    torch.testing.assert_close(page.output, alone[page.burn_in :])
 
 
 def test_code_of_the_page_on_lengths_runs(monkeypatch: pytest.MonkeyPatch) -> None:

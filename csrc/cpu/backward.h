@@ -415,6 +415,30 @@ class BackwardPass {
     }
   }
 
+  // Adds what comes to the states after step t themselves, of the owned features of h and units of c.
+  void add_state_gradients(int d, int64_t t, int64_t r0, int64_t rows, Share features, Share units) {
+    DirectionScratch& s = direction_[d];
+    const Sequence& of_h = layer_.grad_h;
+    const void* of_c = layer_.direction[d].grad_cells;
+    for (int64_t r = r0; r < r0 + rows; ++r) {
+      if (of_h.data) {
+        const S* grad = rows_of<S>(of_h.data) + layer_.steps.step(of_h, t) + r * of_h.batch_stride + d * P_;
+        add_to_gradient(s.grad_state + r * state_stride_, grad, features);
+      }
+      if constexpr (Cell::has_cell) {
+        if (of_c)
+          add_to_gradient(s.grad_cell + r * unit_stride_, rows_of<A>(of_c) + (layer_.steps.first_row(t) + r) * H_,
+                          units);
+      }
+    }
+  }
+
+  template <class T>
+  static void add_to_gradient(A* grad, const T* more, Share features) {
+    for (int64_t u = features.begin; u < features.end; u += width)
+      Simd<A>::store(grad + u, Simd<A>::load(grad + u) + Simd<A>::load_n(more + u, features.end - u));
+  }
+
   // Gate gradients of steps [begin, end) for the owned rows and units.
   void scan(int d, int64_t begin, int64_t end, int64_t r0, int64_t r1, const Owner& own, ThreadScratch& mine) {
     DirectionScratch& s = direction_[d];
@@ -423,11 +447,14 @@ class BackwardPass {
     const Share unit_panels(projects_ ? Columns::count(H_) : state_panel_count(), own.unit_group, plan_.unit_groups);
     const Share state_panels(state_panel_count(), own.unit_group, plan_.unit_groups);
     const ColumnPanels<E> w_hh{s.w_hh, G * H_, P_};
+    const bool has_state_gradients = layer_.grad_h.data || layer_.direction[d].grad_cells;
     int64_t row = 0;
     for (int64_t step = begin; step < end; ++step) {
       const int64_t t = time(d, step), all = layer_.steps.rows(t);
       const int64_t last = all < r1 ? all : r1;
       const int64_t rows = last > r0 ? last - r0 : 0;
+      if (has_state_gradients)
+        add_state_gradients(d, t, r0, rows, features_of(state_panels, P_), features_of(unit_panels, H_));
       if (projects_) {
         gradient_of_projected(d, t, r0, rows, row, state_panels);
         barrier.wait();

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fused_rnn
+from fused_rnn.settings import INTEGER_SETTINGS, Within
 
-from .cases import Case, CellCase, run
+from .cases import Case, CellCase, incoming_gradients, run
 
 FEW: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (Case(num_layers=2, hx=True, dropout=0.5), {"mask": True}),
     (Case("GRU", num_layers=2, bidirectional=True, hx=True, packing="unsorted"), {}),
+    (Case(num_layers=2, hx=True, dropout=0.5), {"return_states": True}),
     (CellCase("LSTM"), {}),
     (CellCase("GRU"), {}),
 ]
@@ -32,15 +34,19 @@ MORE: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (Case("GRU", bidirectional=True, hx=True, dtype=torch.float64), {"mask": True}),
     (Case("RNN_TANH", num_layers=2, hx=True, batch_first=True), {"mask": True}),
     (Case("RNN_RELU", num_layers=2, hx=True, dropout=0.5), {}),
+    (Case(num_layers=2, bidirectional=True, hx=True, dtype=torch.bfloat16), {"mask": True, "return_states": True}),
+    (Case("GRU", num_layers=2, packing="sorted"), {"return_states": True}),
     (CellCase("LSTM", bias=False, dtype=torch.float16), {}),
     (CellCase("RNN_TANH"), {}),
     (CellCase("RNN_RELU", dtype=torch.float64), {}),
 ]
 # May be left out, or empty for none: as good as given.
-OPTIONAL = ("h0", "c0", "grad_output", "grad_h_n", "grad_c_n", "grad_h", "grad_c")
+OPTIONAL = ("h0", "c0", "grad_output", "grad_h_n", "grad_c_n", "grad_cells", "grad_hidden", "grad_h", "grad_c")
 # Made by the forward pass for the backward pass alone, which need not take them in another form.
 SAVED = ("gates", "cells", "hidden")
 REFUSALS = (RuntimeError, TypeError)
+# Among the settings of a call that has something within.
+BPTT_STEPS = len(INTEGER_SETTINGS) + Within._fields.index("bptt_steps")
 
 
 class Attempt(NamedTuple):
@@ -75,8 +81,15 @@ def recorded(case: Case | CellCase, options: dict[str, Any]) -> list[tuple[Any, 
         mask = torch.ones(case.steps, case.batch, dtype=torch.bool)
         mask[1::2, 1] = mask[:, 2] = False
         given["mask"] = mask.T if case.batch_first else mask
+    data = case.data()
     with fused_rnn.use_backend("fused"), _Recorder() as recorder:
-        run(module, case.data(), **given)
+        if options.get("return_states"):
+            results = tree_leaves(module(data.input, data.hx, **given, return_states=True))
+            outputs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+            leaves = [*data.leaves.values(), *module.parameters()]
+            torch.autograd.grad(outputs, leaves, incoming_gradients(outputs))
+        else:
+            run(module, data, **given)
     return recorder.calls
 
 
@@ -168,7 +181,9 @@ def attempts(operator: Any, args: tuple[Any, ...]) -> Iterator[Attempt]:
         elif name in ("settings", "needs"):
             for index in range(len(value)):
                 for other in (-1, 2, 4, 2**62 + 1, -(2**63)) if name == "settings" else (True, False):
-                    far = name == "settings" and other not in (2, 4)
+                    # as many steps as one likes
+                    may_be_large = index == BPTT_STEPS and len(value) > BPTT_STEPS + 1 and other > 0
+                    far = name == "settings" and other not in (2, 4) and not may_be_large
                     changed_list = changed([*value[:index], other, *value[index + 1 :]])
                     yield Attempt(f"{name}[{index}] = {other}", changed_list, "refused" if far else "any")
                 yield Attempt(f"{name} of the first {index}", changed(value[:index]), "refused")
