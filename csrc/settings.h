@@ -21,7 +21,7 @@ using OptionalTensor = std::optional<Tensor>;
 // Stands last in the list of integers, and so in every compiled or exported program: what PyTorch's caches and files
 // keep of an operator is its name and its arguments, and calls of another version must not look the same. To be raised
 // with every change of a schema, or of what an operator computes (tests/test_operators.py).
-inline constexpr int64_t operators_version = 3;
+inline constexpr int64_t operators_version = 4;
 
 struct Settings {
   CellKind kind = CellKind::lstm;
@@ -105,6 +105,7 @@ struct Settings {
     visit("peephole", within.peephole, 0, 1);
     visit("coupled_gates", within.coupled_gates, 0, 1);
     visit("num_heads", within.num_heads, 1, most_layers);
+    visit("layer_norm", within.layer_norm, 0, 1);
     visit("bptt_steps", within.bptt_steps, 0, std::numeric_limits<int64_t>::max());
     visit("reset_state", within.reset_state, 0, 1);
   }

@@ -48,6 +48,12 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     ),
     "peephole": (("LSTM", {"peephole": True}),),
     "coupled_gates": (("LSTM", {"coupled_gates": True}), ("LSTM", {"coupled_gates": True, "peephole": True})),
+    "layer_norm": (
+        ("LSTM", {"layer_norm": True}),
+        ("LSTM", {"layer_norm": True, "peephole": True, "activation": "softsign"}),
+        ("GRU", {"layer_norm": True}),
+        ("RNN_TANH", {"layer_norm": True}),
+    ),
     "cell_clip": (("LSTM", {"cell_clip": 0.3}),),
     "recurrent_grad_clip": tuple((cell, {"recurrent_grad_clip": 1.0}) for cell in ("LSTM", "GRU", "RNN_TANH")),
     "bptt_steps": tuple((cell, {"bptt_steps": 5}) for cell in ("LSTM", "GRU", "RNN_TANH")),

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import GRU, LSTM, RNN
-from .settings import NOTHING_AROUND, NOTHING_WITHIN, Around, Settings, StepOptions
+from .settings import NOTHING_AROUND, NOTHING_WITHIN, Around, CellKind, Settings, StepOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -244,6 +244,10 @@ def _options_within(settings: Settings, call: functional.Call, with_gradients: b
         sentences.append(
             f"num_heads={within.num_heads}: {where} multiply each head's part of h by its own block of W_hh"
         )
+    if within.layer_norm:
+        of_cell = ", W_hh h and c" if settings.kind == CellKind.LSTM else " and W_hh h"
+        threads = "" if call.why_reference is not None else ", of which threads divide the rows and never the units"
+        sentences.append(f"layer_norm: {where} normalise W_ih x{of_cell} of each row in each step{threads}")
     if within.recurrent_grad_clip is not None and with_gradients:
         sentences.append(f"recurrent_grad_clip={within.recurrent_grad_clip}: {where} clamp the gradient of each h")
     k = within.bptt_steps

@@ -36,8 +36,9 @@ Bound time_bound(const LayerSizes& sizes, const Steps& steps, const Plan& plan, 
 // Gates of a cell: rows of its weights over the hidden size.
 int gate_count(CellKind kind);
 
-// Values that the forward pass saves per unit and step (0 for the plain recurrence).
-int saved_gate_count(CellKind kind);
+// Values that the forward pass saves per unit and step (0 for the plain recurrence). With layer normalisation also what
+// is normalised of the input's side and of the state's.
+int saved_gate_count(CellKind kind, bool layer_norm = false);
 
 bool has_cell_state(CellKind kind);
 
