@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from support.backends import available_isas
 
 import fused_rnn
-from fused_rnn import backend, check
+from fused_rnn import backend, check, formulas
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -127,14 +128,24 @@ def test_wrong_numbers_fail_the_check(monkeypatch: pytest.MonkeyPatch, capsys: p
 def without_option(call: check.Call) -> Any:
     """A layer of the same parameters and arguments that does not look at the option."""
     cell = "RNN_TANH" if call.cell.startswith("RNN") else call.cell
-    peephole = (("peephole", True),) if ("peephole", True) in call.keywords else ()
-    layer: Any = dataclasses.replace(call, cell=cell, keywords=peephole).build()
+    with_parameters = tuple(word for word in (("peephole", True), ("layer_norm", True)) if word in call.keywords)
+    layer: Any = dataclasses.replace(call, cell=cell, keywords=with_parameters).build()
     if call.option == "peephole":
         for name, parameter in layer.named_parameters():
             if "peephole" in name:
                 torch.nn.init.zeros_(parameter)
+    plain = layer.forward
+    if call.option == "layer_norm":
+
+        def forward(*args: Any, **steps: Any) -> Any:
+            def gain_alone(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+                return x * gain if bias is None else x * gain + bias
+
+            with mock.patch.object(formulas, "layer_norm", gain_alone), fused_rnn.use_backend("reference"):
+                return plain(*args, **steps)
+
+        layer.forward = forward
     if call.option == "reset":
-        plain = layer.forward
         layer.forward = lambda x, reset, **steps: plain(x, reset=torch.zeros_like(reset), **steps)
     return layer
 
