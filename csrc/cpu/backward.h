@@ -684,9 +684,9 @@ class BackwardPass {
       Simd<A>::store_n(mine.cell + u, c.v[0], n);
     }
     const A scale = centre_units<A>(mine.cell, H_);
-    A sums[2] = {};  // of the gradient of the normalised c, and of its product with that
+    UnitSums<A, 2> sums;  // of the gradient of the normalised c, and of its product with that
     A *normal = s.norms.cell + chunk_row * unit_stride_, *of_cell = s.norms.of_cell + chunk_row * unit_stride_;
-    sum_over_units<A, 2>(H_, sums, [&](int64_t u, int64_t n, V* terms) {
+    sums.add(H_, [&](int64_t u, int64_t n, V* terms) {
       const V value = Simd<A>::load_n(mine.cell + u, n) * scale,
               gain = Simd<A>::load_n(rows_of<S>(dir.weights.norm_c) + u, n);
       One hidden{{value * gain}};
@@ -705,7 +705,7 @@ class BackwardPass {
       terms[0] = Simd<A>::load_n(mine.to_cell + u, n);
       terms[1] = terms[0] * value;
     });
-    const V mean = Simd<A>::splat(sums[0] / A(H_)), slope = Simd<A>::splat(sums[1] / A(H_));
+    const V mean = Simd<A>::splat(sums.total(0) / A(H_)), slope = Simd<A>::splat(sums.total(1) / A(H_));
     for (int64_t u = 0; u < H_; u += width) {
       const int64_t n = H_ - u;
       V grad = Simd<A>::load_n(mine.to_cell + u, n) - mean - Simd<A>::load_n(normal + u, n) * slope;
@@ -961,33 +961,51 @@ class BackwardPass {
       }
     };
     each_sum([&](int64_t first) { copy_row<A, A>(nullptr, norms.sums_of_chunk + first, own.end - own.begin); });
-    const auto add = [&](int which, int64_t at, V value, int64_t n) __attribute__((always_inline)) {
+    // Some rows at a time, so that a sum is loaded and stored once for them.
+    constexpr int most_rows = 8;
+    struct {
+      const S* centred;
+      const E* grads;
+      int64_t row;
+    } rows[most_rows];
+    int count = 0;
+    const auto add = [&](int which, int64_t at, int64_t n, auto value) __attribute__((always_inline)) {
       A* sum = norms.sums_of_chunk + NormGradients::place(which, H_) + at;
-      Simd<A>::store_n(sum, Simd<A>::load_n(sum, n) + value, n);
+      V total = Simd<A>::load_n(sum, n);
+      for (int r = 0; r < count; ++r) total = total + value(r);
+      Simd<A>::store_n(sum, total, n);
     };
-    each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
-      const S* centred = saved_gates(d, t, b, row) + Cell::saved * H_;
-      const E* grads = direction_[d].grads + row * grad_stride_;
-      for (int j = 0; j < 2 * G; ++j) {
-        const int side = j / G;
-        const GateGrads& order = side == 0 ? Cell::input_grads : Cell::hidden_grads;
-        const int64_t gate = order.gate[j % G];
-        const E* of_gate = grads + (order.first + j % G) * H_;
-        for (int64_t u = own.begin; u < own.end; u += width) {
-          const int64_t n = own.end - u;
-          const V grad = Simd<A>::load_n(of_gate + u, n);
-          const V value = Simd<A>::load_n(centred + (side * G + gate) * H_ + u, n) * norms.scales[2 * row + side];
-          add(side, gate * H_ + u, grad * value, n);
-          add(2 + side, gate * H_ + u, grad, n);
+    const auto add_rows = [&] {
+      for (int64_t u = own.begin; u < own.end; u += width) {
+        const int64_t n = own.end - u;
+        for (int j = 0; j < 2 * G; ++j) {
+          const int side = j / G;
+          const GateGrads& order = side == 0 ? Cell::input_grads : Cell::hidden_grads;
+          const int64_t gate = order.gate[j % G], from = (order.first + j % G) * H_ + u, at = gate * H_ + u;
+          add(side, at, n, [&](int r) __attribute__((always_inline)) {
+            return Simd<A>::load_n(rows[r].grads + from, n) *
+                   (Simd<A>::load_n(rows[r].centred + side * G * H_ + at, n) * norms.scales[2 * rows[r].row + side]);
+          });
+          add(2 + side, at, n,
+              [&](int r) __attribute__((always_inline)) { return Simd<A>::load_n(rows[r].grads + from, n); });
+        }
+        if constexpr (Cell::has_cell) {
+          const auto of_cell = [&](int r) __attribute__((always_inline)) {
+            return Simd<A>::load_n(norms.of_cell + rows[r].row * unit_stride_ + u, n);
+          };
+          add(4, u, n, [&](int r) __attribute__((always_inline)) {
+            return of_cell(r) * Simd<A>::load_n(norms.cell + rows[r].row * unit_stride_ + u, n);
+          });
+          add(5, u, n, of_cell);
         }
       }
-      for (int64_t u = own.begin; Cell::has_cell && u < own.end; u += width) {
-        const int64_t n = own.end - u;
-        const V grad = Simd<A>::load_n(norms.of_cell + row * unit_stride_ + u, n);
-        add(4, u, grad * Simd<A>::load_n(norms.cell + row * unit_stride_ + u, n), n);
-        add(5, u, grad, n);
-      }
+      count = 0;
+    };
+    each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
+      rows[count++] = {saved_gates(d, t, b, row) + Cell::saved * H_, direction_[d].grads + row * grad_stride_, row};
+      if (count == most_rows) add_rows();
     });
+    add_rows();
     each_sum([&](int64_t first) {
       for (int64_t u = 0; u < own.end - own.begin; u += width) {
         const int64_t n = own.end - own.begin - u;

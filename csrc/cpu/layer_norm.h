@@ -13,11 +13,17 @@ namespace FRNN_ISA {
 
 inline constexpr double layer_norm_epsilon = 1e-5;  // added to the variance, as in torch.nn.functional.layer_norm
 
+// By halves, whose additions do not wait for one another.
 template <class A>
 FRNN_INLINE A sum_of_lanes(typename Simd<A>::V v) {
-  A sum = 0;
-  for (int l = 0; l < Simd<A>::width; ++l) sum += v[l];
-  return sum;
+  alignas(64) A lanes[Simd<A>::width];
+  Simd<A>::store(lanes, v);
+#pragma GCC unroll 4
+  for (int half = Simd<A>::width / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  }
+  return lanes[0];
 }
 
 // v with zeros behind its first n lanes.
@@ -40,28 +46,34 @@ FRNN_INLINE A inverse_deviation(A squares, int64_t count) {
   }
 }
 
-// N sums over H units: f(unit, n, terms) gives the terms of a vector of units, of which n exist, zeros for the others.
-template <class A, int N, class F>
-FRNN_INLINE void sum_over_units(int64_t H, A* sums, F f) {
+// N sums over units, or over those of several gates, in four chains of additions, each of which waits for the last.
+template <class A, int N>
+struct UnitSums {
   using V = typename Simd<A>::V;
-  constexpr int width = Simd<A>::width;
-  constexpr int chains = 4;  // of additions, which wait for one another
+  static constexpr int width = Simd<A>::width, chains = 4;
   V partial[chains][N] = {};
-  const auto add = [&](int chain, int64_t unit) __attribute__((always_inline)) {
-    V terms[N];
-    f(unit, H - unit, terms);
+
+  // Over H units: f(unit, n, terms) gives the terms of a vector of units, of which n exist, zeros for the others.
+  template <class F>
+  FRNN_INLINE void add(int64_t H, F f) {
+    const auto add_vector = [&](int chain, int64_t unit) __attribute__((always_inline)) {
+      V terms[N];
+      f(unit, H - unit, terms);
 #pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) partial[chain][i] = partial[chain][i] + terms[i];
-  };
-  int64_t unit = 0;
-  for (; unit + chains * width <= H; unit += chains * width) {
+      for (int i = 0; i < N; ++i) partial[chain][i] = partial[chain][i] + terms[i];
+    };
+    int64_t unit = 0;
+    for (; unit + chains * width <= H; unit += chains * width) {
 #pragma GCC unroll 4
-    for (int chain = 0; chain < chains; ++chain) add(chain, unit + chain * width);
+      for (int chain = 0; chain < chains; ++chain) add_vector(chain, unit + chain * width);
+    }
+    for (int chain = 0; unit < H; ++chain, unit += width) add_vector(chain, unit);
   }
-  for (int chain = 0; unit < H; ++chain, unit += width) add(chain, unit);
-  for (int i = 0; i < N; ++i)
-    sums[i] += sum_of_lanes<A>((partial[0][i] + partial[1][i]) + (partial[2][i] + partial[3][i]));
-}
+
+  FRNN_INLINE A total(int i) const {
+    return sum_of_lanes<A>((partial[0][i] + partial[1][i]) + (partial[2][i] + partial[3][i]));
+  }
+};
 
 // A row of sums in panels of G gates of U vectors of units: calls f(column, v, gate, unit, n) for each vector of which
 // n units exist; v: its place in the panel.
@@ -127,17 +139,17 @@ template <class A>
 A centre_units(A* values, int64_t H) {
   using V = typename Simd<A>::V;
   const A first = values[0];
-  A sum = 0, squares = 0;
-  sum_over_units<A, 1>(H, &sum, [&](int64_t u, int64_t n, V* terms) __attribute__((always_inline)) {
+  UnitSums<A, 1> sum, squares;
+  sum.add(H, [&](int64_t u, int64_t n, V* terms) __attribute__((always_inline)) {
     terms[0] = first_lanes<A>(Simd<A>::load_n(values + u, n) - first, n);
   });
-  const A mean = first + sum / A(H);
-  sum_over_units<A, 1>(H, &squares, [&](int64_t u, int64_t n, V* terms) __attribute__((always_inline)) {
+  const A mean = first + sum.total(0) / A(H);
+  squares.add(H, [&](int64_t u, int64_t n, V* terms) __attribute__((always_inline)) {
     const V value = first_lanes<A>(Simd<A>::load_n(values + u, n) - mean, n);
     Simd<A>::store_n(values + u, value, n);
     terms[0] = value * value;
   });
-  return inverse_deviation<A>(squares, H);
+  return inverse_deviation<A>(squares.total(0), H);
 }
 
 // Gradients of G * H values before their normalisation, from those after it times the gain, which stand in the order of
@@ -150,11 +162,11 @@ typename Accumulator<S>::type gradient_through_norm(const E* grads, const int* o
   using V = typename Simd<A>::V;
   constexpr int width = Simd<A>::width;
   const int64_t count = G * H;
-  A sums[3] = {};  // of squares of the values, of g, and of their products
+  UnitSums<A, 3> sums;  // of squares of the values, of g, and of their products
   for (int j = 0; j < G; ++j) {
     const E* of_gate = grads + j * H;
     const S *values = centred + order[j] * H, *gains = gain + order[j] * H;
-    sum_over_units<A, 3>(H, sums, [&](int64_t u, int64_t n, V* terms) __attribute__((always_inline)) {
+    sums.add(H, [&](int64_t u, int64_t n, V* terms) __attribute__((always_inline)) {
       const V value = Simd<A>::load_n(values + u, n);
       const V g = Simd<A>::load_n(of_gate + u, n) * Simd<A>::load_n(gains + u, n);
       terms[0] = value * value;
@@ -162,9 +174,9 @@ typename Accumulator<S>::type gradient_through_norm(const E* grads, const int* o
       terms[2] = g * value;
     });
   }
-  const A scale = inverse_deviation<A>(sums[0], count);
-  const V factor = Simd<A>::splat(scale), mean = Simd<A>::splat(sums[1] / A(count));
-  const V slope = Simd<A>::splat(sums[2] / A(count) * scale * scale);
+  const A scale = inverse_deviation<A>(sums.total(0), count);
+  const V factor = Simd<A>::splat(scale), mean = Simd<A>::splat(sums.total(1) / A(count));
+  const V slope = Simd<A>::splat(sums.total(2) / A(count) * scale * scale);
   for (int j = 0; j < G; ++j) {
     for (int64_t u = 0; u < H; u += width) {
       const int64_t n = H - u;
