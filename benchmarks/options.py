@@ -50,6 +50,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], float]] = {
     "peephole": ({"peephole": True}, 1.1),
     "coupled_gates": ({"coupled_gates": True}, 1.1),
     "num_heads": ({"num_heads": 4}, 1.1),
+    "layer_norm": ({"layer_norm": True}, 1.6),
     "cell_clip": ({"cell_clip": 3.0}, 1.1),
     "recurrent_grad_clip": ({"recurrent_grad_clip": 1.0}, 1.1),
     "recurrent_bias=False": ({"recurrent_bias": False}, 1.1),

@@ -148,13 +148,14 @@ Steps dense_steps(int64_t T, int64_t B) {
 
 py::dict plan(int kind, int64_t T, int64_t B, const std::optional<std::vector<int64_t>>& batch_sizes,
               int64_t input_size, int64_t hidden_size, int64_t state_size, int directions, int dtype, bool backward,
-              int64_t heads) {
+              int64_t heads, bool layer_norm) {
   TORCH_CHECK_VALUE(heads >= 1 && state_size % heads == 0, "heads: expected a divisor of ", state_size, ", got ",
                     heads);
   LayerSizes sizes = layer_sizes(kind, input_size, hidden_size, state_size, directions, dtype);
   const int bytes = kernels().vector_bytes;
   const int64_t vector_units = bytes / (sizes.dtype == DType::float64 ? 8 : 4);
   sizes.heads = heads / heads_together(hidden_size, heads, vector_units);
+  sizes.layer_norm = layer_norm;
   Steps steps = dense_steps(T, B);
   std::vector<int64_t> offsets{0};
   if (batch_sizes) {
@@ -329,7 +330,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "measured for about `seconds` on registers alone.");
   m.def("plan", &plan, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("batch_sizes"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
-        py::arg("heads") = 1, "How one layer's work would be divided over threads.");
+        py::arg("heads") = 1, py::arg("layer_norm") = false, "How one layer's work would be divided over threads.");
   m.def("cuda_plan_for", &cuda_plan_for, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
         py::arg("device"), py::arg("tf32"), py::arg("layers") = 1,

@@ -123,9 +123,14 @@ struct Stack {
 
   CellKind kind() const { return settings.kind; }
   int64_t num_layers() const { return settings.num_layers; }
-  int64_t params_per_direction() const {
-    return 2 + (settings.has_biases ? 2 : 0) + (projects() ? 1 : 0) + (settings.within.peephole ? 1 : 0);
+  int64_t params_per_direction() const { return first_norm() + num_norms(); }
+  // Of layer normalisation: how many parameters, behind the others of a direction.
+  int64_t num_norms() const {
+    if (!settings.within.layer_norm) return 0;
+    return 2 + (!has_cell_state(kind()) ? 0 : settings.has_biases ? 2 : 1);
   }
+  int64_t first_norm() const { return peephole() + (settings.within.peephole ? 1 : 0); }
+  int64_t peephole() const { return projection() + (projects() ? 1 : 0); }
   bool projects() const { return P != H; }
 
   Stack(const Tensor& input_, const OptionalTensor& h0_, const OptionalTensor& c0_, at::TensorList params_,
@@ -197,7 +202,7 @@ struct Stack {
     const Activation own = kind() == CellKind::rnn_relu ? Activation::relu : Activation::tanh;
     return settings.plain ||
            (w.activation == own && w.recurrent_activation == Activation::sigmoid && !w.peephole && !w.coupled_gates &&
-            w.cell_clip == 0 && w.recurrent_grad_clip == 0 && w.zoneout == 0 && w.zoneout_cell == 0);
+            !w.layer_norm && w.cell_clip == 0 && w.recurrent_grad_clip == 0 && w.zoneout == 0 && w.zoneout_cell == 0);
   }
   template <class Layer>
   void put_options(Layer& layer) const {
@@ -291,6 +296,7 @@ struct Stack {
     }
     if (projects()) read({P, H});
     if (settings.within.peephole) read({3 * H});
+    for (int64_t k = 0; k < num_norms(); ++k) read({k < 2 ? G * H : H});
   }
 
   Tensor initial(const OptionalTensor& state, int64_t size, const char* name) const {
@@ -307,6 +313,7 @@ struct Stack {
     s.hidden_size = H;
     s.state_size = P;
     s.heads = settings.within.num_heads / heads_in_block;
+    s.layer_norm = settings.within.layer_norm;
     s.num_directions = int32_t(D);
     return s;
   }
@@ -364,9 +371,14 @@ struct Stack {
       w.b_hh = p[3].const_data_ptr();
     }
     if (projects()) w.w_hr = p[projection()].const_data_ptr();
-    if (settings.within.peephole) w.peephole = p[params_per_direction() - 1].const_data_ptr();
+    if (settings.within.peephole) w.peephole = p[peephole()].const_data_ptr();
+    const void** norms[] = {&w.norm_ih, &w.norm_hh, &w.norm_c, &w.norm_c_bias};
+    for (int64_t k = 0; k < num_norms(); ++k) *norms[k] = p[first_norm() + k].const_data_ptr();
     return w;
   }
+
+  // Values that are saved per unit and step.
+  int64_t saved_values() const { return saved_gate_count(kind(), settings.within.layer_norm); }
 
   // A tensor of rows, (T, B, F), or (N, F) in the order of the packed batch.
   Sequence sequence(const Tensor& t) const {
@@ -511,7 +523,7 @@ template <class Backend>
 ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64_t room) {
   const auto options = stack.input.options();
   const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
-  const int64_t saved = saved_gate_count(stack.kind());
+  const int64_t saved = stack.saved_values();
   const bool has_cell = has_cell_state(stack.kind()), carries = stack.mask.defined();
   const bool recompute = stack.settings.recompute, returns = stack.returns_states();
   // States of every step that are results have their rows alone: rnn_forward puts them where masked steps are, too.
@@ -677,7 +689,7 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   Tensor grad_y = rows_for<Backend>(stack.without_masked(given.grad_output));
   const Tensor h0 = stack.without_idle(stack.h0), c0 = stack.without_idle(stack.c0);
   const Steps steps = stack.steps();
-  const bool recomputes = given.gates.numel() == 0 && saved_gate_count(stack.kind()) > 0;
+  const bool recomputes = given.gates.numel() == 0 && stack.saved_values() > 0;
   const int64_t at_once = lowest < L && !recomputes ? stack.layers_at_once(backend, true) : 1;
   c10::SmallVector<LayerBackward, 1> together;  // highest first, until they run
   c10::SmallVector<Tensor, 4> inputs;           // theirs, which live until then
@@ -727,7 +739,9 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
         dir.grad_b_hh = grad(3);
       }
       if (stack.projects()) dir.grad_w_hr = grad(stack.projection());
-      if (stack.settings.within.peephole) dir.grad_peephole = grad(stack.params_per_direction() - 1);
+      if (stack.settings.within.peephole) dir.grad_peephole = grad(stack.peephole());
+      void** norms[] = {&dir.grad_norm_ih, &dir.grad_norm_hh, &dir.grad_norm_c, &dir.grad_norm_c_bias};
+      for (int64_t k = 0; k < stack.num_norms(); ++k) *norms[k] = grad(stack.first_norm() + k);
       dir.grad_reset_h = mutable_slice(grad_reset_h, i);
       dir.grad_reset_c = mutable_slice(grad_reset_c, i);
     }
@@ -795,9 +809,9 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   const auto saved = [&](const Tensor& t, bool there, at::IntArrayRef shape, at::ScalarType dtype, const char* name) {
     check_saved(t, stack.input, there ? shape : at::IntArrayRef{0}, dtype, name);
   };
-  const int64_t kept = saved_gate_count(stack.kind()), below = stack.hidden_layers();
+  const int64_t kept = stack.saved_values(), below = stack.hidden_layers();
   // The slope of the plain recurrence is that of its h, which the average with the h before hides.
-  TORCH_CHECK(kept > 0 || stack.zoneout.defined() || stack.settings.within.zoneout == 0,
+  TORCH_CHECK(saved_gate_count(stack.kind()) > 0 || stack.zoneout.defined() || stack.settings.within.zoneout == 0,
               "zoneout: the plain recurrence has no backward kernel for states on average");
   const at::ScalarType dtype = stack.input.scalar_type();
   saved(gates, kept > 0 && !stack.settings.recompute, {L * D, N, kept, H}, dtype, "gates");

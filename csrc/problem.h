@@ -34,6 +34,7 @@ struct Within {
   bool peephole = false;
   bool coupled_gates = false;
   int64_t num_heads = 1;
+  bool layer_norm = false;
   int64_t bptt_steps = 0;
   bool reset_state = false;
   bool return_states = false;
@@ -86,6 +87,12 @@ struct Weights {
   const void* b_hh = nullptr;      // (G * H) or null
   const void* w_hr = nullptr;      // (P, H) or null: no projection
   const void* peephole = nullptr;  // (3 * H) or null, of i, f, o
+  // Of layer normalisation, or null: the gains of w_ih x and w_hh h (G * H), the gain and bias of c (H). Without biases
+  // norm_c_bias is null, too.
+  const void* norm_ih = nullptr;
+  const void* norm_hh = nullptr;
+  const void* norm_c = nullptr;
+  const void* norm_c_bias = nullptr;
 };
 
 // What options give a direction of a layer beside its weights. Null: nothing.
@@ -104,6 +111,7 @@ struct LayerSizes {
   int64_t hidden_size = 0;
   int64_t state_size = 0;  // P
   int64_t heads = 1;       // w_hh is block-diagonal, of so many blocks: (G * H, P / heads)
+  bool layer_norm = false;
   int32_t num_directions = 1;
 };
 
@@ -115,8 +123,10 @@ struct DirectionForward {
   const void* c0 = nullptr;  // (B, H) or null: zeros
   void* h_n = nullptr;       // (B, P) or null: not needed
   void* c_n = nullptr;       // (B, H), null unless the cell has a cell state
-  void* gates = nullptr;     // (N, saved_gates * H), layer dtype; null: not kept for the backward pass
-  void* cells = nullptr;     // (N, H), accumulation dtype (float; double for float64); null: not kept
+  // (N, saved_gates * H), layer dtype; null: not kept for the backward pass. With layer normalisation each row goes on
+  // with w_ih x and w_hh h (2 * G * H) less their means.
+  void* gates = nullptr;
+  void* cells = nullptr;  // (N, H), accumulation dtype (float; double for float64); null: not kept
 };
 
 struct LayerForward {
@@ -150,6 +160,10 @@ struct DirectionBackward {
   void* grad_b_hh = nullptr;
   void* grad_w_hr = nullptr;
   void* grad_peephole = nullptr;
+  void* grad_norm_ih = nullptr;
+  void* grad_norm_hh = nullptr;
+  void* grad_norm_c = nullptr;
+  void* grad_norm_c_bias = nullptr;
   void* grad_reset_h = nullptr;  // (B, P)
   void* grad_reset_c = nullptr;  // (B, H)
 };

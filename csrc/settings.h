@@ -121,6 +121,7 @@ struct Settings {
     visit("peephole", within.peephole, 0, 1);
     visit("coupled_gates", within.coupled_gates, 0, 1);
     visit("num_heads", within.num_heads, 1, most_layers);
+    visit("layer_norm", within.layer_norm, 0, 1);
     visit("bptt_steps", within.bptt_steps, 0, std::numeric_limits<int64_t>::max());
     visit("reset_state", within.reset_state, 0, 1);
     visit("return_states", within.return_states, 0, 1);  // the last: returns_states()

@@ -33,6 +33,7 @@ def plan(
     dtype: int,
     backward: bool,
     heads: int = 1,
+    layer_norm: bool = False,
 ) -> dict[str, Any]: ...
 def cuda_plan_for(
     kind: int,

@@ -68,7 +68,8 @@ def check_names(what: str, given: Mapping[str, Any], known: Iterable[str]) -> No
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Values of the options of layers and cells that are given."""
-    for name in ("recompute", "recurrent_bias", "stateful", "reset_after", "peephole", "coupled_gates"):
+    flags = ("recompute", "recurrent_bias", "stateful", "reset_after", "peephole", "coupled_gates", "layer_norm")
+    for name in flags:
         if name in options:
             check_flag(name, options[name])
     for name in ("input_dropout", "recurrent_dropout", "weight_dropout", "zoneout", "zoneout_cell"):
@@ -120,6 +121,11 @@ def check_fit(
         )
     if not is_gru and not options.get("reset_after", True):
         raise ValueError("reset_after: expected True, only a GRU has a reset gate")
+    if options.get("layer_norm", False) and not options.get("reset_after", True):
+        raise ValueError(
+            "layer_norm: expected False with reset_after=False, where W_hn multiplies another state than r and z do: "
+            "there is no W_hh h to normalise"
+        )
     if not is_lstm:
         for name in ("peephole", "coupled_gates"):
             if options.get(name, False):
@@ -269,6 +275,7 @@ def _make_param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
     if settings.is_cell:
         shapes: list[tuple[int, ...]] = [(rows, settings.input_size), (rows, columns_hh)]
         shapes += [(rows,)] * (2 * settings.bias) + [(3 * state_size,)] * settings.has_peepholes
+        shapes += [shape for _, shape in norm_specs(settings)]
         return tuple(zip(settings.cell_names, shapes, strict=False))
     specs: list[ParamSpec] = []
     for layer in range(settings.num_layers):
@@ -282,13 +289,32 @@ def _make_param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
                 specs.append((f"weight_hr{suffix}", (state_size, settings.hidden_size)))
             if settings.has_peepholes:
                 specs.append((f"weight_peephole{suffix}", (3 * settings.hidden_size,)))
+            specs += [(f"{name}{suffix}", shape) for name, shape in norm_specs(settings)]
     return tuple(specs)
+
+
+def check_norms(kind: CellKind, bias: bool, norms: Any) -> None:
+    """``norms`` of a functional cell: as many as it has with these biases."""
+    expected = 2 if kind != CellKind.LSTM else 3 + bias
+    if not isinstance(norms, (tuple, list)):
+        raise TypeError(f"norms: expected a tuple of {expected} Tensors or None, got {_describe(norms)}")
+    if len(norms) != expected:
+        raise RuntimeError(f"norms: expected {expected} Tensors, got {len(norms)}")
+
+
+def norm_specs(settings: Settings) -> tuple[ParamSpec, ...]:
+    """Name and shape of the parameters of layer normalisation of one layer and direction."""
+    rows = (settings.kind.num_gates * settings.hidden_size,)
+    of_cell = (settings.hidden_size,)
+    specs = (("weight_norm_ih", rows), ("weight_norm_hh", rows), ("weight_norm_c", of_cell), ("bias_norm_c", of_cell))
+    return specs[: settings.num_norms]
 
 
 def check_param_count(settings: Settings, params: Sequence[Any]) -> None:
     """Before anything is worked out for each of so many layers."""
     has_projection = settings.state_size != settings.hidden_size
-    per_layer = settings.num_directions * (2 + settings.num_biases + has_projection + settings.has_peepholes)
+    per_direction = 2 + settings.num_biases + has_projection + settings.has_peepholes + settings.num_norms
+    per_layer = settings.num_directions * per_direction
     expected = len(settings.cell_names) if settings.is_cell else settings.num_layers * per_layer
     if len(params) == expected:
         return

@@ -68,11 +68,27 @@ class _Cell(HasTwin, HasOptionsWithin, ByAttribute, nn.RNNCellBase):
                 self.register_parameter("weight_peephole", nn.Parameter(zeros))
             else:
                 del self.weight_peephole
+        if name == "layer_norm" and value != self.layer_norm:
+            rows = kind.num_gates * self.hidden_size
+            for norm in self._norm_names():
+                if value:
+                    size = self.hidden_size if norm.endswith("_c") else rows
+                    self.register_parameter(norm, nn.Parameter(self.weight_ih.detach().new_zeros(size)))
+                else:
+                    delattr(self, norm)
+            initial.set_norms(self)
+
+    def _norm_names(self) -> tuple[str, ...]:
+        """Parameters of layer normalisation."""
+        names = ("weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c")
+        return names[: 2 if self._kind() != CellKind.LSTM else 3 + self.bias]
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew, uniformly between plus and minus 1 / sqrt(H); peepholes too."""
+        """Draw the parameters anew, uniformly between plus and minus 1 / sqrt(H); peepholes too. Gains of layer
+        normalisation are 1, biases 0."""
         if self._has_shapes:
             super().reset_parameters()
+            initial.set_norms(self)
 
     def extra_repr(self) -> str:
         changed = [f", {name}={value!r}" for name, value in changed_options(self, CELL_OPTIONS).items()]
@@ -89,13 +105,17 @@ class _Cell(HasTwin, HasOptionsWithin, ByAttribute, nn.RNNCellBase):
         except KeyError:  # parametrized, or replaced by a plain tensor
             tensors = [getattr(self, name) for name in _NAMES]
         params = functional.cell_params(*tensors)
-        return params if self._within is None else [*params, *self._peepholes()]
+        return params if self._within is None else [*params, *self._params_of_options()]
 
     def _params_by_attribute(self) -> list[Any]:
-        return [*functional.cell_params(*[getattr(self, name) for name in _NAMES]), *self._peepholes()]
+        return [*functional.cell_params(*[getattr(self, name) for name in _NAMES]), *self._params_of_options()]
 
-    def _peepholes(self) -> list[Any]:
-        return [self.weight_peephole] if self.peephole else []
+    def _params_of_options(self) -> list[Any]:
+        return [getattr(self, name) for name in self._names_of_options()]
+
+    def _names_of_options(self) -> tuple[str, ...]:
+        peephole = ("weight_peephole",) if self.peephole else ()
+        return (*peephole, *self._norm_names()) if self.layer_norm else peephole
 
     def _call_within(self) -> Within | None:
         """What the next call has beside the plain cell; of an RNN also its nonlinearity."""
@@ -112,7 +132,8 @@ class _Cell(HasTwin, HasOptionsWithin, ByAttribute, nn.RNNCellBase):
             within = self._call_within()
         if within is None:
             return cell_settings(kind, self.input_size, self.hidden_size, _NAMES[: len(params)])
-        names = (*_NAMES[: len(params) - 1], "weight_peephole") if within.peephole else _NAMES[: len(params)]
+        of_options = self._names_of_options()
+        names = (*_NAMES[: len(params) - len(of_options)], *of_options)
         return cell_settings(kind, self.input_size, self.hidden_size, names, within)
 
     def _run(self, input: Tensor, hx: Any, reset: Any, reset_state: Any) -> Any:
@@ -130,7 +151,7 @@ class LSTMCell(_Cell):
         bias: whether there are ``bias_ih`` and ``bias_hh``.
         device, dtype: of the parameters.
         activation, recurrent_activation, coupled_gates, cell_clip, peephole: as :class:`fused_rnn.LSTM` has them.
-        num_heads: the same.
+        num_heads, layer_norm: the same.
         recurrent_dropout, zoneout, zoneout_cell: the same, drawn for each step.
 
     Raises:
@@ -138,7 +159,8 @@ class LSTMCell(_Cell):
 
     Parameters, drawn uniformly between plus and minus 1 / sqrt(H): ``weight_ih`` (4*H, I), ``weight_hh``
     (4*H, H / num_heads), ``bias_ih`` and ``bias_hh`` (4*H), or ``None``. Rows in the order i, f, g, o. With
-    ``peephole`` also ``weight_peephole`` (3*H), in the order i, f, o.
+    ``peephole`` also ``weight_peephole`` (3*H), in the order i, f, o. With ``layer_norm`` also ``weight_norm_ih``,
+    ``weight_norm_hh`` (4*H), ``weight_norm_c`` and, with ``bias``, ``bias_norm_c`` (H), gains of 1 and a bias of 0.
     """
 
     _torch_class = nn.LSTMCell
@@ -234,7 +256,7 @@ class RNNCell(_SingleStateCell):
     """One step of an Elman network, drop-in for :class:`torch.nn.RNNCell`; the formula is :class:`fused_rnn.RNN`'s.
 
     Arguments, errors and parameters: see :class:`LSTMCell`, with H rows, and ``nonlinearity``, one of
-    :class:`fused_rnn.RNN`'s. Of the options ``recurrent_dropout``, ``zoneout`` and ``num_heads``.
+    :class:`fused_rnn.RNN`'s. Of the options ``recurrent_dropout``, ``zoneout``, ``num_heads`` and ``layer_norm``.
     """
 
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]

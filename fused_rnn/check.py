@@ -24,6 +24,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
 
+from .initial import is_of_norm
+
 CELLS = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -48,6 +50,12 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     ),
     "peephole": (("LSTM", {"peephole": True}),),
     "coupled_gates": (("LSTM", {"coupled_gates": True}), ("LSTM", {"coupled_gates": True, "peephole": True})),
+    "layer_norm": (
+        ("LSTM", {"layer_norm": True}),
+        ("LSTM", {"layer_norm": True, "peephole": True, "activation": "softsign"}),
+        ("GRU", {"layer_norm": True}),
+        ("RNN_TANH", {"layer_norm": True}),
+    ),
     "cell_clip": (("LSTM", {"cell_clip": 0.3}),),
     "recurrent_grad_clip": tuple((cell, {"recurrent_grad_clip": 0.25}) for cell in ("LSTM", "GRU", "RNN_TANH")),
     "bptt_steps": tuple((cell, {"bptt_steps": 5}) for cell in ("LSTM", "GRU", "RNN_TANH")),
@@ -110,6 +118,16 @@ def scaled_errors(actual: Mapping[str, Tensor], reference: Mapping[str, Tensor])
         return largest if name in gradients else 1.0
 
     return {name: scaled_error(actual[name], reference[name], least_scale=least_scale(name)) for name in reference}
+
+
+def draw_gains_(module: nn.Module) -> None:
+    """Gains of layer normalisation well below 1, and other biases than 0, in place.
+
+    Gains of 1 make a recurrence in which what is rounded away grows from step to step, whatever the weights.
+    """
+    for name, parameter in module.named_parameters():
+        if is_of_norm(name):
+            nn.init.uniform_(parameter, 0.1, 0.4)
 
 
 def fill_with_small_integers_(module: nn.Module, *, seed: int = 0) -> nn.Module:
@@ -189,6 +207,7 @@ class Call:
             module: nn.Module = getattr(fused_rnn, name)(
                 self.input_size, self.hidden_size, dtype=self.dtype, **keywords
             ).train(self.training)
+            draw_gains_(module)
         return fill_with_small_integers_(module) if self.integers else module
 
     def run(self, module: nn.Module) -> dict[str, Tensor]:

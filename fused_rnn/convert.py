@@ -128,6 +128,11 @@ def convert(model: Any, *, inplace: bool = True, return_report: bool = False, **
             "num_heads: unexpected keyword argument of convert: with heads every weight_hh has another shape; make the "
             "layer with them"
         )
+    if "layer_norm" in options:
+        raise TypeError(
+            "layer_norm: unexpected keyword argument of convert: no gains make a layer with it compute what it did; "
+            "make the layer with it, or set it on the converted one"
+        )
     _checks.check_names("convert", options, CONVERT_OPTIONS)
     _checks.check_options(options)
     for name, module in model.named_modules():

@@ -28,7 +28,7 @@ __all__ = ["CustomLayer", "load_cell"]
 _FIRST_NUMBER, _LAST_NUMBER = 1 << 16, (1 << 31) - 1  # csrc/problem.h, CellKind
 
 _OF_GATES = ("zoneout_cell", "activation", "recurrent_activation", "reset_after", "peephole", "coupled_gates", "cell_clip")
-_OF_GATES += ("forget_bias",)
+_OF_GATES += ("forget_bias", "layer_norm")
 
 _classes: dict[tuple[str, str], type[CustomLayer]] = {}
 

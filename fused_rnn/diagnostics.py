@@ -256,17 +256,23 @@ def _gates_of_call(settings: Settings, made: _Direction) -> tuple[dict[str, Tens
     w_ih, w_hh, *others = (p.double() for p in made.params)
     b_ih, b_hh = others[:2] if settings.bias else (None, None)
     before = rows(made.before)
-    of_x = nn.functional.linear(rows(made.inputs), w_ih, b_ih)
-    of_h = formulas.block_diagonal_linear(before, w_hh, b_hh, within.num_heads)
+    norms = formulas.Norms(*others[-settings.num_norms :]) if settings.num_norms else None
+    peephole = others[len(others) - settings.num_norms - 1] if within.peephole else None
+    cell = formulas.Cell(w_hh, b_hh, peephole, within, norms)
+    of_x = formulas.input_gates(rows(made.inputs), w_ih, b_ih, norms)
+    of_h = cell.recurrent(before)
     if settings.kind == CellKind.LSTM:
         c = rows(made.c_of_h)
         i, f, g, o = (of_x + of_h).chunk(4, dim=-1)
-        if within.peephole:
+        if peephole is not None:
             c_before = rows(made.c_before)
-            p_i, p_f, p_o = others[-1].chunk(3)
+            p_i, p_f, p_o = peephole.chunk(3)
             i, f, o = i + p_i * c_before, f + p_f * c_before, o + p_o * c
         f, o = recurrent(f), recurrent(o)
         i = 1 - f if within.coupled_gates else recurrent(i)
+        if norms is not None:
+            assert norms.w_c is not None
+            c = formulas.layer_norm(c, norms.w_c, norms.b_c)
         return {"i": i, "f": f, "g": activation(g), "o": o}, o * activation(c)
     (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3, dim=-1), of_h.chunk(3, dim=-1)
     r, z = recurrent(x_r + h_r), recurrent(x_z + h_z)
@@ -439,10 +445,12 @@ def _run_direction(
     accumulate = formulas._accumulation_dtype(x.dtype)
     w_ih, w_hh, *others = (p.to(accumulate) for p in params)
     within = formulas.within_of(settings)
+    others, of_norms = others[: len(others) - settings.num_norms], others[len(others) - settings.num_norms :]
     peephole = others.pop() if within.peephole else None
     w_hr = others.pop() if P != H else None
     b_ih, b_hh = others if settings.bias else (None, None)
-    cell = formulas.Cell(w_hh, b_hh, peephole, within)
+    norms = formulas.Norms(*of_norms) if of_norms else None
+    cell = formulas.Cell(w_hh, b_hh, peephole, within, norms)
     zoned, zoned_cell = (
         None if bits is None else formulas.unpack_bits(bits, size).split(B)
         for bits, size in ((drawn.zoneout, P), (drawn.zoneout_cell, H))
@@ -453,7 +461,7 @@ def _run_direction(
         c = (x.new_zeros(B, H) if states[1] is None else states[1]).to(accumulate)
     if live is not None:  # what stands in a masked step must not meet a product, nor its gradient
         x = torch.where(torch.stack(live), x, 0)
-    x_gates = nn.functional.linear(x.to(accumulate), w_ih, b_ih)
+    x_gates = formulas.input_gates(x.to(accumulate), w_ih, b_ih, norms)
     if torch.is_grad_enabled() and not x_gates.requires_grad:
         x_gates.requires_grad_()  # the states of a frozen layer have gradients, too
     of_x = x_gates.unbind(0)

@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layers import Recurrent
-from .layers import GRU, LSTM, RNN
 from .settings import NOTHING_AROUND, NOTHING_WITHIN, Around, CellKind, ForwardOptions, Settings, Steps
 
 if TYPE_CHECKING:
@@ -251,6 +250,10 @@ def _options_within(settings: Settings, call: functional.Call, with_gradients: b
         sentences.append(
             f"num_heads={within.num_heads}: {where} multiply each head's part of h by its own block of W_hh"
         )
+    if within.layer_norm:
+        of_cell = ", W_hh h and c" if settings.kind == CellKind.LSTM else " and W_hh h"
+        threads = "" if call.why_reference is not None else ", of which threads divide the rows and never the units"
+        sentences.append(f"layer_norm: {where} normalise W_ih x{of_cell} of each row in each step{threads}")
     if within.recurrent_grad_clip is not None and with_gradients:
         limit = within.recurrent_grad_clip
         sentences.append(f"recurrent_grad_clip={limit}: {where} clamp what comes back through time to each h")

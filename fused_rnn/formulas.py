@@ -26,6 +26,26 @@ __all__ = ["run_stack", "run_step"]
 State = tuple[Tensor, Tensor | None]
 
 
+class Norms(NamedTuple):
+    """Parameters of layer normalisation of one layer and direction."""
+
+    w_ih: Tensor  # gain of W_ih x (G*H)
+    w_hh: Tensor  # of W_hh h (G*H)
+    w_c: Tensor | None = None  # of an LSTM's c (H)
+    b_c: Tensor | None = None  # what is added to it (H)
+
+
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Layer normalisation (Ba, Kiros and Hinton 2016): over all of the last dimension together.
+
+    1e-5 is added to the variance, as :func:`torch.nn.functional.layer_norm` does.
+    """
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred * centred.conj()).real.mean(-1, keepdim=True)
+    normal = centred / torch.sqrt(variance + 1e-5) * gain
+    return normal if bias is None else normal + bias
+
+
 class Cell(NamedTuple):
     """What a step is given beside the state: the weights of one layer and direction, and what changes the formulas."""
 
@@ -33,9 +53,21 @@ class Cell(NamedTuple):
     b_hh: Tensor | None
     peephole: Tensor | None  # of i, f, o: (3*H)
     within: Within
+    norms: Norms | None = None
 
     def recurrent(self, h: Tensor) -> Tensor:
-        return block_diagonal_linear(h, self.w_hh, self.b_hh, self.within.num_heads)
+        if self.norms is None:
+            return block_diagonal_linear(h, self.w_hh, self.b_hh, self.within.num_heads)
+        normal = layer_norm(block_diagonal_linear(h, self.w_hh, None, self.within.num_heads), self.norms.w_hh)
+        return normal if self.b_hh is None else normal + self.b_hh
+
+
+def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, norms: Norms | None) -> Tensor:
+    """W_ih x + b_ih of any rows x; with layer normalisation that of W_ih x, over all gates together, plus b_ih."""
+    if norms is None:
+        return linear(x, w_ih, b_ih)
+    normal = layer_norm(linear(x, w_ih), norms.w_ih)
+    return normal if b_ih is None else normal + b_ih
 
 
 def block_diagonal_linear(h: Tensor, w: Tensor, b: Tensor | None, num_heads: int) -> Tensor:
@@ -79,7 +111,7 @@ def lstm_step(cell: Cell, x_gates: Tensor, h_dropped: Tensor, h: Tensor, c: Tens
     """Long short-term memory (Hochreiter and Schmidhuber 1997) with a forget gate (Gers 2000); gates i, f, g, o.
 
     With peepholes (Gers and Schmidhuber 2000) i and f see the old c, and o the new one; coupled, i is 1 - f (Greff et
-    al. 2015).
+    al. 2015). With layer normalisation (Ba et al. 2016) h is made of the normalised c; c itself goes on as it is.
     """
     assert c is not None
     options = cell.within
@@ -95,7 +127,11 @@ def lstm_step(cell: Cell, x_gates: Tensor, h_dropped: Tensor, h: Tensor, c: Tens
         c = c.clamp(-options.cell_clip, options.cell_clip)
     if cell.peephole is not None:
         o = o + p_o * c
-    h = recurrent_activation(o) * activation(c)
+    seen = c
+    if cell.norms is not None:
+        assert cell.norms.w_c is not None
+        seen = layer_norm(c, cell.norms.w_c, cell.norms.b_c)
+    h = recurrent_activation(o) * activation(seen)
     return h, c
 
 
@@ -223,9 +259,9 @@ def _layer(
     h, c = state
     dtype = h.dtype
     accumulate = _accumulation_dtype(dtype)
-    w_ih, w_hh, b_ih, b_hh, w_hr, peephole = (None if w is None else w.to(accumulate) for w in weights)
+    w_ih, w_hh, b_ih, b_hh, w_hr, peephole, *norms = (None if w is None else w.to(accumulate) for w in weights)
     assert w_ih is not None and w_hh is not None
-    cell = Cell(w_hh, b_hh, peephole, within)
+    cell = Cell(w_hh, b_hh, peephole, within, Norms(*norms) if norms else None)  # type: ignore[arg-type]
     if c is not None:
         c = c.to(accumulate)
     anew_h, anew_c = (s.to(t) if isinstance(s, Tensor) else s for s, t in zip(anew, (dtype, accumulate), strict=True))
@@ -255,7 +291,7 @@ def _layer(
             # would bring it into the weights' gradients, nor another gate.
             h_previous = torch.where(live[t], h_previous, 0)
             c_previous = None if c_previous is None else torch.where(live[t], c_previous, 0)
-        x_gates = linear(x.to(accumulate), w_ih, b_ih)
+        x_gates = input_gates(x.to(accumulate), w_ih, b_ih, cell.norms)
         h_dropped = h_previous if factors is None else h_previous * factors[:b].to(accumulate)
         h_t, c_t = STEPS[kind](cell, x_gates, h_dropped, h_previous, c_previous)
         if w_hr is not None:  # Sak, Senior and Beaufays 2014: h is projected from H to P before it is used again
@@ -297,8 +333,9 @@ def run_stack(
         h0: (L*D, B, P) or ``None`` for zeros. c0: (L*D, B, H) or ``None``; LSTM only.
         params: for each layer and direction in turn w_ih (G*H, I of the layer), w_hh (G*H, P; with ``num_heads``
             H / num_heads in place of P), with ``bias`` b_ih (G*H) and b_hh (G*H), for a projected LSTM w_hr (P, H),
-            with ``peephole`` w_peephole (3*H). Behind them all, with ``reset_state``, the h (L*D, B, P) and for an LSTM
-            c (L*D, B, H) that rows begin anew from.
+            with ``peephole`` w_peephole (3*H), with ``layer_norm`` w_norm_ih and w_norm_hh (G*H), and for an LSTM
+            w_norm_c and with ``bias`` b_norm_c (H). Behind them all, with ``reset_state``, the h (L*D, B, P) and for an
+            LSTM c (L*D, B, H) that rows begin anew from.
         controls: which steps there are, where rows begin anew, and what was drawn at random.
 
     Returns:
@@ -315,7 +352,7 @@ def run_stack(
     params, anew = split_params(settings, params)
     states = len(anew)
     per_cell = len(params) // (num_layers * num_directions)
-    has_projection = per_cell > 2 + 2 * settings.bias + within.peephole
+    has_projection = per_cell > 2 + 2 * settings.bias + within.peephole + settings.num_norms
 
     if batch_sizes is not None:
         sizes: list[int] = batch_sizes.tolist()
@@ -342,6 +379,7 @@ def run_stack(
         for direction in range(num_directions):
             index = layer * num_directions + direction
             weights: list[Tensor | None] = list(params[index * per_cell : (index + 1) * per_cell])
+            weights, norms = weights[: per_cell - settings.num_norms], weights[per_cell - settings.num_norms :]
             peephole = weights.pop() if within.peephole else None
             w_hr = weights.pop() if has_projection else None
             w_ih, w_hh, b_ih, b_hh = weights if settings.bias else (*weights, None, None)
@@ -358,7 +396,7 @@ def run_stack(
                     inputs, live, resets, of_steps(zoneout, index, size), of_steps(zoneout_cell, index, hidden_size)
                 ),
                 (h, c),
-                (w_ih, w_hh, b_ih, b_hh, w_hr, peephole),
+                (w_ih, w_hh, b_ih, b_hh, w_hr, peephole, *norms),
                 direction == 1,
                 within,
                 (anew[0][index] if states else 0, anew[1][index] if states == 2 else 0),

@@ -16,9 +16,10 @@ L layers, D directions and G gates per unit (LSTM 4, GRU 3, RNN 1)::
 ``params`` is the flat list of :mod:`torch.nn`, for each layer, and in it each direction: ``weight_ih`` (G*H, I; D*P in
 place of I above the first layer), ``weight_hh`` (G*H, P; with ``num_heads`` H / num_heads in place of P), with ``bias``
 ``bias_ih`` (G*H) and ``bias_hh`` (G*H), with a projection ``weight_hr`` (P, H), with ``peephole`` ``weight_peephole``
-(3*H). :func:`torch.nn.Module.parameters` of a layer gives it in this order. The rows of a weight are in the order
-i, f, g, o for an LSTM and r, z, n for a GRU, those of the peepholes i, f, o. ``recurrent_bias=False`` is without
-``bias_hh``.
+(3*H), with ``layer_norm`` ``weight_norm_ih`` and ``weight_norm_hh`` (G*H), and for an LSTM ``weight_norm_c`` and, with
+``bias``, ``bias_norm_c`` (H). :func:`torch.nn.Module.parameters` of a layer gives it in this order. The rows of a
+weight are in the order i, f, g, o for an LSTM and r, z, n for a GRU, those of the peepholes i, f, o.
+``recurrent_bias=False`` is without ``bias_hh``.
 
 Dtypes: float32, float64, bfloat16 and float16, and the complex ones through the reference; input, states and
 parameters share one. Under :class:`torch.autocast` they are cast as ``torch.nn`` has it: to the autocast dtype, except
@@ -134,7 +135,7 @@ def lstm(
         input_dropout, recurrent_dropout, weight_dropout, zoneout, zoneout_cell: as :class:`fused_rnn.LSTM` has them;
             drawn while ``training``.
         activation, recurrent_activation, recurrent_bias, peephole, coupled_gates, num_heads, cell_clip: the same.
-        recurrent_grad_clip, bptt_steps: the same.
+        layer_norm, recurrent_grad_clip, bptt_steps: the same.
         lengths: steps of each row from the first, any integer dtype on any device, 0 to T. On the CPU an error says if
             one is not in that range; on other devices, and under :func:`torch.compile`, a negative one counts as 0 and
             a larger one as T.
@@ -332,6 +333,7 @@ def lstm_cell(
     reset: Tensor | None = None,
     reset_state: tuple[Tensor, Tensor] | None = None,
     w_peephole: Tensor | None = None,
+    norms: Sequence[Tensor] | None = None,
     training: bool = False,
     **options: Unpack[StepFunctionOptions],
 ) -> tuple[Tensor, Tensor]:
@@ -342,6 +344,8 @@ def lstm_cell(
         hx: ``(h, c)``, each (B, H), or (H) without a batch; ``None`` for zeros.
         w_ih, w_hh: (4*H, I) and (4*H, H / num_heads). b_ih, b_hh: (4*H), or ``None``.
         w_peephole: (3*H) of i, f, o, or ``None``.
+        norms: of layer normalisation the gains of W_ih x and W_hh h (4*H), that of c (H), and where there are biases
+            the bias of c (H), in this order; or ``None``.
         reset: bool (B), or () without a batch, on the input's device: rows whose state is thrown away before the step.
         reset_state: ``(h, c)`` that they begin anew from, shaped like ``hx``; ``None`` for zeros. Only with ``reset``.
         training: whether recurrent_dropout and zoneout are drawn, for this step alone.
@@ -353,7 +357,8 @@ def lstm_cell(
     """
     given = (w_ih, w_hh, b_ih, b_hh)
     steps = cell_steps(reset, reset_state)
-    return _functional_cell(CellKind.LSTM, "tanh", input, hx, given, w_peephole, steps, training, options)
+    extras = _CellExtras(w_peephole, norms)
+    return _functional_cell(CellKind.LSTM, "tanh", input, hx, given, extras, steps, training, options)
 
 
 @show_options(STEP_FUNCTION_OPTIONS)
@@ -367,15 +372,17 @@ def gru_cell(
     *,
     reset: Tensor | None = None,
     reset_state: Tensor | None = None,
+    norms: Sequence[Tensor] | None = None,
     training: bool = False,
     **options: Unpack[StepFunctionOptions],
 ) -> Tensor:
     """One step of a GRU: ``hx`` and the result are h, weights have 3*H rows, the rest is as for :func:`lstm_cell`.
 
-    ``reset_after`` is :class:`fused_rnn.GRU`'s.
+    ``reset_after`` is :class:`fused_rnn.GRU`'s; ``norms`` are the gains of W_ih x and W_hh h.
     """
     given, steps = (w_ih, w_hh, b_ih, b_hh), cell_steps(reset, reset_state)
-    return _functional_cell(CellKind.GRU, "tanh", input, hx, given, None, steps, training, options)
+    extras = _CellExtras(None, norms)
+    return _functional_cell(CellKind.GRU, "tanh", input, hx, given, extras, steps, training, options)
 
 
 @show_options(STEP_FUNCTION_OPTIONS)
@@ -390,6 +397,7 @@ def rnn_cell(
     *,
     reset: Tensor | None = None,
     reset_state: Tensor | None = None,
+    norms: Sequence[Tensor] | None = None,
     training: bool = False,
     **options: Unpack[StepFunctionOptions],
 ) -> Tensor:
@@ -399,7 +407,8 @@ def rnn_cell(
     ``num_heads``.
     """
     given, steps = (w_ih, w_hh, b_ih, b_hh), cell_steps(reset, reset_state)
-    return _functional_cell(rnn_kind(nonlinearity), nonlinearity, input, hx, given, None, steps, training, options)
+    extras = _CellExtras(None, norms)
+    return _functional_cell(rnn_kind(nonlinearity), nonlinearity, input, hx, given, extras, steps, training, options)
 
 
 def rnn_kind(nonlinearity: str) -> CellKind:
@@ -490,23 +499,30 @@ def _steps_of(batch_sizes: Tensor | None, options: CallOptions | IndRNNCallOptio
     return steps_of(batch_sizes, {name: value for name, value in options.items() if name in STEP_OPTIONS})
 
 
+class _CellExtras(NamedTuple):
+    """Parameters of a cell's options, as its caller gave them."""
+
+    w_peephole: Any = None
+    norms: Any = None
+
+
 def _functional_cell(
     kind: CellKind,
     nonlinearity: str,
     input: Tensor,
     hx: Any,
     weights: tuple[Any, ...],
-    w_peephole: Tensor | None,
+    extras: _CellExtras,
     steps: Steps,
     training: bool,
     options: StepFunctionOptions,
 ) -> Any:
     w_ih = weights[0]
     if not _is_matrix(w_ih):
-        tensors = (*_flat([hx]), input, *weights, w_peephole, *_flat(steps))
+        tensors = (*_flat([hx]), input, *weights, *_flat(extras), *_flat(steps))
         if not _is_overridden(tensors):
             _checks.raise_not_matrix("w_ih", w_ih)
-        given = {"nonlinearity": nonlinearity, "w_peephole": w_peephole, "training": training}
+        given = {"nonlinearity": nonlinearity, **extras._asdict(), "training": training}
         changed: dict[str, Any] = {k: value for k, value in given.items() if value is not _CELL_DEFAULTS[k]}
         changed |= _given(steps) | options
         return handle_torch_function(_PUBLIC_CELLS[kind], tensors, input, hx, *weights, **changed)
@@ -514,24 +530,29 @@ def _functional_cell(
     params = cell_params(*weights)
     names = _CELL_NAMES[: len(params)]
     cell = (kind, input_size, rows // kind.num_gates)
-    if w_peephole is None and not options and nonlinearity not in OTHER_NONLINEARITIES:
+    if extras == _NO_EXTRAS and not options and nonlinearity not in OTHER_NONLINEARITIES:
         return call_cell(cell_settings(*cell, names), input, hx, params, steps)
     _checks.check_flag("training", training)
-    within = _within_cell(kind, cell[2], w_peephole is not None, training, options)
+    within = _within_cell(kind, cell[2], extras, training, options)
     within = with_nonlinearity(within, nonlinearity)
-    if w_peephole is not None:
-        names, params = (*names, "w_peephole"), [*params, w_peephole]
+    if extras.w_peephole is not None:
+        names, params = (*names, "w_peephole"), [*params, extras.w_peephole]
+    if extras.norms is not None:
+        _checks.check_norms(kind, len(params) > 3, extras.norms)
+        names = (*names, *(f"norms[{index}]" for index in range(len(extras.norms))))
+        params = [*params, *extras.norms]
     return call_cell(cell_settings(*cell, names, *([] if within is None else [within])), input, hx, params, steps)
 
 
 def _within_cell(
-    kind: CellKind, hidden_size: int, peephole: bool, training: bool, options: StepFunctionOptions
+    kind: CellKind, hidden_size: int, extras: _CellExtras, training: bool, options: StepFunctionOptions
 ) -> Within | None:
     _checks.check_names("this function", options, STEP_FUNCTION_OPTIONS)
     _checks.check_options(options)
     is_lstm, is_gru = kind == CellKind.LSTM, kind == CellKind.GRU
-    _checks.check_fit(options, is_lstm=is_lstm, is_gru=is_gru, hidden_size=hidden_size)
-    within = Within(peephole=peephole, **options).in_mode(training)
+    has = {"peephole": extras.w_peephole is not None, "layer_norm": extras.norms is not None}
+    _checks.check_fit({**options, **has}, is_lstm=is_lstm, is_gru=is_gru, hidden_size=hidden_size)
+    within = Within(**has, **options).in_mode(training)
     return None if within == NOTHING_WITHIN else within
 
 
@@ -683,6 +704,8 @@ def _call_override(
     fields = settings._asdict() | around._asdict() | within._asdict() | steps._asdict()
     if settings.is_cell:
         changed = {name: fields[name] for name in STEP_FUNCTION_OPTIONS if not _is_default(name, fields[name])}
+        if count := settings.num_norms:
+            params, changed["norms"] = params[:-count], tuple(params[-count:])
         if within.peephole:
             *params, changed["w_peephole"] = params
         changed |= ({"training": True} if training else {}) | _given(steps)
@@ -1180,7 +1203,8 @@ _PUBLIC_CELLS: dict[CellKind, Callable[..., Any]] = {
     CellKind.RNN_RELU: rnn_cell,
 }
 _CELL_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
-_CELL_DEFAULTS = {"nonlinearity": "tanh", "w_peephole": None, "training": False}
+_NO_EXTRAS = _CellExtras()
+_CELL_DEFAULTS = {"nonlinearity": "tanh", **_NO_EXTRAS._asdict(), "training": False}
 _ARGUMENTS = ("bias", "num_layers", "dropout", "bidirectional", "batch_first")
 _DEFAULTS: dict[str, Any] = (
     Settings._field_defaults | Around._field_defaults | Within._field_defaults | Steps._field_defaults

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["draw_as_keras", "draw_peepholes", "set_forget_bias"]
+__all__ = ["draw_as_keras", "draw_peepholes", "set_forget_bias", "set_norms"]
 
 
 def draw_as_keras(layer: Any) -> None:
     """As Keras draws them, of the same shapes transposed: W_ih by Glorot and Bengio 2010 over all gates together, W_hh
     orthogonal over all gates together (Saxe 2014), no bias but 1 for an LSTM's forget gate (Jozefowicz 2015).
 
-    Of what Keras lacks, a projection is drawn as W_ih is, peepholes are zero, and W_hh is orthogonal head by head.
+    Of what Keras lacks, a projection is drawn as W_ih is, peepholes are zero, and W_hh is orthogonal head by head. The
+    parameters of layer normalisation stay as they are.
     """
     with torch.no_grad():
         for name, parameter in layer.named_parameters(recurse=False):
+            if is_of_norm(name):
+                continue
             if name.startswith("weight_hh"):
                 _draw_orthogonal(parameter, layer.num_heads, layer.hidden_size)
             elif name.startswith("weight_peephole"):
@@ -49,10 +52,22 @@ def draw_peepholes(layer: Any) -> None:
             nn.init.uniform_(parameter, -limit, limit)
 
 
+def is_of_norm(name: str) -> bool:
+    """Whether a parameter of this name is one of layer normalisation."""
+    return name.startswith(("weight_norm", "bias_norm"))
+
+
+def set_norms(module: Any) -> None:
+    """Gains of layer normalisation are 1 and biases 0, as those of :class:`torch.nn.LayerNorm`."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if is_of_norm(name):
+            nn.init.constant_(parameter, 1.0 if name.startswith("weight") else 0.0)
+
+
 def set_forget_bias(layer: Any, value: float) -> None:
     """``bias_ih + bias_hh`` of the forget gate of an LSTM: ``value``."""
     H = layer.hidden_size
     with torch.no_grad():
         for name, parameter in layer.named_parameters(recurse=False):
-            if name.startswith("bias"):
+            if name.startswith(("bias_ih", "bias_hh")):
                 parameter[H : 2 * H].fill_(value if name.startswith("bias_ih") else 0.0)

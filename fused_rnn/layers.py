@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 from torch import Tensor, nn
@@ -146,24 +147,36 @@ class Recurrent(HasTwin, HasOptionsWithin, ByAttribute, FlatWeightsMixin):
         if name == "stateful" and value:
             carried.add_buffers(self)
         if name == "peephole" and value != self.peephole:
-            self._add_peepholes() if value else self._remove_parameters("weight_peephole")
+            # as zeros, which change nothing
+            specs = (("weight_peephole", (3 * self.hidden_size,)),)
+            self._add_parameters(specs) if value else self._remove_parameters("weight_peephole")
+        if name == "layer_norm" and value != self.layer_norm:
+            if value:
+                within = (self._within or NOTHING_WITHIN)._replace(layer_norm=True)
+                self._add_parameters(_checks.norm_specs(self._settings()._replace(within=within)))
+                initial.set_norms(self)
+            else:
+                self._remove_parameters("weight_norm", "bias_norm")
 
-    def _add_peepholes(self) -> None:
-        """As zeros, which change nothing; last of each layer and direction."""
-        with_peephole = []
+    def _add_parameters(self, specs: Sequence[_checks.ParamSpec]) -> None:
+        """Zeros of these names and shapes for each layer and direction, behind the others but for those of norms."""
+        with_added = []
         for of_cell in self._all_weights:
-            name = of_cell[0].replace("weight_ih", "weight_peephole")
-            zeros = getattr(self, of_cell[0]).detach().new_zeros(3 * self.hidden_size)
-            self.register_parameter(name, nn.Parameter(zeros))
-            with_peephole.append([*of_cell, name])
-        self._set_names(with_peephole)
+            first, suffix = of_cell[0], of_cell[0].removeprefix("weight_ih")
+            names = [name + suffix for name, _ in specs]
+            for name, (_, shape) in zip(names, specs, strict=True):
+                zeros = getattr(self, first).detach().new_zeros(shape)
+                self.register_parameter(name, nn.Parameter(zeros))
+            before = [name for name in of_cell if not initial.is_of_norm(name)]
+            with_added.append([*before, *names, *of_cell[len(before) :]])
+        self._set_names(with_added)
         parameters = self._parameters
         for name in self._flat_weights_names:  # in the order of the flat list
             if name in parameters:
                 parameters[name] = parameters.pop(name)
 
-    def _remove_parameters(self, prefix: str) -> None:
-        names = [name for name in self._flat_weights_names if name.startswith(prefix)]
+    def _remove_parameters(self, *prefixes: str) -> None:
+        names = [name for name in self._flat_weights_names if name.startswith(prefixes)]
         for name in names:
             delattr(self, name)
         self._set_names([[name for name in of_cell if name not in names] for of_cell in self._all_weights])
@@ -181,6 +194,7 @@ class Recurrent(HasTwin, HasOptionsWithin, ByAttribute, FlatWeightsMixin):
             initial.draw_as_keras(self)
         else:
             super().reset_parameters()
+        initial.set_norms(self)
         if self.forget_bias is not None:
             initial.set_forget_bias(self, self.forget_bias)
 
@@ -351,6 +365,12 @@ class LSTM(Recurrent):
             head alone (sLSTM, Beck et al. 2024; FlashRNN, Poeppel et al. 2024; DreamerV3, Hafner et al. 2023). It
             divides ``hidden_size``. Not with a projection, and only when the layer is made: ``weight_hh_l{k}`` is
             (4*H, H / num_heads), in the row of unit u of a gate the columns of its head, u // (H / num_heads).
+        layer_norm: layer normalisation (Ba, Kiros and Hinton 2016) of W_ih x and of W_hh h, each over all gates
+            together, and of c where h is made of it. With :math:`\text{LN}(a)` for a less its mean over
+            :math:`\sqrt{\text{var}(a) + 10^{-5}}`, the functions of the gates are taken of :math:`\gamma_{ih} \odot
+            \text{LN}(W_{ih} x_t) + b_{ih} + \gamma_{hh} \odot \text{LN}(W_{hh} h_{t-1}) + b_{hh}`, and :math:`h_t = o
+            \odot \tanh(\gamma_c \odot \text{LN}(c_t) + \beta_c)`; c goes on as it is. Means and variances are of one
+            row in one step.
         cell_clip: c is clamped between minus and plus this in every step, before o and h are made of it (Sak, Senior
             and Beaufays 2014; ``cell_clip`` of TensorFlow's ``LSTMCell``). ``None`` for not at all.
         recurrent_grad_clip: what comes back to each h from the step after it is clamped between minus and plus this,
@@ -372,7 +392,9 @@ class LSTM(Recurrent):
     Parameters, for layer k, and with suffix ``_reverse`` for the second direction, each drawn uniformly between
     :math:`\pm 1 / \sqrt{H}`: ``weight_ih_l{k}`` (4*H, I; D*P in place of I for k > 0), ``weight_hh_l{k}`` (4*H, P),
     ``bias_ih_l{k}`` and ``bias_hh_l{k}`` (4*H), ``weight_hr_l{k}`` (P, H) with a projection, ``weight_peephole_l{k}``
-    (3*H) with ``peephole``. Rows in the order i, f, g, o, of peepholes i, f, o.
+    (3*H) with ``peephole``. Rows in the order i, f, g, o, of peepholes i, f, o. With ``layer_norm`` also the gains
+    ``weight_norm_ih_l{k}`` and ``weight_norm_hh_l{k}`` (4*H) and ``weight_norm_c_l{k}`` (H), first of 1, and with
+    ``bias`` ``bias_norm_c_l{k}`` (H), first of 0.
 
     Differences from ``torch.nn.LSTM``: arguments that it would misread or fail on in its depths are errors that name
     them, float16 works on the CPU under autocast, and ``isinstance(layer, torch.nn.LSTM)`` is false.
@@ -606,6 +628,8 @@ class GRU(_SingleState):
         reset_after: ``False`` for :math:`n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r \odot h_{t-1}) + b_{hn})`, as Cho et
             al. have it, and Keras and ONNX by that name and ``linear_before_reset=0``.
         recurrent_bias: only ``True`` with ``reset_after``, where the reset gate acts on this bias.
+        layer_norm: of W_ih x and of W_hh h as in :class:`LSTM`, each over all three gates together; the reset gate acts
+            on :math:`\gamma_{hn} \odot \text{LN}(W_{hh} h_{t-1})_n + b_{hn}`. Not with ``reset_after=False``.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, and the other
             options but ``forget_bias``, ``peephole``, ``coupled_gates``, ``cell_clip`` and ``zoneout_cell``: as
             :class:`LSTM`.
@@ -613,7 +637,7 @@ class GRU(_SingleState):
     Raises:
         TypeError, ValueError: naming the argument that has another type or is out of range.
 
-    Parameters: as :class:`LSTM` without a projection, with 3*H rows in the order r, z, n.
+    Parameters: as :class:`LSTM` without a projection and without those of c, with 3*H rows in the order r, z, n.
 
     Differences from ``torch.nn.GRU``: see :class:`LSTM`.
     """
@@ -670,7 +694,7 @@ class RNN(_SingleState):
     Raises:
         TypeError, ValueError: naming the argument that has another type or is out of range.
 
-    Parameters: as :class:`LSTM` without a projection, with H rows.
+    Parameters: as :class:`LSTM` without a projection and without those of c, with H rows.
 
     Differences from ``torch.nn.RNN``: see :class:`LSTM`.
     """

@@ -9,7 +9,8 @@ step.
 ========================= =============================================================================================
 ``rnn_forward``           output (T, B, D * P), (B, T, D * P) or (N, D * P); h_n (L * D, B, P); c_n (L * D, B, H), or
                           (0,) without a cell state; and, with ``save``, what the backward pass needs: gates
-                          (L * D, N, S, H) in the input's dtype, or (0,) with ``recompute``, cells (L * D, N, H) in
+                          (L * D, N, S, H) in the input's dtype (with ``layer_norm`` 2 * G more than S, W_ih x and
+                          W_hh h less their means), or (0,) with ``recompute``, cells (L * D, N, H) in
                           float32 (float64 for float64), hidden (L - 1, N, D * P), the outputs of the lower layers.
                           With a ``mask`` (T, B), on the CPU: what is saved is of the live steps alone, at the front of
                           memory for all, zeros behind it; on CUDA hidden is (L, N, D * P), the states of all layers at
@@ -108,6 +109,11 @@ _draw_bits = torch.ops.fused_rnn.draw_bits.default
 _isa = os.environ.get("FUSED_RNN_ISA")
 if _isa and _isa not in _C.isa_supported():
     raise ValueError(f"FUSED_RNN_ISA: expected one of {', '.join(_C.isa_supported())} on this machine, got {_isa}")
+
+def _num_saved(settings: Settings) -> int:
+    """With layer normalisation, what is normalised of the input's side and of the state's is saved as well."""
+    return settings.kind.num_saved + (2 * settings.kind.num_gates if settings.num_norms else 0)
+
 
 # Of the kernels: csrc/problem.h, DType.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -241,7 +247,7 @@ def plan(
         layer = (size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         if device.type == "cuda":
             return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device))
-        return _C.plan(kind, T, B, sizes, *layer, settings.num_heads)
+        return _C.plan(kind, T, B, sizes, *layer, settings.num_heads, settings.num_norms > 0)
 
     def wavefronts(backward: bool) -> tuple[list[dict[str, Any]], str]:
         """Of the groups of layers that run at once; none, and why, where each runs by itself."""
@@ -272,7 +278,7 @@ def plan(
     result = stack(backward=False)
     if training:
         backward = stack(backward=True)
-        backward["recomputes"] = settings.recompute and kind.num_saved > 0
+        backward["recomputes"] = settings.recompute and _num_saved(settings) > 0
         if backward["recomputes"]:
             for key in _TIMES:
                 if key in backward:
@@ -300,7 +306,7 @@ def run_stack(
         h0: (L * D, B, P), or None for zeros.
         c0: (L * D, B, H), or None for zeros; only with ``CellKind.LSTM``.
         params: per layer and direction ``w_ih (G * H, I), w_hh (G * H, P)[, b_ih, b_hh (G * H)][, w_hr (P, H)]``
-            ``[, w_peephole (3 * H)]``.
+            ``[, w_peephole (3 * H)][, w_norm_ih, w_norm_hh (G * H)[, w_norm_c[, b_norm_c] (H)]]``.
         controls: with a mask, a row keeps its state in a step that is False, its output and the gradient of its input
             are 0, and what stands in its input has no effect. Not with batch_sizes.
 
@@ -541,7 +547,7 @@ def _(input, h0, c0, params, controls, integers, numbers, save):  # type: ignore
     rows = (L * D, N)
     returns_states = settings.within is not None and settings.within.return_states
     num_hidden = L if returns_states or (mask is not None and input.device.type == "cuda") else L - 1
-    saved = kind.num_saved if save and not settings.recompute else 0
+    saved = _num_saved(settings) if save and not settings.recompute else 0
     keeps = save or returns_states
     return (
         output,
@@ -614,6 +620,10 @@ def _forward_flops(input: Sequence[int], params: Sequence[Sequence[int]]) -> int
     return 2 * math.prod(input[:-1]) * sum(math.prod(shape) for shape in params if len(shape) == 2)
 
 
+# The place of layer_norm in the list of a call that has something within.
+_LAYER_NORM = len(INTEGER_SETTINGS) + Within._fields.index("layer_norm")
+
+
 def _backward_flops(
     input: Sequence[int],
     params: Sequence[Sequence[int]],
@@ -628,7 +638,8 @@ def _backward_flops(
     if not needs[0]:  # the input's gradient is that of the lowest W_ih, in each direction
         directions = 2 if integers[INTEGER_SETTINGS.index("bidirectional")] else 1
         sum_of_products -= directions * math.prod(params[0])
-    again = kind.num_saved > 0 and math.prod(gates) == 0
+    saves = kind.num_saved > 0 or (len(integers) > _LAYER_NORM + 1 and integers[_LAYER_NORM] > 0)
+    again = saves and math.prod(gates) == 0
     return 2 * math.prod(input[:-1]) * sum_of_products + (_forward_flops(input, params) if again else 0)
 
 

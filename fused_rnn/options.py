@@ -48,6 +48,7 @@ class HasOptionsWithin:
     peephole: bool = in_within("peephole")
     coupled_gates: bool = in_within("coupled_gates")
     num_heads: int = in_within("num_heads")
+    layer_norm: bool = in_within("layer_norm")
     cell_clip: float | None = in_within("cell_clip")
 
 

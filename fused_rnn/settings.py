@@ -115,6 +115,7 @@ class FunctionOptions(TypedDict, total=False):
     peephole: bool
     coupled_gates: bool
     num_heads: int
+    layer_norm: bool
     cell_clip: float | None
     recurrent_grad_clip: float | None
     bptt_steps: int | None
@@ -203,9 +204,10 @@ class StepFunctionOptions(TypedDict, total=False):
 
 
 class CellOptions(StepFunctionOptions, total=False):
-    """Keywords of a cell's constructor that ``torch.nn`` lacks; a function is given the peepholes themselves."""
+    """Keywords of a cell's constructor that ``torch.nn`` lacks; a function is given the parameters themselves."""
 
     peephole: bool
+    layer_norm: bool
 
 
 class Around(NamedTuple):
@@ -237,6 +239,7 @@ class Within(NamedTuple):
     peephole: bool = False
     coupled_gates: bool = False
     num_heads: int = 1
+    layer_norm: bool = False
     bptt_steps: int | None = None
     reset_state: bool = False  # the parameters are followed by the states that rows begin anew from
     return_states: bool = False  # h and c of every step are results, with gradients
@@ -265,7 +268,7 @@ class Within(NamedTuple):
     @staticmethod
     def restore(integers: Sequence[int], numbers: Sequence[float]) -> Within:
         activation, recurrent_activation = (Activation(value).name.lower() for value in integers[:2])
-        reset_after, peephole, coupled_gates, num_heads, bptt_steps, reset_state, return_states = integers[2:]
+        reset_after, peephole, coupled_gates, num_heads, layer_norm, bptt_steps, reset_state, return_states = integers[2:]
         cell_clip, recurrent_grad_clip, zoneout, zoneout_cell = numbers
         return Within(
             activation=activation,
@@ -274,6 +277,7 @@ class Within(NamedTuple):
             peephole=bool(peephole),
             coupled_gates=bool(coupled_gates),
             num_heads=num_heads,
+            layer_norm=bool(layer_norm),
             bptt_steps=bptt_steps or None,
             reset_state=bool(reset_state),
             return_states=bool(return_states),
@@ -319,6 +323,13 @@ class Settings(NamedTuple):
     @property
     def has_peepholes(self) -> bool:
         return self.within is not None and self.within.peephole
+
+    @property
+    def num_norms(self) -> int:
+        """Parameters of layer normalisation of each layer and direction: gains, and for an LSTM the bias of c."""
+        if self.within is None or not self.within.layer_norm:
+            return 0
+        return 2 if self.kind is not CellKind.LSTM else 3 + self.bias
 
     @property
     def num_heads(self) -> int:
@@ -389,7 +400,7 @@ CELL_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in CellOptions.__
 CONVERT_OPTIONS = {
     name: default
     for name, default in LAYER_OPTIONS.items()
-    if name not in ("recurrent_bias", "num_heads", "init", "forget_bias")
+    if name not in ("recurrent_bias", "num_heads", "layer_norm", "init", "forget_bias")
 }
 
 # Every set of sizes in use, a few per model: a cell's step feels the making of a record.
@@ -398,7 +409,7 @@ _of_cells: dict[tuple[Any, ...], Settings] = {}
 
 def cell_settings(*cell: Any) -> Settings:
     """Of a cell: kind, input_size, hidden_size, the names that its caller has for w_ih, w_hh[, b_ih, b_hh][,
-    w_peephole], and what is within, if anything."""
+    w_peephole][, those of its norms], and what is within, if anything."""
     if torch.compiler.is_compiling():  # what changes with every cell is no condition of what is compiled
         return _make_cell_settings(*cell)
     settings = _of_cells.get(cell)
@@ -410,7 +421,8 @@ def cell_settings(*cell: Any) -> Settings:
 def _make_cell_settings(
     kind: CellKind, input_size: int, hidden_size: int, names: tuple[str, ...], within: Within | None = None
 ) -> Settings:
-    return Settings(input_size, hidden_size, hidden_size, kind, len(names) > 3, cell_names=names, within=within)
+    bias = len(names) > 3 and names[2].startswith("b")
+    return Settings(input_size, hidden_size, hidden_size, kind, bias, cell_names=names, within=within)
 
 
 class Steps(NamedTuple):

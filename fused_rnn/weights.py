@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks
 
-_WEIGHT = re.compile(r"(weight|bias)_(ih|hh|hr|peephole)(_l\d+(_reverse)?)?")
+_WEIGHT = re.compile(r"(weight|bias)_(ih|hh|hr|peephole|norm_ih|norm_hh|norm_c)(_l\d+(_reverse)?)?")
 
 
 def narrow_to_heads(module: nn.Module, num_heads: int) -> None:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from support.backends import available_isas
 from torch.utils._pytree import tree_leaves
 
 import fused_rnn
-from fused_rnn import backend, check
+from fused_rnn import backend, check, formulas
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -128,8 +129,8 @@ def test_wrong_numbers_fail_the_check(monkeypatch: pytest.MonkeyPatch, capsys: p
 def without_option(call: check.Call) -> Any:
     """A layer of the same parameters and arguments that does not look at the option."""
     cell = "RNN_TANH" if call.cell.startswith("RNN") else call.cell
-    peephole = (("peephole", True),) if ("peephole", True) in call.keywords else ()
-    keywords = call.keywords if call.option == "IndRNN" else peephole
+    with_parameters = tuple(word for word in (("peephole", True), ("layer_norm", True)) if word in call.keywords)
+    keywords = call.keywords if call.option == "IndRNN" else with_parameters
     layer: Any = dataclasses.replace(call, cell=cell, keywords=keywords).build()
     if call.option == "IndRNN":  # no unit sees its own h
         for name, parameter in layer.named_parameters():
@@ -139,8 +140,18 @@ def without_option(call: check.Call) -> Any:
         for name, parameter in layer.named_parameters():
             if "peephole" in name:
                 torch.nn.init.zeros_(parameter)
+    plain = layer.forward
+    if call.option == "layer_norm":
+
+        def forward(*args: Any, **steps: Any) -> Any:
+            def gain_alone(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+                return x * gain if bias is None else x * gain + bias
+
+            with mock.patch.object(formulas, "layer_norm", gain_alone), fused_rnn.use_backend("reference"):
+                return plain(*args, **steps)
+
+        layer.forward = forward
     if call.option == "reset":
-        plain = layer.forward
         layer.forward = lambda x, reset, **steps: plain(x, reset=torch.zeros_like(reset), **steps)
     if call.option == "return_states":
         of_all_steps = layer.forward

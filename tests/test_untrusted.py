@@ -113,6 +113,10 @@ calls = {
     "peepholes": lambda: forward(
         giant(1, 1, 1), [*params(4, 2**31, 1), giant(3 * 2**31)], within=Within(peephole=True)
     ),
+    "norms": lambda: forward(
+        giant(1, 1, 1), [*params(4, 2**31, 1), giant(2**33), giant(2**33)], within=Within(layer_norm=True)
+    ),
+    "no norms": lambda: forward(x, small, within=Within(layer_norm=True)),
     "heads": lambda: forward(x, small, within=Within(num_heads=2**62)),
     "heads below zero": lambda: forward(x, small, within=Within(num_heads=-1)),
     "heads of the whole matrix": lambda: forward(x, small, within=Within(num_heads=2)),

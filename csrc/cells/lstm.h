@@ -1,6 +1,8 @@
 // LSTM (Hochreiter & Schmidhuber 1997, with the forget gate of Gers 1999), gates in torch.nn's order i, f, g, o:
 //   c' = sigmoid(f) * c + sigmoid(i) * tanh(g)        h' = sigmoid(o) * tanh(c')
-// With peepholes (Gers & Schmidhuber 2000) i and f see c, o sees c'; coupled, i is 1 - f; c' may be clamped.
+// With peepholes (Gers & Schmidhuber 2000) i and f see c, o sees c'; coupled, i is 1 - f; c' may be clamped. With layer
+// normalisation (Ba et al. 2016) the loops normalise c' before its tanh: forward gives o in place of h, and backward
+// gets what comes through h with dc, dh being zero.
 #pragma once
 
 #include "cell.h"
@@ -47,7 +49,8 @@ struct Lstm {
       saved_values[2] = options.template state<V>(x[2] + r[2]);
       c = new_cell<V>(gates[0], gates[1], saved_values[2], c_prev, options);
       saved_values[3] = peephole ? options.template gate<V>(gates[2] + options.peephole[2] * c) : gates[2];
-      h = saved_values[3] * options.template state<V>(c);
+      h = saved_values[3];
+      if (!options.within.layer_norm) h = h * options.template state<V>(c);
     }
   }
 
@@ -89,7 +92,8 @@ struct Lstm {
       dc_prev = dc_total * f;
     } else {
       const bool peephole = options.within.peephole;
-      const V state = options.template state<V>(cell_of<V>(saved_values, c, c_prev, options));
+      V state{};
+      if (!options.within.layer_norm) state = options.template state<V>(cell_of<V>(saved_values, c, c_prev, options));
       grads[3] = options.template gate_gradient<V>(dh * state, o);
       V dc_total = dc + options.template state_gradient<V>(dh * o, state);
       if (peephole) dc_total = dc_total + options.peephole[2] * grads[3];

@@ -63,15 +63,19 @@ class BackwardPass {
         wants_x_(layer.grad_x.data != nullptr),
         gates_(gates_wanted<Cell>(layer)),
         plain_gates_(layer.plain_gates),
+        normalises_(layer.within.layer_norm),
+        saved_stride_((Cell::saved + (normalises_ ? 2 * G : 0)) * H_),
+        input_grads_(normalises_ ? moved(Cell::input_grads, GG) : Cell::input_grads),
+        hidden_grads_(normalises_ ? moved(Cell::hidden_grads, GG + G) : Cell::hidden_grads),
         state_stride_(round_up(P_, width) + 16),
         unit_stride_(round_up(H_, width) + 16),
         cell_stride_(Cell::states * unit_stride_),
-        grad_stride_(round_up(GG * H_, width) + 32),
+        grad_stride_(round_up((GG + (normalises_ ? 2 * G : 0)) * H_, width) + 32),
         recomputation_(layer, plan.threads()) {}
 
   // Whether weights are read where they stand.
   static bool in_place(const LayerBackward& layer) {
-    const bool recomputes = Cell::saved > 0 && !layer.direction[0].gates;
+    const bool recomputes = (Cell::saved > 0 || layer.within.layer_norm) && !layer.direction[0].gates;
     return !recomputes && !layer.direction[0].weights.w_hr && reads_weights_in_place(layer.sizes, layer.steps);
   }
 
@@ -103,11 +107,22 @@ class BackwardPass {
     E* operand = nullptr;      // the chunk's rows, packed in columns
     int64_t next_operand = 0;  // of the next head
   };
+  // With layer normalisation: what the gradients of gains and biases are made of, which are sums over all rows.
+  struct NormGradients {
+    A* scales = nullptr;   // (chunk_rows, 2) 1 / deviation of w_ih x and of w_hh h
+    A* of_cell = nullptr;  // (chunk_rows, unit_stride) gradient of the normalised c with its gain and bias
+    A* cell = nullptr;     // (chunk_rows, unit_stride) c normalised
+    A* sums = nullptr;     // (4 * G * H + 2 * H); null: not needed
+    A* sums_of_chunk = nullptr;
+    // Where each stands in the sums: gains of w_ih x and w_hh h, b_ih, b_hh, gain and bias of c.
+    static int64_t place(int which, int64_t H) { return (which < 5 ? which * G : 4 * G + which - 4) * H; }
+  };
   struct DirectionScratch {
     E *w_ih, *w_hh, *w_hr;
-    A* grad_state;       // (B, state_stride) gradient of h, of the step that comes next in the scan
-    A* grad_cell;        // (B, cell_stride) of the private states, each at a distance of unit_stride
-    E* grads;            // (chunk_rows, grad_stride) gate gradients
+    A* grad_state;  // (B, state_stride) gradient of h, of the step that comes next in the scan
+    A* grad_cell;   // (B, cell_stride) of the private states, each at a distance of unit_stride
+    // (chunk_rows, grad_stride) gate gradients, and with layer normalisation those of w_ih x and w_hh h before it
+    E* grads;
     E* grad_h;           // (chunk_rows, state_stride) gradient of the projected h
     E* hidden;           // (chunk_rows, unit_stride) h before its projection
     A* through;          // (B, state_stride) gradient of the h that was multiplied, where that is h times factors
@@ -116,14 +131,23 @@ class BackwardPass {
     WeightGradient ih, hh, hr;
     A *bias_ih, *bias_hh;  // (G * H), null: not needed
     A* peephole;           // (3 * H), null: not needed
-    bool wants_weights() const { return ih.result || hh.result || hr.result || bias_ih || bias_hh || peephole; }
+    NormGradients norms;
+    bool wants_weights() const {
+      return ih.result || hh.result || hr.result || bias_ih || bias_hh || peephole || norms.sums;
+    }
+  };
+  // Of one row of an LSTM with layer normalisation: the gradients of c and o that come through h, h before a
+  // projection, and what is on the way to them; each (unit_stride).
+  struct NormalisedRow {
+    A *to_cell, *to_output, *hidden, *cell;
   };
   struct ThreadScratch {
     A* grad_hidden;  // (B, unit_stride) gradient of h before its projection
-    A* tile;         // (chunk_rows, padded I): the gradient of the input before it is stored
-    E* transposed;   // (rows_together, depth)
-    A* results;      // (rows_at_once, widest weight gradient): those that are not summed elsewhere
-    E* block;        // of product_of_columns
+    NormalisedRow normalised;
+    A* tile;        // (chunk_rows, padded I): the gradient of the input before it is stored
+    E* transposed;  // (rows_together, depth)
+    A* results;     // (rows_at_once, widest weight gradient): those that are not summed elsewhere
+    E* block;       // of product_of_columns
     const E** a_rows;
     const S** b_rows;
   };
@@ -150,8 +174,9 @@ class BackwardPass {
       s.ih = weight_gradient(layout, dir.grad_w_ih, G * H_, I_);
       s.hh = weight_gradient(layout, dir.grad_w_hh, G * H_, K_, heads_);
       s.hr = weight_gradient(layout, dir.grad_w_hr, P_, H_);
-      s.bias_ih = dir.grad_b_ih ? layout.take<A>(G * H_) : nullptr;
-      s.bias_hh = dir.grad_b_hh ? layout.take<A>(G * H_) : nullptr;
+      s.bias_ih = dir.grad_b_ih && !normalises_ ? layout.take<A>(G * H_) : nullptr;
+      s.bias_hh = dir.grad_b_hh && !normalises_ ? layout.take<A>(G * H_) : nullptr;
+      if (normalises_) lay_out_norms(layout, dir, s.norms);
     }
     recomputation_.lay_out(layout, chunk_rows_);
     unit_barriers_ = layout.take<Barrier>(plan_.threads() / plan_.unit_groups);
@@ -161,6 +186,8 @@ class BackwardPass {
     for (int i = 0; i < plan_.threads(); ++i) {
       ThreadScratch t;
       t.grad_hidden = layout.take<A>(projects_ ? B_ * unit_stride_ : 0);
+      for (A** row : {&t.normalised.to_cell, &t.normalised.to_output, &t.normalised.hidden, &t.normalised.cell})
+        *row = layout.take<A>(normalises_ && Cell::has_cell ? unit_stride_ : 0);
       t.tile = layout.take<A>(!wants_x_ ? 0
                               : packs_  ? (chunk_rows_ / plan_.threads() + 1) * Columns::padded_columns(I_)
                                         : chunk_rows_ * own_input_columns());
@@ -174,6 +201,22 @@ class BackwardPass {
       t.b_rows = layout.take<const S*>(b_rows > P_ ? b_rows : P_);
       if (threads_) threads_[i] = t;
     }
+  }
+
+  void lay_out_norms(Layout& layout, const DirectionBackward& dir, NormGradients& norms) {
+    norms.scales = layout.take<A>(2 * chunk_rows_);
+    for (A** rows : {&norms.of_cell, &norms.cell})
+      *rows = layout.take<A>(Cell::has_cell ? chunk_rows_ * unit_stride_ : 0);
+    bool wanted = false;
+    for (int k = 0; k < 6; ++k) wanted = wanted || norm_result(dir, k);
+    if (!wanted) return;
+    for (A** sums : {&norms.sums, &norms.sums_of_chunk}) *sums = layout.take<A>(NormGradients::place(6, H_));
+  }
+
+  static void* norm_result(const DirectionBackward& dir, int which) {
+    void* const results[] = {dir.grad_norm_ih, dir.grad_norm_hh, dir.grad_b_ih,
+                             dir.grad_b_hh,    dir.grad_norm_c,  dir.grad_norm_c_bias};
+    return results[which];
   }
 
   // operands: how many there are, each of a part of the chunk's rows.
@@ -258,6 +301,7 @@ class BackwardPass {
         if constexpr (Cell::kind == CellKind::lstm) {
           if (direction_[d].peephole) peephole_gradient(d, step, stop, begun, thread);
         }
+        if (direction_[d].norms.sums) norm_gradients(d, step, stop, begun, thread);
       }
       begun = true;
       step = stop;
@@ -352,7 +396,7 @@ class BackwardPass {
   FRNN_INLINE const S* saved_gates(int d, int64_t t, int64_t b, int64_t chunk_row) const {
     const void* gates = layer_.direction[d].gates;
     if (!gates) return recomputation_.gates(d, chunk_row);
-    return rows_of<S>(gates) + (layer_.steps.first_row(t) + b) * Cell::saved * H_;
+    return rows_of<S>(gates) + (layer_.steps.first_row(t) + b) * saved_stride_;
   }
 
   void pack(int thread, ThreadScratch& mine) {
@@ -469,13 +513,12 @@ class BackwardPass {
         multiply_heads(d, rows, row + r0, state_panels, product, !scales, step % 2 == 1, mine);
       } else if (wanted && packs_) {
         for (int64_t r = 0; r < rows; ++r)
-          mine.a_rows[r] = s.grads + (row + r0 + r) * grad_stride_ + Cell::hidden_grads.first * H_;
+          mine.a_rows[r] = s.grads + (row + r0 + r) * grad_stride_ + hidden_grads_.first * H_;
         product_columns<E>(rows, mine.a_rows, w_hh, state_panels.begin, state_panels.end, product, state_stride_,
                            !scales && !(projects_ && plain_gates_), step % 2 == 1);
       } else if (wanted) {
-        multiply_in_place(rows, s.grads + (row + r0) * grad_stride_, layer_.direction[d].weights.w_hh,
-                          Cell::hidden_grads, P_, state_panels, product + state_panels.begin * panel_columns,
-                          state_stride_, !scales, mine);
+        multiply_in_place(rows, s.grads + (row + r0) * grad_stride_, layer_.direction[d].weights.w_hh, hidden_grads_,
+                          P_, state_panels, product + state_panels.begin * panel_columns, state_stride_, !scales, mine);
       }
       const Share features = features_of(state_panels, P_);
       if (scales) through_dropout(d, t, r0, rows, row, features);
@@ -507,7 +550,7 @@ class BackwardPass {
       const int64_t last = panels.end - head * count < count ? panels.end - head * count : count;
       for (int j = 0; j < G; ++j) {
         for (int64_t r = 0; r < rows; ++r)
-          mine.a_rows[r] = s.grads + (row + r) * grad_stride_ + (Cell::hidden_grads.first + j) * H_ + head * K_;
+          mine.a_rows[r] = s.grads + (row + r) * grad_stride_ + (hidden_grads_.first + j) * H_ + head * K_;
         const ColumnPanels<E> block{s.w_hh + (head * G + j) * elements_of_block(), K_, K_};
         product_columns<E>(rows, mine.a_rows, block, first, last, c + head * K_, state_stride_, accumulate || j > 0,
                            descending);
@@ -631,6 +674,9 @@ class BackwardPass {
   // Gate gradients of one step for the owned rows and units; row: of the chunk, before row 0 of the step.
   template <Gates kind>
   void gradients_of_rows(int d, int64_t t, int64_t r0, int64_t rows, Share panels, int64_t row, ThreadScratch& mine) {
+    if constexpr (kind != Gates::plain) {
+      if (normalises_) return gradients_of_normalised_rows<kind>(d, t, r0, rows, row, mine);
+    }
     const auto [begin, end] = features_of(panels, H_);
     Units units[group];
     int waiting = 0;
@@ -658,8 +704,91 @@ class BackwardPass {
     const A* grad_hidden;
   };
 
+  // The same with layer normalisation, whose rows have all units.
+  template <Gates kind>
+  void gradients_of_normalised_rows(int d, int64_t t, int64_t r0, int64_t rows, int64_t row, ThreadScratch& mine) {
+    for (int64_t r = r0; r < r0 + rows; ++r) {
+      const A* grad_hidden = mine.grad_hidden + (r - r0) * unit_stride_;
+      if constexpr (Cell::has_cell) through_normalised_cell(d, t, r, row + r, grad_hidden, mine.normalised);
+      for (int64_t unit = 0; unit < H_; unit += group * width) {
+        const int64_t next = unit + width < H_ ? unit + width : unit;  // the last may be twice the same
+        const Units units[group] = {{r, unit, row + r, grad_hidden}, {r, next, row + r, grad_hidden}};
+        gate_gradients<group, kind>(d, t, units, &mine.normalised);
+      }
+      through_norms(d, t, r, row + r);
+    }
+  }
+
+  // h = o * act(n), n = c normalised * gain + bias: the gradients of o and of c.
+  void through_normalised_cell(int d, int64_t t, int64_t r, int64_t chunk_row, const A* grad_hidden,
+                               const NormalisedRow& mine) {
+    using One = Pack<V, 1, rough_gates<S>>;
+    const DirectionBackward& dir = layer_.direction[d];
+    DirectionScratch& s = direction_[d];
+    const int64_t row = layer_.steps.first_row(t) + r;
+    const S* gates = saved_gates(d, t, r, chunk_row);
+    const A* cells = rows_of<A>(dir.cells) + row * H_;
+    const bool zones = dir.extras.zoneout_cell || layer_.within.zoneout_cell > 0;
+    const Before state = before(d, t, r);
+    Options<One, false> options{layer_.within, {}};
+    for (int64_t u = 0; u < H_; u += width) {
+      const int64_t n = H_ - u;
+      One c{{Simd<A>::load_n(cells + u, n)}};
+      if (zones) {  // what is kept is c after it
+        One saved[Cell::saved + 1];
+        for (int g = 0; g < Cell::saved; ++g) saved[g].v[0] = Simd<A>::load_n(gates + g * H_ + u, n);
+        c = Cell::template cell_of<One>(saved, c, One{{cell_before(state, u)}}, options);
+      }
+      Simd<A>::store_n(mine.cell + u, c.v[0], n);
+    }
+    const A scale = centre_units<A>(mine.cell, H_);
+    UnitSums<A, 2> sums;  // of the gradient of the normalised c, and of its product with that
+    A *normal = s.norms.cell + chunk_row * unit_stride_, *of_cell = s.norms.of_cell + chunk_row * unit_stride_;
+    sums.add(H_, [&](int64_t u, int64_t n, V* terms) {
+      const V value = Simd<A>::load_n(mine.cell + u, n) * scale,
+              gain = Simd<A>::load_n(rows_of<S>(dir.weights.norm_c) + u, n);
+      One hidden{{value * gain}};
+      if (dir.weights.norm_c_bias)
+        hidden.v[0] = hidden.v[0] + Simd<A>::load_n(rows_of<S>(dir.weights.norm_c_bias) + u, n);
+      hidden = options.template state<One>(hidden);
+      V dh = projects_ ? Simd<A>::load_n(grad_hidden + u, n) : output_gradient(d, t, r, u), to_before{};
+      if (!projects_) divide_state_gradient(d, t, r, u, dh, to_before);
+      const One o{{Simd<A>::load_n(gates + (Cell::saved - 1) * H_ + u, n)}};
+      Simd<A>::store_n(mine.to_output + u, options.template gate_gradient<One>(One{{dh * hidden.v[0]}}, o).v[0], n);
+      Simd<A>::store_n(mine.hidden + u, o.v[0] * hidden.v[0], n);
+      const V grad = options.template state_gradient<One>(One{{dh * o.v[0]}}, hidden).v[0];
+      Simd<A>::store_n(normal + u, value, n);
+      Simd<A>::store_n(of_cell + u, grad, n);
+      Simd<A>::store_n(mine.to_cell + u, grad * gain, n);
+      terms[0] = Simd<A>::load_n(mine.to_cell + u, n);
+      terms[1] = terms[0] * value;
+    });
+    const V mean = Simd<A>::splat(sums.total(0) / A(H_)), slope = Simd<A>::splat(sums.total(1) / A(H_));
+    for (int64_t u = 0; u < H_; u += width) {
+      const int64_t n = H_ - u;
+      V grad = Simd<A>::load_n(mine.to_cell + u, n) - mean - Simd<A>::load_n(normal + u, n) * slope;
+      grad = grad * scale;
+      load_peephole<S>(options, dir.weights.peephole, H_, u, n, 0);
+      if (layer_.within.peephole) grad = grad + options.peephole[2].v[0] * Simd<A>::load_n(mine.to_output + u, n);
+      Simd<A>::store_n(mine.to_cell + u, grad, n);
+    }
+  }
+
+  // From the gate gradients of a row to those of w_ih x and of w_hh h before their normalisation.
+  void through_norms(int d, int64_t t, int64_t r, int64_t chunk_row) {
+    const Weights& w = layer_.direction[d].weights;
+    const S* centred = saved_gates(d, t, r, chunk_row) + Cell::saved * H_;
+    E* grads = direction_[d].grads + chunk_row * grad_stride_;
+    A* scales = direction_[d].norms.scales + 2 * chunk_row;
+    scales[0] = gradient_through_norm<S, E, G>(grads + Cell::input_grads.first * H_, Cell::input_grads.gate, centred,
+                                               rows_of<S>(w.norm_ih), H_, grads + input_grads_.first * H_);
+    scales[1] =
+        gradient_through_norm<S, E, G>(grads + Cell::hidden_grads.first * H_, Cell::hidden_grads.gate, centred + G * H_,
+                                       rows_of<S>(w.norm_hh), H_, grads + hidden_grads_.first * H_);
+  }
+
   template <int N, Gates kind>
-  FRNN_INLINE void gate_gradients(int d, int64_t t, const Units* units) {
+  FRNN_INLINE void gate_gradients(int d, int64_t t, const Units* units, const NormalisedRow* normalised = nullptr) {
     using Values = Pack<V, N, rough_gates<S>>;
     constexpr bool plain = kind == Gates::plain;
     const DirectionBackward& dir = layer_.direction[d];
@@ -695,6 +824,10 @@ class BackwardPass {
         if constexpr (Cell::kind == CellKind::lstm) {
           const Zoneout<A> zone{row_of_bits(dir.extras.zoneout_cell, first_row + r, H_), A(layer_.within.zoneout_cell)};
           if (zone.any()) zone.divide(dc[0].v[i], c_to_before.v[i], unit, n);
+          if (normalised) {  // what comes through h is there already
+            dh.v[i] = V{};
+            dc[0].v[i] = dc[0].v[i] + Simd<A>::load_n(normalised->to_cell + unit, n);
+          }
         }
       }
     }
@@ -710,7 +843,11 @@ class BackwardPass {
       dh_prev = dh_prev + h_to_before;
       dc_prev[0] = dc_prev[0] + c_to_before;
       if constexpr (Cell::kind == CellKind::lstm) {
-        if (projects_) hidden = Cell::template hidden<Values>(saved, c[0], c_prev[0], options);
+        if (projects_ && !normalised) hidden = Cell::template hidden<Values>(saved, c[0], c_prev[0], options);
+        for (int i = 0; i < N && normalised; ++i) {
+          grads[3].v[i] = Simd<A>::load_n(normalised->to_output + units[i].unit, H_ - units[i].unit);
+          hidden.v[i] = Simd<A>::load_n(normalised->hidden + units[i].unit, H_ - units[i].unit);
+        }
       }
     }
 #pragma GCC unroll 2
@@ -742,7 +879,7 @@ class BackwardPass {
     const DirectionScratch& s = direction_[d];
     const Share share(chunk_row(d, begin, end), thread, plan_.threads());
     for (int64_t r = share.begin; r < share.end; ++r)
-      mine.a_rows[r - share.begin] = s.grads + r * grad_stride_ + Cell::input_grads.first * H_;
+      mine.a_rows[r - share.begin] = s.grads + r * grad_stride_ + input_grads_.first * H_;
     const ColumnPanels<E> w_ih{s.w_ih, G * H_, I_};
     const int64_t stride = Columns::padded_columns(I_);
     product_columns<E>(share.end - share.begin, mine.a_rows, w_ih, 0, Columns::count(I_), mine.tile, stride, false);
@@ -757,8 +894,8 @@ class BackwardPass {
     const Share panels(Columns::count(I_), thread, plan_.threads());
     const int64_t stride = own_input_columns(), first = panels.begin * panel_columns;
     const int64_t last = panels.end * panel_columns < I_ ? panels.end * panel_columns : I_;
-    multiply_in_place(chunk_row(d, begin, end), direction_[d].grads, layer_.direction[d].weights.w_ih,
-                      Cell::input_grads, I_, panels, mine.tile, stride, false, mine);
+    multiply_in_place(chunk_row(d, begin, end), direction_[d].grads, layer_.direction[d].weights.w_ih, input_grads_, I_,
+                      panels, mine.tile, stride, false, mine);
     each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
       store_input_gradient(t, b, first, last, mine.tile + row * stride);
     });
@@ -823,8 +960,9 @@ class BackwardPass {
   void weight_gradients(int d, int64_t K, bool begun, int thread, ThreadScratch& mine) {
     DirectionScratch& s = direction_[d];
     const Share own(H_, thread, plan_.threads());
-    for (int j = 0; j < GG; ++j) {
-      const int ih = weight_gate(Cell::input_grads, j), hh = weight_gate(Cell::hidden_grads, j);
+    for (int j = 0; j < (normalises_ ? GG + 2 * G : GG); ++j) {
+      const int ih = weight_gate(input_grads_, j), hh = weight_gate(hidden_grads_, j);
+      if (ih < 0 && hh < 0) continue;
       for_blocks(own, [&](Share units) {
         transpose<E>(s.grads + j * H_ + units.begin, grad_stride_, K, units.end - units.begin, mine.transposed, depth_);
         if (ih >= 0) {
@@ -876,6 +1014,72 @@ class BackwardPass {
     });
   }
 
+  // Adds the chunk to this thread's part of the gradients of gains and biases.
+  void norm_gradients(int d, int64_t begin, int64_t end, bool begun, int thread) {
+    const Share own = own_peepholes(thread);
+    const NormGradients& norms = direction_[d].norms;
+    const auto each_sum = [&](auto f) {
+      for (int k = 0; k < 6; ++k) {
+        for (int64_t first = NormGradients::place(k, H_); first < NormGradients::place(k + 1, H_); first += H_)
+          f(first + own.begin);
+      }
+    };
+    each_sum([&](int64_t first) { copy_row<A, A>(nullptr, norms.sums_of_chunk + first, own.end - own.begin); });
+    // Some rows at a time, so that a sum is loaded and stored once for them.
+    constexpr int most_rows = 8;
+    struct {
+      const S* centred;
+      const E* grads;
+      int64_t row;
+    } rows[most_rows];
+    int count = 0;
+    const auto add = [&](int which, int64_t at, int64_t n, auto value) __attribute__((always_inline)) {
+      A* sum = norms.sums_of_chunk + NormGradients::place(which, H_) + at;
+      V total = Simd<A>::load_n(sum, n);
+      for (int r = 0; r < count; ++r) total = total + value(r);
+      Simd<A>::store_n(sum, total, n);
+    };
+    const auto add_rows = [&] {
+      for (int64_t u = own.begin; u < own.end; u += width) {
+        const int64_t n = own.end - u;
+        for (int j = 0; j < 2 * G; ++j) {
+          const int side = j / G;
+          const GateGrads& order = side == 0 ? Cell::input_grads : Cell::hidden_grads;
+          const int64_t gate = order.gate[j % G], from = (order.first + j % G) * H_ + u, at = gate * H_ + u;
+          add(side, at, n, [&](int r) __attribute__((always_inline)) {
+            return Simd<A>::load_n(rows[r].grads + from, n) *
+                   (Simd<A>::load_n(rows[r].centred + side * G * H_ + at, n) * norms.scales[2 * rows[r].row + side]);
+          });
+          add(2 + side, at, n,
+              [&](int r) __attribute__((always_inline)) { return Simd<A>::load_n(rows[r].grads + from, n); });
+        }
+        if constexpr (Cell::has_cell) {
+          const auto of_cell = [&](int r) __attribute__((always_inline)) {
+            return Simd<A>::load_n(norms.of_cell + rows[r].row * unit_stride_ + u, n);
+          };
+          add(4, u, n, [&](int r) __attribute__((always_inline)) {
+            return of_cell(r) * Simd<A>::load_n(norms.cell + rows[r].row * unit_stride_ + u, n);
+          });
+          add(5, u, n, of_cell);
+        }
+      }
+      count = 0;
+    };
+    each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
+      rows[count++] = {saved_gates(d, t, b, row) + Cell::saved * H_, direction_[d].grads + row * grad_stride_, row};
+      if (count == most_rows) add_rows();
+    });
+    add_rows();
+    each_sum([&](int64_t first) {
+      for (int64_t u = 0; u < own.end - own.begin; u += width) {
+        const int64_t n = own.end - own.begin - u;
+        V sum = Simd<A>::load_n(norms.sums_of_chunk + first + u, n);
+        if (begun) sum = sum + Simd<A>::load_n(norms.sums + first + u, n);
+        Simd<A>::store_n(norms.sums + first + u, sum, n);
+      }
+    });
+  }
+
   // Whole vectors, so that no two threads write to one.
   Share own_peepholes(int thread) const {
     Share own((H_ + width - 1) / width, thread, plan_.threads());
@@ -897,7 +1101,12 @@ class BackwardPass {
     }
   }
 
-  static constexpr int weight_gate(const GateGrads& order, int j) {
+  static constexpr GateGrads moved(GateGrads order, int first) {
+    order.first = first;
+    return order;
+  }
+
+  static int weight_gate(const GateGrads& order, int j) {
     return j >= order.first && j < order.first + G ? order.gate[j - order.first] : -1;
   }
 
@@ -992,6 +1201,12 @@ class BackwardPass {
         copy_row<A>(s.peephole + k * H_ + own.begin, rows_of<S>(dir.grad_peephole) + k * H_ + own.begin,
                     own.end - own.begin);
     }
+    for (int k = 0; s.norms.sums && k < 6; ++k) {
+      const Share own = own_peepholes(thread);
+      for (int64_t gate = 0; norm_result(dir, k) && gate < (k < 4 ? G : 1); ++gate)
+        copy_row<A>(s.norms.sums + NormGradients::place(k, H_) + gate * H_ + own.begin,
+                    rows_of<S>(norm_result(dir, k)) + gate * H_ + own.begin, own.end - own.begin);
+    }
   }
 
   void store_sums(const WeightGradient& w, int64_t N, int64_t begin, int64_t end) {
@@ -1008,6 +1223,10 @@ class BackwardPass {
   const bool projects_, wants_x_;
   const Gates gates_;
   const bool plain_gates_;
+  const bool normalises_;       // by layer normalisation
+  const int64_t saved_stride_;  // values of a row that are saved
+  const GateGrads input_grads_,
+      hidden_grads_;  // what is multiplied by the weights, of all that stand in a row of grads
   const int64_t state_stride_, unit_stride_, cell_stride_, grad_stride_;
   GateRecomputation<Cell, S> recomputation_;
   friend class GateRecomputation<Cell, S>;

@@ -11,6 +11,7 @@
 #include "../cells/rnn.h"
 #include "fingerprint.h"
 #include "in_place.h"
+#include "layer_norm.h"
 #include "options.h"
 #include "packed.h"
 #include "plan.h"
@@ -78,6 +79,19 @@ void copy_row(const From* src, To* dst, int64_t n) {
   }
 }
 
+// The gains of panel p, (G * H), in the order of its columns; zeros for units that do not exist.
+template <class S, int G, int U>
+void pack_gain(const void* gain, int64_t H, int64_t p, typename Accumulator<S>::type* panel) {
+  using A = typename Accumulator<S>::type;
+  constexpr int width = Simd<A>::width;
+  for (int v = 0; v < G * U; ++v) {
+    const int64_t unit = (p * U + v % U) * width;
+    typename Simd<A>::V values{};
+    if (unit < H) values = Simd<A>::load_n(rows_of<S>(gain) + v / U * H + unit, H - unit);
+    Simd<A>::store(panel + v * width, values);
+  }
+}
+
 // Biases of panel p, its columns ordered as those of pack_gates. b_ih + b_hh goes with the input projection, except
 // where the cell wants b_hh apart.
 template <class Cell, class S, int U>
@@ -142,6 +156,8 @@ class ForwardPass {
         gates_(gates_wanted<Cell>(layer)),
         keeps_h_(layer.direction[0].extras.dropout || layer.direction[0].extras.zoneout || layer.within.zoneout > 0),
         saves_gates_(layer.direction[0].gates != nullptr),
+        normalises_(layer.within.layer_norm),
+        saved_stride_((Cell::saved + (normalises_ ? 2 * G : 0)) * H_),
         // Rows of a stride that is no multiple of 4 KiB: tiles read several rows at the same column.
         state_stride_(round_up(P_, width) + 16),
         unit_stride_(panels_ * panel_units + 16),
@@ -214,10 +230,13 @@ class ForwardPass {
     A* carried;   // (B, state_stride) h itself, where that is kept apart
     A* cell;      // (B, cell_stride) private states, each at a distance of unit_stride
     E* hidden;    // (B, unit_stride) h before its projection
+    // With layer normalisation: gains in the order of the panels; o, and c before zoneout, (B, unit_stride).
+    A *gain_ih, *gain_hh, *output_gate, *new_cell;
   };
   struct ThreadScratch {
     A* projected;   // (chunk_rows, own panels)
     A* sums;        // (own_rows, one panel), or a few panels of one or two rows
+    A* all_sums;    // (own_rows, all panels), of which layer normalisation takes the mean
     A* state_sums;  // (own_rows, P padded): the projection of h
     E* x;           // (chunk_rows, x_stride) inputs, where they are not multiplied in their storage type
     LaneScratch<A> lanes;
@@ -248,7 +267,11 @@ class ForwardPass {
       s.carried = layout.take<A>(keeps_h_ ? B_ * state_stride_ : 0);
       s.cell = layout.take<A>(B_ * cell_stride_);
       s.hidden = layout.take<E>(projects_ ? B_ * unit_stride_ : 0);
+      for (A** gain : {&s.gain_ih, &s.gain_hh}) *gain = layout.take<A>(normalises_ ? panels_ * panel_columns : 0);
+      for (A** state : {&s.output_gate, &s.new_cell})
+        *state = layout.take<A>(normalises_ && Cell::has_cell ? B_ * unit_stride_ : 0);
     }
+    zeros_ = layout.take<A>(normalises_ ? panels_ * panel_columns : 0);
     unit_barriers_ = layout.take<Barrier>(plan_.threads() / plan_.unit_groups);
     everyone_ = layout.take<Barrier>(1);
     threads_ = layout.take<ThreadScratch>(plan_.threads());
@@ -256,6 +279,7 @@ class ForwardPass {
       ThreadScratch t;
       t.projected = layout.take<A>(chunk_rows_ * own_panels_ * panel_columns);
       t.sums = layout.take<A>((own_rows_ + 2 * panels_together) * panel_columns);
+      t.all_sums = layout.take<A>(normalises_ ? own_rows_ * panels_ * panel_columns : 0);
       t.state_sums = layout.take<A>(projects_ ? own_rows_ * ColumnPanels<E>::padded_columns(P_) : 0);
       t.x = layout.take<E>(converts_x ? chunk_rows_ * x_stride() : 0);
       lay_out_lanes(layout, t.lanes);
@@ -393,6 +417,11 @@ class ForwardPass {
           pack_panel(w.w_hh, K_, p, s.w_hh + p * padded_depth<E>(K_) * panel_columns);
         }
         pack_bias<Cell, S, U>(w, H_, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
+        if (normalises_) {
+          pack_gain<S, G, U>(w.norm_ih, H_, p, s.gain_ih + p * panel_columns);
+          pack_gain<S, G, U>(w.norm_hh, H_, p, s.gain_hh + p * panel_columns);
+          for (int64_t i = p * panel_columns; i < (p + 1) * panel_columns; ++i) zeros_[i] = 0;
+        }
       }
       if (projects_ && matrices) {
         const int64_t count = ColumnPanels<E>::count(P_);
@@ -563,7 +592,7 @@ class ForwardPass {
     spread_over_lanes(rows, I_, mine.x_rows, mine);
     multiply_panels<0>(mine, rows, I_, mine.x_rows, s.w_ih, layer_.direction[d].weights.w_ih, panels.begin,
                        panels.end - panels.begin, mine.projected, own_panels_ * panel_columns,
-                       {s.input_bias + panels.begin * panel_columns, 0, nullptr},
+                       {(normalises_ ? zeros_ : s.input_bias) + panels.begin * panel_columns, 0, nullptr},
                        s.w_hh + panels.begin * padded_depth<E>(K_) * panel_columns);
     return step;
   }
@@ -620,6 +649,7 @@ class ForwardPass {
                int64_t chunk_row) {
     if (rows == 0) return;
     spread_over_lanes(rows, K_, mine.state_rows[now], mine);
+    if (normalises_) return advance_normalised(d, t, r0, rows, mine, now, chunk_row);
     if (heads_ == 1) return advance_head(d, t, r0, rows, panels, panels, 0, mine, now, chunk_row);
     const int64_t panels_of_head = K_ / panel_units;
     for (int64_t i = 0; i < heads_; ++i) {
@@ -650,6 +680,74 @@ class ForwardPass {
                                      mine.sums, together * panel_columns,
                                      {projected, stride, s.hidden_bias + p * panel_columns}, then);
       gates_of_panels(d, t, r0, rows, p, count, projected, mine.sums, together * panel_columns, now);
+    }
+  }
+
+  // One step with layer normalisation, which wants all sums of a row before its first gate: the panels are all owned.
+  void advance_normalised(int d, int64_t t, int64_t r0, int64_t rows, const ThreadScratch& mine, int now,
+                          int64_t chunk_row) {
+    const DirectionForward& dir = layer_.direction[d];
+    const DirectionScratch& s = direction_[d];
+    const int64_t together = panels_at_once<NV>(rows), stride = panels_ * panel_columns;
+    const int64_t panels_of_head = heads_ == 1 ? panels_ : K_ / panel_units;
+    const int64_t groups = (panels_of_head + together - 1) / together;
+    for (int64_t i = 0; i < heads_ * groups; ++i) {
+      const int64_t group_of_all = now == 1 ? heads_ * groups - 1 - i : i;  // every second step descending (product.h)
+      const int64_t head = group_of_all / groups, begin = group_of_all % groups * together;
+      const int64_t p = head * panels_of_head + begin;
+      const int64_t count = panels_of_head - begin < together ? panels_of_head - begin : together;
+      multiply_panels<0>(mine, rows, K_, mine.state_rows[now] + head * own_rows_, s.w_hh, dir.weights.w_hh, p, count,
+                         mine.all_sums + p * panel_columns, stride, {zeros_, 0, nullptr}, nullptr);
+    }
+    A* projected = mine.projected + chunk_row * stride;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = layer_.steps.first_row(t) + r0 + r;
+      S* centred = saves_gates_ ? rows_of<S>(dir.gates) + row * saved_stride_ + Cell::saved * H_ : nullptr;
+      A *x = projected + r * stride, *h = mine.all_sums + r * stride;
+      normalise_panels<S, G, U>(x, H_, s.gain_ih, centred, [&](int64_t column, int) __attribute__((always_inline)) {
+        return Simd<A>::load(s.input_bias + column);
+      });
+      normalise_panels<S, G, U>(h, H_, s.gain_hh, centred ? centred + G * H_ : nullptr,
+                                [&](int64_t column, int v) __attribute__((always_inline)) {
+                                  return Simd<A>::load((v < NV - vectors_apart ? x : s.hidden_bias) + column);
+                                });
+    }
+    gates_of_panels(d, t, r0, rows, 0, panels_, projected, mine.all_sums, stride, now);
+    if constexpr (Cell::has_cell) hidden_of_normalised(d, t, r0, rows, now);
+  }
+
+  // h = o * act(c normalised), act being tanh or another function.
+  void hidden_of_normalised(int d, int64_t t, int64_t r0, int64_t rows, int now) {
+    using Values = Pack<V, group, rough_gates<S>>;
+    const DirectionScratch& s = direction_[d];
+    const Weights& w = layer_.direction[d].weights;
+    const Sequence& y = layer_.y;
+    for (int64_t r = r0; r < r0 + rows; ++r) {
+      A* c = s.new_cell + r * unit_stride_;
+      const A scale = centre_units<A>(c, H_);
+      S* output = rows_of<S>(y.data) + layer_.steps.step(y, t) + r * y.batch_stride + d * P_;
+      for (int64_t first = 0; first < H_; first += group * width) {
+        Values h{};
+        for (int i = 0; i < group && first + i * width < H_; ++i) {
+          const int64_t u = first + i * width, n = H_ - u;
+          h.v[i] = Simd<A>::load_n(c + u, n) * scale * Simd<A>::load_n(rows_of<S>(w.norm_c) + u, n);
+          if (w.norm_c_bias) h.v[i] = h.v[i] + Simd<A>::load_n(rows_of<S>(w.norm_c_bias) + u, n);
+        }
+        CalledFunctions<Values>::activate(layer_.within.activation, &h, 1);
+        for (int i = 0; i < group && first + i * width < H_; ++i) {
+          const int64_t u = first + i * width, n = H_ - u;
+          const V hidden = Simd<A>::load_n(s.output_gate + r * unit_stride_ + u, n) * h.v[i];
+          E* state = s.state[now ^ 1] + r * state_stride_ + u;
+          if (projects_) {
+            Simd<A>::store(s.hidden + r * unit_stride_ + u, hidden);
+          } else if (keeps_h_) {
+            write_state_with_options(d, layer_.steps.first_row(t) + r, r, u, output + u, state,
+                                     s.carried + r * state_stride_ + u, hidden, n);
+          } else {
+            write_state(output + u, state, hidden, n);
+          }
+        }
+      }
     }
   }
 
@@ -718,7 +816,7 @@ class ForwardPass {
       units.cells = places(rows_of<A>(dir.cells) + first_row * Cell::states * H_ + unit, Cell::states * H_, width);
       units.y = places(rows_of<S>(y.data) + layer_.steps.step(y, t) + r0 * y.batch_stride + d * P_ + unit,
                        y.batch_stride, width);
-      units.gates = places(rows_of<S>(dir.gates) + first_row * Cell::saved * H_ + unit, Cell::saved * H_, width);
+      units.gates = places(rows_of<S>(dir.gates) + first_row * saved_stride_ + unit, saved_stride_, width);
       units.carried = places(s.carried + r0 * state_stride_ + unit, state_stride_, width);
       units.unit = unit;
       units.next_unit = by_rows ? 0 : width;
@@ -798,12 +896,19 @@ class ForwardPass {
     for (int i = 0; i < N; ++i) {
       if (!plain && i >= count) break;
       if constexpr (Cell::kind == CellKind::lstm && !plain) {
+        if (normalises_) {
+          const int64_t place =
+              (units.batch_row + i * units.next_row) * unit_stride_ + units.unit + i * units.next_unit;
+          Simd<A>::store(direction_[d].output_gate + place, h.v[i]);
+          Simd<A>::store(direction_[d].new_cell + place, c[0].v[i]);
+        }
         const Zoneout<A> zone{row_of_bits(layer_.direction[d].extras.zoneout_cell, units.row + i * units.next_row, H_),
                               A(layer_.within.zoneout_cell)};
         if (zone.any()) c[0].v[i] = zone.applied(c[0].v[i], c_prev[0].v[i], units.unit + i * units.next_unit, n);
       }
 #pragma GCC unroll 4
       for (int j = 0; j < Cell::states; ++j) Simd<A>::store(units.cell[i] + j * unit_stride_, c[j].v[i]);
+      if (Cell::kind == CellKind::lstm && !plain && normalises_) continue;  // h is made of the normalised c
       if (projects_) {
         Simd<A>::store(units.hidden[i], h.v[i]);
       } else if (plain || !keeps_h_) {
@@ -898,11 +1003,14 @@ class ForwardPass {
   const Gates gates_;
   const bool keeps_h_;          // apart from what is multiplied
   const bool saves_gates_;      // or, for the backward pass, the cells alone
+  const bool normalises_;       // by layer normalisation
+  const int64_t saved_stride_;  // values of a row that are saved
   PackedCopy* copy_ = nullptr;  // null: none is kept of weights such as these
   std::atomic<bool> changed_{false};
   const int64_t state_stride_, unit_stride_, cell_stride_;
   int64_t own_panels_ = 0, own_rows_ = 0, chunk_rows_ = 0;
   DirectionScratch direction_[2];
+  A* zeros_ = nullptr;  // (all panels): the bias of what is normalised before a bias is added
   ThreadScratch* threads_ = nullptr;
   Barrier* unit_barriers_ = nullptr;
   Barrier* everyone_ = nullptr;

@@ -97,9 +97,12 @@ int gate_count(CellKind kind) {
   return with_cell(kind, [](auto cell) { return int(decltype(cell)::gates); });
 }
 
-int saved_gate_count(CellKind kind) {
+int saved_gate_count(CellKind kind, bool layer_norm) {
   if (const CustomCell* cell = custom(kind)) return cell->saved;
-  return with_cell(kind, [](auto cell) { return int(decltype(cell)::saved); });
+  return with_cell(kind, [&](auto cell) {
+    using Cell = decltype(cell);
+    return int(Cell::saved + (layer_norm ? 2 * Cell::gates : 0));
+  });
 }
 
 int private_states(CellKind kind) {
@@ -122,6 +125,7 @@ bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps) {
   if (sizes.heads > 1) return false;
   const int64_t rows = steps.total_rows();
   if (rows <= most_rows_in_place_of_any_steps) return true;
+  if (sizes.layer_norm) return false;  // no thread may divide units, so that rows are all there is to divide
   if (sizes.hidden_size < least_units_in_place) return false;
   if (rows > most_rows_in_place) return false;
   const int64_t elements = gate_count(sizes.kind) * sizes.hidden_size * sizes.state_size;
@@ -171,6 +175,7 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
       plan.row_groups = threads / directions / units;
       if (plan.row_groups > 1 && plan.row_groups > steps.B) continue;
       if (plan.row_groups > 1 && in_place) continue;
+      if (units > 1 && sizes.layer_norm) continue;  // mean and variance are of all units of a row
       plan.serial_us = best.serial_us;
       plan.predicted_us = cost(plan);
       if (plan.predicted_us < best.predicted_us) best = plan;

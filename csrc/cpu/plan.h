@@ -40,8 +40,9 @@ Bound time_bound(const LayerSizes& sizes, const Steps& steps, const Plan& plan, 
 // Gates of a cell: rows of its weights over the hidden size.
 int gate_count(CellKind kind);
 
-// Values that the forward pass saves per unit and step (0 for the plain recurrence).
-int saved_gate_count(CellKind kind);
+// Values that the forward pass saves per unit and step (0 for the plain recurrence). With layer normalisation also what
+// is normalised of the input's side and of the state's.
+int saved_gate_count(CellKind kind, bool layer_norm = false);
 
 // Private states beside h: one of an LSTM, none of a GRU.
 int private_states(CellKind kind);
