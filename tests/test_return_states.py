@@ -751,6 +751,25 @@ def test_compiled_without_a_graph_break_gives_the_same(call: Call, backend: str)
             torch.testing.assert_close(gradient, right)
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
+@pytest.mark.parametrize("call", SOME[:2], ids=str)
+def test_compiled_autograd_traces_the_backward_pass(call: Call) -> None:
+    from torch._dynamo import compiled_autograd
+
+    module, (data, states) = call.build(), call.data()
+    parameters = dict(module.named_parameters())
+
+    def loss() -> Tensor:
+        return sum(t.square().sum() for t in result_of(call, module, data, states).values())  # type: ignore[return-value]
+
+    expected = torch.autograd.grad(loss(), list(parameters.values()))
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss().backward()
+    found = {name: parameter.grad for name, parameter in parameters.items()}
+    assert_close_to_twin(found, dict(zip(parameters, expected, strict=True)))  # type: ignore[arg-type]
+
+
 class _Asks(nn.Module):
     """A layer's states as a function of its input alone, which is all that tracers record."""
 
