@@ -202,7 +202,7 @@ struct Stack {
     const Activation own = kind() == CellKind::rnn_relu ? Activation::relu : Activation::tanh;
     return settings.plain ||
            (w.activation == own && w.recurrent_activation == Activation::sigmoid && !w.peephole && !w.coupled_gates &&
-            !w.layer_norm && w.cell_clip == 0 && w.recurrent_grad_clip == 0 && w.zoneout == 0 && w.zoneout_cell == 0);
+            !w.layer_norm && w.cell_clip == 0 && w.zoneout == 0 && w.zoneout_cell == 0);
   }
   template <class Layer>
   void put_options(Layer& layer) const {

@@ -459,6 +459,18 @@ class BackwardPass {
     }
   }
 
+  // Of the owned features: clips what came back through time to the states after step t. In a row's last step that is
+  // the gradient of the final state, which like those of the output and of returned states comes from outside.
+  void clip_state_gradients(int d, int64_t t, int64_t r0, int64_t rows, Share features) {
+    const A clip = A(layer_.within.recurrent_grad_clip);
+    for (int64_t r = r0; r < r0 + rows; ++r) {
+      if (!goes_on(d, t, r)) continue;
+      A* grad = direction_[d].grad_state + r * state_stride_;
+      for (int64_t u = features.begin; u < features.end; u += width)
+        Simd<A>::store(grad + u, clamped<V>(Simd<A>::load(grad + u), clip));
+    }
+  }
+
   // Adds what comes to the states after step t themselves, of the owned features of h and units of c.
   void add_state_gradients(int d, int64_t t, int64_t r0, int64_t rows, Share features, Share units) {
     DirectionScratch& s = direction_[d];
@@ -469,11 +481,9 @@ class BackwardPass {
         const S* grad = rows_of<S>(of_h.data) + layer_.steps.step(of_h, t) + r * of_h.batch_stride + d * P_;
         add_to_gradient(s.grad_state + r * state_stride_, grad, features);
       }
-      if constexpr (Cell::has_cell) {
-        if (of_c)
-          add_to_gradient(s.grad_cell + r * unit_stride_, rows_of<A>(of_c) + (layer_.steps.first_row(t) + r) * H_,
-                          units);
-      }
+      for (int i = 0; i < Cell::states && of_c; ++i)
+        add_to_gradient(s.grad_cell + r * cell_stride_ + i * unit_stride_,
+                        rows_of<A>(of_c) + ((layer_.steps.first_row(t) + r) * Cell::states + i) * H_, units);
     }
   }
 
@@ -497,6 +507,8 @@ class BackwardPass {
       const int64_t t = time(d, step), all = layer_.steps.rows(t);
       const int64_t last = all < r1 ? all : r1;
       const int64_t rows = last > r0 ? last - r0 : 0;
+      if (layer_.within.recurrent_grad_clip > 0)
+        clip_state_gradients(d, t, r0, rows, features_of(state_panels, P_));
       if (has_state_gradients)
         add_state_gradients(d, t, r0, rows, features_of(state_panels, P_), features_of(unit_panels, H_));
       if (projects_) {
@@ -625,12 +637,9 @@ class BackwardPass {
     const Share features = features_of(panels, P_);
     for (int64_t r = r0; r < r0 + rows; ++r) {
       for (int64_t u = features.begin; u < features.end; u += width) {
-        V grad;
-        if (plain_gates_) {
-          grad = output_gradient<true>(d, t, r, u);
-        } else {
+        V grad = output_gradient(d, t, r, u);
+        if (!plain_gates_) {
           V to_before{};
-          grad = output_gradient<false>(d, t, r, u);
           divide_state_gradient(d, t, r, u, grad, to_before);
           Simd<A>::store(s.grad_state + r * state_stride_ + u, to_before);
         }
@@ -646,15 +655,9 @@ class BackwardPass {
     if (zone.any()) zone.divide(grad, to_before, u, P_ - u);
   }
 
-  // grad_y + grad_state of one vector. With options the latter is clipped where it came back through time: in a row's
-  // last step it is the gradient of the final state, which like grad_y comes from outside.
-  template <bool plain>
+  // grad_y + grad_state of one vector.
   FRNN_INLINE V output_gradient(int d, int64_t t, int64_t r, int64_t u) {
     V dh = Simd<A>::load(direction_[d].grad_state + r * state_stride_ + u);
-    if constexpr (!plain) {
-      const double clip = layer_.within.recurrent_grad_clip;
-      if (clip > 0 && goes_on(d, t, r)) dh = clamped<V>(dh, A(clip));
-    }
     const Sequence& y = layer_.grad_y;
     if (y.data)
       dh = dh + Simd<A>::load_n(rows_of<S>(y.data) + layer_.steps.step(y, t) + r * y.batch_stride + d * P_ + u, P_ - u);
@@ -737,7 +740,7 @@ class BackwardPass {
       if (zones) {  // what is kept is c after it
         One saved[Cell::saved + 1];
         for (int g = 0; g < Cell::saved; ++g) saved[g].v[0] = Simd<A>::load_n(gates + g * H_ + u, n);
-        c = Cell::template cell_of<One>(saved, c, One{{cell_before(state, u)}}, options);
+        c = Cell::template cell_of<One>(saved, c, One{{cell_before(state, 0, u)}}, options);
       }
       Simd<A>::store_n(mine.cell + u, c.v[0], n);
     }
@@ -818,7 +821,7 @@ class BackwardPass {
         }
       }
       if constexpr (Cell::saved == 0) h.v[i] = Simd<A>::load_n(y_row(d, t, r) + unit, n);
-      dh.v[i] = projects_ ? Simd<A>::load(grad_hidden + unit) : output_gradient<plain>(d, t, r, unit);
+      dh.v[i] = projects_ ? Simd<A>::load(grad_hidden + unit) : output_gradient(d, t, r, unit);
       if constexpr (!plain) {
         if (!projects_) divide_state_gradient(d, t, r, unit, dh.v[i], h_to_before.v[i]);
         if constexpr (Cell::kind == CellKind::lstm) {
