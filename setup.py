@@ -322,7 +322,11 @@ def build_configuration(torch) -> dict:
 
 
 def kernel_headers() -> list[Path]:
-    return [ROOT / "csrc/problem.h", *sorted((ROOT / "csrc/cells").glob("*.h")), *sorted((ROOT / "csrc/cpu").glob("*.h"))]
+    return [
+        ROOT / "csrc/problem.h",
+        *sorted((ROOT / "csrc/cells").glob("*.h")),
+        *sorted((ROOT / "csrc/cpu").glob("*.h")),
+    ]
 
 
 def main() -> None:

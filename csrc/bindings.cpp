@@ -2,12 +2,11 @@
 // torch.ops.fused_rnn, the usual call by a short way (calls.cpp).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
-
-#include <dlfcn.h>
 
 #include <numeric>
 #include <optional>
@@ -44,9 +43,9 @@ int64_t add_custom(const std::string& path) {
   const auto describe = reinterpret_cast<Description>(dlsym(library, "fused_rnn_custom_cell"));
   TORCH_CHECK(describe, "path: expected a library of a custom cell, got ", path);
   const CustomCell* cell = describe();
-  TORCH_CHECK(cell->sizes == sizes_of_layers && is_custom(cell->kind) && cell->gates >= 1 &&
-                  cell->gates <= most_custom_gates,
-              "path: expected a cell that was compiled for this build, got ", path);
+  TORCH_CHECK(
+      cell->sizes == sizes_of_layers && is_custom(cell->kind) && cell->gates >= 1 && cell->gates <= most_custom_gates,
+      "path: expected a cell that was compiled for this build, got ", path);
   TORCH_CHECK(add_custom_cell(cell), "path: there are too many custom cells in this process");
   return int64_t(cell->kind);
 }

@@ -61,7 +61,8 @@ struct Settings {
       field = static_cast<std::remove_reference_t<decltype(field)>>(value);
     };
     each_integer(settings, read);
-    TORCH_CHECK(is_known(settings.kind), "kind: expected 0 to 3 or that of a loaded cell, got ", int64_t(settings.kind));
+    TORCH_CHECK(is_known(settings.kind), "kind: expected 0 to 3 or that of a loaded cell, got ",
+                int64_t(settings.kind));
     settings.plain = numbers.empty();
     size_t next_number = 0;
     if (!settings.plain) {

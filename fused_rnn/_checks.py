@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter, RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from .settings import ACTIVATIONS, LAYER_OPTIONS, AnyCellKind, Settings, Steps
+from .settings import ACTIVATIONS, LAYER_OPTIONS, AnyCellKind, CellKind, Settings, Steps
 
 ParamSpec = tuple[str, tuple[int, ...]]
 
@@ -605,7 +605,9 @@ def check_layer_states(settings: Settings, h: Tensor, c: Tensor | None, batch: i
     """Shapes of a layer's initial states; ``batch`` as :func:`check_layer_input` returned it."""
     states = settings.num_layers * settings.num_directions
     sizes = (states,) if batch is None else (states, batch)
-    _check_state_shapes(h, c, (*sizes, settings.state_size), (*sizes, settings.kind.num_states * settings.hidden_size), settings.is_cell)
+    _check_state_shapes(
+        h, c, (*sizes, settings.state_size), (*sizes, settings.kind.num_states * settings.hidden_size), settings.is_cell
+    )
 
 
 def check_cell_input(settings: Settings, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[int, ...]:

@@ -115,7 +115,11 @@ use_backend(_name_at_start)
 
 
 def why_reference(
-    input: Tensor, settings: Settings | None = None, recorded: bool = False, has_reset: bool = False, is_custom: bool = False
+    input: Tensor,
+    settings: Settings | None = None,
+    recorded: bool = False,
+    has_reset: bool = False,
+    is_custom: bool = False,
 ) -> str | None:
     """Why the reference computes a call, one sentence; ``None`` if the kernels do.
 

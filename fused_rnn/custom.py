@@ -1,4 +1,4 @@
-"""Cells of one's own: a step written down once, as a C++ header, and layers that run it like those that are built in."""
+"""Cells of one's own: a step written down once, as a C++ header, and layers that run it as those that are built in."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks, backend, compiling, formulas
 from .expressions import Step, Trace, evaluate
 from .layers import Recurrent
-from .settings import LAYER_OPTIONS, STEP_OPTIONS, AnyCellKind, CellShape, LayerOptions, StepOptions, add_kind, show_options
+from .settings import (
+    LAYER_OPTIONS,
+    STEP_OPTIONS,
+    AnyCellKind,
+    CellShape,
+    ForwardOptions,
+    LayerOptions,
+    add_kind,
+    show_options,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +35,15 @@ __all__ = ["CustomLayer", "load_cell"]
 
 _FIRST_NUMBER, _LAST_NUMBER = 1 << 16, (1 << 31) - 1  # csrc/problem.h, CellKind
 
-_OF_GATES = ("zoneout_cell", "activation", "recurrent_activation", "reset_after", "peephole", "coupled_gates", "cell_clip")
+_OF_GATES: tuple[str, ...] = (
+    "zoneout_cell",
+    "activation",
+    "recurrent_activation",
+    "reset_after",
+    "peephole",
+    "coupled_gates",
+    "cell_clip",
+)
 _OF_GATES += ("forget_bias", "layer_norm")
 
 _classes: dict[tuple[str, str], type[CustomLayer]] = {}
@@ -100,32 +116,34 @@ class CustomLayer(Recurrent):
         super()._prepare_option(name, value)
 
     @show_options(STEP_OPTIONS)
-    def forward(self, input: Any, hx: Any = None, **steps: Unpack[StepOptions]) -> Any:
+    def forward(self, input: Any, hx: Any = None, **steps: Unpack[ForwardOptions]) -> Any:
         """Run the layers.
 
         Args:
             input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) without a batch, or a PackedSequence.
             hx: h_0 (L*D, B, H), or for a cell with private states the tuple of h_0 and each of them, all of this
                 shape, without B for unbatched input; ``None`` for zeros.
-            lengths, mask, reset, reset_state: as :meth:`fused_rnn.LSTM.forward` has them, ``reset_state`` as ``hx``.
+            lengths, mask, reset, reset_state, return_states: as :meth:`fused_rnn.LSTM.forward` has them,
+                ``reset_state`` as ``hx``.
 
         Returns:
-            ``(output, states)``: h of the last layer at all steps, and what ``hx`` is, after the last step.
+            ``(output, states)``: h of the last layer at all steps, and what ``hx`` is, after the last step; with
+            ``return_states`` also what it is after every step, of every layer.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`fused_rnn.LSTM.forward`.
         """
-        results = self._run(input, *self._for_operators(hx, steps))
-        if self._custom.num_states > 1:
-            h, c = results[1]
-            return (results[0], (h, *c.chunk(self._custom.num_states, dim=-1)), *results[2:])
-        return results
+        output, *states = self._run(input, *self._for_operators(hx, steps))
+        count = self._custom.num_states
+        if count > 1:
+            states = [(h, *c.chunk(count, dim=-1)) for h, c in states]
+        return output, *states
 
-    def _for_operators(self, hx: Any, steps: StepOptions) -> tuple[Any, StepOptions]:
+    def _for_operators(self, hx: Any, steps: ForwardOptions) -> tuple[Any, ForwardOptions]:
         if self._custom.num_states <= 1:
             return hx, steps
         if steps.get("reset_state") is not None:
-            steps = {**steps, "reset_state": self._join(steps["reset_state"], "reset_state")}  # type: ignore[misc]
+            steps = {**steps, "reset_state": self._join(steps["reset_state"], "reset_state")}
         return self._join(hx, "hx"), steps
 
     def _join(self, states: Any, name: str) -> Any:

@@ -8,7 +8,7 @@ mode; :class:`Step` decides what the forward step has to keep for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -155,11 +155,13 @@ def differentiate(graph: Graph, seeds: Mapping[int, int], inputs: Iterable[int])
         ):
             if gradient is None or operand not in depends:
                 continue
-            gradients[operand] = gradient if operand not in gradients else graph.add("add", gradients[operand], gradient)
+            gradients[operand] = (
+                gradient if operand not in gradients else graph.add("add", gradients[operand], gradient)
+            )
     return {node: gradients[node] for node in inputs if node in gradients}
 
 
-def _dependents(graph: Graph, nodes: set[int], known: Container[int] = ()) -> set[int]:
+def _dependents(graph: Graph, nodes: set[int], known: Collection[int] = ()) -> set[int]:
     """These nodes and all that are made of them, but for those whose values are known anyway."""
     result = nodes.difference(known)
     for number, node in enumerate(graph.nodes):
@@ -306,7 +308,9 @@ class Step:
         joint, apart = list(range(first_apart)), list(range(first_apart, self.gates))
         grads = [("dx", g) for g in (*apart, *joint)] + [("dr", g) for g in apart]
         forward = _Cpp(self.graph, _FORWARD_PLACES)
-        writes = [f"{'h' if place == 'h' else f'states[{i}]'} = {forward.value(n)};" for (place, i), n in self.outputs.items()]
+        writes = [
+            f"{'h' if place == 'h' else f'states[{i}]'} = {forward.value(n)};" for (place, i), n in self.outputs.items()
+        ]
         writes += [f"saved[{i}] = {forward.value(node)};" for i, node in enumerate(self._keep)]
         kept = {} if self._by_hand else {node: f"saved[{i}]" for i, node in enumerate(self._keep)} | self._known
         backward = _Cpp(self.graph, _BACKWARD_PLACES, kept)
@@ -360,7 +364,14 @@ def _gates_apart(trace: Trace) -> int:
 
 
 _FORWARD_PLACES = {"a": "r[{}]", "x": "x[{}]", "r": "r[{}]", "h": "h_prev", "state": "states_prev[{}]"}
-_BACKWARD_PLACES = {"h": "h_prev", "state": "states_prev[{}]", "dh": "dh", "dstate": "dstates[{}]", "after": "states[{}]", "saved": "saved[{}]"}
+_BACKWARD_PLACES = {
+    "h": "h_prev",
+    "state": "states_prev[{}]",
+    "dh": "dh",
+    "dstate": "dstates[{}]",
+    "after": "states[{}]",
+    "saved": "saved[{}]",
+}
 
 _STRUCT = """struct {name} {{
   static constexpr CellKind kind = CellKind::custom;

@@ -56,8 +56,8 @@ from .settings import (
     CallOptions,
     CellKind,
     Controls,
-    IndRNNCallOptions,
     FunctionKeywords,
+    IndRNNCallOptions,
     LSTMKeywords,
     RNNKeywords,
     Settings,
@@ -1190,13 +1190,13 @@ def cast_reset_state(steps: Steps, input: Tensor) -> Steps:
 
 
 # How :func:`_call_override` says a call: the function of each kind, and what else it is told.
-_PUBLIC: dict[CellKind, tuple[Callable[..., Any], dict[str, Any]]] = {
+_PUBLIC: dict[int, tuple[Callable[..., Any], dict[str, Any]]] = {
     CellKind.LSTM: (lstm, {}),
     CellKind.GRU: (gru, {}),
     CellKind.RNN_TANH: (rnn, {}),
     CellKind.RNN_RELU: (rnn, {"nonlinearity": "relu"}),
 }
-_PUBLIC_CELLS: dict[CellKind, Callable[..., Any]] = {
+_PUBLIC_CELLS: dict[int, Callable[..., Any]] = {
     CellKind.LSTM: lstm_cell,
     CellKind.GRU: gru_cell,
     CellKind.RNN_TANH: rnn_cell,

@@ -110,6 +110,7 @@ _isa = os.environ.get("FUSED_RNN_ISA")
 if _isa and _isa not in _C.isa_supported():
     raise ValueError(f"FUSED_RNN_ISA: expected one of {', '.join(_C.isa_supported())} on this machine, got {_isa}")
 
+
 def _num_saved(settings: Settings) -> int:
     """With layer normalisation, what is normalised of the input's side and of the state's is saved as well."""
     return settings.kind.num_saved + (2 * settings.kind.num_gates if settings.num_norms else 0)

@@ -68,7 +68,8 @@ def add_kind(name: str, number: int, shape: CellShape) -> AnyCellKind:
     """A custom cell, whose number is that in ``csrc/cpu/custom.h``."""
     if number not in _kinds:
         _shapes[number] = shape
-        _kinds[number] = AnyCellKind(f"KindOf_{name}", {name: number})[name]  # type: ignore[call-overload]
+        members: Any = AnyCellKind  # whose call makes an enumeration
+        _kinds[number] = members(f"KindOf_{name}", {name: number})[name]
     return _kinds[number]
 
 
@@ -268,7 +269,9 @@ class Within(NamedTuple):
     @staticmethod
     def restore(integers: Sequence[int], numbers: Sequence[float]) -> Within:
         activation, recurrent_activation = (Activation(value).name.lower() for value in integers[:2])
-        reset_after, peephole, coupled_gates, num_heads, layer_norm, bptt_steps, reset_state, return_states = integers[2:]
+        reset_after, peephole, coupled_gates, num_heads, layer_norm, bptt_steps, reset_state, return_states = integers[
+            2:
+        ]
         cell_clip, recurrent_grad_clip, zoneout, zoneout_cell = numbers
         return Within(
             activation=activation,

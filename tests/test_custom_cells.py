@@ -116,7 +116,9 @@ def test_kernels_are_the_formulas(name: str, hidden_size: int, batch: int) -> No
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)], ids=str
+)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_dtypes(name: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(2)
@@ -393,13 +395,15 @@ WRONG = {
     "assigns nothing to h": """struct Cell { static constexpr int gates = 1;
         template <class V> static void forward(const V*, const V*, V, const V*, V&, V*) {} };""",
     r"assigns nothing to state\[1\]": """struct Cell { static constexpr int gates = 1; static constexpr int states = 2;
-        template <class V> static void forward(const V* x, const V*, V, const V*, V& h, V* s) { h = s[0] = x[0]; } };""",
+        template <class V>
+        static void forward(const V* x, const V*, V, const V*, V& h, V* s) { h = s[0] = x[0]; } };""",
     "read before anything was assigned": """struct Cell { static constexpr int gates = 1;
         template <class V> static void forward(const V*, const V*, V, const V*, V& h, V*) { V a; h = a + 1; } };""",
     "a cell has 1 to 6 gates": """struct Cell { static constexpr int gates = 7;
         template <class V> static void forward(const V* x, const V*, V, const V*, V& h, V*) { h = x[0]; } };""",
     "is not finite": """struct Cell { static constexpr int gates = 1;
-        template <class V> static void forward(const V* x, const V*, V, const V*, V& h, V*) { h = x[0] * (1 / 0.0); } };""",
+        template <class V>
+        static void forward(const V* x, const V*, V, const V*, V& h, V*) { h = x[0] * (1 / 0.0); } };""",
 }
 
 
@@ -456,7 +460,9 @@ def run_in_a_new_process(**environment: str) -> subprocess.CompletedProcess[str]
     source = IN_A_NEW_PROCESS.format(path=str(HEADERS / "like_ours.h"))
     given = {name: value for name, value in os.environ.items() if name != "CXX"} | environment
     root = Path(fused_rnn.__file__).parent.parent
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=given, cwd=root, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, env=given, cwd=root, check=False
+    )
 
 
 def test_no_compiler_is_needed_where_the_cell_was_compiled_before(tmp_path: Path) -> None:

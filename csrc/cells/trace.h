@@ -89,16 +89,12 @@ struct Traced {
   Traced& operator*=(const Traced& b) { return *this = *this * b; }
   Traced& operator/=(const Traced& b) { return *this = *this / b; }
 
-#define FRNN_TRACE_BINARY(function, name)                                         \
-  friend Traced function(const Traced& a, const Traced& b) {                      \
-    return of(trace::record(name, a.read(), b.read()));                           \
-  }
+#define FRNN_TRACE_BINARY(function, name) \
+  friend Traced function(const Traced& a, const Traced& b) { return of(trace::record(name, a.read(), b.read())); }
 #define FRNN_TRACE_UNARY(function, name) \
   friend Traced function(const Traced& a) { return of(trace::record(name, a.read())); }
-#define FRNN_TRACE_COMPARISON(op, name)                                           \
-  friend Condition operator op(const Traced& a, const Traced& b) {                \
-    return {trace::record(name, a.read(), b.read())};                             \
-  }
+#define FRNN_TRACE_COMPARISON(op, name) \
+  friend Condition operator op(const Traced& a, const Traced& b) { return {trace::record(name, a.read(), b.read())}; }
   FRNN_TRACE_BINARY(operator+, "add")
   FRNN_TRACE_BINARY(operator-, "sub")
   FRNN_TRACE_BINARY(operator*, "mul")

@@ -373,8 +373,7 @@ class BackwardPass {
   Before before(int d, int64_t t, int64_t b) const {
     const DirectionBackward& dir = layer_.direction[d];
     const auto given = [&](const void* h, const void* c) {
-      return Before{h ? rows_of<S>(h) + b * P_ : nullptr, nullptr,
-                    c ? rows_of<S>(c) + b * Cell::states * H_ : nullptr};
+      return Before{h ? rows_of<S>(h) + b * P_ : nullptr, nullptr, c ? rows_of<S>(c) + b * Cell::states * H_ : nullptr};
     };
     if (begins_anew(d, t, b)) return given(dir.extras.reset_h, dir.extras.reset_c);
     const int64_t previous = previous_time(d, t, b);
@@ -507,8 +506,7 @@ class BackwardPass {
       const int64_t t = time(d, step), all = layer_.steps.rows(t);
       const int64_t last = all < r1 ? all : r1;
       const int64_t rows = last > r0 ? last - r0 : 0;
-      if (layer_.within.recurrent_grad_clip > 0)
-        clip_state_gradients(d, t, r0, rows, features_of(state_panels, P_));
+      if (layer_.within.recurrent_grad_clip > 0) clip_state_gradients(d, t, r0, rows, features_of(state_panels, P_));
       if (has_state_gradients)
         add_state_gradients(d, t, r0, rows, features_of(state_panels, P_), features_of(unit_panels, H_));
       if (projects_) {

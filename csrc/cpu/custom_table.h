@@ -5,8 +5,8 @@
 
 namespace fused_rnn {
 
-#define FRNN_CUSTOM_DTYPE(Element)                                                  \
-  bool custom_forward_##Element(const LayerForward& layer, const Plan& plan);       \
+#define FRNN_CUSTOM_DTYPE(Element)                                            \
+  bool custom_forward_##Element(const LayerForward& layer, const Plan& plan); \
   bool custom_backward_##Element(const LayerBackward& layer, const Plan& plan);
 FRNN_CUSTOM_DTYPE(float)
 FRNN_CUSTOM_DTYPE(double)
@@ -36,10 +36,10 @@ inline bool custom_backward(const LayerBackward& layer, const Plan& plan) {
 
 }  // namespace fused_rnn
 
-#define FRNN_CUSTOM_CELL(number, isa, gates, saved, states)                                                       \
-  extern "C" FRNN_EXPORT const fused_rnn::CustomCell* fused_rnn_custom_cell() {                                   \
-    using namespace fused_rnn;                                                                                    \
-    static const CustomCell cell = {sizes_of_layers, CellKind(number), isa,             gates, saved, states,     \
-                                    &custom_forward, &custom_backward};                                           \
-    return &cell;                                                                                                 \
+#define FRNN_CUSTOM_CELL(number, isa, gates, saved, states)                                       \
+  extern "C" FRNN_EXPORT const fused_rnn::CustomCell* fused_rnn_custom_cell() {                   \
+    using namespace fused_rnn;                                                                    \
+    static const CustomCell cell = {sizes_of_layers, CellKind(number), isa, gates, saved, states, \
+                                    &custom_forward, &custom_backward};                           \
+    return &cell;                                                                                 \
   }

@@ -516,8 +516,8 @@ class ForwardPass {
     if (first) {
       for (int64_t r = r0; r < r1; ++r) {
         for (int i = 0; i < Cell::states; ++i)
-          copy_row<A>(s.cell + r * cell_stride_ + i * unit_stride_,
-                      rows_of<S>(dir.c_n) + (r * Cell::states + i) * H_, H_);
+          copy_row<A>(s.cell + r * cell_stride_ + i * unit_stride_, rows_of<S>(dir.c_n) + (r * Cell::states + i) * H_,
+                      H_);
       }
     }
   }
@@ -562,8 +562,7 @@ class ForwardPass {
       place_state(d, r, next, extras.reset_h, of_state);
       for (int i = 0; i < Cell::states; ++i) {
         const S* c = extras.reset_c ? rows_of<S>(extras.reset_c) + (r * Cell::states + i) * H_ + units.begin : nullptr;
-        copy_row<A>(c, direction_[d].cell + r * cell_stride_ + i * unit_stride_ + units.begin,
-                    units.end - units.begin);
+        copy_row<A>(c, direction_[d].cell + r * cell_stride_ + i * unit_stride_ + units.begin, units.end - units.begin);
       }
     }
   }
