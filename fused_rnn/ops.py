@@ -64,7 +64,7 @@ __all__ = [
 # The usual call, without the way through torch.ops, for which every argument is described anew: eager, of plain
 # tensors, without a mode or a transform of torch.func that wants to see it. Each returns None for any other call, and
 # for one that is not valid, which is no loss of time where it matters. They are opaque to torch.compile.
-try_stack = _C.run_layers
+try_stack = _C.run_layers  # with one more argument, True, also cells and hidden, as with return_states
 try_step = _C.run_cell
 
 
