@@ -29,12 +29,17 @@ F64 = torch.float64
 pytestmark = pytest.mark.compiles
 
 
+EXAMPLES = Path(__file__).parent.parent / "examples" / "cells"
+
+
 def cell(name: str) -> type[CustomLayer]:
+    if name == "SLSTM":
+        return fused_rnn.load_cell(EXAMPLES / "slstm.h")
     header = "like_ours.h" if name in ("Lstm", "Gru", "Rnn", "LstmByHand") else "others.h"
     return fused_rnn.load_cell(HEADERS / header, name)
 
 
-OTHERS = ("ScalarLstm", "Apart", "AllFunctions")
+OTHERS = ("SLSTM", "Apart", "AllFunctions")
 TWINS: dict[str, Callable[..., nn.Module]] = {
     "Lstm": fused_rnn.LSTM,
     "LstmByHand": fused_rnn.LSTM,
@@ -150,7 +155,7 @@ def test_second_derivatives(name: str) -> None:
     torch.testing.assert_close(jvp, numeric, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["Gru", "ScalarLstm"])
+@pytest.mark.parametrize("name", ["Gru", "SLSTM"])
 def test_options_of_the_loops(name: str) -> None:
     torch.manual_seed(4)
     options: dict[str, Any] = {"zoneout": 0.3, "recurrent_dropout": 0.2, "input_dropout": 0.1, "num_heads": 2}
@@ -170,9 +175,36 @@ def test_options_of_the_loops(name: str) -> None:
     assert "zoneout=0.3" in repr(layer) and "num_heads=2" in repr(layer)
 
 
+@pytest.mark.parametrize("name", ["Gru", "Lstm", "SLSTM"])
+def test_the_states_of_every_step(name: str) -> None:
+    torch.manual_seed(14)
+    layer = cell(name)(5, 8, num_layers=2, dtype=F64)
+    x, hx = torch.randn(6, 3, 5, dtype=F64, requires_grad=True), states_of(layer, 3)
+
+    def gradients(states: list[Tensor]) -> tuple[Tensor, ...]:
+        weighted = [(s * torch.arange(s.numel(), dtype=F64).view_as(s).cos()).sum() for s in states]
+        return torch.autograd.grad(torch.stack(weighted).sum(), [x, *layer.parameters()])
+
+    output, final, states = layer(x, hx, return_states=True)
+    for state, last in zip(flat(states), flat(final), strict=True):
+        assert state.shape == (2, 6, 3, 8)
+        torch.testing.assert_close(state[:, -1], last)
+    torch.testing.assert_close(flat(states)[0][1], output)
+    found = gradients(flat(states))
+    parts, h = [], hx
+    for step in x.unbind(0):
+        h = layer(step.unsqueeze(0), h)[1]
+        parts.append(flat(h))
+    by_hand = [torch.stack(part, 1) for part in zip(*parts, strict=True)]
+    for f, e in zip(flat(states), by_hand, strict=True):
+        torch.testing.assert_close(f, e)
+    for f, e in zip(found, gradients(by_hand), strict=True):
+        torch.testing.assert_close(f, e)
+
+
 def test_packed_batches() -> None:
     torch.manual_seed(5)
-    layer = cell("ScalarLstm")(5, 8, bidirectional=True, dtype=F64)
+    layer = cell("SLSTM")(5, 8, bidirectional=True, dtype=F64)
     lengths = torch.tensor([3, 6, 1])
     x, hx = torch.randn(6, 3, 5, dtype=F64), states_of(layer, 3)
     packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
@@ -185,7 +217,7 @@ def test_packed_batches() -> None:
 
 def test_without_a_batch_and_batch_first() -> None:
     torch.manual_seed(6)
-    layer = cell("ScalarLstm")(5, 8, batch_first=True, dtype=F64)
+    layer = cell("SLSTM")(5, 8, batch_first=True, dtype=F64)
     x = torch.randn(2, 4, 5, dtype=F64)
     output, states = layer(x)
     alone, states_alone = layer(x[1])
@@ -196,7 +228,7 @@ def test_without_a_batch_and_batch_first() -> None:
 
 def test_a_stateful_layer_carries_every_state() -> None:
     torch.manual_seed(7)
-    layer = cell("ScalarLstm")(5, 8, stateful=True, dtype=F64)
+    layer = cell("SLSTM")(5, 8, stateful=True, dtype=F64)
     x = torch.randn(6, 3, 5, dtype=F64)
     parts = [layer(part)[0] for part in x.split(2)]
     layer.stateful = False
@@ -206,7 +238,7 @@ def test_a_stateful_layer_carries_every_state() -> None:
 @pytest.mark.kernels
 def test_any_number_of_threads(threads: None) -> None:
     torch.manual_seed(8)
-    for name in ("ScalarLstm", "Apart"):
+    for name in ("SLSTM", "Apart"):
         layer = cell(name)(16, 128, bidirectional=True)
         x = torch.randn(12, 6, 16)
         results = []
@@ -220,7 +252,7 @@ def test_any_number_of_threads(threads: None) -> None:
 @pytest.mark.kernels
 def test_compile_in_one_graph() -> None:
     torch.manual_seed(9)
-    for name in ("Apart", "ScalarLstm"):
+    for name in ("Apart", "SLSTM"):
         layer = cell(name)(4, 8, dtype=F64)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         x = torch.randn(5, 2, 4, dtype=F64)
@@ -243,7 +275,7 @@ def test_vmap_and_functional_call() -> None:
 
 def test_copies_files_and_classes() -> None:
     torch.manual_seed(11)
-    layer = cell("ScalarLstm")(4, 8, zoneout=0.1, dtype=F64).eval()
+    layer = cell("SLSTM")(4, 8, zoneout=0.1, dtype=F64).eval()
     x = torch.randn(5, 2, 4, dtype=F64)
     expected = layer(x)[0]
     file = io.BytesIO()
@@ -252,8 +284,8 @@ def test_copies_files_and_classes() -> None:
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
         assert type(other) is type(layer) and other.zoneout == 0.1
         torch.testing.assert_close(other(x)[0], expected)
-    assert cell("ScalarLstm") is type(layer)
-    assert repr(layer) == "ScalarLstm(4, 8, zoneout=0.1)"
+    assert cell("SLSTM") is type(layer)
+    assert repr(layer) == "SLSTM(4, 8, zoneout=0.1)"
     assert [tuple(p.shape) for p in layer.parameters()] == [(32, 4), (32, 8), (32,), (32,)]
 
 
@@ -324,9 +356,43 @@ def gru_d(layer: CustomLayer, x: Tensor, until_next: Tensor) -> tuple[Tensor, Te
     return torch.stack(before), torch.stack(after)
 
 
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_slstm_of_the_documentation_is_the_papers(num_heads: int) -> None:
+    """Beck et al. 2024, equations 8 to 14, without the stabiliser, of which h does not depend."""
+    torch.manual_seed(13)
+    layer = cell("SLSTM")(5, 32, num_heads=num_heads, dtype=F64)
+    x = torch.randn(7, 3, 5, dtype=F64)
+    h = c = n = torch.zeros(3, 32, dtype=F64)
+    w_hh = torch.zeros(4, 32, 32, dtype=F64)
+    size = 32 // num_heads
+    for head in range(num_heads):
+        rows = slice(head * size, (head + 1) * size)
+        w_hh[:, rows, rows] = layer.weight_hh_l0.view(4, 32, size)[:, rows]
+    w_hh = w_hh.flatten(0, 1)
+    outputs = []
+    for step in x:
+        gates = step @ layer.weight_ih_l0.T + layer.bias_ih_l0 + h @ w_hh.T + layer.bias_hh_l0
+        z, i, f, o = gates.chunk(4, -1)
+        c = torch.sigmoid(f) * c + i.exp() * z.tanh()
+        n = torch.sigmoid(f) * n + i.exp()
+        h = torch.sigmoid(o) * c / n
+        outputs.append(h)
+    expected = torch.stack(outputs)
+    output, (_, c_n, n_n, m_n) = layer(x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(c_n[0] * m_n[0].exp(), c)
+    torch.testing.assert_close(n_n[0] * m_n[0].exp(), n)
+    params = list(layer.parameters())
+    found = torch.autograd.grad(output.square().sum(), params)
+    for a, b in zip(found, torch.autograd.grad(expected.square().sum(), params), strict=True):
+        torch.testing.assert_close(a, b)
+    large = layer(1000 * x)[0]
+    assert torch.isfinite(large).all()
+
+
 def test_gru_d_of_the_documentation_is_the_papers() -> None:
     torch.manual_seed(12)
-    layer = fused_rnn.load_cell(Path(__file__).parent.parent / "examples/cells/gru_d.h")(6, 17, dtype=F64)
+    layer = fused_rnn.load_cell(EXAMPLES / "gru_d.h")(6, 17, dtype=F64)
     x, until_next = torch.randn(9, 3, 4, dtype=F64, requires_grad=True), torch.rand(9, 3, 2, dtype=F64)
     output, (_, h) = layer(torch.cat([x, until_next], -1))
     before, after = gru_d(layer, x, until_next)
@@ -418,7 +484,7 @@ def test_headers_that_are_wrong(message: str, tmp_path: Path) -> None:
 def test_names_that_are_wrong(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         fused_rnn.load_cell(tmp_path / "none.h")
-    with pytest.raises(ValueError, match="name: expected the name of a struct in .*, which has ScalarLstm, Apart"):
+    with pytest.raises(ValueError, match="name: expected the name of a struct in .*, which has Apart, AllFunctions"):
         fused_rnn.load_cell(HEADERS / "others.h")
     with pytest.raises(ValueError, match="name: expected one of Lstm, .*, got 'Nobody'"):
         fused_rnn.load_cell(HEADERS / "like_ours.h", "Nobody")
@@ -428,7 +494,7 @@ def test_names_that_are_wrong(tmp_path: Path) -> None:
 
 
 def test_arguments_that_are_wrong() -> None:
-    layer = cell("ScalarLstm")(4, 8)
+    layer = cell("SLSTM")(4, 8)
     x, states = torch.randn(3, 2, 4), states_of(layer, 2)
     with pytest.raises(TypeError, match="hx: expected a tuple of 4 Tensors or None, got a Tensor"):
         layer(x, states[0])
@@ -441,12 +507,12 @@ def test_arguments_that_are_wrong() -> None:
     with pytest.raises(RuntimeError, match="input: expected"):
         layer(torch.randn(3, 2, 5))
     with pytest.raises(ValueError, match="peephole"):
-        cell("ScalarLstm")(4, 8, peephole=True)
+        cell("SLSTM")(4, 8, peephole=True)
     with pytest.raises(ValueError, match="activation"):
         cell("Gru")(4, 8, activation="relu")
     with pytest.raises(ValueError, match="recurrent_bias: expected True for a Apart"):
         cell("Apart")(4, 8, recurrent_bias=False)
-    assert len(list(cell("ScalarLstm")(4, 8, recurrent_bias=False).parameters())) == 3
+    assert len(list(cell("SLSTM")(4, 8, recurrent_bias=False).parameters())) == 3
 
 
 IN_A_NEW_PROCESS = """
