@@ -355,7 +355,7 @@ def test_settings_come_out_of_the_operators_lists_as_they_went_in() -> None:
     layer = make("LSTM", 3, 2, num_layers=2)
     settings = layer._settings()
     integers, numbers = settings.flatten()
-    assert integers[6:-1] == [0, 1, 1, 0, 0, 2, 0, 0, 0] and settings.state_size == 6
+    assert integers[6:-1] == [0, 1, 1, 0, 0, 2, 0, 0, 0, 0] and settings.state_size == 6
     restored = Settings.restore(integers, numbers, torch.empty(T, B, INPUT), layer._params())
     assert restored == settings and restored.within == NOTHING_WITHIN._replace(num_heads=2)
 
