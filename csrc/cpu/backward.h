@@ -746,8 +746,8 @@ class BackwardPass {
     UnitSums<A, 2> sums;  // of the gradient of the normalised c, and of its product with that
     A *normal = s.norms.cell + chunk_row * unit_stride_, *of_cell = s.norms.of_cell + chunk_row * unit_stride_;
     sums.add(H_, [&](int64_t u, int64_t n, V* terms) {
-      const V value = Simd<A>::load_n(mine.cell + u, n) * scale,
-              gain = Simd<A>::load_n(rows_of<S>(dir.weights.norm_c) + u, n);
+      const V value = Simd<A>::load_n(mine.cell + u, n) * scale;
+      const V gain = Simd<A>::load_n(rows_of<S>(dir.weights.norm_c) + u, n);
       One hidden{{value * gain}};
       if (dir.weights.norm_c_bias)
         hidden.v[0] = hidden.v[0] + Simd<A>::load_n(rows_of<S>(dir.weights.norm_c_bias) + u, n);
