@@ -432,6 +432,8 @@ WITHIN: list[tuple[str, dict[str, Any]]] = [
     ("GRU", {"num_heads": 2, "dropout": 0.4, "weight_dropout": 0.2, "recompute": True}),
     ("RNN", {"zoneout": 0.2, "recurrent_dropout": 0.3, "recurrent_bias": False, "dropout": 0.2}),
     ("RNN", {"nonlinearity": "softsign", "recurrent_grad_clip": 0.1}),
+    ("LSTM", {"layer_norm": True, "recurrent_grad_clip": 0.1, "zoneout": 0.2}),
+    ("GRU", {"layer_norm": True, "num_heads": 2}),
 ]
 
 

@@ -676,7 +676,9 @@ class BackwardPass {
   template <Gates kind>
   void gradients_of_rows(int d, int64_t t, int64_t r0, int64_t rows, Share panels, int64_t row, ThreadScratch& mine) {
     if constexpr (kind != Gates::plain) {
-      if (normalises_) return gradients_of_normalised_rows<kind>(d, t, r0, rows, row, mine);
+      if constexpr (Cell::kind < CellKind::custom) {
+        if (normalises_) return gradients_of_normalised_rows<kind>(d, t, r0, rows, row, mine);
+      }
     }
     const auto [begin, end] = features_of(panels, H_);
     Units units[group];
@@ -710,7 +712,8 @@ class BackwardPass {
   void gradients_of_normalised_rows(int d, int64_t t, int64_t r0, int64_t rows, int64_t row, ThreadScratch& mine) {
     for (int64_t r = r0; r < r0 + rows; ++r) {
       const A* grad_hidden = mine.grad_hidden + (r - r0) * unit_stride_;
-      if constexpr (Cell::has_cell) through_normalised_cell(d, t, r, row + r, grad_hidden, mine.normalised);
+      if constexpr (Cell::kind == CellKind::lstm)
+        through_normalised_cell(d, t, r, row + r, grad_hidden, mine.normalised);
       for (int64_t unit = 0; unit < H_; unit += group * width) {
         const int64_t next = unit + width < H_ ? unit + width : unit;  // the last may be twice the same
         const Units units[group] = {{r, unit, row + r, grad_hidden}, {r, next, row + r, grad_hidden}};

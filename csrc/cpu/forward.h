@@ -648,7 +648,9 @@ class ForwardPass {
                int64_t chunk_row) {
     if (rows == 0) return;
     spread_over_lanes(rows, K_, mine.state_rows[now], mine);
-    if (normalises_) return advance_normalised(d, t, r0, rows, mine, now, chunk_row);
+    if constexpr (Cell::kind < CellKind::custom) {
+      if (normalises_) return advance_normalised(d, t, r0, rows, mine, now, chunk_row);
+    }
     if (heads_ == 1) return advance_head(d, t, r0, rows, panels, panels, 0, mine, now, chunk_row);
     const int64_t panels_of_head = K_ / panel_units;
     for (int64_t i = 0; i < heads_; ++i) {
@@ -712,7 +714,7 @@ class ForwardPass {
                                 });
     }
     gates_of_panels(d, t, r0, rows, 0, panels_, projected, mine.all_sums, stride, now);
-    if constexpr (Cell::has_cell) hidden_of_normalised(d, t, r0, rows, now);
+    if constexpr (Cell::kind == CellKind::lstm) hidden_of_normalised(d, t, r0, rows, now);
   }
 
   // h = o * act(c normalised), act being tanh or another function.

@@ -99,7 +99,9 @@ class GateRecomputation {
   // barrier must follow. pass: the BackwardPass, for the states before a step.
   template <class EachRow, class Pass>
   void run(int d, int thread, int64_t rows, const EachRow& each_row, const Pass& pass) {
-    if (normalises_) return run_normalised(d, thread, rows, each_row, pass);
+    if constexpr (Cell::kind < CellKind::custom) {
+      if (normalises_) return run_normalised(d, thread, rows, each_row, pass);
+    }
     if constexpr (Cell::saved > 0) {
       // Panels, so that a weight is read by one thread; rows where there are too few of them.
       const bool by_panels = panels_ >= 4 * threads_count_;
