@@ -11,7 +11,7 @@ from . import diagnostics, functional, packed_weights, reference
 from .backend import use_backend
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import ConversionReport, ConversionWarning, convert, revert
-from .custom import load_cell
+from .custom import SLSTM, load_cell
 from .explain import Explanation, explain
 from .indrnn import IndRNN
 from .layers import GRU, LSTM, RNN
@@ -23,6 +23,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SLSTM",
     "GRUCell",
     "IndRNN",
     "LSTMCell",

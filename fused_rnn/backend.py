@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import formulas
-from .settings import Settings
+from .settings import AnyCellKind, Settings
 
 __all__ = ["use_backend"]
 
@@ -114,12 +114,16 @@ _check_name("environment variable FUSED_RNN_BACKEND", _name_at_start)
 use_backend(_name_at_start)
 
 
+# Of custom cells that came without kernels: fused_rnn/custom.py.
+why_no_kernels: dict[AnyCellKind, str] = {}
+
+
 def why_reference(
     input: Tensor,
     settings: Settings | None = None,
     recorded: bool = False,
     has_reset: bool = False,
-    is_custom: bool = False,
+    custom: AnyCellKind | None = None,
 ) -> str | None:
     """Why the reference computes a call, one sentence; ``None`` if the kernels do.
 
@@ -128,7 +132,7 @@ def why_reference(
         settings: of the call, where something is within.
         recorded: whether it keeps what a backward pass needs.
         has_reset: whether rows begin anew within the call.
-        is_custom: whether the cell is a custom one.
+        custom: the kind of a custom cell.
 
     Raises:
         ImportError: the compiled extension is missing and the backend is not ``"reference"``.
@@ -146,8 +150,11 @@ def why_reference(
     reason: str | None = ops.why_not_fused(input)
     if reason is None and has_reset and input.device.type == "cuda":
         reason = "no fused kernel for reset= on cuda tensors: the CPU has one"
-    if reason is None and is_custom and input.device.type == "cuda":
-        reason = "no fused kernel for custom cells on cuda tensors: the CPU has them"
+    if reason is None and custom is not None:
+        if input.device.type == "cuda":
+            reason = "no fused kernel for custom cells on cuda tensors: the CPU has them"
+        else:
+            reason = why_no_kernels.get(custom)
     if reason is None and settings is not None and settings.within is not None:
         reason = ops.why_not_within(settings.kind, settings.within, input, recorded)
     if reason is not None and name == "fused":

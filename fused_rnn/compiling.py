@@ -95,6 +95,8 @@ def trace_of(source: str, name: str, origin: str) -> str:
     Raises:
         RuntimeError: it does not compile, or there is no compiler.
     """
+    if '#include "' in source:  # what is in there is no part of the key
+        return _trace(source, name, origin)
     kept = cache_folder() / f"{_key('trace', source, name)}.trace"
     with _alone(kept):
         if not kept.is_file():
@@ -191,8 +193,15 @@ def _alone(path: Path) -> Iterator[None]:
     if path.is_file():
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_suffix(".lock"), "w")
+    except OSError as error:
+        raise RuntimeError(
+            f"load_cell: cannot keep what it compiles in {path.parent}: {error}; set FUSED_RNN_CACHE to a folder that "
+            "can be written"
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -31,7 +32,9 @@ from .settings import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["CustomLayer", "load_cell"]
+__all__ = ["SLSTM", "CustomLayer", "load_cell"]
+
+_log = logging.getLogger("fused_rnn")
 
 _FIRST_NUMBER, _LAST_NUMBER = 1 << 16, (1 << 31) - 1  # csrc/problem.h, CellKind
 
@@ -82,6 +85,7 @@ class CustomLayer(Recurrent):
         **options: Unpack[LayerOptions],
     ) -> None:
         self._check_options(options)
+        self._find_kernels()
         super().__init__(
             self._custom.name,
             input_size,
@@ -96,6 +100,10 @@ class CustomLayer(Recurrent):
             dtype,
             options,
         )
+
+    @classmethod
+    def _find_kernels(cls) -> None:
+        """Before a layer is made: of a class that :func:`load_cell` has made they are there."""
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Those that concern gates have no meaning here."""
@@ -163,9 +171,9 @@ class CustomLayer(Recurrent):
         return states[0], torch.cat(tuple(states[1:]), dim=-1)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """With its header instead of the class, which no module has."""
+        """With its header instead of a class that no module has."""
         reduced = super().__reduce_ex__(protocol)
-        if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        if "_header" not in vars(type(self)) or not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
         return (_new_layer, (self._header, type(self).__name__), *reduced[2:])
 
@@ -232,15 +240,20 @@ def load_cell_text(text: str, name: str, origin: str) -> type[CustomLayer]:
 
 
 def _make_class(text: str, name: str, trace: Trace) -> type[CustomLayer]:
+    documentation = f"Layers of the custom cell {name}.\n\n{(CustomLayer.__doc__ or '').partition(chr(10) * 2)[2]}"
+    members = {**_members(name, trace), "_header": text, "__doc__": documentation, "__module__": __name__}
+    return type(name, (CustomLayer,), members)
+
+
+def _members(name: str, trace: Trace) -> dict[str, Any]:
+    """What the class of a cell has, whose formula is added to the others."""
     step = Step(trace)
     content = json.dumps([trace.gates, trace.states, step.cpp("Cell")])
     span = _LAST_NUMBER - _FIRST_NUMBER
     number = _FIRST_NUMBER + int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") % span
     kind = add_kind(f"CUSTOM_{name}", number, CellShape(trace.gates, trace.states, step.saved))
     formulas.STEPS[kind] = _formula_of(trace)
-    documentation = f"Layers of the custom cell {name}.\n\n{(CustomLayer.__doc__ or '').partition(chr(10) * 2)[2]}"
-    members = {"_custom": kind, "_header": text, "_step": step, "__doc__": documentation, "__module__": __name__}
-    return type(name, (CustomLayer,), members)
+    return {"_custom": kind, "_step": step}
 
 
 def _formula_of(trace: Trace) -> Any:
@@ -274,3 +287,49 @@ def _add_kernels(cls: type[CustomLayer]) -> None:
 
 
 _added: set[tuple[AnyCellKind, str]] = set()
+
+
+_SLSTM = _members("SLSTM", Trace((Path(__file__).parent / "headers" / "slstm.trace").read_text()))
+
+
+class SLSTM(CustomLayer):
+    r"""Scalar LSTM layers (Beck et al. 2024, "xLSTM"): exponential input gates, and heads with ``num_heads``.
+
+    For each layer and step:
+
+    .. math::
+        z &= \tanh(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        \tilde\imath, \tilde f, \tilde o &= W_i x_t + b_i + W_h h_{t-1} + b_h \quad\text{(rows of i, of f, of o)} \\
+        c_t &= \sigma(\tilde f) \odot c_{t-1} + e^{\tilde\imath} \odot z \\
+        n_t &= \sigma(\tilde f) \odot n_{t-1} + e^{\tilde\imath} \\
+        h_t &= \sigma(\tilde o) \odot c_t / n_t
+
+    so that no exponential overflows, c and n are kept over :math:`e^{m_t}`, with
+    :math:`m_t = \max(\log \sigma(\tilde f) + m_{t-1}, \tilde\imath)`, which changes no h. In a row's first step, and
+    wherever n is 0, :math:`m_t = \tilde\imath`.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as :class:`LSTM`.
+        options: those of :class:`RNN` but ``activation``; ``num_heads`` as the paper has them.
+
+    ``hx`` and the states that a call returns are ``(h, c, n, m)``, each (L*D, B, H).
+
+    Parameters: as :class:`LSTM` without a projection, rows in the order z, i, f, o.
+
+    It is a custom cell (:func:`load_cell`) that comes with the package: the first layer on a machine has its kernels
+    compiled, which takes less than a minute and a C++ compiler. Without one it runs by the formulas, in PyTorch's
+    operations, and :func:`explain` says so.
+    """
+
+    _custom = _SLSTM["_custom"]
+    _step = _SLSTM["_step"]
+
+    @classmethod
+    def _find_kernels(cls) -> None:
+        if cls._custom in backend.why_no_kernels:
+            return
+        try:
+            _add_kernels(SLSTM)
+        except RuntimeError as error:
+            backend.why_no_kernels[cls._custom] = f"the kernels of SLSTM could not be compiled: {error}"
+            _log.warning("%s", backend.why_no_kernels[cls._custom])

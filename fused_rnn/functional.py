@@ -738,7 +738,8 @@ def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[
     controls = Controls(steps.batch_sizes, mask, reset=reset)
     anew = _anew(settings, steps)
     within = _what_is_within(settings, num_steps, steps, (input, h, c, *params, *anew))
-    why_reference = backend.why_reference(input, *within, has_reset=reset is not None, is_custom=settings.kind > _GRU)
+    custom = settings.kind if settings.kind > _GRU else None
+    why_reference = backend.why_reference(input, *within, has_reset=reset is not None, custom=custom)
     return Call(input, h, c, controls, num_steps, batch, why_reference, anew)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
+from fused_rnn import compiling
 from fused_rnn.custom import CustomLayer
 from fused_rnn.expressions import Graph, Step, Trace, differentiate, evaluate
 
@@ -34,7 +35,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples" / "cells"
 
 def cell(name: str) -> type[CustomLayer]:
     if name == "SLSTM":
-        return fused_rnn.load_cell(EXAMPLES / "slstm.h")
+        return fused_rnn.SLSTM
     header = "like_ours.h" if name in ("Lstm", "Gru", "Rnn", "LstmByHand") else "others.h"
     return fused_rnn.load_cell(HEADERS / header, name)
 
@@ -289,6 +290,38 @@ def test_copies_files_and_classes() -> None:
     assert [tuple(p.shape) for p in layer.parameters()] == [(32, 4), (32, 8), (32,), (32,)]
 
 
+def test_a_subclass_is_copied_as_one() -> None:
+    layer = OfSLSTM(4, 8)
+    assert type(pickle.loads(pickle.dumps(layer))) is type(copy.deepcopy(layer)) is OfSLSTM
+
+
+class OfSLSTM(fused_rnn.SLSTM):
+    pass
+
+
+def test_the_trace_that_comes_with_slstm_is_that_of_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path))
+    headers = Path(fused_rnn.__file__).parent / "headers"
+    text = (headers / "slstm.h").read_text()
+    assert compiling.trace_of(text, "SLSTM", "slstm.h") == (headers / "slstm.trace").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "new-cell.md").read_text()
+    assert f"```cpp\n{text}```" in page
+
+
+def test_what_a_header_includes_is_seen(tmp_path: Path) -> None:
+    for factor in (2, 3):
+        (tmp_path / "factor.h").write_text(f"constexpr double factor = {factor};\n")
+        text = '#include "factor.h"\n' + OF_FACTOR
+        (tmp_path / "cell.h").write_text(text)
+        trace = Trace(compiling.trace_of(text, "Cell", str(tmp_path / "cell.h")))
+        assert any(node.arguments == (factor,) for node in trace.graph.nodes)
+
+
+OF_FACTOR = """struct Cell { static constexpr int gates = 1;
+  template <class V> static void forward(const V* x, const V*, V, const V*, V& h, V*) { h = factor * x[0]; } };
+"""
+
+
 def test_convert_and_revert_leave_it_alone() -> None:
     model = nn.Sequential(cell("Apart")(4, 8))
     fused_rnn.convert(model)
@@ -520,10 +553,15 @@ import torch, fused_rnn
 layer = fused_rnn.load_cell({path!r}, "Gru")(4, 8)
 print(tuple(layer(torch.randn(3, 2, 4))[0].shape))
 """
+WITHOUT_A_COMPILER = """
+import torch, fused_rnn
+layer, x = fused_rnn.SLSTM(4, 8), torch.randn(3, 2, 4)
+print(tuple(layer(x)[0].shape), fused_rnn.explain(layer, x).reason)
+"""
 
 
-def run_in_a_new_process(**environment: str) -> subprocess.CompletedProcess[str]:
-    source = IN_A_NEW_PROCESS.format(path=str(HEADERS / "like_ours.h"))
+def run_in_a_new_process(source: str = IN_A_NEW_PROCESS, **environment: str) -> subprocess.CompletedProcess[str]:
+    source = source.format(path=str(HEADERS / "like_ours.h"))
     given = {name: value for name, value in os.environ.items() if name != "CXX"} | environment
     root = Path(fused_rnn.__file__).parent.parent
     return subprocess.run(
@@ -539,6 +577,14 @@ def test_no_compiler_is_needed_where_the_cell_was_compiled_before(tmp_path: Path
     assert result.returncode == 1 and "expected a C++ compiler, g++, c++ or clang++" in result.stderr
     result = run_in_a_new_process(CXX="no-such-compiler", FUSED_RNN_CACHE=str(tmp_path / "cache"))
     assert result.returncode == 1 and "the C++ compiler does not run" in result.stderr
+
+
+@pytest.mark.kernels
+def test_slstm_without_a_compiler_runs_by_the_formulas(tmp_path: Path) -> None:
+    result = run_in_a_new_process(WITHOUT_A_COMPILER, PATH=str(tmp_path), FUSED_RNN_CACHE=str(tmp_path / "cache"))
+    assert result.stdout.startswith("(3, 2, 8) the kernels of SLSTM could not be compiled: load_cell: expected a C++")
+    result = run_in_a_new_process(FUSED_RNN_CACHE="/proc/none")
+    assert result.returncode == 1 and "set FUSED_RNN_CACHE to a folder that can be written" in result.stderr
 
 
 @pytest.mark.kernels

@@ -82,7 +82,7 @@ def test_code_of_the_page_on_new_cells_runs(monkeypatch: pytest.MonkeyPatch, tmp
         (tmp_path / name).write_text(text)
         example = DOCS.parent / "examples" / "cells" / name
         assert example.read_text() == text
-    assert len(headers) == 4
+    assert len(headers) == 3
     monkeypatch.chdir(tmp_path)
     page = run_page(DOCS / "new-cell.md", monkeypatch, torch=torch, fused_rnn=fused_rnn)
     assert page.model.rate.grad.count_nonzero() > 0 and page.output.shape == (20, 4, 64)

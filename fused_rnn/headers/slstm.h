@@ -1,4 +1,4 @@
-// slstm.h
+// Beck et al. 2024: c, the normaliser n and the stabiliser m are private states; f is a sigmoid.
 struct SLSTM {
   static constexpr int gates = 4;  // z, i, f, o
   static constexpr int states = 3;
