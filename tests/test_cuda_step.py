@@ -166,7 +166,7 @@ class Problem:
 
     def _run(self, t: dict[str, Tensor], *, reverse: bool) -> dict[str, Tensor]:
         h0, c0 = self._initial(t)
-        outputs, h_n, c_n = self._layer(t, list(t["x"].split(self.batch_sizes)), h0, c0, reverse)
+        outputs, _, h_n, c_n = self._layer(t, list(t["x"].split(self.batch_sizes)), h0, c0, reverse)
         return {"y": torch.cat(outputs), "h_n": h_n} | ({"c_n": c_n} if c_n is not None else {})
 
     def _initial(self, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -181,7 +181,7 @@ class Problem:
         for b in range(self.B):
             live = mask[:, b]
             c = None if c0 is None else c0[b : b + 1]
-            outputs, h, c = self._layer(t, list(x[live, b].split(1)), h0[b : b + 1], c, reverse)
+            outputs, _, h, c = self._layer(t, list(x[live, b].split(1)), h0[b : b + 1], c, reverse)
             # The states in this direction's order, and how many steps have counted after each.
             states = torch.cat([h0[b : b + 1], *(outputs[::-1] if reverse else outputs)])
             y.append(states[live.flip(0).cumsum(0).flip(0) if reverse else live.cumsum(0)])
