@@ -85,7 +85,7 @@ def test_code_of_the_page_on_new_cells_runs(monkeypatch: pytest.MonkeyPatch, tmp
     assert len(headers) == 3
     monkeypatch.chdir(tmp_path)
     page = run_page(DOCS / "new-cell.md", monkeypatch, torch=torch, fused_rnn=fused_rnn)
-    assert page.model.rate.grad.count_nonzero() > 0 and page.output.shape == (20, 4, 64)
+    assert page.model.rate.grad.count_nonzero() > 0 and page.output.shape == (20, 4, 32)
 
 
 def test_code_of_the_page_on_options_runs(monkeypatch: pytest.MonkeyPatch) -> None:
