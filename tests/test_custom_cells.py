@@ -332,9 +332,10 @@ def test_convert_and_revert_leave_it_alone() -> None:
 
 
 def test_a_cell_of_constants_has_no_gradients() -> None:
-    layer = cell("Constant")(3, 5, dtype=F64)
-    results = run(layer, torch.randn(4, 2, 3, dtype=F64))
-    assert (results[0] == 0.5).all() and all((g == 0).all() for g in results[2:])
+    lines = compiling.trace_of((HEADERS / "others.h").read_text(), "Constant", "others.h")
+    step = Step(Trace(lines))
+    assert set(step.gradients.values()) == {step.graph.constant(0)}
+    assert "h = splat<V>(S(0.5));" in step.cpp("Cell") and "grads[0] = splat<V>(S(0.0));" in step.cpp("Cell")
 
 
 # Functions, at many values: x comes through with W_ih = 1, b = 0.
