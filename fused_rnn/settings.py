@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 # csrc/settings.h
-OPERATORS_VERSION = 4
+OPERATORS_VERSION = 5
 
 
 class CellShape(NamedTuple):
