@@ -650,7 +650,7 @@ struct BackwardInput {
 template <class Backend>
 BackwardResult run_backward(Backend& backend, const Stack& stack, const BackwardInput& given,
                             const c10::List<bool>& needs, bool reuse_gates) {
-  const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
+  const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, P = stack.P;
   const bool carries = stack.mask.defined();
   const auto options = stack.input.options();
   const auto make = [&](bool needed, at::IntArrayRef shape) {
