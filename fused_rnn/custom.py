@@ -170,6 +170,10 @@ class CustomLayer(Recurrent):
                 raise RuntimeError(f"{name}[{index}]: expected {expected} as {name}[0] has, got {tuple(state.shape)}")
         return states[0], torch.cat(tuple(states[1:]), dim=-1)
 
+    def __setstate__(self, state: Any) -> None:
+        self._find_kernels()  # a copy, or one from a file, is not made by the constructor
+        super().__setstate__(state)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """With its header instead of a class that no module has."""
         reduced = super().__reduce_ex__(protocol)
@@ -201,7 +205,7 @@ def load_cell(path: str | os.PathLike[str], name: str | None = None) -> type[Cus
           }
         };
 
-    The kernels are compiled once for this machine's processor, which takes about a minute, and kept in the folder
+    The kernels are compiled once for this machine's processor, which takes a minute or less, and kept in the folder
     ``FUSED_RNN_CACHE`` (``~/.cache/fused_rnn``) by content. The formulas run on every device, and the kernels on the
     CPU.
 

@@ -581,6 +581,36 @@ def test_no_compiler_is_needed_where_the_cell_was_compiled_before(tmp_path: Path
 
 
 @pytest.mark.kernels
+def test_slstm_from_a_file_has_its_kernels(tmp_path: Path) -> None:
+    torch.save(fused_rnn.SLSTM(4, 8), tmp_path / "layer.pt")
+    source = FROM_A_FILE.replace("PATH", str(tmp_path / "layer.pt"))
+    result = run_in_a_new_process(source)
+    assert result.stdout == "fused (3, 2, 8)\n", result.stderr
+
+
+FROM_A_FILE = """
+import torch, fused_rnn
+layer, x = torch.load("PATH", weights_only=False), torch.randn(3, 2, 4)
+print(fused_rnn.explain(layer, x).backend, tuple(layer(x)[0].shape))
+"""
+
+
+@pytest.mark.kernels
+def test_where_the_package_is_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = cell("SLSTM")(4, 8)
+    kept = compiling.compile_kernels(layer._step, layer._custom.value, isa_used())
+    monkeypatch.setattr(compiling, "HEADERS", tmp_path)
+    assert compiling.compile_kernels(layer._step, layer._custom.value, isa_used()) == kept
+
+
+def isa_used() -> str:
+    from fused_rnn import backend
+
+    assert backend.ops is not None
+    return str(backend.ops.instruction_set())
+
+
+@pytest.mark.kernels
 def test_slstm_without_a_compiler_runs_by_the_formulas(tmp_path: Path) -> None:
     result = run_in_a_new_process(WITHOUT_A_COMPILER, PATH=str(tmp_path), FUSED_RNN_CACHE=str(tmp_path / "cache"))
     assert result.stdout.startswith("(3, 2, 8) the kernels of SLSTM could not be compiled: load_cell: expected a C++")
