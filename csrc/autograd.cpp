@@ -1,9 +1,10 @@
 // Gradients of the operators: their Autograd kernels. PyTorch's dispatcher calls these for plain eager mode, for each
 // level of torch.func, and while torch.compile traces.
 //
-// Reverse mode needs no Python between forward and backward. A tensor with a forward-mode tangent, and the gradient of
-// a backward pass, go through the formulas in Python (fused_rnn/ops.py), which are differentiable to any order and in
-// any nesting.
+// Reverse mode needs no Python between forward and backward. Tensors with forward-mode tangents, and the gradient of a
+// backward pass, go to the operators of derivatives.cpp where those take the call and nobody asks for a derivative of
+// the result; else through the formulas in Python (fused_rnn/ops.py), which are differentiable to any order and in any
+// nesting.
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -21,6 +22,7 @@
 #include <optional>
 
 #include "cpu/plan.h"
+#include "derivatives.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -61,6 +63,13 @@ bool is_dual(const Tensors&... tensors) {
   const auto holds = [](const Tensor& t) { return t._fw_grad(0).defined(); };
   return c10::AutogradState::get_tls_state().get_fw_grad_mode() && (any(holds, tensors) || ...);
 }
+
+// The tangent of forward-mode differentiation, or none.
+OptionalTensor tangent_of(const Tensor& t) {
+  const Tensor tangent = t.defined() ? t._fw_grad(0) : Tensor();
+  return tangent.defined() ? OptionalTensor(tangent) : std::nullopt;
+}
+OptionalTensor tangent_of(const OptionalTensor& t) { return t ? tangent_of(*t) : std::nullopt; }
 
 // Whether no transform, mode or tracer is at work in this thread.
 bool is_plain_mode() { return c10::impl::tls_local_dispatch_key_set().included_ == c10::default_included_set; }
@@ -124,6 +133,10 @@ struct Constants {
   }
 
   bool has_cell() const { return has_cell_state(CellKind(settings[0])); }
+  // Whether there are kernels for derivatives of such a call.
+  bool has_derivatives(const Tensor& input, at::TensorList params) const {
+    return has_derivative_kernels(input, params, controls, settings, numbers);
+  }
   bool returns_states() const { return Settings::returns_states(settings, numbers); }
 };
 
@@ -221,6 +234,42 @@ class Needs {
 // Places of tensors among the results of a call, or among the gradients that come to them.
 using Places = c10::SmallVector<size_t, 5>;
 
+// A call along a direction: changes of input, h, c and params, of which some are none, and what the call computed.
+struct Along {
+  OptionalTensor input_t, h_t, c_t;
+  variable_list params_t;  // (0,) for none; or empty
+  const Tensor& input;
+  OptionalTensor h, c;
+  at::TensorList params;
+  const Constants& constants;
+
+  // changes: of input, h, c and params; undefined for none.
+  static Along of(const variable_list& changes, const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
+                  at::TensorList params, const Constants& constants) {
+    Along along{optional(changes[0]), optional(changes[1]), optional(changes[2]), {}, input, h, c, params, constants};
+    const bool any_param = std::any_of(changes.begin() + 3, changes.end(), [](const Tensor& t) { return t.defined(); });
+    for (size_t i = 3; any_param && i < changes.size(); ++i)
+      along.params_t.push_back(changes[i].defined() ? changes[i] : at::empty({0}, input.options()));
+    return along;
+  }
+  // Of tensors with tangents.
+  static Along of_tangents(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
+                           const Constants& constants) {
+    variable_list changes;
+    const auto add = [&](const OptionalTensor& tangent) { changes.push_back(tangent.value_or(Tensor())); };
+    add(tangent_of(input));
+    add(tangent_of(h));
+    add(tangent_of(c));
+    for (const Tensor& p : params) add(tangent_of(p));
+    return of(changes, input, h, c, params, constants);
+  }
+};
+
+// A derivative of the gradients of a call: of the results, and of the gradients of input, h, c and params.
+struct BackwardAlong {
+  variable_list results, gradients;
+};
+
 // The two kinds of calls. Results are `outputs` that have a gradient, the last of them only for a cell with a cell
 // state, and then what is saved, of which layers return the states with a gradient where the call asks for them. A
 // backward pass gets what is saved, for layers the first output before it, `kept` tensors together, and `seeds`
@@ -253,6 +302,29 @@ struct Layers {
                                         constants.controls, saved[0], saved[1], saved[2], saved[3], constants.settings,
                                         constants.numbers, needs, reuse_gates);
   }
+  // How output, h_n and c_n change. saved: output, gates, cells, hidden.
+  static variable_list tangents(const Along& a, const Tensor* saved) {
+    auto [output_t, h_n_t, c_n_t] =
+        rnn_tangent_operator().call(a.input_t, a.h_t, a.c_t, a.params_t, a.input, a.h, a.c, a.params,
+                                    a.constants.controls, saved[0], saved[1], saved[2], saved[3], a.constants.settings,
+                                    a.constants.numbers);
+    return {output_t, h_n_t, c_n_t};
+  }
+  // seeds, and how they change, of output, h_n and c_n.
+  static BackwardAlong backward_tangents(const OptionalTensor* seeds, const OptionalTensor* seeds_t, const Along& a,
+                                         const Tensor* saved, const c10::List<bool>& needs) {
+    auto [output_t, h_n_t, c_n_t, input, h, c, params] = rnn_backward_tangent_operator().call(
+        seeds[0], seeds[1], seeds[2], seeds_t[0], seeds_t[1], seeds_t[2], a.input_t, a.h_t, a.c_t, a.params_t, a.input,
+        a.h, a.c, a.params, a.constants.controls, saved[0], saved[1], saved[2], saved[3], a.constants.settings,
+        a.constants.numbers, needs);
+    variable_list gradients{input, h, c};
+    gradients.insert(gradients.end(), params.begin(), params.end());
+    return {{output_t, h_n_t, c_n_t}, gradients};
+  }
+  // What a call computed, of all its results, as backward() and these want it.
+  static variable_list saved_of(const variable_list& results) {
+    return {results[0], results[3], results[4], results[5]};
+  }
   static variable_list list(Results&& r) {
     auto& [output, h_n, c_n, gates, cells, hidden] = r;
     return {std::move(output), std::move(h_n), std::move(c_n), std::move(gates), std::move(cells), std::move(hidden)};
@@ -280,6 +352,38 @@ struct Cell {
     return cell_backward_operator().call(seeds[0], seeds[1], input, *h, c, params, saved[0], saved[1],
                                          constants.settings, constants.numbers, needs);
   }
+  // A cell's step is a stack of one layer over one step.
+  static variable_list tangents(const Along& a, const Tensor* saved) {
+    const variable_list of_layer = saved_of_layer(a, saved);
+    const Tensor input = a.input.unsqueeze(0);
+    variable_list tangents = Layers::tangents(layer(a, input), of_layer.data());
+    return {tangents[0].squeeze(0), a.constants.has_cell() ? tangents[2].squeeze(0) : tangents[2]};
+  }
+  static BackwardAlong backward_tangents(const OptionalTensor* seeds, const OptionalTensor* seeds_t, const Along& a,
+                                         const Tensor* saved, const c10::List<bool>& needs) {
+    const variable_list of_layer = saved_of_layer(a, saved);
+    const Tensor input = a.input.unsqueeze(0);
+    const OptionalTensor of_output[] = {expand(seeds[0]), std::nullopt, expand(seeds[1])};
+    const OptionalTensor of_output_t[] = {expand(seeds_t[0]), std::nullopt, expand(seeds_t[1])};
+    BackwardAlong found =
+        Layers::backward_tangents(of_output, of_output_t, layer(a, input), of_layer.data(), needs);
+    for (size_t i = 0; i < 3; ++i)
+      if (found.gradients[i].dim() == 3) found.gradients[i] = found.gradients[i].squeeze(0);
+    const Tensor c_t = found.results[2];
+    return {{found.results[0].squeeze(0), a.constants.has_cell() ? c_t.squeeze(0) : c_t}, found.gradients};
+  }
+  static OptionalTensor expand(const OptionalTensor& t) { return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt; }
+  static Along layer(const Along& a, const Tensor& input) {
+    return {expand(a.input_t), expand(a.h_t), expand(a.c_t), a.params_t, input,
+            expand(a.h),       expand(a.c),   a.params,      a.constants};
+  }
+  // The plain recurrence keeps its h in place of gates; of the others nobody reads the output.
+  static variable_list saved_of_layer(const Along& a, const Tensor* saved) {
+    const Tensor nothing = at::empty({0}, a.input.options());
+    if (saved_gate_count(CellKind(a.constants.settings[0])) > 0) return {a.h->unsqueeze(0), saved[0], saved[1], nothing};
+    return {saved[0].squeeze(2), nothing, saved[1], nothing};
+  }
+  static variable_list saved_of(const variable_list& results) { return {results[2], results[3]}; }
   static variable_list list(Results&& r) {
     auto& [h_next, c_next, gates, cells] = r;
     return {std::move(h_next), std::move(c_next), std::move(gates), std::move(cells)};
@@ -364,9 +468,9 @@ class GradientOfBackward {
   static variable_list forward(AutogradContext* ctx, const OptionalTensor& seed0, const OptionalTensor& seed1,
                                const OptionalTensor& seed2, const OptionalTensor& seed3, const OptionalTensor& seed4,
                                const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
-                               at::TensorList params, const Constants& constants, const std::vector<bool>& needs,
-                               const variable_list& results) {
-    variable_list saved;
+                               at::TensorList params, const Constants& constants, const Computed& computed,
+                               const std::vector<bool>& needs, const variable_list& results) {
+    variable_list saved = computed.results;
     for (const OptionalTensor* seed : {&seed0, &seed1, &seed2, &seed3, &seed4})
       saved.push_back(seed->value_or(Tensor()));
     saved.push_back(input);
@@ -394,10 +498,14 @@ class GradientOfBackward {
   static variable_list backward_of_one(AutogradContext* ctx, const variable_list& grads) {
     variable_list saved = ctx->get_saved_variables();
     const Constants constants = Constants::recorded(ctx, saved);
-    const at::ArrayRef<Tensor> all(saved), seeds = all.slice(0, most_seeds), inputs = all.slice(most_seeds);
+    const at::ArrayRef<Tensor> all(saved), seeds = all.slice(Call::kept, most_seeds);
+    const at::ArrayRef<Tensor> inputs = all.slice(Call::kept + most_seeds);
     const c10::List<bool> needed = ctx->saved_data["needs"].toBoolList();
     variable_list result;
-    {
+    if (!at::GradMode::is_enabled() && !is_dual(seeds, inputs, at::TensorList(grads)) &&
+        constants.has_derivatives(inputs[0], inputs.slice(3))) {
+      result = by_kernels(all.data(), seeds, inputs, needed, grads, constants);
+    } else {
       py::gil_scoped_acquire gil;
       py::list needs;
       for (const bool value : needed) needs.append(value);
@@ -406,7 +514,33 @@ class GradientOfBackward {
     }
     // One for each seed, of which a cell has fewer, and for each input; then of what is no tensor.
     result.insert(result.begin() + Call::seeds, most_seeds - Call::seeds, Tensor());
-    result.resize(most_seeds + inputs.size() + 3);
+    result.resize(most_seeds + inputs.size() + 4);
+    return result;
+  }
+
+  // The gradients of a linear function of the seeds, whose own gradients are its tangents, and of the inputs.
+  static variable_list by_kernels(const Tensor* saved, at::ArrayRef<Tensor> seeds, at::ArrayRef<Tensor> inputs,
+                                  const c10::List<bool>& needed, const variable_list& grads,
+                                  const Constants& constants) {
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+    if (is_plain_mode()) below_autograd.emplace();
+    c10::List<bool> needs;
+    variable_list changes;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      needs.push_back(inputs[i].defined());
+      changes.push_back(needed[i] ? grads[i] : Tensor());
+    }
+    std::array<OptionalTensor, most_seeds> given, none;
+    for (size_t i = 0; i < Call::seeds; ++i) given[i] = optional(seeds[i]);
+    const Along along =
+        Along::of(changes, inputs[0], optional(inputs[1]), optional(inputs[2]), inputs.slice(3), constants);
+    BackwardAlong found = Call::backward_tangents(given.data(), none.data(), along, saved, needs);
+    variable_list result = std::move(found.results);
+    result.resize(Call::seeds);
+    for (size_t i = 0; i < Call::seeds; ++i)
+      if (!seeds[i].defined()) result[i] = Tensor();
+    for (size_t i = 0; i < inputs.size(); ++i)
+      result.push_back(inputs[i].defined() ? found.gradients[i] : Tensor());
     return result;
   }
 };
@@ -433,15 +567,33 @@ typename Call::Results forward(const Tensor& input, const OptionalTensor& h, con
                                at::TensorList params, at::TensorList controls, Integers settings, Numbers numbers,
                                bool save) {
   const bool dual = is_dual(input, h, c, params);
+  const bool recorded = is_recorded(input, h, c, params);
   const auto compute = [&](bool saves) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return Call::forward(input, h, c, params, controls, settings, numbers, saves);
   };
-  if (!dual && !is_recorded(input, h, c, params)) return compute(save);
-  Computed computed{Call::list(compute(save || !dual))};
+  if (!dual && !recorded) return compute(save);
+  const bool by_kernels = dual && !recorded && has_derivative_kernels(input, params, controls, settings, numbers);
+  Computed computed{Call::list(compute(save || !dual || by_kernels))};
   variable_list& results = computed.results;
   const Constants constants(settings, numbers, controls);
   const Places places = Call::with_gradient(constants);
+  const auto keep_what_is_asked_for = [&] {
+    if (save) return;
+    for (size_t i = Call::outputs; i < results.size(); ++i)
+      if (std::find(places.begin(), places.end(), i) == places.end()) results[i] = nothing_like(results[i]);
+  };
+  if (by_kernels) {
+    variable_list tangents;
+    {
+      const Along along = Along::of_tangents(input, h, c, params, constants);
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      tangents = Call::tangents(along, Call::saved_of(results).data());
+    }
+    for (const size_t place : places) results[place] = at::_make_dual(results[place], tangents[place], 0);
+    keep_what_is_asked_for();
+    return Call::results(results);
+  }
   if (dual) {
     py::gil_scoped_acquire gil;
     const variable_list outputs = call_formulas("forward_by_formulas", Call::is_cell, constants, to_python(input),
@@ -455,10 +607,7 @@ typename Call::Results forward(const Tensor& input, const OptionalTensor& h, con
     const variable_list recorded = Gradient::apply(input, h, c, params, constants, computed);
     for (size_t i = 0; i < places.size(); ++i) results[places[i]] = recorded[i];
   }
-  if (!save) {
-    for (size_t i = Call::outputs; i < results.size(); ++i)
-      if (std::find(places.begin(), places.end(), i) == places.end()) results[i] = nothing_like(results[i]);
-  }
+  keep_what_is_asked_for();
   return Call::results(results);
 }
 
@@ -523,14 +672,27 @@ BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const 
   const at::ArrayRef<OptionalTensor> all(seeds, Call::seeds);
   const bool dual = is_dual(all, input, h, c, params);
   const bool recorded = is_recorded(all, input, h, c, params);
+  const bool by_kernels = dual && !recorded && constants.has_derivatives(input, params);
   BackwardResult result;
-  if (!dual) {
+  if (!dual || by_kernels) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = Call::backward(seeds, input, h, c, params, saved, constants, needs, reuse_gates && !recorded);
-    if (!recorded) return result;
+    result = Call::backward(seeds, input, h, c, params, saved, constants, needs, reuse_gates && !recorded && !dual);
+    if (!recorded && !dual) return result;
   }
   variable_list gradients;
-  if (dual) {
+  if (by_kernels) {
+    gradients = list_of_gradients(std::move(result));
+    BackwardAlong found;
+    {
+      std::array<OptionalTensor, Call::seeds> seeds_t;
+      for (size_t i = 0; i < Call::seeds; ++i) seeds_t[i] = tangent_of(seeds[i]);
+      const Along along = Along::of_tangents(input, h, c, params, constants);
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      found = Call::backward_tangents(seeds, seeds_t.data(), along, saved, needs);
+    }
+    for (size_t i = 0; i < gradients.size(); ++i)
+      if (gradients[i].numel() > 0) gradients[i] = at::_make_dual(gradients[i], found.gradients[i], 0);
+  } else if (dual) {
     gradients = backward_by_formulas<Call>(seeds, input, h, c, params, constants, needs, recorded);
   } else {
     gradients = list_of_gradients(std::move(result));
@@ -538,8 +700,9 @@ BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const 
     const Recording recording;
     using SecondGradient = std::conditional_t<Call::is_cell, CellSecondGradient, RnnSecondGradient>;
     const auto seed = [&](size_t i) { return i < Call::seeds ? seeds[i] : std::nullopt; };
+    const Computed computed{variable_list(saved, saved + Call::kept)};
     gradients = SecondGradient::apply(seed(0), seed(1), seed(2), seed(3), seed(4), input, h, c, params, constants,
-                                      needed, gradients);
+                                      computed, needed, gradients);
   }
   return {gradients[0], gradients[1], gradients[2], {gradients.begin() + 3, gradients.end()}};
 }

@@ -2,30 +2,12 @@
 #include <ATen/Parallel.h>
 
 #include "cpu/custom.h"
-#include "cpu/kernels.h"
-#include "cpu/team.h"
 #include "operators.h"
-#include "profile.h"
+#include "run_layer.h"
 
 namespace fused_rnn {
 
 namespace {
-
-// Runs a layer under the best plan, and once more on this thread alone where the team cannot be had.
-template <class Layer, class Run>
-void run_layer(const Layer& layer, Run run, bool backward) {
-  const int bytes = kernels().vector_bytes;
-  const int threads = team_is_late() ? 1 : usable_threads(at::get_num_threads());
-  const Plan plan = make_plan(layer.sizes, layer.steps, threads, bytes, backward);
-  const Range range([&] {
-    const int count = plan.threads();
-    return describe_layer(layer.sizes, layer.steps, backward) + " " + kernels().isa + " " + std::to_string(count) +
-           (count > 1 ? " threads" : " thread");
-  });
-  if (run(layer, plan)) return;
-  TORCH_CHECK(plan.threads() > 1 && run(layer, make_plan(layer.sizes, layer.steps, 1, bytes, backward)),
-              "fused_rnn: out of memory for packed weights and buffers");
-}
 
 // uint8 (entries, rows, ceil(units / 8)) from the seed, int64 of one element: csrc/cpu/draw.h.
 Tensor draw_bits(const Tensor& seed, int64_t entries, int64_t rows, int64_t units, double rate) {

@@ -139,6 +139,7 @@ struct LayerForward {
   bool inference = false;         // the weights may well be those of the next call
   bool plain_gates = true;        // nothing of what follows concerns the gates
   Within within;
+  const void* coefficients = nullptr;  // (N, coefficients * H), layer dtype; of a linear cell (cells/linearised.h) alone
 };
 
 // One direction of one layer, backward. A null gradient is one that nobody needs.
@@ -168,6 +169,18 @@ struct DirectionBackward {
   void* grad_reset_c = nullptr;  // (B, H)
 };
 
+// Of a linear cell (cells/linearised.h), whose coefficients are DirectionBackward::gates: rows (N, .), layer dtype. What
+// is added to the gradients of the sums, of h before the step and of c before it, or null; and where gradients go that a
+// caller wants of every step: of the sums (grad_gates * H), and of h and of c after it, or null.
+struct LinearBackward {
+  const void* more_of_sums = nullptr;
+  const void* more_of_h = nullptr;
+  const void* more_of_c = nullptr;
+  void* sums = nullptr;
+  void* grad_h = nullptr;
+  void* grad_c = nullptr;
+};
+
 struct LayerBackward {
   LayerSizes sizes;
   Steps steps;
@@ -181,6 +194,20 @@ struct LayerBackward {
   bool plain_gates = true;
   Within within;
   DirectionBackward direction[2];
+  LinearBackward linear;  // of direction 0, which is the only one then
+};
+
+// Steps that were computed, and how they change: for the kernels that work step by step, each (N, . * H), layer dtype,
+// null where the cell has none. What changes along a direction has _t at its end.
+struct KnownSteps {
+  CellKind kind = CellKind::lstm;
+  DType dtype = DType::float32;
+  int64_t H = 0;
+  const void* saved = nullptr;  // (N, saved * H)
+  const void *h = nullptr, *h_prev = nullptr, *c = nullptr, *c_prev = nullptr;
+  const void* sums_t = nullptr;  // (N, grad_gates * H)
+  const void *h_t = nullptr, *h_prev_t = nullptr, *c_t = nullptr, *c_prev_t = nullptr;
+  const void *grad_h = nullptr, *grad_c = nullptr;  // gradients of h and c after the step
 };
 
 }  // namespace fused_rnn

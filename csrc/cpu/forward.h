@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../cells/gru.h"
+#include "../cells/linearised.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "fingerprint.h"
@@ -123,6 +124,21 @@ FRNN_INLINE void forward_of(const V* x, const V* r, const V& h_prev, const V* c_
     Cell::template forward<V>(x, r, h_prev, c_prev, h, c, saved);
   } else {
     Cell::template forward<V>(x, r, h_prev, c_prev[0], h, c[0], saved, options...);
+  }
+}
+
+// Whether a cell is one of cells/linearised.h, which knows no options.
+template <class Cell>
+inline constexpr bool is_linear = std::is_same_v<Cell, LinearLstm> || std::is_same_v<Cell, LinearGru> ||
+                                  std::is_same_v<Cell, LinearRnn>;
+
+// with_gates() for the gates that such a cell may have.
+template <class Cell, class S, class F>
+FRNN_INLINE void with_gates_of(Gates gates, F f) {
+  if constexpr (is_linear<Cell>) {
+    f(std::integral_constant<Gates, Gates::plain>());
+  } else {
+    with_gates<S>(gates, f);
   }
 }
 
@@ -768,6 +784,7 @@ class ForwardPass {
     Places<E> h_next, hidden;
     Places<A> cell, cells;
     Places<S> y, gates;
+    Places<const S> coefficients;  // of a linear cell alone
     // For options alone: the first unit and how far the next is from it, the row of all steps and of the batch.
     Places<A> carried;
     int64_t unit, next_unit, row, batch_row, next_row;
@@ -782,6 +799,7 @@ class ForwardPass {
       cells.advance(n);
       y.advance(n);
       gates.advance(n);
+      if constexpr (is_linear<Cell>) coefficients.advance(n);
       carried.advance(n);
       unit += n * next_unit;
       row += n * next_row;
@@ -818,6 +836,9 @@ class ForwardPass {
       units.y = places(rows_of<S>(y.data) + layer_.steps.step(y, t) + r0 * y.batch_stride + d * P_ + unit,
                        y.batch_stride, width);
       units.gates = places(rows_of<S>(dir.gates) + first_row * saved_stride_ + unit, saved_stride_, width);
+      if constexpr (is_linear<Cell>)
+        units.coefficients = places(rows_of<S>(layer_.coefficients) + first_row * Cell::coefficients * H_ + unit,
+                                    Cell::coefficients * H_, width);
       units.carried = places(s.carried + r0 * state_stride_ + unit, state_stride_, width);
       units.unit = unit;
       units.next_unit = by_rows ? 0 : width;
@@ -826,7 +847,7 @@ class ForwardPass {
       units.next_row = by_rows ? 1 : 0;
       const bool saves = dir.gates || dir.cells;
       const int64_t vectors = by_rows ? rows : whole;
-      with_gates<S>(gates_, [&](auto kind) {
+      with_gates_of<Cell, S>(gates_, [&](auto kind) {
         if (!by_rows || v < whole) gates_of<true, kind>(d, units, vectors, width, saves);
         if (tail && (!by_rows || v == whole)) gates_of<false, kind>(d, units, by_rows ? rows : 1, left % width, saves);
       });
@@ -884,7 +905,15 @@ class ForwardPass {
 #pragma GCC unroll 4
       for (int j = 0; j < Cell::states; ++j) c_prev[j].v[i] = Simd<A>::load(units.cell[k] + j * unit_stride_);
     }
-    if constexpr (plain) {
+    if constexpr (is_linear<Cell>) {
+      Values k[Cell::coefficients];
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 6
+        for (int j = 0; j < Cell::coefficients; ++j) k[j].v[i] = Simd<A>::load_n(units.coefficients[i] + j * H_, n);
+      }
+      Cell::template forward<Values>(x, r, h_prev, c_prev, k, h, c, saved);
+    } else if constexpr (plain) {
       forward_of<Cell>(x, r, h_prev, c_prev, h, c, saved);
     } else {
       Options<Values, kind == Gates::own_functions> options{layer_.within, {}};

@@ -5,6 +5,9 @@
 
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 
+#if !defined(FRNN_BFLOAT16_ONLY)
+#include "derivatives.h"
+#endif
 #include "draw.h"
 #include "kernels.h"
 #include "peak.h"
@@ -54,6 +57,7 @@ void activation_of(Activation which, const void* in, void* out, int64_t count) {
 
 namespace FRNN_BASE_ISA {
 extern const KernelTable table;
+extern const DerivativeKernels derivatives;
 }
 
 namespace FRNN_ISA {
@@ -111,8 +115,15 @@ double peak(DType dtype, double seconds) {
 }
 #endif
 
+#if defined(FRNN_BFLOAT16_ONLY)
+using FRNN_BASE_ISA::derivatives;
+#else
+extern const DerivativeKernels derivatives;
+const DerivativeKernels derivatives = {&linear_forward, &linear_backward, &coefficients, &gradient_changes};
+#endif
 extern const KernelTable table;
-const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward, &backward, &activation, &peak, &draw_bits};
+const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward,    &backward,
+                           &activation,   &peak,             &draw_bits, &derivatives};
 
 }  // namespace FRNN_ISA
 }  // namespace fused_rnn

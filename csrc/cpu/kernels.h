@@ -6,6 +6,15 @@
 
 namespace fused_rnn {
 
+// What derivatives of cells in float32 and float64 are made of (derivatives.h): the passes of a linear cell, in one
+// direction without options, and what works on rows [begin, end) of all steps.
+struct DerivativeKernels {
+  bool (*forward)(const LayerForward& layer, const Plan& plan);
+  bool (*backward)(const LayerBackward& layer, const Plan& plan);
+  void (*coefficients)(const KnownSteps& steps, int64_t begin, int64_t end, void* coefficients);
+  void (*gradient_changes)(const KnownSteps& steps, int64_t begin, int64_t end, void* of_sums, void* of_h, void* of_c);
+};
+
 // Functions of one instruction set. They return false, having written nothing, when memory is lacking.
 struct KernelTable {
   const char* isa;
@@ -19,6 +28,7 @@ struct KernelTable {
   double (*peak)(DType dtype, double seconds);
   // Rows of bits that are 1 with probability `rate` (draw.h).
   void (*draw_bits)(uint64_t seed, int64_t first_row, int64_t rows, int64_t units, double rate, uint8_t* bits);
+  const DerivativeKernels* derivatives;
 };
 
 // The tables that were compiled, best first; ended by null.
