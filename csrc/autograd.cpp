@@ -304,10 +304,9 @@ struct Layers {
   }
   // How output, h_n and c_n change. saved: output, gates, cells, hidden.
   static variable_list tangents(const Along& a, const Tensor* saved) {
-    auto [output_t, h_n_t, c_n_t] =
-        rnn_tangent_operator().call(a.input_t, a.h_t, a.c_t, a.params_t, a.input, a.h, a.c, a.params,
-                                    a.constants.controls, saved[0], saved[1], saved[2], saved[3], a.constants.settings,
-                                    a.constants.numbers);
+    auto [output_t, h_n_t, c_n_t] = rnn_tangent_operator().call(
+        a.input_t, a.h_t, a.c_t, a.params_t, a.input, a.h, a.c, a.params, a.constants.controls, saved[0], saved[1],
+        saved[2], saved[3], a.constants.settings, a.constants.numbers);
     return {output_t, h_n_t, c_n_t};
   }
   // seeds, and how they change, of output, h_n and c_n.
@@ -365,8 +364,7 @@ struct Cell {
     const Tensor input = a.input.unsqueeze(0);
     const OptionalTensor of_output[] = {expand(seeds[0]), std::nullopt, expand(seeds[1])};
     const OptionalTensor of_output_t[] = {expand(seeds_t[0]), std::nullopt, expand(seeds_t[1])};
-    BackwardAlong found =
-        Layers::backward_tangents(of_output, of_output_t, layer(a, input), of_layer.data(), needs);
+    BackwardAlong found = Layers::backward_tangents(of_output, of_output_t, layer(a, input), of_layer.data(), needs);
     for (size_t i = 0; i < 3; ++i)
       if (found.gradients[i].dim() == 3) found.gradients[i] = found.gradients[i].squeeze(0);
     const Tensor c_t = found.results[2];
@@ -380,7 +378,8 @@ struct Cell {
   // The plain recurrence keeps its h in place of gates; of the others nobody reads the output.
   static variable_list saved_of_layer(const Along& a, const Tensor* saved) {
     const Tensor nothing = at::empty({0}, a.input.options());
-    if (saved_gate_count(CellKind(a.constants.settings[0])) > 0) return {a.h->unsqueeze(0), saved[0], saved[1], nothing};
+    if (saved_gate_count(CellKind(a.constants.settings[0])) > 0)
+      return {a.h->unsqueeze(0), saved[0], saved[1], nothing};
     return {saved[0].squeeze(2), nothing, saved[1], nothing};
   }
   static variable_list saved_of(const variable_list& results) { return {results[2], results[3]}; }
@@ -539,8 +538,7 @@ class GradientOfBackward {
     result.resize(Call::seeds);
     for (size_t i = 0; i < Call::seeds; ++i)
       if (!seeds[i].defined()) result[i] = Tensor();
-    for (size_t i = 0; i < inputs.size(); ++i)
-      result.push_back(inputs[i].defined() ? found.gradients[i] : Tensor());
+    for (size_t i = 0; i < inputs.size(); ++i) result.push_back(inputs[i].defined() ? found.gradients[i] : Tensor());
     return result;
   }
 };

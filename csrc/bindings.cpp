@@ -21,6 +21,7 @@
 #include "cpu/plan.h"
 #include "cpu/team.h"
 #include "cuda/plan.h"
+#include "derivatives.h"
 #include "settings.h"
 #if defined(FRNN_CUDA)
 #include <c10/cuda/CUDAGuard.h>
@@ -299,6 +300,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("add_custom_cell", &add_custom, py::arg("path"),
         "Adds the cell in the library at `path` to those of this process; returns its number.");
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and PyTorch version of this build.");
+  m.def(
+      "has_derivative_kernels",
+      [](const at::Tensor& input, const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& controls,
+         const std::vector<int64_t>& settings, const std::vector<double>& numbers) {
+        return has_derivative_kernels(input, params, controls, settings, numbers);
+      },
+      "Whether the operators of derivatives take a call.");
   m.def(
       "isa_supported", [] { return instruction_sets(true); },
       "Instruction sets that were compiled and run here, best first.");

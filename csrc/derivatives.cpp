@@ -1,16 +1,16 @@
-// Forward mode, and derivatives of the backward pass, on the CPU: the operators rnn_tangent and rnn_backward_tangent.
+// Forward mode, derivatives of the backward pass and gradients for each example, on the CPU: the operators rnn_tangent,
+// rnn_backward_tangent and rnn_backward_each.
 //
-// The tangents of a layer obey a recurrence that is linear (cells/linearised.h), with the recurrent weights of the layer
-// and coefficients of each step that was computed; so do the gradients, backwards, and how these change along a
-// direction. Each is a scan of the layer's own loops over a linear cell. What does not go through time is a product over
-// all steps at once, of which x and W_ih', h and W_hh' (the tangents of weights) are stacked on the input of the scan.
-//
-// A direction that runs backwards is turned around first, so that there is only the other here.
+// How a layer's results change is a recurrence like the layer's own, with the recurrent weights that it has, whose
+// steps are linear; how its gradients change is one like its backward pass. The layer's own passes run them, once they
+// are given the steps that were computed (KnownSteps, StepGradients; the formulas are in cells/derivatives.h). What
+// does not go through time is a product over all steps at once: of x and a change of W_ih, of h and a change of W_hh.
+#include "derivatives.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "derivatives.h"
 #include "operators.h"
 #include "run_layer.h"
 
@@ -38,17 +38,8 @@ Tensor given_tensor(const OptionalTensor& t, const Tensor& input, at::IntArrayRe
   return t->contiguous();
 }
 
-Tensor product(const Tensor& a, const Tensor& b) { return at::matmul(a, b); }
-
-// a + b, of which either may be undefined.
-Tensor sum(const Tensor& a, const Tensor& b) {
-  if (!a.defined()) return b;
-  return b.defined() ? a + b : a;
-}
-
-Tensor or_zeros(const Tensor& t, at::IntArrayRef shape, const Tensor& like) {
-  return t.defined() ? t : at::zeros(shape, like.options());
-}
+// (T, B, features) as rows.
+Tensor rows(const Tensor& t) { return t.flatten(0, 1); }
 
 // What changes with the input, the states and the parameters of a call; undefined where nothing does.
 struct Direction {
@@ -56,19 +47,9 @@ struct Direction {
   std::vector<Tensor> params;
 };
 
-// The forward pass of a direction of a layer in its own order of time, and its derivative.
-struct Course {
-  Tensor x, h, h_prev, saved, c, c_prev;  // (T, B, .), as all below but the weights
-  Tensor w_ih, w_hh;
-  Tensor coefficients;
-  Tensor x_t, h_t, h_prev_t, c_t, c_prev_t, sums_t;
-  Tensor w_ih_t, w_hh_t;
-};
-
-// Gradients of a direction of a layer.
-struct Gradients {
-  Tensor sums, h, c;  // of the sums, and of h and c after each step
-  Tensor h0, c0;
+// Gradients of a forward pass, or how they change; undefined for zeros.
+struct Seeds {
+  Tensor output, h_n, c_n;
 };
 
 class StackDerivatives {
@@ -83,332 +64,375 @@ class StackDerivatives {
         T_(stack.T),
         B_(stack.B),
         H_(stack.H),
-        sums_(kind_ == CellKind::gru ? 4 : gate_count(kind_)),
+        saved_(saved_gate_count(kind_)),
         has_cell_(has_cell_state(kind_)),
-        output_(output),
         gates_(gates),
         cells_(cells),
-        hidden_(hidden),
-        courses_(L_ * D_) {}
+        layers_(L_) {
+    for (int64_t l = 0; l < L_; ++l)
+      layers_[l].y = l == L_ - 1 ? output.contiguous() : hidden.select(0, l).view({T_, B_, D_ * H_});
+  }
 
   Tensor output_t, h_n_t, c_n_t;
 
+  // How the results change, and all that is kept of them.
   void forward() {
-    const auto options = stack_.input.options();
-    h_n_t = at::empty({L_ * D_, B_, H_}, options);
-    c_n_t = at::empty(has_cell_ ? std::vector<int64_t>{L_ * D_, B_, H_} : std::vector<int64_t>{0}, options);
-    Tensor x = stack_.input, x_t = along_.input;
+    const std::vector<int64_t> states{L_ * D_, B_, H_};
+    h_n_t = make(states);
+    c_n_t = make(has_cell_ ? states : std::vector<int64_t>{0});
+    gates_t_ = make(saved_ > 0 ? std::vector<int64_t>{L_ * D_, T_ * B_, saved_, H_} : std::vector<int64_t>{0});
+    cells_t_ = make(has_cell_ ? std::vector<int64_t>{L_ * D_, T_ * B_, H_} : std::vector<int64_t>{0});
+    layers_[0].x = stack_.input;
+    layers_[0].x_t = along_.input;
     for (int64_t l = 0; l < L_; ++l) {
-      const Tensor y = l == L_ - 1 ? output_ : hidden_.select(0, l).view({T_, B_, D_ * H_});
-      output_t = at::empty({T_, B_, D_ * H_}, options);
-      for (int64_t d = 0; d < D_; ++d) {
-        Course& course = courses_[l * D_ + d];
-        course.x = turned(x, d);
-        course.x_t = turned(x_t, d);
-        course.h = of_direction(y, d);
-        scan_tangents(course, l, d);
-        output_t.narrow(2, d * H_, H_).copy_(turned(course.h_t, d));
-        h_n_t[l * D_ + d].copy_(course.h_t[T_ - 1]);
-        if (has_cell_) c_n_t[l * D_ + d].copy_(course.c_t[T_ - 1]);
-      }
-      x = dropped(y, l);
-      x_t = dropped(output_t, l);
+      change_layer(l);
+      if (l + 1 == L_) break;
+      layers_[l + 1].x = dropped(layers_[l].y, l);
+      layers_[l + 1].x_t = dropped(layers_[l].y_t, l);
     }
+    output_t = layers_[L_ - 1].y_t;
   }
 
-  // Gradients of a forward pass, and what comes of them: undefined for zeros.
-  struct Seeds {
-    Tensor output, h_n, c_n;
-  };
-
   // How the gradients of input, h0, c0 and params change, of those that `needs` asks for.
-  BackwardResult backward(const Seeds& seeds, const Seeds& seeds_t, const c10::List<bool>& needs) {
-    const auto options = stack_.input.options();
-    const auto make = [&](bool needed, at::IntArrayRef shape) {
-      return at::empty(needed ? shape : at::IntArrayRef{0}, options);
+  BackwardResult backward(const Seeds& seeds, const Seeds& seeds_t, const c10::List<bool>& needs) const {
+    const auto wanted = [&](bool needed, const Tensor& like) {
+      return make(needed ? like.sizes() : at::IntArrayRef{0});
     };
-    Tensor grad_input = make(false, {});
-    const Tensor grad_h0 = make(needs[1] && stack_.h0.defined(), {L_ * D_, B_, H_});
-    const Tensor grad_c0 = make(needs[2] && stack_.c0.defined(), {L_ * D_, B_, H_});
-    std::vector<Tensor> grad_params(stack_.params.size());
+    const std::vector<int64_t> states{L_ * D_, B_, H_};
+    Gradients found;
+    found.h0 = make(needs[1] && stack_.h0.defined() ? states : std::vector<int64_t>{0});
+    found.c0 = make(needs[2] && stack_.c0.defined() ? states : std::vector<int64_t>{0});
+    for (size_t i = 0; i < stack_.params.size(); ++i) found.params.push_back(wanted(needs[3 + i], stack_.params[i]));
     Tensor grad = seeds.output, grad_t = seeds_t.output;
     for (int64_t l = L_ - 1; l >= 0; --l) {
-      Tensor below, below_t;
-      for (int64_t d = 0; d < D_; ++d) {
-        const int64_t i = l * D_ + d;
-        const Course& course = courses_[i];
-        const auto seed = [&](const Tensor& t) { return t.defined() ? t[i] : Tensor(); };
-        const Gradients own =
-            scan_gradients(course, of_direction(grad, d), seed(seeds.h_n), seed(seeds.c_n), nullptr, false, false);
-        const Tensor to_state = of_state(own.sums);
-        const Changes changes = changed_gradients(course, own);
-        Tensor grad_y_t = of_direction(grad_t, d), grad_h0_t;
-        const bool wants_h0 = grad_h0.numel() > 0;
-        if (course.w_hh_t.defined()) {  // what goes through the change of W_hh to the state before
-          grad_y_t = grad_y_t.defined() ? grad_y_t.clone() : at::zeros({T_, B_, H_}, options);
-          if (T_ > 1) grad_y_t.narrow(0, 0, T_ - 1).add_(product(to_state.narrow(0, 1, T_ - 1), course.w_hh_t));
-          if (wants_h0) grad_h0_t = product(to_state[0], course.w_hh_t);
-        }
-        const Gradients change = scan_gradients(course, grad_y_t, seed(seeds_t.h_n), seed(seeds_t.c_n), &changes,
-                                                wants_h0, grad_c0.numel() > 0);
-        if (wants_h0) grad_h0[i].copy_(sum(change.h0, grad_h0_t));
-        if (grad_c0.numel() > 0) grad_c0[i].copy_(change.c0);
-        const Tensor to_input = of_input(own.sums), to_input_t = of_input(change.sums);
-        if (l > 0 || needs[0]) {
-          Tensor part = product(to_input_t, course.w_ih);
-          if (course.w_ih_t.defined()) part = part + product(to_input, course.w_ih_t);
-          below_t = sum(below_t, turned(part, d));
-          if (l > 0) below = sum(below, turned(product(to_input, course.w_ih), d));
-        }
-        const int64_t p = stack_.first_param(l, d);
-        const auto wants = [&](int64_t k) { return bool(needs[3 + p + k]); };
-        const auto outer = [](const Tensor& a, const Tensor& b) { return a.flatten(0, 1).t().mm(b.flatten(0, 1)); };
-        const auto of_weight = [&](const Tensor& change_of_grad, const Tensor& rows, const Tensor& of_grad,
-                                   const Tensor& rows_t) {
-          const Tensor result = outer(change_of_grad, rows);
-          return rows_t.defined() ? result + outer(of_grad, rows_t) : result;
-        };
-        if (wants(0)) grad_params[p] = of_weight(to_input_t, course.x, to_input, course.x_t);
-        const Tensor to_state_t = of_state(change.sums);
-        if (wants(1)) grad_params[p + 1] = of_weight(to_state_t, course.h_prev, to_state, course.h_prev_t);
-        if (stack_.settings.has_biases) {
-          if (wants(2)) grad_params[p + 2] = to_input_t.flatten(0, 1).sum(0);
-          if (wants(3)) grad_params[p + 3] = to_state_t.flatten(0, 1).sum(0);
-        }
-      }
-      if (l == 0) {
-        if (needs[0]) grad_input = below_t;
-      } else {
-        grad = dropped(below, l - 1);
-        grad_t = dropped(below_t, l - 1);
-      }
+      const Tensor below = change_gradients(l, grad, seeds, seeds_t, grad_t, l > 0 || needs[0], found);
+      grad = dropped(below, l - 1);
+      grad_t = dropped(found.x, l - 1);
     }
-    for (Tensor& t : grad_params)
-      if (!t.defined()) t = at::empty({0}, options);
-    return {grad_input, grad_h0, grad_c0, grad_params};
+    return {needs[0] ? found.x : make({0}), found.h0, found.c0, found.params};
+  }
+
+  // The gradients of a call whose row b * groups + g is of group g: of the parameters for each group, (groups, .).
+  BackwardResult backward_each(const Seeds& seeds, const c10::List<bool>& needs, int64_t groups) {
+    const std::vector<int64_t> states{L_ * D_, B_, H_};
+    const Tensor grad_h0 = make(needs[1] && stack_.h0.defined() ? states : std::vector<int64_t>{0});
+    const Tensor grad_c0 = make(needs[2] && stack_.c0.defined() ? states : std::vector<int64_t>{0});
+    std::vector<Tensor> grad_params;
+    for (size_t i = 0; i < stack_.params.size(); ++i) grad_params.push_back(make({0}));
+    layers_[0].x = stack_.input;
+    for (int64_t l = 0; l + 1 < L_; ++l) layers_[l + 1].x = dropped(layers_[l].y, l);
+    Tensor grad = seeds.output, below;
+    for (int64_t l = L_ - 1; l >= 0; --l) {
+      below = l > 0 || needs[0] ? make_grad_x(l) : Tensor();
+      const StepOutputs own(*this);
+      LayerBackward layer = backward_of(l, grad, below, seeds, own.exchanged);
+      for (int64_t d = 0; d < D_; ++d) {
+        layer.direction[d].grad_h0 = mutable_slice(grad_h0, l * D_ + d);
+        layer.direction[d].grad_c0 = mutable_slice(grad_c0, l * D_ + d);
+      }
+      run_layer(layer, kernels().backward, true);
+      for (int64_t d = 0; d < D_; ++d) add_each(l, d, own.sums[d], needs, groups, grad_params);
+      grad = dropped(below, l - 1);
+    }
+    return {needs[0] ? below : make({0}), grad_h0, grad_c0, grad_params};
   }
 
  private:
-  // Of the gradients of the sums (N, sums * H), of h_prev and of c_prev; undefined where the cell has none.
-  struct Changes {
-    Tensor sums, h, c;
+  struct Layer {
+    Tensor x, y, x_t, y_t;  // (T, B, features)
+  };
+  // What a backward pass gives of every step, of each direction.
+  struct StepOutputs {
+    Tensor sums[2], h[2], c[2];
+    StepGradients exchanged[2];
+    explicit StepOutputs(const StackDerivatives& of, bool states = false) {
+      const int64_t grad_gates = of.kind_ == CellKind::gru ? 4 : gate_count(of.kind_);
+      for (int64_t d = 0; d < of.D_; ++d) {
+        sums[d] = of.make({of.T_, of.B_, grad_gates * of.H_});
+        if (states) h[d] = of.make({of.T_, of.B_, of.H_});
+        if (states && of.has_cell_) c[d] = of.make({of.T_, of.B_, of.H_});
+        exchanged[d].sums = sums[d].mutable_data_ptr();
+        exchanged[d].h = mutable_data_or_null(h[d]);
+        exchanged[d].c = mutable_data_or_null(c[d]);
+      }
+    }
   };
 
-  // (T, B, .) in the order of direction d.
-  static Tensor turned(const Tensor& t, int64_t d) { return d == 1 && t.defined() ? t.flip(0) : t; }
-
-  // Direction d of (T, B, D * H), in its own order.
-  Tensor of_direction(const Tensor& t, int64_t d) const {
-    return t.defined() ? turned(t.narrow(2, d * H_, H_), d).contiguous() : t;
+  // Gradients of a direction's parameters for each group of rows.
+  void add_each(int64_t l, int64_t d, const Tensor& sums, const c10::List<bool>& needs, int64_t groups,
+                std::vector<Tensor>& grads) const {
+    const int64_t p = param(l, d);
+    const auto wants = [&](int64_t k) { return k < stack_.params_per_direction() && needs[3 + p + k]; };
+    // (steps, B, features) as (groups, steps * B / groups, features)
+    const auto grouped = [&](const Tensor& t) {
+      return rows(t).unflatten(0, {t.size(0) * t.size(1) / groups, groups}).transpose(0, 1);
+    };
+    const Tensor to_input = of_input(sums), to_state = of_state(sums);
+    if (wants(0)) grads[p] = grouped(to_input).transpose(1, 2).bmm(grouped(layers_[l].x));
+    if (wants(1)) {
+      const Tensor y = of_direction(layers_[l].y, d);
+      Tensor grad;
+      if (T_ > 1) grad = grouped(with_previous(to_state, d)).transpose(1, 2).bmm(grouped(previous(y, d)));
+      if (stack_.h0.defined()) {
+        const Tensor begin = grouped(first(to_state, d).unsqueeze(0)).transpose(1, 2);
+        const Tensor h0 = grouped(stack_.h0.narrow(0, l * D_ + d, 1));
+        grad = grad.defined() ? grad.baddbmm_(begin, h0) : begin.bmm(h0);
+      }
+      grads[p + 1] = grad.defined() ? grad : zeros({groups, to_state.size(2), H_});
+    }
+    if (wants(2)) grads[p + 2] = grouped(to_input).sum(1);
+    if (wants(3)) grads[p + 3] = grouped(to_state).sum(1);
   }
+
+  // How gradients change: of a layer's input, and of all else.
+  struct Gradients {
+    Tensor x, h0, c0;
+    std::vector<Tensor> params;
+  };
+
+  Tensor make(at::IntArrayRef shape) const { return at::empty(shape, stack_.input.options()); }
+  Tensor zeros(at::IntArrayRef shape) const { return at::zeros(shape, stack_.input.options()); }
 
   // What layer l gives the one above, or gets from it.
   Tensor dropped(const Tensor& t, int64_t l) const {
-    if (!t.defined() || l >= int64_t(stack_.dropout.size())) return t;
+    if (!t.defined() || l < 0 || stack_.dropout.empty()) return t;
     return t * stack_.dropout[l].reshape({T_, B_, D_ * H_});
   }
 
-  // (T, B, .) one step later, behind the initial state; undefined if both are.
-  Tensor later(const Tensor& t, const Tensor& initial) const {
-    if (!t.defined() && !initial.defined()) return {};
-    const Tensor first = or_zeros(initial, {B_, H_}, stack_.input).unsqueeze(0);
-    return at::cat({first, t.narrow(0, 0, T_ - 1)});
+  // Of t (T, B, .): the steps that have one before them in direction d, those that are before one, and the first.
+  Tensor with_previous(const Tensor& t, int64_t d) const { return t.narrow(0, d == 0 ? 1 : 0, T_ - 1); }
+  Tensor previous(const Tensor& t, int64_t d) const { return t.narrow(0, d == 0 ? 0 : 1, T_ - 1); }
+  Tensor first(const Tensor& t, int64_t d) const { return t[d == 0 ? 0 : T_ - 1]; }
+  Tensor of_direction(const Tensor& t, int64_t d) const { return t.narrow(2, d * H_, H_); }
+
+  // Gradients of the sums (T, B, grad_gates * H) as those of the rows of W_ih, or of W_hh. Those of a GRU are of x_n,
+  // r, z and W_hn h (cells/gru.h).
+  Tensor of_input(const Tensor& sums) const {
+    if (kind_ != CellKind::gru) return sums;
+    return at::cat({sums.narrow(2, H_, 2 * H_), sums.narrow(2, 0, H_)}, 2);
+  }
+  Tensor of_state(const Tensor& sums) const { return kind_ == CellKind::gru ? sums.narrow(2, H_, 3 * H_) : sums; }
+
+  KnownSteps known(int64_t l, int64_t d, const Tensor& saved, const Tensor& y, const Tensor& cells, const Tensor& h0,
+                   const Tensor& c0) const {
+    const int64_t i = l * D_ + d;
+    KnownSteps steps;
+    steps.saved = const_slice(saved, i);
+    steps.h = static_cast<const char*>(y.const_data_ptr()) + d * H_ * y.element_size();
+    steps.c = const_slice(cells, i);
+    steps.h0 = const_slice(h0, i);
+    steps.c0 = const_slice(c0, i);
+    return steps;
+  }
+  KnownSteps known(int64_t l, int64_t d) const {
+    return known(l, d, gates_, layers_[l].y, cells_, stack_.h0, stack_.c0);
   }
 
-  // The rows of a weight or a bias of the input, or of the state, as those of the sums.
-  Tensor rows_of_sums(const Tensor& w, bool of_state) const {
-    if (kind_ != CellKind::gru || !w.defined()) return w;
-    const std::vector<Tensor> gates = w.chunk(3);
-    const Tensor none = at::zeros_like(gates[2]);
-    return of_state ? at::cat({none, gates[0], gates[1], gates[2]}) : at::cat({gates[2], gates[0], gates[1], none});
-  }
-  // The gradients of the sums (T, B, sums * H) as those of the rows of W_ih, or of W_hh.
-  Tensor of_input(const Tensor& t) const {
-    if (kind_ != CellKind::gru) return t;
-    return at::cat({t.narrow(2, H_, 2 * H_), t.narrow(2, 0, H_)}, 2);
-  }
-  Tensor of_state(const Tensor& t) const {
-    return kind_ != CellKind::gru ? t : t.narrow(2, H_, 3 * H_).contiguous();
-  }
-
-  LayerSizes sizes(int64_t input_size) const {
-    LayerSizes s;
-    s.kind = kind_;
-    s.dtype = dtype_of(stack_.input, "input");
-    s.input_size = input_size;
-    s.hidden_size = s.state_size = H_;
-    return s;
-  }
-  Steps steps() const {
-    Steps s;
-    s.T = T_;
-    s.B = B_;
-    return s;
-  }
-  Sequence sequence(const Tensor& t) const { return stack_.sequence(t); }
-
-  KnownSteps known(const Course& course) const {
-    KnownSteps s;
-    s.kind = kind_;
-    s.dtype = dtype_of(stack_.input, "input");
-    s.H = H_;
-    s.saved = data_or_null(course.saved);
-    s.h = data_or_null(course.h);
-    s.h_prev = data_or_null(course.h_prev);
-    s.c = data_or_null(course.c);
-    s.c_prev = data_or_null(course.c_prev);
-    return s;
-  }
-
-  template <class F>
-  void for_rows(F f) const {
-    const int64_t rows = T_ * B_, grain = std::max<int64_t>(1, 16384 / H_);
-    if (rows <= grain || team_is_late() || usable_threads(at::get_num_threads()) == 1) {
-      f(0, rows);
+  // The recurrent products of h before each step with a change of W_hh, (T, B, G * H).
+  Tensor through_change(int64_t l, int64_t d, const Tensor& w_hh_t) const {
+    const Tensor result = make({T_, B_, w_hh_t.size(0)}), w = w_hh_t.t();
+    if (T_ > 1) {
+      Tensor later = rows(with_previous(result, d));
+      at::mm_out(later, rows(previous(of_direction(layers_[l].y, d), d)), w);
+    }
+    Tensor begin = first(result, d);
+    if (stack_.h0.defined()) {
+      at::mm_out(begin, stack_.h0[l * D_ + d], w);
     } else {
-      at::parallel_for(0, rows, grain, f);
+      begin.zero_();
     }
-  }
-
-  void scan_tangents(Course& course, int64_t l, int64_t d) const {
-    const auto options = stack_.input.options();
-    const int64_t i = l * D_ + d, p = stack_.first_param(l, d);
-    const auto at_index = [&](const Tensor& t) { return t.defined() ? t[i] : Tensor(); };
-    const auto steps_of = [&](const Tensor& saved, at::IntArrayRef shape) {
-      return turned(saved.select(0, i).view(shape), d).contiguous();
-    };
-    const int64_t saved = saved_gate_count(kind_);
-    if (saved > 0) course.saved = steps_of(gates_, {T_, B_, saved * H_});
-    if (has_cell_) {
-      course.c = steps_of(cells_, {T_, B_, H_});
-      course.c_prev = later(course.c, at_index(stack_.c0));
-    }
-    course.h_prev = later(course.h, at_index(stack_.h0));
-    course.w_ih = stack_.params[p];
-    course.w_hh = rows_of_sums(stack_.params[p + 1], true);
-    course.w_ih_t = along_.params[p];
-    course.w_hh_t = along_.params[p + 1];
-
-    const int64_t values = kind_ == CellKind::lstm ? 6 : kind_ == CellKind::gru ? 5 : 1;
-    course.coefficients = at::empty({T_, B_, values * H_}, options);
-    const KnownSteps steps_known = known(course);
-    void* const coefficients = course.coefficients.mutable_data_ptr();
-    for_rows(
-        [&](int64_t begin, int64_t end) { kernels().derivatives->coefficients(steps_known, begin, end, coefficients); });
-
-    c10::SmallVector<Tensor, 3> inputs, weights;
-    const auto add = [&](const Tensor& rows, const Tensor& weight) {
-      inputs.push_back(rows);
-      weights.push_back(weight);
-    };
-    if (course.x_t.defined()) add(course.x_t, rows_of_sums(course.w_ih, false));
-    if (course.w_ih_t.defined()) add(course.x, rows_of_sums(course.w_ih_t, false));
-    if (course.w_hh_t.defined()) add(course.h_prev, rows_of_sums(course.w_hh_t, true));
-    if (inputs.empty()) add(at::zeros({T_, B_, 1}, options), at::zeros({sums_ * H_, 1}, options));
-    const bool one = inputs.size() == 1;
-    const Tensor x = one ? with_contiguous_rows(inputs[0]) : at::cat(inputs, 2);
-    const Tensor w = one ? weights[0].contiguous() : at::cat(weights, 1);
-    Tensor b_ih, b_hh;
-    if (stack_.settings.has_biases) {
-      b_ih = rows_of_sums(along_.params[p + 2], false);
-      b_hh = rows_of_sums(along_.params[p + 3], true);
-    }
-    if (b_ih.defined() != b_hh.defined()) {
-      b_ih = or_zeros(b_ih, {sums_ * H_}, x);
-      b_hh = or_zeros(b_hh, {sums_ * H_}, x);
-    }
-    course.h_t = at::empty({T_, B_, H_}, options);
-    course.sums_t = at::empty({T_, B_, sums_ * H_}, options);
-    const Tensor c_n = has_cell_ ? at::empty({B_, H_}, options) : Tensor();
-    if (has_cell_) course.c_t = at::empty({T_, B_, H_}, options);
-
-    LayerForward layer;
-    layer.sizes = sizes(x.size(2));
-    layer.steps = steps();
-    layer.x = sequence(x);
-    layer.y = sequence(course.h_t);
-    layer.coefficients = coefficients;
-    DirectionForward& dir = layer.direction[0];
-    dir.weights.w_ih = w.const_data_ptr();
-    dir.weights.w_hh = course.w_hh.const_data_ptr();
-    dir.weights.b_ih = data_or_null(b_ih);
-    dir.weights.b_hh = data_or_null(b_hh);
-    const Tensor h0 = at_index(along_.h0), c0 = at_index(along_.c0);
-    dir.h0 = data_or_null(h0);
-    dir.c0 = data_or_null(c0);
-    dir.c_n = mutable_data_or_null(c_n);
-    dir.gates = course.sums_t.mutable_data_ptr();
-    dir.cells = mutable_data_or_null(course.c_t);
-    run_layer(layer, kernels().derivatives->forward, false);
-    course.h_prev_t = later(course.h_t, h0);
-    if (has_cell_) course.c_prev_t = later(course.c_t, c0);
-  }
-
-  // The gradients of a direction's steps: with `changes`, how they change.
-  Gradients scan_gradients(const Course& course, const Tensor& grad_y, const Tensor& grad_h_n, const Tensor& grad_c_n,
-                           const Changes* changes, bool wants_h0, bool wants_c0) const {
-    const auto options = stack_.input.options();
-    const auto make = [&](bool wanted, at::IntArrayRef shape) { return wanted ? at::empty(shape, options) : Tensor(); };
-    Gradients result;
-    result.sums = at::empty({T_, B_, sums_ * H_}, options);
-    result.h = make(!changes, {T_, B_, H_});
-    result.c = make(!changes && has_cell_, {T_, B_, H_});
-    result.h0 = make(wants_h0, {B_, H_});
-    result.c0 = make(wants_c0, {B_, H_});
-    LayerBackward layer;
-    layer.sizes = sizes(1);
-    layer.steps = steps();
-    layer.y = sequence(course.h);
-    layer.grad_y = sequence(grad_y);
-    DirectionBackward& dir = layer.direction[0];
-    dir.weights.w_hh = course.w_hh.const_data_ptr();
-    dir.gates = course.coefficients.const_data_ptr();
-    dir.grad_h_n = data_or_null(grad_h_n);
-    dir.grad_c_n = data_or_null(grad_c_n);
-    dir.grad_h0 = mutable_data_or_null(result.h0);
-    dir.grad_c0 = mutable_data_or_null(result.c0);
-    if (changes) {
-      layer.linear.more_of_sums = data_or_null(changes->sums);
-      layer.linear.more_of_h = data_or_null(changes->h);
-      layer.linear.more_of_c = data_or_null(changes->c);
-    }
-    layer.linear.sums = result.sums.mutable_data_ptr();
-    layer.linear.grad_h = mutable_data_or_null(result.h);
-    layer.linear.grad_c = mutable_data_or_null(result.c);
-    run_layer(layer, kernels().derivatives->backward, true);
     return result;
   }
 
-  // How the gradients of steps change with the steps, those of their h and c staying as they are.
-  Changes changed_gradients(const Course& course, const Gradients& own) const {
-    const auto options = stack_.input.options();
-    Changes changes;
-    changes.sums = at::empty({T_, B_, sums_ * H_}, options);
-    if (kind_ == CellKind::gru) changes.h = at::empty({T_, B_, H_}, options);
-    if (has_cell_) changes.c = at::empty({T_, B_, H_}, options);
-    KnownSteps s = known(course);
-    s.sums_t = course.sums_t.const_data_ptr();
-    s.h_t = course.h_t.const_data_ptr();
-    s.h_prev_t = course.h_prev_t.const_data_ptr();
-    s.c_t = data_or_null(course.c_t);
-    s.c_prev_t = data_or_null(course.c_prev_t);
-    s.grad_h = own.h.const_data_ptr();
-    s.grad_c = data_or_null(own.c);
-    void *const of_sums = changes.sums.mutable_data_ptr(), *const of_h = mutable_data_or_null(changes.h),
-                *const of_c = mutable_data_or_null(changes.c);
-    for_rows([&](int64_t begin, int64_t end) {
-      kernels().derivatives->gradient_changes(s, begin, end, of_sums, of_h, of_c);
-    });
-    return changes;
+  void change_layer(int64_t l) {
+    Layer& own = layers_[l];
+    const int64_t G = gate_count(kind_), p = stack_.first_param(l, 0), next = stack_.params_per_direction();
+    const auto change_of = [&](int64_t d, int64_t k) { return along_.params[p + d * next + k]; };
+    bool of_weights = false;
+    for (int64_t d = 0; d < D_; ++d) of_weights = of_weights || change_of(d, 0).defined();
+
+    std::vector<Tensor> parts;  // of the input
+    if (own.x_t.defined()) parts.push_back(own.x_t);
+    if (of_weights) parts.push_back(own.x);
+    if (parts.empty()) parts.push_back(zeros({T_, B_, 1}));
+    const Tensor x = parts.size() == 1 ? with_contiguous_rows(parts[0]) : at::cat(parts, 2);
+    own.y_t = make({T_, B_, D_ * H_});
+
+    std::vector<Tensor> alive;
+    KnownSteps steps[2];
+    LayerForward layer;
+    layer.sizes = stack_.layer_sizes(l);
+    layer.sizes.input_size = x.size(2);
+    layer.steps = stack_.steps();
+    layer.x = stack_.sequence(x);
+    layer.y = stack_.sequence(own.y_t);
+    stack_.put_options(layer);
+    layer.plain_gates = false;
+    layer.known = steps;
+    for (int64_t d = 0; d < D_; ++d) {
+      const int64_t i = l * D_ + d;
+      const auto keep = [&](const Tensor& t) {
+        alive.push_back(t);
+        return t.const_data_ptr();
+      };
+      const Tensor w_ih = stack_.params[p + d * next];
+      std::vector<Tensor> columns;
+      if (own.x_t.defined()) columns.push_back(w_ih);
+      if (of_weights) columns.push_back(change_of(d, 0).defined() ? change_of(d, 0) : at::zeros_like(w_ih));
+      if (columns.empty()) columns.push_back(zeros({G * H_, 1}));
+      DirectionForward& dir = layer.direction[d];
+      dir.weights.w_ih = keep(columns.size() == 1 ? columns[0].contiguous() : at::cat(columns, 1));
+      dir.weights.w_hh = stack_.params[p + d * next + 1].const_data_ptr();
+      if (stack_.settings.has_biases && (change_of(d, 2).defined() || change_of(d, 3).defined())) {
+        const auto bias = [&](const Tensor& t) { return keep(t.defined() ? t : zeros({G * H_})); };
+        dir.weights.b_ih = bias(change_of(d, 2));
+        dir.weights.b_hh = bias(change_of(d, 3));
+      }
+      if (change_of(d, 1).defined()) layer.more_of_sums[d] = keep(through_change(l, d, change_of(d, 1)));
+      dir.h0 = const_slice(along_.h0, i);
+      dir.c0 = const_slice(along_.c0, i);
+      dir.h_n = mutable_slice(h_n_t, i);
+      dir.c_n = mutable_slice(c_n_t, i);
+      dir.gates = mutable_slice(gates_t_, i);
+      dir.cells = mutable_slice(cells_t_, i);
+      steps[d] = known(l, d);
+    }
+    run_layer(layer, kernels().forward, false);
+  }
+
+  LayerBackward backward_of(int64_t l, const Tensor& grad_y, const Tensor& grad_x, const Seeds& seeds,
+                            const StepGradients* step_gradients) const {
+    LayerBackward layer;
+    layer.sizes = stack_.layer_sizes(l);
+    layer.steps = stack_.steps();
+    layer.x = stack_.sequence(layers_[l].x);
+    layer.y = stack_.sequence(layers_[l].y);
+    layer.grad_y = stack_.sequence(grad_y);
+    layer.grad_x = stack_.sequence(grad_x);
+    stack_.put_options(layer);
+    layer.plain_gates = false;
+    layer.step_gradients = step_gradients;
+    for (int64_t d = 0; d < D_; ++d) {
+      const int64_t i = l * D_ + d;
+      DirectionBackward& dir = layer.direction[d];
+      dir.weights = stack_.weights(l, d);
+      dir.h0 = const_slice(stack_.h0, i);
+      dir.c0 = const_slice(stack_.c0, i);
+      dir.gates = const_slice(gates_, i);
+      dir.cells = const_slice(cells_, i);
+      dir.grad_h_n = const_slice(seeds.h_n, i);
+      dir.grad_c_n = const_slice(seeds.c_n, i);
+    }
+    return layer;
+  }
+
+  // The directions of a layer add to the gradient of its input.
+  Tensor make_grad_x(int64_t l) const {
+    const int64_t features = l == 0 ? stack_.I : D_ * H_;
+    return D_ > 1 ? zeros({T_, B_, features}) : make({T_, B_, features});
+  }
+
+  // How the gradients of layer l change, in `found`; returns the gradient of its input, if there is a layer below.
+  Tensor change_gradients(int64_t l, const Tensor& grad, const Seeds& seeds, const Seeds& seeds_t, Tensor grad_t,
+                          bool wants_x, Gradients& found) const {
+    const Layer& own = layers_[l];
+    const int64_t next = stack_.params_per_direction();
+    const Tensor below = l > 0 ? make_grad_x(l) : Tensor();
+    const StepOutputs gradients(*this, true);
+    const auto& sums = gradients.sums;
+    run_layer(backward_of(l, grad, below, seeds, gradients.exchanged), kernels().backward, true);
+
+    // The change of W_hh takes the gradients of the sums to those of the states before.
+    bool through_weights = false;
+    for (int64_t d = 0; d < D_; ++d) through_weights = through_weights || along_.params[param(l, d) + 1].defined();
+    if (through_weights) grad_t = grad_t.defined() ? grad_t.clone() : zeros({T_, B_, D_ * H_});
+    Tensor more_of_sums[2], more_of_h[2], more_of_c[2];
+    StepGradients exchanged[2];
+    for (int64_t d = 0; d < D_; ++d) {
+      const Tensor w_hh_t = along_.params[param(l, d) + 1];
+      if (w_hh_t.defined() && T_ > 1)
+        previous(of_direction(grad_t, d), d)
+            .add_(rows(with_previous(of_state(sums[d]), d)).mm(w_hh_t).view({T_ - 1, B_, H_}));
+      more_of_sums[d] = make(sums[d].sizes());
+      if (kind_ == CellKind::gru) more_of_h[d] = make({T_, B_, H_});
+      if (has_cell_) more_of_c[d] = make({T_, B_, H_});
+      change_steps(l, d, gradients.h[d], gradients.c[d], more_of_sums[d], more_of_h[d], more_of_c[d]);
+      exchanged[d].more_of_sums = more_of_sums[d].const_data_ptr();
+      exchanged[d].more_of_h = data_or_null(more_of_h[d]);
+      exchanged[d].more_of_c = data_or_null(more_of_c[d]);
+    }
+    found.x = wants_x ? make_grad_x(l) : Tensor();
+    LayerBackward layer = backward_of(l, grad_t, found.x, seeds_t, exchanged);
+    for (int64_t d = 0; d < D_; ++d) {
+      DirectionBackward& dir = layer.direction[d];
+      const int64_t i = l * D_ + d, p = param(l, d);
+      const auto gradient = [&](int64_t k) { return mutable_data_or_null_if_empty(found.params[p + k]); };
+      dir.grad_w_ih = gradient(0);
+      dir.grad_w_hh = gradient(1);
+      if (next > 2) {
+        dir.grad_b_ih = gradient(2);
+        dir.grad_b_hh = gradient(3);
+      }
+      dir.grad_h0 = mutable_slice(found.h0, i);
+      dir.grad_c0 = mutable_slice(found.c0, i);
+    }
+    run_layer(layer, kernels().backward, true);
+
+    // What the changes of the input, the states and the weights do to gradients that stay.
+    for (int64_t d = 0; d < D_; ++d) {
+      const int64_t i = l * D_ + d, p = param(l, d);
+      const Tensor to_state = of_state(sums[d]), w_ih_t = along_.params[p], w_hh_t = along_.params[p + 1];
+      const bool wants_w_ih = found.params[p].numel() > 0, wants_w_hh = found.params[p + 1].numel() > 0;
+      Tensor to_input;
+      if ((wants_x && w_ih_t.defined()) || (wants_w_ih && own.x_t.defined())) to_input = rows(of_input(sums[d]));
+      if (wants_x && w_ih_t.defined()) rows(found.x).addmm_(to_input, w_ih_t);
+      if (wants_w_ih && own.x_t.defined()) found.params[p].addmm_(to_input.t(), rows(own.x_t));
+      if (wants_w_hh && T_ > 1)
+        found.params[p + 1].addmm_(rows(with_previous(to_state, d)).t(), rows(previous(of_direction(own.y_t, d), d)));
+      if (wants_w_hh && along_.h0.defined()) found.params[p + 1].addmm_(first(to_state, d).t(), along_.h0[i]);
+      if (found.h0.numel() > 0 && w_hh_t.defined()) found.h0[i].addmm_(first(to_state, d), w_hh_t);
+    }
+    return below;
+  }
+
+  int64_t param(int64_t l, int64_t d) const { return stack_.first_param(l, d); }
+  static void* mutable_data_or_null_if_empty(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
+
+  // How the gradients of a direction's steps change with the steps, those of their h and c staying as they are.
+  void change_steps(int64_t l, int64_t d, const Tensor& of_h, const Tensor& of_c, const Tensor& sums, const Tensor& h,
+                    const Tensor& c) const {
+    ChangedSteps steps;
+    steps.kind = kind_;
+    steps.dtype = dtype_of(stack_.input, "input");
+    steps.T = T_;
+    steps.B = B_;
+    steps.H = H_;
+    steps.h_stride = D_ * H_;
+    steps.reverse = d == 1;
+    steps.known = known(l, d);
+    steps.change = known(l, d, gates_t_, layers_[l].y_t, cells_t_, along_.h0, along_.c0);
+    steps.grad_h = of_h.const_data_ptr();
+    steps.grad_c = data_or_null(of_c);
+    steps.sums = sums.mutable_data_ptr();
+    steps.h = mutable_data_or_null(h);
+    steps.c = mutable_data_or_null(c);
+    const int64_t all = T_ * B_, grain = std::max<int64_t>(1, 16384 / H_);
+    const auto run = [&](int64_t begin, int64_t end) { kernels().gradient_changes(steps, begin, end); };
+    if (all <= grain || team_is_late() || usable_threads(at::get_num_threads()) == 1) {
+      run(0, all);
+    } else {
+      at::parallel_for(0, all, grain, run);
+    }
   }
 
   const Stack& stack_;
   const Direction& along_;
   const CellKind kind_;
-  const int64_t L_, D_, T_, B_, H_, sums_;
+  const int64_t L_, D_, T_, B_, H_, saved_;
   const bool has_cell_;
-  const Tensor output_, gates_, cells_, hidden_;
-  std::vector<Course> courses_;
+  const Tensor gates_, cells_;
+  Tensor gates_t_, cells_t_;
+  std::vector<Layer> layers_;
 };
 
 // Arguments that both operators have, checked; all in order of time.
@@ -451,9 +475,17 @@ struct Given {
     check_like(time_major, stack.input, shape, name);
     return with_contiguous_rows(time_major);
   }
-  Tensor in_callers_order(const Tensor& t) const {
-    return stack.batch_first && t.dim() == 3 ? t.transpose(0, 1) : t;
+  Seeds seeds(const OptionalTensor& of_output, const OptionalTensor& of_h_n, const OptionalTensor& of_c_n,
+              const c10::List<bool>& needs) const {
+    TORCH_CHECK(needs.size() == 3 + stack.params.size(), "needs: expected ", 3 + stack.params.size(), " values, got ",
+                needs.size());
+    TORCH_CHECK(has_cell_state(stack.kind()) || !of_c_n, "grad_c_n: expected none without a cell state");
+    const std::vector<int64_t> states{stack.num_layers() * stack.D, stack.B, stack.H};
+    return {of_output ? in_time(*of_output, stack.output_shape(), "grad_output") : Tensor(),
+            given_tensor(of_h_n, stack.input, states, "grad_h_n"),
+            given_tensor(of_c_n, stack.input, states, "grad_c_n")};
   }
+  Tensor in_callers_order(const Tensor& t) const { return stack.batch_first && t.dim() == 3 ? t.transpose(0, 1) : t; }
 };
 
 TangentResult rnn_tangent(const OptionalTensor& input_t, const OptionalTensor& h0_t, const OptionalTensor& c0_t,
@@ -468,29 +500,22 @@ TangentResult rnn_tangent(const OptionalTensor& input_t, const OptionalTensor& h
   return {given.in_callers_order(derivatives.output_t), derivatives.h_n_t, derivatives.c_n_t};
 }
 
-BackwardTangentResult rnn_backward_tangent(
-    const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
-    const OptionalTensor& grad_output_t, const OptionalTensor& grad_h_n_t, const OptionalTensor& grad_c_n_t,
-    const OptionalTensor& input_t, const OptionalTensor& h0_t, const OptionalTensor& c0_t, at::TensorList params_t,
-    const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
-    at::TensorList controls, const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
-    Integers settings, Numbers numbers, const c10::List<bool>& needs) {
+BackwardTangentResult rnn_backward_tangent(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                           const OptionalTensor& grad_c_n, const OptionalTensor& grad_output_t,
+                                           const OptionalTensor& grad_h_n_t, const OptionalTensor& grad_c_n_t,
+                                           const OptionalTensor& input_t, const OptionalTensor& h0_t,
+                                           const OptionalTensor& c0_t, at::TensorList params_t, const Tensor& input,
+                                           const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
+                                           at::TensorList controls, const Tensor& output, const Tensor& gates,
+                                           const Tensor& cells, const Tensor& hidden, Integers settings,
+                                           Numbers numbers, const c10::List<bool>& needs) {
   const Given given(input_t, h0_t, c0_t, params_t, input, h0, c0, params, controls, output, gates, cells, hidden,
                     settings, numbers);
-  const Stack& stack = given.stack;
-  TORCH_CHECK(needs.size() == 3 + params.size(), "needs: expected ", 3 + params.size(), " values, got ", needs.size());
-  const bool has_cell = has_cell_state(stack.kind());
-  const std::vector<int64_t> states{stack.num_layers() * stack.D, stack.B, stack.H};
-  TORCH_CHECK(has_cell || (!grad_c_n && !grad_c_n_t), "grad_c_n: expected none without a cell state");
-  const auto seeds = [&](const OptionalTensor& y, const OptionalTensor& h, const OptionalTensor& c) {
-    return StackDerivatives::Seeds{y ? given.in_time(*y, stack.output_shape(), "grad_output") : Tensor(),
-                                   given_tensor(h, input, states, "grad_h_n"),
-                                   given_tensor(c, input, states, "grad_c_n")};
-  };
-  StackDerivatives derivatives(stack, given.along, given.output, gates, cells, hidden);
+  const Seeds seeds = given.seeds(grad_output, grad_h_n, grad_c_n, needs);
+  const Seeds seeds_t = given.seeds(grad_output_t, grad_h_n_t, grad_c_n_t, needs);
+  StackDerivatives derivatives(given.stack, given.along, given.output, gates, cells, hidden);
   derivatives.forward();
-  auto [grad_input, grad_h0, grad_c0, grad_params] =
-      derivatives.backward(seeds(grad_output, grad_h_n, grad_c_n), seeds(grad_output_t, grad_h_n_t, grad_c_n_t), needs);
+  auto [grad_input, grad_h0, grad_c0, grad_params] = derivatives.backward(seeds, seeds_t, needs);
   return {given.in_callers_order(derivatives.output_t),
           derivatives.h_n_t,
           derivatives.c_n_t,
@@ -498,6 +523,20 @@ BackwardTangentResult rnn_backward_tangent(
           grad_h0,
           grad_c0,
           grad_params};
+}
+
+BackwardResult rnn_backward_each(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                 const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
+                                 const OptionalTensor& c0, at::TensorList params, const Tensor& output,
+                                 const Tensor& gates, const Tensor& cells, const Tensor& hidden, Integers settings,
+                                 Numbers numbers, const c10::List<bool>& needs, int64_t groups) {
+  const Given given({}, {}, {}, {}, input, h0, c0, params, {}, output, gates, cells, hidden, settings, numbers);
+  const Seeds seeds = given.seeds(grad_output, grad_h_n, grad_c_n, needs);
+  TORCH_CHECK(groups >= 1 && given.stack.B % groups == 0, "groups: expected a number that divides the batch of ",
+              given.stack.B, ", got ", groups);
+  StackDerivatives derivatives(given.stack, given.along, given.output, gates, cells, hidden);
+  auto [grad_input, grad_h0, grad_c0, grad_params] = derivatives.backward_each(seeds, needs, groups);
+  return {given.in_callers_order(grad_input), grad_h0, grad_c0, grad_params};
 }
 
 }  // namespace
@@ -515,10 +554,16 @@ TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
       "hidden, int[] settings, float[] numbers, bool[] needs) -> (Tensor output_t, Tensor h_n_t, Tensor c_n_t, Tensor "
       "grad_input_t, Tensor grad_h0_t, Tensor grad_c0_t, Tensor[] grad_params_t)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "rnn_backward_each(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, Tensor? "
+      "c0, Tensor[] params, Tensor output, Tensor gates, Tensor cells, Tensor hidden, int[] settings, float[] numbers, "
+      "bool[] needs, int groups) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("rnn_tangent", &rnn_tangent);
+  m.impl("rnn_backward_each", &rnn_backward_each);
   m.impl("rnn_backward_tangent", &rnn_backward_tangent);
 }
 

@@ -23,6 +23,14 @@ using RnnBackwardTangent = BackwardTangentResult(
     at::TensorList controls, const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
     Integers settings, Numbers numbers, const c10::List<bool>& needs);
 
+// grad_input, grad_h0, grad_c0, and of each group of rows grad_params
+using RnnBackwardEach = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                       const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
+                                       const OptionalTensor& c0, at::TensorList params, const Tensor& output,
+                                       const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                                       Integers settings, Numbers numbers, const c10::List<bool>& needs,
+                                       int64_t groups);
+
 inline const c10::TypedOperatorHandle<RnnTangent>& rnn_tangent_operator() {
   static const auto handle = operator_named<RnnTangent>("fused_rnn::rnn_tangent");
   return handle;

@@ -129,6 +129,15 @@ struct DirectionForward {
   void* cells = nullptr;  // (N, H), accumulation dtype (float; double for float64); null: not kept
 };
 
+// A direction of a layer whose steps were computed, and perhaps how they change along a direction in which everything
+// may change (cells/derivatives.h): dense, without options or a projection, the layer's dtype, which is that of sums.
+// Rows (N, .), those of h D * H apart and its first at this direction's features; null where the cell has none.
+struct KnownSteps {
+  const void* saved = nullptr;              // (N, saved * H)
+  const void *h = nullptr, *c = nullptr;    // after each step
+  const void *h0 = nullptr, *c0 = nullptr;  // (B, H), or null: zeros
+};
+
 struct LayerForward {
   LayerSizes sizes;
   Steps steps;
@@ -139,7 +148,11 @@ struct LayerForward {
   bool inference = false;         // the weights may well be those of the next call
   bool plain_gates = true;        // nothing of what follows concerns the gates
   Within within;
-  const void* coefficients = nullptr;  // (N, coefficients * H), layer dtype; of a linear cell (cells/linearised.h) alone
+  // Of each direction, or null. If set, the pass is of changes: x, h0, c0 and the biases are how those of the known
+  // steps change, what is computed is how the results do, and changes of w_ih are columns beside w_ih, for inputs
+  // beside x.
+  const KnownSteps* known = nullptr;
+  const void* more_of_sums[2] = {};  // of each direction, (N, gates * H): added to the recurrent products, or null
 };
 
 // One direction of one layer, backward. A null gradient is one that nobody needs.
@@ -169,16 +182,12 @@ struct DirectionBackward {
   void* grad_reset_c = nullptr;  // (B, H)
 };
 
-// Of a linear cell (cells/linearised.h), whose coefficients are DirectionBackward::gates: rows (N, .), layer dtype. What
-// is added to the gradients of the sums, of h before the step and of c before it, or null; and where gradients go that a
-// caller wants of every step: of the sums (grad_gates * H), and of h and of c after it, or null.
-struct LinearBackward {
-  const void* more_of_sums = nullptr;
-  const void* more_of_h = nullptr;
-  const void* more_of_c = nullptr;
-  void* sums = nullptr;
-  void* grad_h = nullptr;
-  void* grad_c = nullptr;
+// What a caller has to do with the gradients of every step of a direction: rows (N, .), null for none.
+struct StepGradients {
+  // Added to the gradients of the sums (grad_gates * H), of h before the step and of c before it.
+  const void *more_of_sums = nullptr, *more_of_h = nullptr, *more_of_c = nullptr;
+  // Where they go: those of the sums with what was added, and those of h and c after the step.
+  void *sums = nullptr, *h = nullptr, *c = nullptr;
 };
 
 struct LayerBackward {
@@ -193,21 +202,8 @@ struct LayerBackward {
   bool reuse_gates = false;  // nobody reads the saved gates after this: their memory may be written
   bool plain_gates = true;
   Within within;
+  const StepGradients* step_gradients = nullptr;  // of each direction, in float32 and float64; or null
   DirectionBackward direction[2];
-  LinearBackward linear;  // of direction 0, which is the only one then
-};
-
-// Steps that were computed, and how they change: for the kernels that work step by step, each (N, . * H), layer dtype,
-// null where the cell has none. What changes along a direction has _t at its end.
-struct KnownSteps {
-  CellKind kind = CellKind::lstm;
-  DType dtype = DType::float32;
-  int64_t H = 0;
-  const void* saved = nullptr;  // (N, saved * H)
-  const void *h = nullptr, *h_prev = nullptr, *c = nullptr, *c_prev = nullptr;
-  const void* sums_t = nullptr;  // (N, grad_gates * H)
-  const void *h_t = nullptr, *h_prev_t = nullptr, *c_t = nullptr, *c_prev_t = nullptr;
-  const void *grad_h = nullptr, *grad_c = nullptr;  // gradients of h and c after the step
 };
 
 }  // namespace fused_rnn

@@ -23,12 +23,21 @@ step.
 ``cell_forward``          one step: h (B, H), c (B, H) or (0,), gates (1, B, S, H), cells (1, B, H); gates of a cell
                           that saves none (S = 0) are (1, B, 1, H), a copy of h, which callers change in place
 ``cell_backward``         its gradients
+``rnn_tangent``           how output, h_n and c_n change with input, h0, c0 and params: what forward mode wants. In
+                          float32 and float64 on the CPU, of dense calls without options or a projection. In
+                          ``params_t`` (0,) stands for none; an empty list for none at all
+``rnn_backward_tangent``  the same, and how the gradients that ``rnn_backward`` gives change, with those and with its
+                          seeds. The gradient of a backward pass is this, too: of the seeds, which it is linear in, how
+                          the results change, and of all else, how the gradients do
+``rnn_backward_each``     the gradients of ``groups`` examples, row b * groups + g of the batch being of example g: those
+                          of params are (groups, ...). For calls that ``rnn_tangent`` takes, without controls
 ``draw_bits``             uint8 (entries, rows, ceil(units / 8)), each bit 1 with probability ``rate``, those behind the
                           last unit 0, from the int64 in ``seed`` alone; on the CPU
 ========================= =============================================================================================
 
-Forward mode, and the gradient of a backward pass, go through :mod:`fused_rnn.formulas`: the Autograd kernels of the
-operators call :func:`forward_by_formulas` and :func:`second_derivative`.
+Forward mode, and the gradient of a backward pass, are the last two where these take the call and no further derivative
+is asked for; else they go through :mod:`fused_rnn.formulas`: the Autograd kernels of the operators call
+:func:`forward_by_formulas` and :func:`second_derivative`.
 """
 
 from __future__ import annotations
@@ -104,6 +113,9 @@ _rnn_backward = torch.ops.fused_rnn.rnn_backward.default
 _cell_forward = torch.ops.fused_rnn.cell_forward.default
 _cell_backward = torch.ops.fused_rnn.cell_backward.default
 _draw_bits = torch.ops.fused_rnn.draw_bits.default
+_rnn_tangent = torch.ops.fused_rnn.rnn_tangent.default
+_rnn_backward_each = torch.ops.fused_rnn.rnn_backward_each.default
+_rnn_backward_tangent = torch.ops.fused_rnn.rnn_backward_tangent.default
 
 
 _isa = os.environ.get("FUSED_RNN_ISA")
@@ -443,26 +455,161 @@ def _pull_back(
 # --- Batching rules --------------------------------------------------------------------------------------------------
 
 
-def _register_loop_over_examples(operator: torch._ops.OpOverload) -> None:
-    """vmap of an operator: one call per example, results stacked."""
+def _loop_over_examples(operator: Any, info: Any, in_dims: Any, args: Any) -> tuple[Any, Any]:
+    """One call per example, results stacked."""
+    values, structure = tree_flatten(args)
+    dims = tree_flatten(in_dims)[0]
 
-    def batched(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        values, structure = tree_flatten(args)
-        dims = tree_flatten(in_dims)[0]
+    def example(index: int) -> Any:
+        pairs = zip(values, dims, strict=True)
+        one = [value.select(dim, index) if isinstance(dim, int) else value for value, dim in pairs]
+        return operator(*tree_unflatten(one, structure))
 
-        def example(index: int) -> Any:
-            pairs = zip(values, dims, strict=True)
-            one = [value.select(dim, index) if isinstance(dim, int) else value for value, dim in pairs]
-            return operator(*tree_unflatten(one, structure))
+    stacked = tree_map(lambda *results: torch.stack(results), *(example(i) for i in range(info.batch_size)))
+    return stacked, tree_map(lambda _: 0, stacked)
 
-        stacked = tree_map(lambda *results: torch.stack(results), *(example(i) for i in range(info.batch_size)))
-        return stacked, tree_map(lambda _: 0, stacked)
+
+def _register_batching_rule(operator: torch._ops.OpOverload, rule: Callable[..., Any] | None = None) -> None:
+    """vmap of an operator: by ``rule(info, in_dims, *args)``, or one call per example where that gives None."""
+
+    def batched(info: Any, in_dims: Any, *args: Any) -> Any:
+        result = None if rule is None else rule(info, in_dims, *args)
+        return _loop_over_examples(operator, info, in_dims, args) if result is None else result
 
     torch.library.register_vmap(operator.name(), batched)
 
 
-for _operator in (_rnn_forward, _rnn_backward, _cell_forward, _cell_backward, _draw_bits):
-    _register_loop_over_examples(_operator)
+class _Examples:
+    """Examples of vmap as neighbouring rows of a batch: row b * V + v is row b of example v."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def fold(self, t: Tensor | None, dim: int | None, rows: int) -> Tensor | None:
+        """All examples of t at once, whose dimension ``rows`` is that of its rows."""
+        if t is None:
+            return None
+        if dim is None:
+            t = t.unsqueeze(rows + 1).expand(*t.shape[: rows + 1], self.count, *t.shape[rows + 1 :])
+        else:
+            t = t.movedim(dim, rows + 1)
+        return t.flatten(rows, rows + 1)
+
+    def unfold(self, t: Tensor, rows: int) -> tuple[Tensor, int | None]:
+        """t with a dimension of examples, and which that is; None for (0,), an operator's word for no tensor."""
+        if t.dim() == 1:
+            return t, None
+        return t.unflatten(rows, (t.shape[rows] // self.count, self.count)), rows + 1
+
+
+def _with_dims(pairs: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+    results, dims = zip(*pairs, strict=True)
+    return results, dims
+
+
+def _shares_weights(params: Sequence[int | None], controls: Sequence[Tensor]) -> bool:
+    return not controls and all(dim is None for dim in params)
+
+
+def _row_dim(integers: Sequence[int]) -> int:
+    """Of an input (T, B, I), or (B, T, I) with ``batch_first``."""
+    return 0 if integers[INTEGER_SETTINGS.index("batch_first")] else 1
+
+
+def _batched_rnn_forward(  # type: ignore[no-untyped-def]
+    info, in_dims, input, h0, c0, params, controls, integers, numbers, save,
+):  # fmt: skip
+    if not _shares_weights(in_dims[3], controls):
+        return None
+    examples, rows = _Examples(info.batch_size), _row_dim(integers)
+    output, h_n, c_n, gates, cells, hidden = _rnn_forward(
+        examples.fold(input, in_dims[0], rows), examples.fold(h0, in_dims[1], 1), examples.fold(c0, in_dims[2], 1),
+        params, controls, integers, numbers, save,
+    )  # fmt: skip
+    saved = (examples.unfold(t, 1) for t in (h_n, c_n, gates, cells, hidden))
+    return _with_dims([examples.unfold(output, rows), *saved])
+
+
+def _batched_rnn_backward(  # type: ignore[no-untyped-def]
+    info, in_dims, grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output,
+    gates, cells, hidden, integers, numbers, needs, reuse_gates,
+):  # fmt: skip
+    if not _shares_weights(in_dims[8], controls) or grad_cells is not None or grad_hidden is not None:
+        return None
+    if any(needs[3:]) and not _C.has_derivative_kernels(input, params, controls, integers, numbers):
+        return None
+    examples, rows = _Examples(info.batch_size), _row_dim(integers)
+
+    def fold(index: int, t: Tensor | None, dim: int = 1) -> Tensor | None:
+        if t is not None and t.dim() == 1 and t.numel() == 0:  # none
+            return t
+        return examples.fold(t, in_dims[index], dim)
+
+    seeds = (fold(0, grad_output, rows), fold(1, grad_h_n), fold(2, grad_c_n))
+    given = (fold(5, input, rows), fold(6, h0), fold(7, c0), params)
+    saved = (fold(10, output, rows), fold(11, gates), fold(12, cells), fold(13, hidden))
+    if any(needs[3:]):
+        grad_input, grad_h0, grad_c0, grad_params = _rnn_backward_each(
+            *seeds, *given, *saved, integers, numbers, needs, info.batch_size
+        )
+    else:
+        grad_input, grad_h0, grad_c0, grad_params = _rnn_backward(
+            *seeds, None, None, *given, controls, *saved, integers, numbers, needs, False
+        )
+    of_params = [0 if needed else None for needed in needs[3:]]
+    inputs = [examples.unfold(grad_input, rows), examples.unfold(grad_h0, 1), examples.unfold(grad_c0, 1)]
+    return _with_dims([*inputs, (grad_params, of_params)])
+
+
+def _batched_cell_forward(  # type: ignore[no-untyped-def]
+    info, in_dims, input, h, c, params, integers, numbers, save,
+):  # fmt: skip
+    if not _shares_weights(in_dims[3], ()):
+        return None
+    examples = _Examples(info.batch_size)
+    rows = (examples.fold(t, dim, 0) for t, dim in zip((input, h, c), in_dims, strict=False))
+    h_next, c_next, gates, cells = _cell_forward(*rows, params, integers, numbers, save)
+    return _with_dims([*(examples.unfold(t, 0) for t in (h_next, c_next)), *(examples.unfold(t, 1) for t in (gates, cells))])
+
+
+def _batched_cell_backward(  # type: ignore[no-untyped-def]
+    info, in_dims, grad_h, grad_c, input, h, c, params, gates, cells, integers, numbers, needs,
+):  # fmt: skip
+    if not _shares_weights(in_dims[5], ()):
+        return None
+    if any(needs[3:]) and not _C.has_derivative_kernels(input, params, [], integers, numbers):
+        return None
+    examples = _Examples(info.batch_size)
+    grad_h, grad_c, input, h, c = (
+        examples.fold(t, dim, 0) for t, dim in zip((grad_h, grad_c, input, h, c), in_dims, strict=False)
+    )
+    gates = examples.fold(gates, in_dims[6], 1)
+    cells = cells if cells.numel() == 0 else examples.fold(cells, in_dims[7], 1)
+    if not any(needs[3:]):
+        grads = _cell_backward(grad_h, grad_c, input, h, c, params, gates, cells, integers, numbers, needs)
+        grad_input, grad_h, grad_c, grad_params = grads
+    else:  # a stack of one layer over one step
+        def expand(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.unsqueeze(0)
+
+        keeps_h = kind_of(integers[0]).num_saved == 0  # in place of gates; of other cells nobody reads the output
+        output = gates.squeeze(2) if keeps_h else expand(h)
+        nothing = input.new_empty(0)
+        grad_input, grad_h, grad_c, grad_params = _rnn_backward_each(
+            expand(grad_h), None, expand(grad_c), expand(input), expand(h), expand(c), params, output,
+            nothing if keeps_h else gates, cells, nothing, integers, numbers, needs, info.batch_size,
+        )  # fmt: skip
+        grad_input, grad_h, grad_c = (t.squeeze(0) if t.dim() == 3 else t for t in (grad_input, grad_h, grad_c))
+    of_params = [0 if needed else None for needed in needs[3:]]
+    return _with_dims([*(examples.unfold(t, 0) for t in (grad_input, grad_h, grad_c)), (grad_params, of_params)])
+
+
+_register_batching_rule(_rnn_forward, _batched_rnn_forward)
+_register_batching_rule(_rnn_backward, _batched_rnn_backward)
+_register_batching_rule(_cell_forward, _batched_cell_forward)
+_register_batching_rule(_cell_backward, _batched_cell_backward)
+for _operator in (_draw_bits, _rnn_tangent, _rnn_backward_tangent, _rnn_backward_each):
+    _register_batching_rule(_operator)
 
 
 # --- Fake kernels ----------------------------------------------------------------------------------------------------
@@ -611,6 +758,64 @@ def _(  # type: ignore[no-untyped-def]
         _gradient_like(input, c, needs[2]),
         [_gradient_like(input, p, needed) for p, needed in zip(params, needs[3:], strict=True)],
     )
+
+
+def _final_states(settings: Settings, input: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty h_n and c_n of a dense call without options."""
+    batch = input.shape[0 if settings.batch_first else 1]
+    shape = (settings.num_layers * settings.num_directions, batch, settings.hidden_size)
+    return input.new_empty(shape), input.new_empty(shape if settings.kind.num_states else 0)
+
+
+@torch.library.register_fake("fused_rnn::rnn_tangent")
+def _(  # type: ignore[no-untyped-def]
+    input_t, h0_t, c0_t, params_t, input, h0, c0, params, controls, output, gates, cells, hidden, integers, numbers,
+):  # fmt: skip
+    settings = Settings.restore(integers, numbers, input, params)
+    _check_devices(input, input_t=input_t, h0_t=h0_t, c0_t=c0_t, params_t=params_t, params=params, output=output)
+    return (_like_output(settings, output), *_final_states(settings, input))
+
+
+@torch.library.register_fake("fused_rnn::rnn_backward_tangent")
+def _(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, grad_c_n, grad_output_t, grad_h_n_t, grad_c_n_t, input_t, h0_t, c0_t, params_t, input, h0,
+    c0, params, controls, output, gates, cells, hidden, integers, numbers, needs,
+):  # fmt: skip
+    settings = Settings.restore(integers, numbers, input, params)
+    _check_devices(input, input_t=input_t, h0_t=h0_t, c0_t=c0_t, params_t=params_t, params=params, output=output)
+    return (
+        _like_output(settings, output),
+        *_final_states(settings, input),
+        _like_output(settings, input) if needs[0] else input.new_empty(0),
+        _gradient_like(input, h0, needs[1]),
+        _gradient_like(input, c0, needs[2]),
+        [_gradient_like(input, p, needed) for p, needed in zip(params, needs[3:], strict=True)],
+    )
+
+
+@torch.library.register_fake("fused_rnn::rnn_backward_each")
+def _(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, output, gates, cells, hidden, integers, numbers, needs,
+    groups,
+):  # fmt: skip
+    settings = Settings.restore(integers, numbers, input, params)
+    _check_devices(input, h0=h0, c0=c0, params=params, output=output, gates=gates, cells=cells, hidden=hidden)
+    return (
+        _like_output(settings, input) if needs[0] else input.new_empty(0),
+        _gradient_like(input, h0, needs[1]),
+        _gradient_like(input, c0, needs[2]),
+        [
+            input.new_empty((groups, *p.shape) if needed else 0)
+            for p, needed in zip(params, needs[3:], strict=True)
+        ],
+    )
+
+
+def _like_output(settings: Settings, t: Tensor) -> Tensor:
+    """An empty tensor of t's shape, in order of time."""
+    if not settings.batch_first:
+        return t.new_empty(t.shape)
+    return t.new_empty(t.shape[1], t.shape[0], t.shape[2]).transpose(0, 1)
 
 
 # --- Floating-point operations, as torch.utils.flop_counter counts them -----------------------------------------------

@@ -36,24 +36,6 @@ FRNN_INLINE void backward_of(const V* saved, const V& h, const V& h_prev, const 
   }
 }
 
-// In place of GateRecomputation for a linear cell, whose coefficients are there.
-struct NoRecomputation {
-  NoRecomputation(const LayerBackward&, int) {}
-  static constexpr bool needed() { return false; }
-  void lay_out(Layout&, int64_t) {}
-  void pack(int) {}
-};
-
-// What a pass knows of each step: what the cell saved, or its coefficients.
-template <class Cell>
-constexpr int values_of_step() {
-  if constexpr (is_linear<Cell>) {
-    return Cell::coefficients;
-  } else {
-    return Cell::saved;
-  }
-}
-
 // Gate gradients are kept, and multiplied, as E.
 template <class Cell, class S, class E>
 class BackwardPass {
@@ -63,7 +45,6 @@ class BackwardPass {
   static constexpr int width = Simd<A>::width;
   static constexpr int G = Cell::gates;
   static constexpr int GG = Cell::grad_gates;
-  static constexpr int known = values_of_step<Cell>();
   static constexpr int64_t panel_columns = Columns::NV * width;
 
  public:
@@ -83,7 +64,7 @@ class BackwardPass {
         gates_(gates_wanted<Cell>(layer)),
         plain_gates_(layer.plain_gates),
         normalises_(layer.within.layer_norm),
-        saved_stride_((known + (normalises_ ? 2 * G : 0)) * H_),
+        saved_stride_((Cell::saved + (normalises_ ? 2 * G : 0)) * H_),
         input_grads_(normalises_ ? moved(Cell::input_grads, GG) : Cell::input_grads),
         hidden_grads_(normalises_ ? moved(Cell::hidden_grads, GG + G) : Cell::hidden_grads),
         state_stride_(round_up(P_, width) + 16),
@@ -304,13 +285,11 @@ class BackwardPass {
       for (int d = 0; d < D_; ++d) end[d] = chunk_end(d, step);
       // Both directions stop together, so that one chunk of each is at hand between the barriers.
       const int64_t stop = end[0] < end[1] ? end[0] : end[1];
-      if constexpr (!is_linear<Cell>) {
-        if (recomputation_.needed()) {
-          for (int d = 0; d < D_; ++d) {
-            recomputation_.run(d, thread, chunk_row(d, step, stop), [&](auto f) { each_row(d, step, stop, f); }, *this);
-          }
-          everyone_->wait();
+      if (recomputation_.needed()) {
+        for (int d = 0; d < D_; ++d) {
+          recomputation_.run(d, thread, chunk_row(d, step, stop), [&](auto f) { each_row(d, step, stop, f); }, *this);
         }
+        everyone_->wait();
       }
       for (int d = own.direction_begin; d < own.direction_end; ++d) scan(d, step, stop, r0, r1, own, mine);
       everyone_->wait();
@@ -415,9 +394,7 @@ class BackwardPass {
   // Saved gates of row b of step t; chunk_row: where it is in the chunk.
   FRNN_INLINE const S* saved_gates(int d, int64_t t, int64_t b, int64_t chunk_row) const {
     const void* gates = layer_.direction[d].gates;
-    if constexpr (!is_linear<Cell>) {
-      if (!gates) return recomputation_.gates(d, chunk_row);
-    }
+    if (!gates) return recomputation_.gates(d, chunk_row);
     return rows_of<S>(gates) + (layer_.steps.first_row(t) + b) * saved_stride_;
   }
 
@@ -537,8 +514,7 @@ class BackwardPass {
         barrier.wait();
         gradient_before_projection(d, rows, row + r0, unit_panels, mine);
       }
-      with_gates_of<Cell, S>(gates_,
-                             [&](auto kind) { gradients_of_rows<kind>(d, t, r0, rows, unit_panels, row, mine); });
+      with_gates<S>(gates_, [&](auto kind) { gradients_of_rows<kind>(d, t, r0, rows, unit_panels, row, mine); });
       barrier.wait();
       const bool scales = s.through != nullptr;
       A* product = (scales ? s.through : s.grad_state) + r0 * state_stride_;
@@ -823,7 +799,7 @@ class BackwardPass {
     DirectionScratch& s = direction_[d];
     const int64_t first_row = layer_.steps.first_row(t);
     constexpr int places = Cell::states + 1;  // no array is empty
-    Values saved[known + 1], grads[GG], h{}, h_prev{}, c[places]{}, c_prev[places]{}, dh, dc[places]{}, dh_prev;
+    Values saved[Cell::saved + 1], grads[GG], h{}, h_prev{}, c[places]{}, c_prev[places]{}, dh, dc[places]{}, dh_prev;
     Values dc_prev[places]{};
     Values h_to_before{}, c_to_before{};  // past the cell, by zoneout
 #pragma GCC unroll 2
@@ -832,11 +808,8 @@ class BackwardPass {
       const int64_t n = H_ - unit;
       const S* gates = saved_gates(d, t, r, chunk_row) + unit;
 #pragma GCC unroll 4
-      for (int g = 0; g < known; ++g) saved[g].v[i] = Simd<A>::load_n(gates + g * H_, n);
-      if constexpr (is_linear<Cell>) {
-        for (int j = 0; j < Cell::states; ++j)
-          dc[j].v[i] = Simd<A>::load(s.grad_cell + r * cell_stride_ + j * unit_stride_ + unit);
-      } else if constexpr (Cell::has_cell || Cell::reads_h) {
+      for (int g = 0; g < Cell::saved; ++g) saved[g].v[i] = Simd<A>::load_n(gates + g * H_, n);
+      if constexpr (Cell::has_cell || Cell::reads_h) {
         const Before state = before(d, t, r);
 #pragma GCC unroll 4
         for (int j = 0; j < Cell::states; ++j) {
@@ -848,7 +821,7 @@ class BackwardPass {
           if (state.h) h_prev.v[i] = Simd<A>::load_n(state.h + unit, n);
         }
       }
-      if constexpr (known == 0) h.v[i] = Simd<A>::load_n(y_row(d, t, r) + unit, n);
+      if constexpr (Cell::saved == 0) h.v[i] = Simd<A>::load_n(y_row(d, t, r) + unit, n);
       dh.v[i] = projects_ ? Simd<A>::load(grad_hidden + unit) : output_gradient(d, t, r, unit);
       if constexpr (!plain) {
         if (!projects_) divide_state_gradient(d, t, r, unit, dh.v[i], h_to_before.v[i]);
@@ -863,32 +836,7 @@ class BackwardPass {
       }
     }
     Values hidden{};
-    if constexpr (is_linear<Cell>) {
-      backward_of<Cell>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev);
-      for (int i = 0; i < N; ++i) {
-        const auto place = [&, row = first_row + units[i].r, unit = units[i].unit](auto* data, int count, int j) {
-          return data ? data + (row * count + j) * H_ + unit : nullptr;
-        };
-        const int64_t n = H_ - units[i].unit;
-        const auto add = [&](const S* more, V& to) {
-          if (more) to = to + Simd<A>::load_n(more, n);
-        };
-        const auto keep = [&](S* to, V value) {
-          if (to) Simd<A>::store_n(to, value, n);
-        };
-        const LinearBackward& linear = layer_.linear;
-        for (int g = 0; g < GG; ++g) {
-          add(place(rows_of<S>(linear.more_of_sums), GG, g), grads[g].v[i]);
-          keep(place(rows_of<S>(linear.sums), GG, g), grads[g].v[i]);
-        }
-        add(place(rows_of<S>(linear.more_of_h), 1, 0), dh_prev.v[i]);
-        keep(place(rows_of<S>(linear.grad_h), 1, 0), dh.v[i]);
-        if constexpr (Cell::has_cell) {
-          add(place(rows_of<S>(linear.more_of_c), 1, 0), dc_prev[0].v[i]);
-          keep(place(rows_of<S>(linear.grad_c), 1, 0), dc[0].v[i]);
-        }
-      }
-    } else if constexpr (plain) {
+    if constexpr (plain) {
       backward_of<Cell>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev);
       if constexpr (Cell::kind == CellKind::lstm) {
         if (projects_) hidden = Cell::template hidden<Values>(saved, c[0]);
@@ -896,6 +844,10 @@ class BackwardPass {
     } else {
       const auto options = options_of<N, kind == Gates::own_functions>(d, units);
       backward_of<Cell>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev, options);
+      if constexpr (std::is_same_v<S, A>) {
+        if (layer_.step_gradients)
+          exchange_gradients<N>(layer_.step_gradients[d], first_row, units, dh, dc[0], grads, dh_prev, dc_prev[0]);
+      }
       dh_prev = dh_prev + h_to_before;
       dc_prev[0] = dc_prev[0] + c_to_before;
       if constexpr (Cell::kind == CellKind::lstm) {
@@ -918,6 +870,30 @@ class BackwardPass {
         if (projects_) Simd<A>::store(s.hidden + row * unit_stride_ + unit, hidden.v[i]);
       }
       if (!projects_) Simd<A>::store(s.grad_state + r * state_stride_ + unit, dh_prev.v[i]);
+    }
+  }
+
+  // Adds what the caller has for the gradients of some units of a step, and gives what it wants of them.
+  template <int N, class Values>
+  FRNN_INLINE void exchange_gradients(const StepGradients& with, int64_t first_row, const Units* units,
+                                      const Values& dh, const Values& dc, Values* grads, Values& dh_prev,
+                                      Values& dc_prev) {
+    for (int i = 0; i < N; ++i) {
+      const int64_t row = first_row + units[i].r, unit = units[i].unit, n = H_ - unit;
+      const auto add = [&](const void* more, int64_t at, V& to) __attribute__((always_inline)) {
+        if (more) to = to + Simd<A>::load_n(rows_of<S>(more) + at * H_ + unit, n);
+      };
+      const auto give = [&](void* to, int64_t at, V value) __attribute__((always_inline)) {
+        if (to) Simd<A>::store_n(rows_of<S>(to) + at * H_ + unit, value, n);
+      };
+      for (int g = 0; g < GG; ++g) {
+        add(with.more_of_sums, row * GG + g, grads[g].v[i]);
+        give(with.sums, row * GG + g, grads[g].v[i]);
+      }
+      add(with.more_of_h, row, dh_prev.v[i]);
+      add(with.more_of_c, row, dc_prev.v[i]);
+      give(with.h, row, dh.v[i]);
+      give(with.c, row, dc.v[i]);
     }
   }
 
@@ -1284,7 +1260,7 @@ class BackwardPass {
   const GateGrads input_grads_,
       hidden_grads_;  // what is multiplied by the weights, of all that stand in a row of grads
   const int64_t state_stride_, unit_stride_, cell_stride_, grad_stride_;
-  std::conditional_t<is_linear<Cell>, NoRecomputation, GateRecomputation<Cell, S>> recomputation_;
+  GateRecomputation<Cell, S> recomputation_;
   friend class GateRecomputation<Cell, S>;
   bool packs_ = true;
   bool one_chunk_ = false;  // all rows of all steps

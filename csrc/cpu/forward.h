@@ -6,8 +6,8 @@
 // at one barrier a step (three with a projection of h); all others run without any.
 #pragma once
 
+#include "../cells/derivatives.h"
 #include "../cells/gru.h"
-#include "../cells/linearised.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "fingerprint.h"
@@ -127,18 +127,26 @@ FRNN_INLINE void forward_of(const V* x, const V* r, const V& h_prev, const V* c_
   }
 }
 
-// Whether a cell is one of cells/linearised.h, which knows no options.
-template <class Cell>
-inline constexpr bool is_linear = std::is_same_v<Cell, LinearLstm> || std::is_same_v<Cell, LinearGru> ||
-                                  std::is_same_v<Cell, LinearRnn>;
+// A step that was computed: which row of all steps, and of the batch.
+struct KnownPlace {
+  int64_t row, previous;  // previous: of the step before; -1: there is none
+  int64_t batch_row;
+};
 
-// with_gates() for the gates that such a cell may have.
-template <class Cell, class S, class F>
-FRNN_INLINE void with_gates_of(Gates gates, F f) {
-  if constexpr (is_linear<Cell>) {
-    f(std::integral_constant<Gates, Gates::plain>());
-  } else {
-    with_gates<S>(gates, f);
+// One vector of units of it; h_stride: from one row of h to the next.
+template <class Cell, class S, class V>
+FRNN_INLINE void load_known(const KnownSteps& known, const KnownPlace& at, int64_t H, int64_t h_stride, int64_t unit,
+                            int64_t n, int i, KnownStep<V>& step) {
+  const auto load = [&](const void* data, int64_t first) __attribute__((always_inline)) {
+    return data ? Simd<S>::load_n(rows_of<S>(data) + first + unit, n) : typename Simd<S>::V{};
+  };
+  for (int g = 0; g < Cell::saved; ++g) step.saved[g].v[i] = load(known.saved, (at.row * Cell::saved + g) * H);
+  if constexpr (Cell::saved == 0) step.h.v[i] = load(known.h, at.row * h_stride);
+  if constexpr (Cell::reads_h)
+    step.h_prev.v[i] = at.previous < 0 ? load(known.h0, at.batch_row * H) : load(known.h, at.previous * h_stride);
+  if constexpr (Cell::has_cell) {
+    step.c.v[i] = load(known.c, at.row * H);
+    step.c_prev.v[i] = at.previous < 0 ? load(known.c0, at.batch_row * H) : load(known.c, at.previous * H);
   }
 }
 
@@ -784,10 +792,10 @@ class ForwardPass {
     Places<E> h_next, hidden;
     Places<A> cell, cells;
     Places<S> y, gates;
-    Places<const S> coefficients;  // of a linear cell alone
     // For options alone: the first unit and how far the next is from it, the row of all steps and of the batch.
     Places<A> carried;
     int64_t unit, next_unit, row, batch_row, next_row;
+    int64_t to_previous;  // rows to the step before; 0: there is none
 
     FRNN_INLINE void advance(int64_t n) {
       projected.advance(n);
@@ -799,7 +807,6 @@ class ForwardPass {
       cells.advance(n);
       y.advance(n);
       gates.advance(n);
-      if constexpr (is_linear<Cell>) coefficients.advance(n);
       carried.advance(n);
       unit += n * next_unit;
       row += n * next_row;
@@ -836,18 +843,17 @@ class ForwardPass {
       units.y = places(rows_of<S>(y.data) + layer_.steps.step(y, t) + r0 * y.batch_stride + d * P_ + unit,
                        y.batch_stride, width);
       units.gates = places(rows_of<S>(dir.gates) + first_row * saved_stride_ + unit, saved_stride_, width);
-      if constexpr (is_linear<Cell>)
-        units.coefficients = places(rows_of<S>(layer_.coefficients) + first_row * Cell::coefficients * H_ + unit,
-                                    Cell::coefficients * H_, width);
       units.carried = places(s.carried + r0 * state_stride_ + unit, state_stride_, width);
       units.unit = unit;
       units.next_unit = by_rows ? 0 : width;
       units.row = first_row;
       units.batch_row = r0;
       units.next_row = by_rows ? 1 : 0;
+      const int64_t before = d == 1 ? t + 1 : t - 1;
+      units.to_previous = before < 0 || before >= T_ ? 0 : layer_.steps.first_row(before) - layer_.steps.first_row(t);
       const bool saves = dir.gates || dir.cells;
       const int64_t vectors = by_rows ? rows : whole;
-      with_gates_of<Cell, S>(gates_, [&](auto kind) {
+      with_gates<S>(gates_, [&](auto kind) {
         if (!by_rows || v < whole) gates_of<true, kind>(d, units, vectors, width, saves);
         if (tail && (!by_rows || v == whole)) gates_of<false, kind>(d, units, by_rows ? rows : 1, left % width, saves);
       });
@@ -905,17 +911,16 @@ class ForwardPass {
 #pragma GCC unroll 4
       for (int j = 0; j < Cell::states; ++j) c_prev[j].v[i] = Simd<A>::load(units.cell[k] + j * unit_stride_);
     }
-    if constexpr (is_linear<Cell>) {
-      Values k[Cell::coefficients];
-#pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) {
-#pragma GCC unroll 6
-        for (int j = 0; j < Cell::coefficients; ++j) k[j].v[i] = Simd<A>::load_n(units.coefficients[i] + j * H_, n);
+    bool is_change = false;
+    if constexpr (!plain && Cell::kind < CellKind::custom && std::is_same_v<S, A>) {
+      if (layer_.known) {
+        is_change = true;
+        changes_of_step<N>(d, units, n, x, r, h_prev, c_prev[0], h, c[0], saved, place);
       }
-      Cell::template forward<Values>(x, r, h_prev, c_prev, k, h, c, saved);
-    } else if constexpr (plain) {
+    }
+    if constexpr (plain) {
       forward_of<Cell>(x, r, h_prev, c_prev, h, c, saved);
-    } else {
+    } else if (!is_change) {
       Options<Values, kind == Gates::own_functions> options{layer_.within, {}};
       for (int i = 0; i < N; ++i)
         load_peephole<S>(options, layer_.direction[d].weights.peephole, H_, units.unit + place(i) * units.next_unit, n,
@@ -960,6 +965,27 @@ class ForwardPass {
 #pragma GCC unroll 4
       for (int j = 0; j < Cell::states; ++j) keep(units.cells[i] + j * H_, c[j].v[i], n, past_caches_);
     }
+  }
+
+  // How the results of a step change, and what it saved.
+  template <int N, class Values, class Place>
+  FRNN_INLINE void changes_of_step(int d, const Units& units, int64_t n, Values* x, Values* r, const Values& h_prev,
+                                   const Values& c_prev, Values& h, Values& c, Values* saved, const Place& place) {
+    KnownStep<Values> step{}, change{};
+    const S* more = rows_of<S>(layer_.more_of_sums[d]);
+    for (int i = 0; i < N; ++i) {
+      const int64_t k = place(i), row = units.row + k * units.next_row, unit = units.unit + k * units.next_unit;
+      const KnownPlace at{row, units.to_previous == 0 ? -1 : row + units.to_previous,
+                          units.batch_row + k * units.next_row};
+      load_known<Cell, S>(layer_.known[d], at, H_, D_ * H_, unit, n, i, step);
+      for (int g = 0; more && g < G; ++g) r[g].v[i] = r[g].v[i] + Simd<A>::load_n(more + (row * G + g) * H_ + unit, n);
+    }
+    change.h_prev = h_prev;
+    change.c_prev = c_prev;
+    StepDerivatives<Cell>::template tangents<Values>(step, x, r, change);
+    h = change.h;
+    c = change.c;
+    for (int g = 0; g < Cell::saved; ++g) saved[g] = change.saved[g];
   }
 
   static bool aligned_to_lines(const DirectionForward& dir) {

@@ -57,8 +57,8 @@ void activation_of(Activation which, const void* in, void* out, int64_t count) {
 
 namespace FRNN_BASE_ISA {
 extern const KernelTable table;
-extern const DerivativeKernels derivatives;
-}
+void gradient_changes(const ChangedSteps& steps, int64_t begin, int64_t end);
+}  // namespace FRNN_BASE_ISA
 
 namespace FRNN_ISA {
 
@@ -76,6 +76,8 @@ void activation(Activation which, DType dtype, const void* in, void* out, int64_
   return dtype == DType::bfloat16 ? activation_of<BFloat16>(which, in, out, count)
                                   : FRNN_BASE_ISA::table.activation(which, dtype, in, out, count);
 }
+
+using FRNN_BASE_ISA::gradient_changes;
 
 double peak(DType dtype, double seconds) {
   return dtype == DType::bfloat16 ? multiply_add_rate<BFloat16>(seconds) : FRNN_BASE_ISA::table.peak(dtype, seconds);
@@ -115,15 +117,9 @@ double peak(DType dtype, double seconds) {
 }
 #endif
 
-#if defined(FRNN_BFLOAT16_ONLY)
-using FRNN_BASE_ISA::derivatives;
-#else
-extern const DerivativeKernels derivatives;
-const DerivativeKernels derivatives = {&linear_forward, &linear_backward, &coefficients, &gradient_changes};
-#endif
 extern const KernelTable table;
-const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward,    &backward,
-                           &activation,   &peak,             &draw_bits, &derivatives};
+const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward,         &backward, &activation,
+                           &peak,         &draw_bits,        &gradient_changes};
 
 }  // namespace FRNN_ISA
 }  // namespace fused_rnn

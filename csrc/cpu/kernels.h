@@ -6,13 +6,18 @@
 
 namespace fused_rnn {
 
-// What derivatives of cells in float32 and float64 are made of (derivatives.h): the passes of a linear cell, in one
-// direction without options, and what works on rows [begin, end) of all steps.
-struct DerivativeKernels {
-  bool (*forward)(const LayerForward& layer, const Plan& plan);
-  bool (*backward)(const LayerBackward& layer, const Plan& plan);
-  void (*coefficients)(const KnownSteps& steps, int64_t begin, int64_t end, void* coefficients);
-  void (*gradient_changes)(const KnownSteps& steps, int64_t begin, int64_t end, void* of_sums, void* of_h, void* of_c);
+// Steps of a direction whose gradients change because the steps do, in float32 or float64: rows as KnownSteps has them,
+// those of gradients (N, .).
+struct ChangedSteps {
+  CellKind kind = CellKind::lstm;
+  DType dtype = DType::float32;
+  int64_t T = 0, B = 0, H = 0, h_stride = 0;
+  bool reverse = false;
+  KnownSteps known, change;
+  const void *grad_h = nullptr, *grad_c = nullptr;  // gradients of h and c after each step
+  // Results: of the sums (grad_gates * H), of h before each step but through the sums, of c before it; null: not
+  // wanted.
+  void *sums = nullptr, *h = nullptr, *c = nullptr;
 };
 
 // Functions of one instruction set. They return false, having written nothing, when memory is lacking.
@@ -28,7 +33,8 @@ struct KernelTable {
   double (*peak)(DType dtype, double seconds);
   // Rows of bits that are 1 with probability `rate` (draw.h).
   void (*draw_bits)(uint64_t seed, int64_t first_row, int64_t rows, int64_t units, double rate, uint8_t* bits);
-  const DerivativeKernels* derivatives;
+  // How gradients change, of rows [begin, end) of all steps (derivatives.h).
+  void (*gradient_changes)(const ChangedSteps& steps, int64_t begin, int64_t end);
 };
 
 // The tables that were compiled, best first; ended by null.
