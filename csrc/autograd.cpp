@@ -74,6 +74,13 @@ OptionalTensor tangent_of(const OptionalTensor& t) { return t ? tangent_of(*t) :
 // Whether no transform, mode or tracer is at work in this thread.
 bool is_plain_mode() { return c10::impl::tls_local_dispatch_key_set().included_ == c10::default_included_set; }
 
+// Whether transforms of torch.func around the one that this call is of take derivatives, too: of what it computes.
+bool is_derived_again() {
+  if (!torch_func_is_active()) return false;
+  py::gil_scoped_acquire gil;
+  return py::module_::import("fused_rnn.ops").attr("is_derived_again")().cast<bool>();
+}
+
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 // Whether this backward pass is the last to read a saved CUDA tensor, which nobody has but the context and its caller.
@@ -571,7 +578,8 @@ typename Call::Results forward(const Tensor& input, const OptionalTensor& h, con
     return Call::forward(input, h, c, params, controls, settings, numbers, saves);
   };
   if (!dual && !recorded) return compute(save);
-  const bool by_kernels = dual && !recorded && has_derivative_kernels(input, params, controls, settings, numbers);
+  const bool by_kernels =
+      dual && !recorded && !is_derived_again() && has_derivative_kernels(input, params, controls, settings, numbers);
   Computed computed{Call::list(compute(save || !dual || by_kernels))};
   variable_list& results = computed.results;
   const Constants constants(settings, numbers, controls);
@@ -670,7 +678,7 @@ BackwardResult backward(const OptionalTensor* seeds, const Tensor& input, const 
   const at::ArrayRef<OptionalTensor> all(seeds, Call::seeds);
   const bool dual = is_dual(all, input, h, c, params);
   const bool recorded = is_recorded(all, input, h, c, params);
-  const bool by_kernels = dual && !recorded && constants.has_derivatives(input, params);
+  const bool by_kernels = dual && !recorded && !is_derived_again() && constants.has_derivatives(input, params);
   BackwardResult result;
   if (!dual || by_kernels) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;

@@ -29,8 +29,8 @@ step.
 ``rnn_backward_tangent``  the same, and how the gradients that ``rnn_backward`` gives change, with those and with its
                           seeds. The gradient of a backward pass is this, too: of the seeds, which it is linear in, how
                           the results change, and of all else, how the gradients do
-``rnn_backward_each``     the gradients of ``groups`` examples, row b * groups + g of the batch being of example g: those
-                          of params are (groups, ...). For calls that ``rnn_tangent`` takes, without controls
+``rnn_backward_each``     the gradients of ``groups`` examples, row b * groups + g of the batch being of example g:
+                          those of params are (groups, ...). For calls that ``rnn_tangent`` takes, without controls
 ``draw_bits``             uint8 (entries, rows, ceil(units / 8)), each bit 1 with probability ``rate``, those behind the
                           last unit 0, from the int64 in ``seed`` alone; on the CPU
 ========================= =============================================================================================
@@ -371,6 +371,21 @@ def _formulas_of(
     return run
 
 
+def is_derived_again() -> bool:
+    """Whether torch.func takes derivatives around the transform at work, whose results then want some of their own."""
+    return _take_derivatives(_transforms()[:-1])
+
+
+def _transforms() -> list[Any]:
+    """Transforms of torch.func that are at work, the innermost last."""
+    return torch._C._functorch.get_interpreter_stack() or []
+
+
+def _take_derivatives(transforms: Sequence[Any]) -> bool:
+    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return any(transform.key() in kinds for transform in transforms)
+
+
 def forward_by_formulas(
     cell: bool,
     integers: list[int],
@@ -452,6 +467,128 @@ def _pull_back(
     return grads
 
 
+# --- Derivatives of the operators of derivatives ----------------------------------------------------------------------
+# Their Autograd kernels, which torch.func reaches where what it differentiates holds tensors of plain autograd.
+
+
+def _given(primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> list[Tensor]:
+    """Tangents of the primals that there are, zeros for None and for (0,)."""
+    pairs = zip(primals, tangents, strict=True)
+    return [torch.zeros_like(p) if t is None or t.shape != p.shape else t for p, t in pairs if p is not None]
+
+
+def _tangents_by_formulas(  # type: ignore[no-untyped-def]
+    input_t, h0_t, c0_t, params_t, input, h0, c0, params, controls, output, gates, cells, hidden, integers, numbers,
+):  # fmt: skip
+    function = _formulas_of(False, integers, numbers, controls)
+    primals = [input, h0, c0, *params]
+    given = [i for i, p in enumerate(primals) if p is not None]
+
+    def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(primals)
+        for i, value in zip(given, values, strict=True):
+            arguments[i] = value
+        return function(*arguments)
+
+    tangents = _given(primals, [input_t, h0_t, c0_t, *(params_t or [None] * len(params))])
+    return torch.func.jvp(outputs, tuple(primals[i] for i in given), tuple(tangents))[1]
+
+
+def _backward_tangents_by_formulas(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, grad_c_n, grad_output_t, grad_h_n_t, grad_c_n_t, input_t, h0_t, c0_t, params_t, input, h0,
+    c0, params, controls, output, gates, cells, hidden, integers, numbers, needs,
+):  # fmt: skip
+    function = _formulas_of(False, integers, numbers, controls)
+    like = function(input, h0, c0, *params)
+    primals = [input, h0, c0, *params]
+    seeds = [
+        torch.zeros_like(y) if t is None else t for t, y in zip((grad_output, grad_h_n, grad_c_n), like, strict=True)
+    ]
+    given = [i for i, p in enumerate(primals) if p is not None]
+
+    def results(*values: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(primals)
+        for i, value in zip(given, values, strict=False):
+            arguments[i] = value
+        grads = _pull_back(function, arguments, values[len(given) :])
+        own: list[Any] = [grads[i] for i in given]
+        return (*function(*arguments), *own)
+
+    tangents = _given(primals, [input_t, h0_t, c0_t, *(params_t or [None] * len(params))])
+    tangents += _given(seeds, [grad_output_t, grad_h_n_t, grad_c_n_t])
+    values = (*(primals[i] for i in given), *seeds)
+    output_t, h_n_t, c_n_t, *changes = torch.func.jvp(results, values, tuple(tangents))[1]
+    found = dict(zip(given, changes, strict=True))
+    grads = [found[i] if i in found and needed else input.new_empty(0) for i, needed in enumerate(needs)]
+    return output_t, h_n_t, c_n_t, *grads[:3], grads[3:]
+
+
+def _backward_each_by_formulas(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, output, gates, cells, hidden, integers, numbers, needs,
+    groups,
+):  # fmt: skip
+    rows = _row_dim(integers)
+    given = [grad_output, grad_h_n, grad_c_n, input, h0, c0]
+    row_dims = [rows, 1, 1, rows, 1, 1]
+    dims = [None if t is None else dim + 1 for t, dim in zip(given, row_dims, strict=True)]
+    split = [t if t is None else t.unflatten(dim, (-1, groups)) for t, dim in zip(given, row_dims, strict=True)]
+
+    def gradients(of_output, of_h_n, of_c_n, x, h, c):  # type: ignore[no-untyped-def]
+        function = _formulas_of(False, integers, numbers, [])
+        grads = _pull_back(function, [x, h, c, *params], [of_output, of_h_n, of_c_n])
+        return [x.new_empty(0) if g is None or not needed else g for g, needed in zip(grads, needs, strict=True)]
+
+    outs = [rows + 1, 2, 2, *([0] * len(params))]
+    kept = [needed and (i != 1 or h0 is not None) and (i != 2 or c0 is not None) for i, needed in enumerate(needs)]
+    out_dims: Any = [dim if keep else 0 for dim, keep in zip(outs, kept, strict=True)]
+    found = torch.func.vmap(gradients, in_dims=tuple(dims), out_dims=out_dims)(*split)
+    joined = [
+        input.new_empty(0) if not keep else g.flatten(dim - 1, dim) if dim else g
+        for g, dim, keep in zip(found, outs, kept, strict=True)
+    ]
+    return *joined[:3], joined[3:]
+
+
+def _register_derivative(operator: torch._ops.OpOverload, formula: Callable[..., Any]) -> None:
+    """The gradient of an operator as that of ``formula``, which takes its arguments and gives its results."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        values, ctx.structure = tree_flatten(inputs)
+        ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+        ctx.places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+        ctx.save_for_backward(*(values[i] for i in ctx.places))
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        values = list(ctx.others)
+        for i, value in zip(ctx.places, ctx.saved_tensors, strict=True):
+            values[i] = value
+        wanted = [i for i in ctx.places if values[i].requires_grad]
+
+        def results(*given: Tensor) -> list[Tensor]:
+            arguments = list(values)
+            for i, value in zip(wanted, given, strict=True):
+                arguments[i] = value
+            return tree_flatten(formula(*tree_unflatten(arguments, ctx.structure)))[0]
+
+        found, pullback, *_ = torch.func.vjp(results, *(values[i] for i in wanted))
+        seeds = [torch.zeros_like(y) if g is None else g for g, y in zip(tree_flatten(grads)[0], found, strict=True)]
+        gradients: list[Any] = [None] * len(values)
+        for i, gradient in zip(wanted, pullback(seeds), strict=True):
+            gradients[i] = gradient
+        # None stands for a list without tensors.
+        arguments = tree_unflatten(values, ctx.structure)
+        of_arguments = tree_unflatten(gradients, ctx.structure)
+        is_other = [isinstance(a, list) and not all(isinstance(v, Tensor) for v in a) for a in arguments]
+        return tuple(None if other else g for other, g in zip(is_other, of_arguments, strict=True))
+
+    torch.library.register_autograd(operator.name(), backward, setup_context=setup)
+
+
+_register_derivative(_rnn_tangent, _tangents_by_formulas)
+_register_derivative(_rnn_backward_tangent, _backward_tangents_by_formulas)
+_register_derivative(_rnn_backward_each, _backward_each_by_formulas)
+
+
 # --- Batching rules --------------------------------------------------------------------------------------------------
 
 
@@ -511,6 +648,15 @@ def _shares_weights(params: Sequence[int | None], controls: Sequence[Tensor]) ->
     return not controls and all(dim is None for dim in params)
 
 
+def _has_gradients_each(
+    input: Tensor, params: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float]
+) -> bool:
+    """Whether ``rnn_backward_each`` takes a call without controls."""
+    return _C.has_derivative_kernels(input, list(params), [], list(integers), list(numbers)) and not _take_derivatives(
+        _transforms()
+    )
+
+
 def _row_dim(integers: Sequence[int]) -> int:
     """Of an input (T, B, I), or (B, T, I) with ``batch_first``."""
     return 0 if integers[INTEGER_SETTINGS.index("batch_first")] else 1
@@ -536,7 +682,7 @@ def _batched_rnn_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if not _shares_weights(in_dims[8], controls) or grad_cells is not None or grad_hidden is not None:
         return None
-    if any(needs[3:]) and not _C.has_derivative_kernels(input, params, controls, integers, numbers):
+    if any(needs[3:]) and not _has_gradients_each(input, params, integers, numbers):
         return None
     examples, rows = _Examples(info.batch_size), _row_dim(integers)
 
@@ -569,7 +715,9 @@ def _batched_cell_forward(  # type: ignore[no-untyped-def]
     examples = _Examples(info.batch_size)
     rows = (examples.fold(t, dim, 0) for t, dim in zip((input, h, c), in_dims, strict=False))
     h_next, c_next, gates, cells = _cell_forward(*rows, params, integers, numbers, save)
-    return _with_dims([*(examples.unfold(t, 0) for t in (h_next, c_next)), *(examples.unfold(t, 1) for t in (gates, cells))])
+    return _with_dims(
+        [*(examples.unfold(t, 0) for t in (h_next, c_next)), *(examples.unfold(t, 1) for t in (gates, cells))]
+    )
 
 
 def _batched_cell_backward(  # type: ignore[no-untyped-def]
@@ -577,7 +725,7 @@ def _batched_cell_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if not _shares_weights(in_dims[5], ()):
         return None
-    if any(needs[3:]) and not _C.has_derivative_kernels(input, params, [], integers, numbers):
+    if any(needs[3:]) and not _has_gradients_each(input, params, integers, numbers):
         return None
     examples = _Examples(info.batch_size)
     grad_h, grad_c, input, h, c = (
@@ -589,6 +737,7 @@ def _batched_cell_backward(  # type: ignore[no-untyped-def]
         grads = _cell_backward(grad_h, grad_c, input, h, c, params, gates, cells, integers, numbers, needs)
         grad_input, grad_h, grad_c, grad_params = grads
     else:  # a stack of one layer over one step
+
         def expand(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.unsqueeze(0)
 
@@ -772,7 +921,10 @@ def _(  # type: ignore[no-untyped-def]
     input_t, h0_t, c0_t, params_t, input, h0, c0, params, controls, output, gates, cells, hidden, integers, numbers,
 ):  # fmt: skip
     settings = Settings.restore(integers, numbers, input, params)
-    _check_devices(input, input_t=input_t, h0_t=h0_t, c0_t=c0_t, params_t=params_t, params=params, output=output)
+    changes = {"input_t": input_t, "h0_t": h0_t, "c0_t": c0_t, "params_t": params_t}
+    saved = {"output": output, "gates": gates, "cells": cells, "hidden": hidden}
+    on_device = _on_device(Controls.restore(controls))
+    _check_devices(input, **changes, h0=h0, c0=c0, params=params, **on_device, **saved)
     return (_like_output(settings, output), *_final_states(settings, input))
 
 
@@ -782,7 +934,12 @@ def _(  # type: ignore[no-untyped-def]
     c0, params, controls, output, gates, cells, hidden, integers, numbers, needs,
 ):  # fmt: skip
     settings = Settings.restore(integers, numbers, input, params)
-    _check_devices(input, input_t=input_t, h0_t=h0_t, c0_t=c0_t, params_t=params_t, params=params, output=output)
+    seeds = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
+    seeds |= {"grad_output_t": grad_output_t, "grad_h_n_t": grad_h_n_t, "grad_c_n_t": grad_c_n_t}
+    changes = {"input_t": input_t, "h0_t": h0_t, "c0_t": c0_t, "params_t": params_t}
+    saved = {"output": output, "gates": gates, "cells": cells, "hidden": hidden}
+    on_device = _on_device(Controls.restore(controls))
+    _check_devices(input, **seeds, **changes, h0=h0, c0=c0, params=params, **on_device, **saved)
     return (
         _like_output(settings, output),
         *_final_states(settings, input),
@@ -799,15 +956,14 @@ def _(  # type: ignore[no-untyped-def]
     groups,
 ):  # fmt: skip
     settings = Settings.restore(integers, numbers, input, params)
-    _check_devices(input, h0=h0, c0=c0, params=params, output=output, gates=gates, cells=cells, hidden=hidden)
+    seeds = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
+    saved = {"output": output, "gates": gates, "cells": cells, "hidden": hidden}
+    _check_devices(input, **seeds, h0=h0, c0=c0, params=params, **saved)
     return (
         _like_output(settings, input) if needs[0] else input.new_empty(0),
         _gradient_like(input, h0, needs[1]),
         _gradient_like(input, c0, needs[2]),
-        [
-            input.new_empty((groups, *p.shape) if needed else 0)
-            for p, needed in zip(params, needs[3:], strict=True)
-        ],
+        [input.new_empty((groups, *p.shape) if needed else 0) for p, needed in zip(params, needs[3:], strict=True)],
     )
 
 

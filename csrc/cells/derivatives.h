@@ -108,7 +108,7 @@ template <class Cell, class V>
 FRNN_HOST_DEVICE void changed_gradients(const KnownStep<V>& s, const KnownStep<V>& change, const V& dh, const V& dc,
                                         V* grads, V& dh_prev, V& dc_prev) {
   using D = Dual<V>;
-  D saved[4], of_sums[4], of_h, of_c;
+  D saved[4]{}, of_sums[4]{}, of_h{}, of_c{};
   for (int g = 0; g < Cell::saved; ++g) saved[g] = {s.saved[g], change.saved[g]};
   Cell::template backward<D>(saved, D{s.h, change.h}, D{s.h_prev, change.h_prev}, D{s.c, change.c},
                              D{s.c_prev, change.c_prev}, D{dh, V{}}, D{dc, V{}}, of_sums, of_h, of_c);

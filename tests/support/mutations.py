@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fused_rnn
+from fused_rnn.check import ERROR_LIMITS, scaled_error
 from fused_rnn.settings import INTEGER_SETTINGS, Within
 
-from .cases import Case, CellCase, incoming_gradients, run
+from .cases import Case, CellCase, Data, incoming_gradients, run
 
 FEW: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (Case(num_layers=2, hx=True, dropout=0.5), {"mask": True}),
@@ -26,6 +29,7 @@ FEW: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (Case(num_layers=2, hx=True, dropout=0.5), {"return_states": True}),
     (CellCase("LSTM"), {}),
     (CellCase("GRU"), {}),
+    (Case("GRU", num_layers=2, bidirectional=True, hx=True), {"derivatives": True}),
 ]
 MORE: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (Case(num_layers=2, bidirectional=True, hx=True, packing="sorted"), {}),
@@ -37,11 +41,17 @@ MORE: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (Case(num_layers=2, bidirectional=True, hx=True, dtype=torch.bfloat16), {"mask": True, "return_states": True}),
     (Case("GRU", num_layers=2, packing="sorted"), {"return_states": True}),
     (CellCase("LSTM", bias=False, dtype=torch.float16), {}),
+    (Case(num_layers=2, hx=True, batch_first=True, dropout=0.5), {"derivatives": True}),
+    (Case("RNN_RELU", dtype=torch.float64), {"derivatives": True}),
     (CellCase("RNN_TANH"), {}),
     (CellCase("RNN_RELU", dtype=torch.float64), {}),
 ]
 # May be left out, or empty for none: as good as given.
 OPTIONAL = ("h0", "c0", "grad_output", "grad_h_n", "grad_c_n", "grad_cells", "grad_hidden", "grad_h", "grad_c")
+OPTIONAL += ("input_t", "h0_t", "c0_t", "grad_output_t", "grad_h_n_t", "grad_c_n_t")
+# Lists in which (0,) stands for none.
+LISTS_WITH_NONE = ("controls", "params_t")
+OF_DERIVATIVES = ("rnn_tangent", "rnn_backward_tangent", "rnn_backward_each")
 # Made by the forward pass for the backward pass alone, which need not take them in another form.
 SAVED = ("gates", "cells", "hidden")
 REFUSALS = (RuntimeError, TypeError)
@@ -58,7 +68,7 @@ class Attempt(NamedTuple):
     verdict: str
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
@@ -82,15 +92,41 @@ def recorded(case: Case | CellCase, options: dict[str, Any]) -> list[tuple[Any, 
         mask[1::2, 1] = mask[:, 2] = False
         given["mask"] = mask.T if case.batch_first else mask
     data = case.data()
-    with fused_rnn.use_backend("fused"), _Recorder() as recorder:
+    with fused_rnn.use_backend("fused"), Recorder() as recorder:
         if options.get("return_states"):
             results = tree_leaves(module(data.input, data.hx, **given, return_states=True))
             outputs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
             leaves = [*data.leaves.values(), *module.parameters()]
             torch.autograd.grad(outputs, leaves, incoming_gradients(outputs))
+        elif options.get("derivatives"):
+            take_derivatives(module, case, data)
+            return [call for call in recorder.calls if call[0].overloadpacket.__name__ in OF_DERIVATIVES]
         else:
             run(module, data, **given)
     return recorder.calls
+
+
+def take_derivatives(module: Any, case: Any, data: Any) -> None:
+    """Calls of all operators of derivatives: forward mode, the gradient of a backward pass, gradients per example."""
+    leaves = [*data.leaves.values(), *module.parameters()]
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, torch.randn_like(t)) for t in leaves]
+        count = len(data.leaves)
+        parameters = dict(zip((name for name, _ in module.named_parameters()), duals[count:], strict=True))
+        given = Data(case, duals[0], tuple(duals[1:count]))
+        functional_call(module, parameters, (given.input, given.hx))
+    outputs = list(case.outputs(module(data.input, data.hx)).values())
+    seeds = [torch.randn_like(t, requires_grad=True) for t in outputs]
+    found = torch.autograd.grad(outputs, leaves, seeds, create_graph=True)
+    torch.autograd.grad(found, [*leaves, *seeds], incoming_gradients(list(found)))
+    own = {name: p.detach() for name, p in module.named_parameters()}
+    inputs = data.input.detach()
+    module.eval()  # without dropout
+
+    def loss(parameters: Any, x: Tensor) -> Tensor:
+        return sum(t.square().sum() for t in tree_leaves(functional_call(module, parameters, (x,))))
+
+    vmap(grad(loss), in_dims=(None, 0))(own, torch.stack([inputs, inputs]))
 
 
 def wrong_tensors(t: Tensor) -> Iterator[tuple[str, Any]]:
@@ -156,14 +192,14 @@ def attempts(operator: Any, args: tuple[Any, ...]) -> Iterator[Attempt]:
                 yield Attempt(f"{name} None", changed(None), "any")
             else:
                 yield Attempt(f"{name} None", changed(None), "refused")
-        elif name in ("params", "controls"):
+        elif name in ("params", "params_t", "controls"):
             for index, t in enumerate(value):
                 replaced = [value[:index], value[index + 1 :]]
-                is_none = name == "controls" and t.shape == (0,)
+                is_none = name in LISTS_WITH_NONE and t.shape == (0,)
                 if not is_none:
                     label = f"{name}[{index}]"
                     for attempt in _of_tensor(label, t, lambda x, r=replaced: changed([*r[0], x, *r[1]])):
-                        if name == "controls" and len(attempt.args[place][index : index + 1]):
+                        if name in LISTS_WITH_NONE and len(attempt.args[place][index : index + 1]):
                             given = attempt.args[place][index]
                             # which stands for none
                             if isinstance(given, Tensor) and given.shape == (0,):
@@ -175,8 +211,8 @@ def attempts(operator: Any, args: tuple[Any, ...]) -> Iterator[Attempt]:
                 yield Attempt(f"{name} with {index} None", changed([*replaced[0], None, *replaced[1]]), "refused")
             if value:
                 yield Attempt(f"{name} with one more", changed([*value, value[-1]]), "refused")
-            if name == "params":
-                yield Attempt("no params", changed([]), "refused")
+            if name in ("params", "params_t"):
+                yield Attempt(f"no {name}", changed([]), "refused" if name == "params" else "any")
             yield Attempt(f"{name} None", changed(None), "refused")
         elif name in ("settings", "needs"):
             for index in range(len(value)):
@@ -195,6 +231,9 @@ def attempts(operator: Any, args: tuple[Any, ...]) -> Iterator[Attempt]:
         elif value is None:
             for what, t in (("as input", args[[a.name for a in operator._schema.arguments].index("input")]),):
                 yield Attempt(f"{name} {what}", changed(t), "refused")
+        elif name == "groups":
+            for other in (-1, 0, 2**62, args[0].shape[1] + 1):
+                yield Attempt(f"groups {other}", changed(other), "refused")
         else:
             assert isinstance(value, bool)
             yield Attempt(f"{name} {not value}", changed(not value), "any")
@@ -219,8 +258,13 @@ def judge(operator: Any, attempt: Attempt, right: Any) -> str | None:
         return f"{type(error).__name__}: {error}"
     if attempt.verdict == "refused":
         return "accepted"
+    by_blas = operator.overloadpacket.__name__ in OF_DERIVATIVES  # whose bits depend on where its operands stand
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        return scaled_error(a, b.double()) <= ERROR_LIMITS[b.dtype] if by_blas else torch.equal(a, b)
+
     if attempt.verdict != "any" and not all(
-        torch.equal(a, b) for a, b in zip(tree_leaves(found), tree_leaves(right), strict=True)
+        same(a, b) for a, b in zip(tree_leaves(found), tree_leaves(right), strict=True)
     ):
         return "other results"
     return None
