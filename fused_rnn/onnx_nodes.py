@@ -1,0 +1,288 @@
+"""Layers and cells as ONNX has them: an LSTM, GRU or RNN node for each layer.
+
+:func:`torch.onnx.export` calls a model once and writes down what it does. A call that it sees comes here in place of
+the operators and the formulas, with both of PyTorch's exporters: that of ``torch.export`` (``dynamo=True``) is given a
+symbolic operation for each node, that of ``torch.jit.trace`` (``dynamo=False``) an autograd function that says how it
+is written. What a node does not have is refused by name, never left out and never unrolled into a file that holds for
+one number of steps.
+
+What the nodes compute: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html. Letters in
+shapes: :mod:`fused_rnn.settings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import formulas
+from .settings import NOTHING_AROUND, CellKind, Controls, Settings, Steps, Within
+
+__all__ = ["check_call", "run_stack", "run_step"]
+
+# The newest of all three nodes before 22, which has bfloat16 besides.
+_OPSET = 14
+_DTYPES = (torch.float32, torch.float64, torch.float16)
+
+_NODES = {CellKind.LSTM: "LSTM", CellKind.GRU: "GRU", CellKind.RNN_TANH: "RNN", CellKind.RNN_RELU: "RNN"}
+# Blocks of rows of a weight in the order in which ONNX has them: LSTM i, f, g, o -> i, o, f, g; GRU r, z, n -> z, r, n.
+_GATES = {CellKind.LSTM: (0, 3, 1, 2), CellKind.GRU: (1, 0, 2), CellKind.RNN_TANH: (0,), CellKind.RNN_RELU: (0,)}
+_PEEPHOLES = (0, 2, 1)  # i, f, o -> i, o, f
+_INPUT, _FORGET = 0, 1  # in both
+
+# The functions that a node knows, with their alpha and beta where they have any.
+_ACTIVATIONS: dict[str, tuple[str, tuple[float, float] | None]] = {
+    "tanh": ("Tanh", None),
+    "sigmoid": ("Sigmoid", None),
+    "relu": ("Relu", None),
+    "hard_sigmoid": ("HardSigmoid", (1 / 6, 0.5)),
+    "softsign": ("Softsign", None),
+    "identity": ("Affine", (1.0, 0.0)),
+}
+# Functions a with a(-x) = 1 - a(x), for which 1 - f is the input gate of weights with the other sign.
+_ODD_ABOUT_A_HALF = ("sigmoid", "hard_sigmoid")
+
+
+def check_call(settings: Settings, steps: Steps, input: Tensor) -> None:
+    """See that nodes of ONNX can say this call.
+
+    Raises:
+        RuntimeError: they cannot; the message has the name of what they lack.
+    """
+    if settings.kind not in _NODES or settings.is_independent:
+        name = "IndRNN" if settings.is_independent else settings.kind.name.removeprefix("CUSTOM_")
+        raise RuntimeError(
+            f"torch.onnx.export: expected an LSTM, GRU or RNN, as ONNX has no node of another cell, got {name}"
+        )
+    node = _NODES[CellKind(settings.kind)]
+    for name, needed, given in _what_no_node_has(settings, steps):
+        raise RuntimeError(
+            f"{name}: expected {needed} in torch.onnx.export, as no {node} node of ONNX has it, got {given}"
+        )
+    if input.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"input: expected float32, float64 or float16 in torch.onnx.export, as the {node} node of ONNX has them, "
+            f"got {input.dtype}"
+        )
+
+
+def _what_no_node_has(settings: Settings, steps: Steps) -> Iterator[tuple[str, str, Any]]:
+    """Of a call: the name, what is needed, and what was given. Options that only gradients see are not among them."""
+    around, within = settings.around or NOTHING_AROUND, formulas.within_of(settings)
+    if around.stateful:
+        yield "stateful", "False, and the states as inputs and outputs of the model,", True
+    if settings.state_size != settings.hidden_size:
+        yield "proj_size", "0", settings.state_size
+    if settings.dropout and settings.num_layers > 1:
+        yield "dropout", "0.0 or a model in eval mode", settings.dropout
+    for name in ("input_dropout", "weight_dropout"):
+        if value := getattr(around, name):
+            yield name, "0.0 or a model in eval mode", value
+    if within.recurrent_dropout:
+        yield "recurrent_dropout", "0.0 or a model in eval mode", within.recurrent_dropout
+    for name, needed in _OF_NO_NODE.items():
+        value = getattr(within, name)
+        if value != needed:
+            yield name, repr(needed), value
+    if within.coupled_gates and within.recurrent_activation not in _ODD_ABOUT_A_HALF:
+        functions = " or ".join(map(repr, _ODD_ABOUT_A_HALF))
+        yield "recurrent_activation", f"{functions} with coupled_gates", repr(within.recurrent_activation)
+    if steps.batch_sizes is not None:
+        yield "input", "a padded Tensor and its lengths, lengths=,", "a PackedSequence"
+    if steps.mask is not None:
+        yield "mask", "None (it has lengths)", "a Tensor"
+    if steps.reset is not None and not settings.is_cell:
+        yield "reset", "None", "a Tensor"
+    if steps.return_states:
+        yield "return_states", "False", True
+
+
+# Fields of Within that no node has, and what they have to be.
+_OF_NO_NODE = {"zoneout": 0.0, "zoneout_cell": 0.0, "num_heads": 1, "layer_norm": False, "cell_clip": None}
+
+
+def run_stack(
+    settings: Settings,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers and directions of a call that :func:`check_call` has nothing to say of, a node for each layer.
+
+    Args:
+        input: (T, B, I), or (B, T, I) with ``batch_first``.
+        h0, c0: (L*D, B, H), or ``None`` for zeros.
+        params: for each layer and direction w_ih (G*H, I of the layer), w_hh (G*H, H), with ``bias`` b_ih and b_hh
+            (G*H), with ``peephole`` w_peephole (3*H).
+        lengths: steps of each row, integers (B), or ``None`` for all.
+
+    Returns:
+        output (T, B, D*H), transposed with ``batch_first``; h_n and c_n (L*D, B, H), the last an empty tensor unless
+        the cell is an LSTM.
+    """
+    num_layers, num_directions = settings.num_layers, settings.num_directions
+    per_layer = len(params) // num_layers
+    steps_of_rows = None if lengths is None else lengths.reshape(-1).to(torch.int32)
+    x = input.transpose(0, 1) if settings.batch_first else input
+    states: list[list[Tensor]] = []
+    for layer in range(num_layers):
+        of_layer = params[layer * per_layer : (layer + 1) * per_layer]
+        rows = slice(layer * num_directions, (layer + 1) * num_directions)
+        h, c = (state if state is None or num_layers == 1 else state[rows] for state in (h0, c0))
+        y, *last = _run_layer(settings, x, h, c, of_layer, steps_of_rows)
+        x = y.squeeze(1) if num_directions == 1 else y.transpose(1, 2).flatten(2)
+        states.append(last)
+    h_n, *others = (of_layers[0] if num_layers == 1 else torch.cat(of_layers) for of_layers in zip(*states))
+    return x.transpose(0, 1) if settings.batch_first else x, h_n, others[0] if others else input.new_empty(0)
+
+
+def run_step(
+    settings: Settings, input: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """A cell's step, a node of one step: input (B, I), h and c (B, H), params as in :func:`run_stack`."""
+    first = [None if state is None else state.unsqueeze(0) for state in (h, c)]
+    _, *last = _run_layer(settings, input.unsqueeze(0), first[0], first[1], params, None)
+    h, *others = (state.squeeze(0) for state in last)
+    return h, others[0] if others else None
+
+
+def _run_layer(
+    settings: Settings,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+) -> Sequence[Tensor]:
+    """y (T, D, B, H), the last h (D, B, H), and of an LSTM the last c (D, B, H)."""
+    within, num_directions = formulas.within_of(settings), settings.num_directions
+    per_cell = len(params) // num_directions
+    cells = [params[i * per_cell : (i + 1) * per_cell] for i in range(num_directions)]
+    # W (D, G*H, I), R (D, G*H, H), B (D, 2*G*H), the lengths, the states, and of an LSTM P (D, 3*H)
+    inputs: list[Tensor | None] = [x, *(_of_directions([_rows(settings, cell[i]) for cell in cells]) for i in (0, 1))]
+    biases = [torch.cat([_rows(settings, bias) for bias in cell[2:4]]) for cell in cells] if settings.bias else None
+    inputs += [None if biases is None else _of_directions(biases), lengths, h]
+    if settings.kind is CellKind.LSTM:
+        inputs.append(c)
+        if within.peephole:
+            inputs.append(_of_directions([_gates(cell[-1], _PEEPHOLES, within.coupled_gates) for cell in cells]))
+    while inputs[-1] is None:
+        inputs.pop()
+
+    states = 2 if settings.kind is CellKind.LSTM else 1
+    node = _Node(_NODES[CellKind(settings.kind)], _attributes(settings, within), 1 + states)
+    if torch.jit.is_tracing():
+        found = _TracedNode.apply(node, lambda: _numbers(settings, x, h, c, params, lengths), *inputs)
+    else:
+        num_steps, batch = x.shape[:2]
+        of_states = (num_directions, batch, settings.hidden_size)
+        found = torch.onnx.ops.symbolic_multi_out(
+            node.name,
+            inputs,
+            node.attributes,
+            dtypes=[x.dtype] * node.outputs,
+            shapes=[(num_steps, *of_states), *[of_states] * states],
+            version=_OPSET,
+        )
+    if lengths is None or h is None:
+        return found
+    # A row of no step ends in its initial state; that of a node, in zeros.
+    is_empty = (lengths == 0).reshape(1, -1, 1)
+    y, *last = found
+    return [y, *(torch.where(is_empty, first, end) for first, end in zip((h, c), last) if first is not None)]
+
+
+def _rows(settings: Settings, parameter: Tensor) -> Tensor:
+    coupled = settings.within is not None and settings.within.coupled_gates
+    return _gates(parameter, _GATES[CellKind(settings.kind)], coupled)
+
+
+def _gates(parameter: Tensor, order: Sequence[int], coupled: bool) -> Tensor:
+    """The blocks of the gates in this order.
+
+    A node's ``input_forget`` makes the forget gate of the input gate, f = 1 - i, and ours i = 1 - f: with all that is
+    added up in f negated for i both are the same.
+    """
+    if len(order) == 1:
+        return parameter
+    size = parameter.shape[0] // len(order)
+    # by slices, which an exporter folds into constants
+    blocks = [parameter[gate * size : (gate + 1) * size] for gate in range(len(order))]
+    if coupled:
+        blocks[_INPUT] = -blocks[_FORGET]
+    return torch.cat([blocks[gate] for gate in order])
+
+
+def _of_directions(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _attributes(settings: Settings, within: Within) -> dict[str, Any]:
+    attributes: dict[str, Any] = {"hidden_size": settings.hidden_size}
+    attributes["direction"] = "bidirectional" if settings.bidirectional else "forward"
+    functions = [within.activation]
+    if settings.kind is CellKind.LSTM:
+        functions = [within.recurrent_activation, within.activation, within.activation]
+    elif settings.kind is CellKind.GRU:
+        functions = [within.recurrent_activation, within.activation]
+        attributes["linear_before_reset"] = int(within.reset_after)
+    if within.coupled_gates:
+        attributes["input_forget"] = 1
+    known = [_ACTIVATIONS[name] for name in functions] * settings.num_directions
+    attributes["activations"] = [name for name, _ in known]
+    # of the functions that have them, in their order
+    if constants := [pair for _, pair in known if pair is not None]:
+        attributes["activation_alpha"], attributes["activation_beta"] = map(list, zip(*constants))
+    return attributes
+
+
+class _Node(NamedTuple):
+    name: str
+    attributes: dict[str, Any]
+    outputs: int
+
+
+class _TracedNode(torch.autograd.Function):
+    """A node for the exporter that traces: :meth:`symbolic` writes it, :meth:`forward` gives the trace its numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, node: _Node, numbers: Callable[[], tuple[Tensor, ...]], *_: Any) -> tuple[Tensor, ...]:
+        return numbers()
+
+    @staticmethod
+    def symbolic(g: Any, node: _Node, _: Any, *inputs: Any) -> Any:
+        def absent() -> Any:
+            value = g.op("prim::Constant")
+            value.setType(torch._C.OptionalType.ofTensor())
+            return value
+
+        given = [absent() if value is None else value for value in inputs]
+        attributes = {f"{name}_{_type_of(value)}": value for name, value in node.attributes.items()}
+        return g.op(node.name, *given, outputs=node.outputs, **attributes)
+
+
+def _type_of(value: Any) -> str:
+    """The letter by which that exporter knows the type of an attribute."""
+    first = value[0] if isinstance(value, list) else value
+    return "i" if isinstance(first, int) else "s" if isinstance(first, str) else "f"
+
+
+def _numbers(
+    settings: Settings,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """What the node of a layer computes, by the formulas."""
+    mask = None if lengths is None else torch.arange(x.shape[0]).unsqueeze(1) < lengths
+    one_layer = settings._replace(num_layers=1, batch_first=False)
+    output, h_n, c_n = formulas.run_stack(one_layer, x, h, c, params, Controls(mask=mask))[:3]
+    y = output.unflatten(-1, (settings.num_directions, -1)).transpose(1, 2)
+    return (y, h_n, c_n) if settings.kind is CellKind.LSTM else (y, h_n)
