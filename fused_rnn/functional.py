@@ -859,10 +859,10 @@ def _run_layers(
     if anew:
         of_operator = [*params, *anew]
         settings = settings._replace(within=(within or NOTHING_WITHIN)._replace(reset_state=True))
+    run = backend.implementation(call.why_reference).run_stack
     if to_onnx:
-        output, h_n, c_n, *of_steps = onnx_nodes.run_stack(settings, input, h, c, params, steps.lengths)
+        output, h_n, c_n, *of_steps = onnx_nodes.run_stack(settings, input, h, c, params, steps.lengths, run)
     else:
-        run = backend.implementation(call.why_reference).run_stack
         output, h_n, c_n, *of_steps = _compute(run, settings, call, params, input, h, c, of_operator, controls)
     states = None
     if of_steps:
@@ -1068,7 +1068,7 @@ def _run_cell(
         input, h, c = input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)
     implementation = backend.implementation(call.why_reference)
     if to_onnx:
-        h, c = onnx_nodes.run_step(settings, input, h, c, params)
+        h, c = onnx_nodes.run_step(settings, input, h, c, params, implementation.run_stack)
     elif settings.within is None:
         h, c = _compute(implementation.run_step, settings, call, params, input, h, c, params)
     else:  # a stack of one layer and one step

@@ -111,6 +111,7 @@ def run_stack(
     c0: Tensor | None,
     params: Sequence[Tensor],
     lengths: Tensor | None,
+    compute: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions of a call that :func:`check_call` has nothing to say of, a node for each layer.
 
@@ -120,6 +121,7 @@ def run_stack(
         params: for each layer and direction w_ih (G*H, I of the layer), w_hh (G*H, H), with ``bias`` b_ih and b_hh
             (G*H), with ``peephole`` w_peephole (3*H).
         lengths: steps of each row, integers (B), or ``None`` for all.
+        compute: ``run_stack`` of the kernels or the formulas, for the numbers that a trace goes on with.
 
     Returns:
         output (T, B, D*H), transposed with ``batch_first``; h_n and c_n (L*D, B, H), the last an empty tensor unless
@@ -134,7 +136,7 @@ def run_stack(
         of_layer = params[layer * per_layer : (layer + 1) * per_layer]
         rows = slice(layer * num_directions, (layer + 1) * num_directions)
         h, c = (state if state is None or num_layers == 1 else state[rows] for state in (h0, c0))
-        y, *last = _run_layer(settings, x, h, c, of_layer, steps_of_rows)
+        y, *last = _run_layer(settings, x, h, c, of_layer, steps_of_rows, compute)
         x = y.squeeze(1) if num_directions == 1 else y.transpose(1, 2).flatten(2)
         states.append(last)
     h_n, *others = (of_layers[0] if num_layers == 1 else torch.cat(of_layers) for of_layers in zip(*states))
@@ -142,11 +144,16 @@ def run_stack(
 
 
 def run_step(
-    settings: Settings, input: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
+    settings: Settings,
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    params: Sequence[Tensor],
+    compute: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Tensor, Tensor | None]:
-    """A cell's step, a node of one step: input (B, I), h and c (B, H), params as in :func:`run_stack`."""
+    """A cell's step, a node of one step: input (B, I), h and c (B, H), the rest as for :func:`run_stack`."""
     first = [None if state is None else state.unsqueeze(0) for state in (h, c)]
-    _, *last = _run_layer(settings, input.unsqueeze(0), first[0], first[1], params, None)
+    _, *last = _run_layer(settings, input.unsqueeze(0), first[0], first[1], params, None, compute)
     h, *others = (state.squeeze(0) for state in last)
     return h, others[0] if others else None
 
@@ -158,6 +165,7 @@ def _run_layer(
     c: Tensor | None,
     params: Sequence[Tensor],
     lengths: Tensor | None,
+    compute: Callable[..., tuple[Tensor, ...]],
 ) -> Sequence[Tensor]:
     """y (T, D, B, H), the last h (D, B, H), and of an LSTM the last c (D, B, H)."""
     within, num_directions = formulas.within_of(settings), settings.num_directions
@@ -177,7 +185,8 @@ def _run_layer(
     states = 2 if settings.kind is CellKind.LSTM else 1
     node = _Node(_NODES[CellKind(settings.kind)], _attributes(settings, within), 1 + states)
     if torch.jit.is_tracing():
-        found = _TracedNode.apply(node, lambda: _numbers(settings, x, h, c, params, lengths), *inputs)
+        one_layer = settings._replace(num_layers=1, batch_first=False)
+        found = _TracedNode.apply(node, one_layer, compute, x, h, c, lengths, len(params), *params, *inputs)
     else:
         num_steps, batch = x.shape[:2]
         of_states = (num_directions, batch, settings.hidden_size)
@@ -251,38 +260,29 @@ class _TracedNode(torch.autograd.Function):
     """A node for the exporter that traces: :meth:`symbolic` writes it, :meth:`forward` gives the trace its numbers."""
 
     @staticmethod
-    def forward(ctx: Any, node: _Node, numbers: Callable[[], tuple[Tensor, ...]], *_: Any) -> tuple[Tensor, ...]:
-        return numbers()
+    def forward(ctx: Any, node: _Node, settings: Settings, compute: Any, x: Tensor, *given: Any) -> tuple[Tensor, ...]:
+        h, c, lengths, count, *tensors = given
+        mask = None if lengths is None else torch.arange(x.shape[0]).unsqueeze(1) < lengths
+        output, *states = compute(settings, x, h, c, tensors[:count], Controls(mask=mask))
+        y = output.unflatten(-1, (settings.num_directions, settings.hidden_size)).transpose(1, 2)
+        return (y, *states[: node.outputs - 1])
 
     @staticmethod
-    def symbolic(g: Any, node: _Node, _: Any, *inputs: Any) -> Any:
+    def symbolic(g: Any, node: _Node, *given: Any) -> Any:
+        count = given[6]
+        inputs = given[7 + count :]
+
         def absent() -> Any:
             value = g.op("prim::Constant")
             value.setType(torch._C.OptionalType.ofTensor())
             return value
 
-        given = [absent() if value is None else value for value in inputs]
+        values = [absent() if value is None else value for value in inputs]
         attributes = {f"{name}_{_type_of(value)}": value for name, value in node.attributes.items()}
-        return g.op(node.name, *given, outputs=node.outputs, **attributes)
+        return g.op(node.name, *values, outputs=node.outputs, **attributes)
 
 
 def _type_of(value: Any) -> str:
     """The letter by which that exporter knows the type of an attribute."""
     first = value[0] if isinstance(value, list) else value
     return "i" if isinstance(first, int) else "s" if isinstance(first, str) else "f"
-
-
-def _numbers(
-    settings: Settings,
-    x: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    params: Sequence[Tensor],
-    lengths: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """What the node of a layer computes, by the formulas."""
-    mask = None if lengths is None else torch.arange(x.shape[0]).unsqueeze(1) < lengths
-    one_layer = settings._replace(num_layers=1, batch_first=False)
-    output, h_n, c_n = formulas.run_stack(one_layer, x, h, c, params, Controls(mask=mask))[:3]
-    y = output.unflatten(-1, (settings.num_directions, -1)).transpose(1, 2)
-    return (y, h_n, c_n) if settings.kind is CellKind.LSTM else (y, h_n)

@@ -1,0 +1,100 @@
+"""torch.export of layers and cells, and what AOTInductor compiles of it, run from Python and from C++."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import compiled
+from support.compare import assert_same
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fused_rnn
+from fused_rnn import _C
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:# The axis name"),
+]
+
+SIZE, UNITS = 3, 4
+ROOT = Path(__file__).parents[1]
+
+
+class Model(nn.Module):
+    """Layers of every kind, plain and with what the operators take besides, and a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = fused_rnn.LSTM(SIZE, UNITS, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5)
+        self.gru = fused_rnn.GRU(2 * UNITS, UNITS, batch_first=True, zoneout=0.1, layer_norm=True)
+        self.rnn = fused_rnn.RNN(UNITS, UNITS, batch_first=True)
+        self.cell = fused_rnn.LSTMCell(UNITS, UNITS)
+
+    def forward(self, x: Tensor, lengths: Tensor, mask: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
+        output, states = self.lstm(x, (h, c), lengths=lengths)
+        output, h_n = self.gru(output, mask=mask)
+        output, _ = self.rnn(output)
+        return [output, *states, h_n, *self.cell(output[:, -1], (h[0], c[0]))]
+
+
+def arguments(batch: int = 2, steps: int = 5) -> tuple[Tensor, ...]:
+    torch.manual_seed(batch)
+    h, c = torch.randn(2, 4, batch, UNITS)
+    lengths = torch.randint(0, steps + 1, (batch,))
+    return torch.randn(batch, steps, SIZE), lengths, torch.rand(batch, steps) < 0.7, h, c
+
+
+BATCH, TIME = Dim("batch"), Dim("time")
+SHAPES = ({0: BATCH, 1: TIME}, {0: BATCH}, {0: BATCH, 1: TIME}, {1: BATCH}, {1: BATCH})
+OTHER_SIZES = ((3, 7), (1, 1))
+
+
+def export(model: nn.Module, args: tuple[Any, ...], shapes: Any, strict: bool = False) -> ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(model, args, dynamic_shapes=shapes, strict=strict)
+
+
+def calls(program: ExportedProgram) -> list[torch.fx.Node]:
+    """Nodes that are calls of our operators."""
+    nodes = program.graph.nodes
+    return [n for n in nodes if n.op == "call_function" and getattr(n.target, "namespace", "") == "fused_rnn"]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_an_exported_program_holds_for_every_batch_and_time(strict: bool) -> None:
+    model = Model().eval()
+    program = export(model, arguments(), SHAPES, strict)
+    names = [node.target.overloadpacket.__name__ for node in calls(program)]
+    assert names == ["rnn_forward"] * 3 + ["cell_forward"]
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    run = torch.export.load(file).module()
+    for sizes in ((2, 5), *OTHER_SIZES):
+        with torch.no_grad():
+            assert_same(run(*arguments(*sizes)), model(*arguments(*sizes)))
+
+
+def test_no_list_is_empty_in_an_exported_program() -> None:
+    """AOTInductor's runtime hands on None in place of one."""
+    for node in calls(export(Model().eval(), arguments(), SHAPES)):
+        assert not any(isinstance(argument, (list, tuple)) and len(argument) == 0 for argument in node.args)
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = fused_rnn.LSTM(SIZE, UNITS, num_layers=2, bidirectional=True)
+
+    def forward(self, data: Tensor, batch_sizes: Tensor, h: Tensor, c: Tensor) -> Any:
+        output, states = self.lstm(PackedSequence(data, batch_sizes), (h, c))
+        return output.data, states
