@@ -185,7 +185,11 @@ def exports_to_onnx() -> bool:
 
 def _is_in_onnx_export() -> bool:
     onnx: Any = sys.modules.get("torch.onnx")  # which takes a while to import: without it there is no export
-    return onnx is not None and onnx.is_in_onnx_export()
+    if onnx is None or not onnx.is_in_onnx_export():
+        return False
+    if torch.compiler.is_exporting():
+        torch.compiler.allow_in_graph(onnx.ops.symbolic_multi_out)  # what nodes are written with: no part of Dynamo's
+    return True
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler: Dynamo calls the function instead of

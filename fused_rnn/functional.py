@@ -730,7 +730,8 @@ def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[
     num_steps, batch = _checks.check_layer_input(settings, input, steps.batch_sizes)
     _checks.check_params(settings, params, input)
     if h is not None:
-        _checks.check_layer_states(settings, h, c, batch)
+        if batch != _checks.UNKNOWN:
+            _checks.check_layer_states(settings, h, c, batch)
         _checks.check_states_like_input(input, h, c)
     _checks.check_steps(settings, steps, input, num_steps, batch)
     mask = _live_steps(settings, steps, input, num_steps, batch)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from support import compiled
 from support.compare import assert_same
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import _C
@@ -59,8 +57,7 @@ OTHER_SIZES = ((3, 7), (1, 1))
 
 
 def export(model: nn.Module, args: tuple[Any, ...], shapes: Any, strict: bool = False) -> ExportedProgram:
-    with torch.no_grad():
-        return torch.export.export(model, args, dynamic_shapes=shapes, strict=strict)
+    return torch.export.export(model, args, dynamic_shapes=shapes, strict=strict)
 
 
 def calls(program: ExportedProgram) -> list[torch.fx.Node]:
@@ -85,9 +82,10 @@ def test_an_exported_program_holds_for_every_batch_and_time(strict: bool) -> Non
 
 
 def test_no_list_is_empty_in_an_exported_program() -> None:
-    """AOTInductor's runtime hands on None in place of one."""
+    """AOTInductor's runtime hands on None in place of one. Nor is anything saved for a backward pass."""
     for node in calls(export(Model().eval(), arguments(), SHAPES)):
         assert not any(isinstance(argument, (list, tuple)) and len(argument) == 0 for argument in node.args)
+        assert node.args[-1] is False
 
 
 class Packed(nn.Module):
@@ -95,6 +93,72 @@ class Packed(nn.Module):
         super().__init__()
         self.lstm = fused_rnn.LSTM(SIZE, UNITS, num_layers=2, bidirectional=True)
 
-    def forward(self, data: Tensor, batch_sizes: Tensor, h: Tensor, c: Tensor) -> Any:
-        output, states = self.lstm(PackedSequence(data, batch_sizes), (h, c))
+    def forward(self, data: Tensor, batch_sizes: Tensor, states: tuple[Tensor, Tensor] | None) -> Any:
+        output, states = self.lstm(PackedSequence(data, batch_sizes), states)
         return output.data, states
+
+
+def packed_arguments(lengths: list[int], with_states: bool) -> tuple[Any, ...]:
+    data, batch_sizes, *_ = pack_padded_sequence(torch.randn(max(lengths), len(lengths), SIZE), torch.tensor(lengths))
+    states = torch.randn(2, 4, len(lengths), UNITS)
+    return data, batch_sizes, tuple(states) if with_states else None
+
+
+@pytest.mark.parametrize("with_states", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_packed_input_is_exported(strict: bool, with_states: bool) -> None:
+    """Its batch sizes are data: of a call without states not even the number of rows is known."""
+    model = Packed().eval()
+    rows: Any = ({1: BATCH}, {1: BATCH}) if with_states else None
+    shapes = ({0: Dim("rows")}, {0: TIME}, rows)
+    program = export(model, packed_arguments([5, 3, 1], with_states), shapes, strict)
+    for lengths in ([5, 3, 1], [7, 7, 2, 2]):
+        args = packed_arguments(lengths, with_states)
+        with torch.no_grad():
+            assert_same(program.module()(*args), model(*args))
+
+
+# ---- AOTInductor -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, str]:
+    model = Model().eval()
+    path = str(tmp_path_factory.mktemp("aoti") / "model.pt2")
+    # Of the code around our operators: it need not be fast here.
+    options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    program = export(model, arguments(), SHAPES)
+    return model, torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+
+
+@pytest.mark.compiles
+def test_a_package_runs_from_python(package: tuple[nn.Module, str]) -> None:
+    model, path = package
+    run = torch._inductor.aoti_load_package(path)
+    for sizes in OTHER_SIZES:
+        with torch.no_grad():
+            assert_same(run(*arguments(*sizes)), model(*arguments(*sizes)))
+
+
+@pytest.mark.compiles
+def test_a_package_runs_in_a_program_without_python(package: tuple[nn.Module, str], tmp_path: Path) -> None:
+    model, path = package
+    torch_folder = Path(torch.__file__).parent
+    library = Path(_C.__file__).parent / "libfused_rnn.so"
+    source = ROOT / "examples" / "cpp" / "run_package.cpp"
+    flags = ["-std=c++20", "-O0", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
+    flags += [f"-Wl,-rpath,{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
+    (program,) = compiled.make(
+        [compiled.Step(compiled.BUILD / "run_package", (*compiled.COMPILER, str(source), *flags))]
+    )
+    args = arguments(3, 7)
+    inputs = [tmp_path / f"{i}.pt" for i in range(len(args))]
+    for file, tensor in zip(inputs, args, strict=True):
+        torch.save(tensor, file)
+    result = tmp_path / "output.pt"
+    done = subprocess.run([program, library, path, result, *inputs], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    linked = subprocess.run(["ldd", program, library], capture_output=True, text=True, check=True).stdout
+    assert "python" not in linked
+    with torch.no_grad():
+        assert_same(list(torch.load(result)), model(*args))

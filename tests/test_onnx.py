@@ -303,3 +303,22 @@ def test_the_other_exporter_refuses_it_too_and_unrolls_no_loop(name: str) -> Non
         pytest.raises(torch.onnx.errors.OnnxExporterError, match=f"(?s){message}"),
     ):
         torch.onnx.export(Calls(make(), call), (torch.randn(5, 3, SIZE),), dynamo=True, verbose=False)
+
+
+class OnlyThroughDynamo(fused_rnn.LSTM):
+    def forward(self, x: Tensor) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            raise ValueError("as code that torch.export takes only so does")
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+def test_a_model_that_is_exported_only_through_dynamo_has_its_nodes() -> None:
+    model = OnlyThroughDynamo(SIZE, UNITS, num_layers=2).eval()
+    written = export(model, arguments(5, 3)[:1], True, NAMES[:1])
+    assert [node.op_type for node in written.graph.node].count("LSTM") == 2
+    x = arguments(7, 2)[0]
+    with torch.no_grad():
+        output, states = fused_rnn.LSTM.forward(model, x)
+    for found, expected in zip(run(written, (x,)), (output, *states), strict=True):
+        assert_within({"": found}, {"": expected.double()})

@@ -2,7 +2,7 @@
 //
 //     run_package libfused_rnn.so model.pt2 output.pt input.pt...
 //
-// Inputs are tensors as torch.save writes them, output.pt is the list of results, for torch.load. How to build it:
+// Inputs are tensors as torch.save writes them, output.pt is the tuple of results, for torch.load. How to build it:
 // docs/exporting.md.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -30,7 +30,9 @@ void run(const std::vector<std::string>& arguments) {
   torch::inductor::AOTIModelPackageLoader model(arguments[1]);
   std::vector<at::Tensor> inputs;
   for (size_t i = 3; i < arguments.size(); ++i) inputs.push_back(read_tensor(arguments[i]));
-  const std::vector<char> results = torch::jit::pickle_save(model.run(inputs));
+  const std::vector<at::Tensor> outputs = model.run(inputs);
+  const std::vector<char> results =
+      torch::jit::pickle_save(c10::ivalue::Tuple::create({outputs.begin(), outputs.end()}));
   std::ofstream file(arguments[2], std::ios::binary);
   file.write(results.data(), std::streamsize(results.size()));
   if (!file.flush()) throw std::runtime_error("cannot write " + arguments[2]);
