@@ -23,6 +23,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You are using the legacy TorchScript",
     "ignore:.*torch.jit.*is deprecated",
     "ignore::torch.jit.TracerWarning",
+    "ignore:The feature will be removed",
+    "ignore:It is recommended that constant folding",
+    "ignore:Exporting a model while it is in training mode",
 )
 
 SIZE, UNITS = 3, 4
