@@ -180,7 +180,7 @@ def traced_kernels() -> ModuleType | None:
 
 def exports_to_onnx() -> bool:
     """Whether calls made here and now are written to an ONNX file, by either of PyTorch's exporters."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _is_in_onnx_export()
+    return (torch.compiler.is_exporting() or torch.jit.is_tracing()) and _is_in_onnx_export()
 
 
 def _is_in_onnx_export() -> bool:

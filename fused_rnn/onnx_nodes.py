@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import formulas
-from .settings import NOTHING_AROUND, CellKind, Controls, Settings, Steps, Within
+from .settings import NOTHING_AROUND, AnyCellKind, CellKind, Controls, Settings, Steps, Within
 
 __all__ = ["check_call", "run_stack", "run_step"]
 
@@ -27,9 +27,19 @@ __all__ = ["check_call", "run_stack", "run_step"]
 _OPSET = 14
 _DTYPES = (torch.float32, torch.float64, torch.float16)
 
-_NODES = {CellKind.LSTM: "LSTM", CellKind.GRU: "GRU", CellKind.RNN_TANH: "RNN", CellKind.RNN_RELU: "RNN"}
+_NODES: dict[AnyCellKind, str] = {
+    CellKind.LSTM: "LSTM",
+    CellKind.GRU: "GRU",
+    CellKind.RNN_TANH: "RNN",
+    CellKind.RNN_RELU: "RNN",
+}
 # Blocks of rows of a weight in the order in which ONNX has them: LSTM i, f, g, o -> i, o, f, g; GRU r, z, n -> z, r, n.
-_GATES = {CellKind.LSTM: (0, 3, 1, 2), CellKind.GRU: (1, 0, 2), CellKind.RNN_TANH: (0,), CellKind.RNN_RELU: (0,)}
+_GATES: dict[AnyCellKind, tuple[int, ...]] = {
+    CellKind.LSTM: (0, 3, 1, 2),
+    CellKind.GRU: (1, 0, 2),
+    CellKind.RNN_TANH: (0,),
+    CellKind.RNN_RELU: (0,),
+}
 _PEEPHOLES = (0, 2, 1)  # i, f, o -> i, o, f
 _INPUT, _FORGET = 0, 1  # in both
 
@@ -57,7 +67,7 @@ def check_call(settings: Settings, steps: Steps, input: Tensor) -> None:
         raise RuntimeError(
             f"torch.onnx.export: expected an LSTM, GRU or RNN, as ONNX has no node of another cell, got {name}"
         )
-    node = _NODES[CellKind(settings.kind)]
+    node = _NODES[settings.kind]
     for name, needed, given in _what_no_node_has(settings, steps):
         raise RuntimeError(
             f"{name}: expected {needed} in torch.onnx.export, as no {node} node of ONNX has it, got {given}"
@@ -127,9 +137,10 @@ def run_stack(
         output (T, B, D*H), transposed with ``batch_first``; h_n and c_n (L*D, B, H), the last an empty tensor unless
         the cell is an LSTM.
     """
+    settings = settings._replace(hidden_size=int(settings.hidden_size))  # a function's sizes are traced, too
     num_layers, num_directions = settings.num_layers, settings.num_directions
     per_layer = len(params) // num_layers
-    steps_of_rows = None if lengths is None else lengths.reshape(-1).to(torch.int32)
+    steps_of_rows = None if lengths is None else lengths.reshape(-1).to(input.device, torch.int32)
     x = input.transpose(0, 1) if settings.batch_first else input
     states: list[list[Tensor]] = []
     for layer in range(num_layers):
@@ -152,6 +163,7 @@ def run_step(
     compute: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Tensor, Tensor | None]:
     """A cell's step, a node of one step: input (B, I), h and c (B, H), the rest as for :func:`run_stack`."""
+    settings = settings._replace(hidden_size=int(settings.hidden_size))
     first = [None if state is None else state.unsqueeze(0) for state in (h, c)]
     _, *last = _run_layer(settings, input.unsqueeze(0), first[0], first[1], params, None, compute)
     h, *others = (state.squeeze(0) for state in last)
@@ -183,7 +195,7 @@ def _run_layer(
         inputs.pop()
 
     states = 2 if settings.kind is CellKind.LSTM else 1
-    node = _Node(_NODES[CellKind(settings.kind)], _attributes(settings, within), 1 + states)
+    node = _Node(_NODES[settings.kind], _attributes(settings, within), 1 + states)
     if torch.jit.is_tracing():
         one_layer = settings._replace(num_layers=1, batch_first=False)
         found = _TracedNode.apply(node, one_layer, compute, x, h, c, lengths, len(params), *params, *inputs)
@@ -208,7 +220,7 @@ def _run_layer(
 
 def _rows(settings: Settings, parameter: Tensor) -> Tensor:
     coupled = settings.within is not None and settings.within.coupled_gates
-    return _gates(parameter, _GATES[CellKind(settings.kind)], coupled)
+    return _gates(parameter, _GATES[settings.kind], coupled)
 
 
 def _gates(parameter: Tensor, order: Sequence[int], coupled: bool) -> Tensor:
@@ -262,7 +274,7 @@ class _TracedNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, node: _Node, settings: Settings, compute: Any, x: Tensor, *given: Any) -> tuple[Tensor, ...]:
         h, c, lengths, count, *tensors = given
-        mask = None if lengths is None else torch.arange(x.shape[0]).unsqueeze(1) < lengths
+        mask = None if lengths is None else torch.arange(x.shape[0], device=x.device).unsqueeze(1) < lengths
         output, *states = compute(settings, x, h, c, tensors[:count], Controls(mask=mask))
         y = output.unflatten(-1, (settings.num_directions, settings.hidden_size)).transpose(1, 2)
         return (y, *states[: node.outputs - 1])
