@@ -68,7 +68,9 @@ def check_call(settings: Settings, steps: Steps, input: Tensor) -> None:
             f"torch.onnx.export: expected an LSTM, GRU or RNN, as ONNX has no node of another cell, got {name}"
         )
     node = _NODES[settings.kind]
-    for name, needed, given in _what_no_node_has(settings, steps):
+    lacking = next(_what_no_node_has(settings, steps), None)
+    if lacking is not None:
+        name, needed, given = lacking
         raise RuntimeError(
             f"{name}: expected {needed} in torch.onnx.export, as no {node} node of ONNX has it, got {given}"
         )

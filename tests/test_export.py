@@ -35,13 +35,15 @@ class Model(nn.Module):
         self.lstm = fused_rnn.LSTM(SIZE, UNITS, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5)
         self.gru = fused_rnn.GRU(2 * UNITS, UNITS, batch_first=True, zoneout=0.1, layer_norm=True)
         self.rnn = fused_rnn.RNN(UNITS, UNITS, batch_first=True)
+        self.independent = fused_rnn.IndRNN(UNITS, UNITS, batch_first=True)
         self.cell = fused_rnn.LSTMCell(UNITS, UNITS)
 
     def forward(self, x: Tensor, lengths: Tensor, mask: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
         output, states = self.lstm(x, (h, c), lengths=lengths)
-        output, h_n = self.gru(output, mask=mask)
-        output, _ = self.rnn(output)
-        return [output, *states, h_n, *self.cell(output[:, -1], (h[0], c[0]))]
+        output, h_n, of_steps = self.gru(output, mask=mask, return_states=True)
+        output, _ = self.rnn(output, reset=mask)
+        output, _ = self.independent(output)
+        return [output, *states, h_n, of_steps, *self.cell(output[:, -1], (h[0], c[0]))]
 
 
 def arguments(batch: int = 2, steps: int = 5) -> tuple[Tensor, ...]:
@@ -71,7 +73,7 @@ def test_an_exported_program_holds_for_every_batch_and_time(strict: bool) -> Non
     model = Model().eval()
     program = export(model, arguments(), SHAPES, strict)
     names = [node.target.overloadpacket.__name__ for node in calls(program)]
-    assert names == ["rnn_forward"] * 3 + ["cell_forward"]
+    assert names == ["rnn_forward"] * 4 + ["cell_forward"]
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -86,6 +88,13 @@ def test_no_list_is_empty_in_an_exported_program() -> None:
     for node in calls(export(Model().eval(), arguments(), SHAPES)):
         assert not any(isinstance(argument, (list, tuple)) and len(argument) == 0 for argument in node.args)
         assert node.args[-1] is False
+
+
+def test_a_stateful_layer_is_refused_and_keeps_what_it_has() -> None:
+    layer, x = fused_rnn.GRU(SIZE, UNITS, stateful=True), torch.randn(5, 2, SIZE)
+    with pytest.raises(RuntimeError, match="^stateful: expected False in torch.export"):
+        torch.export.export(layer, (x,))
+    assert layer.carried_h is None and layer(x)[0].shape == (5, 2, UNITS)
 
 
 class Packed(nn.Module):
