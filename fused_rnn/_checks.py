@@ -423,7 +423,7 @@ def check_layer_input(settings: Settings, input: Tensor, batch_sizes: Tensor | N
     return steps, batch
 
 
-UNKNOWN = -1
+UNKNOWN = -1  # B of a packed batch whose sizes have no values yet
 
 
 def check_batch_sizes(batch_sizes: Any, rows: int) -> tuple[int, int]:
