@@ -13,6 +13,7 @@ shapes: :mod:`fused_rnn.settings`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -271,15 +272,25 @@ class _Node(NamedTuple):
 
 
 class _TracedNode(torch.autograd.Function):
-    """A node for the exporter that traces: :meth:`symbolic` writes it, :meth:`forward` gives the trace its numbers."""
+    """A node for the exporter that traces: :meth:`symbolic` writes it, :meth:`forward` gives the trace its numbers.
+
+    They are computed in a thread of their own, which is not traced: the exporter would look at every operation.
+    """
 
     @staticmethod
     def forward(ctx: Any, node: _Node, settings: Settings, compute: Any, x: Tensor, *given: Any) -> tuple[Tensor, ...]:
         h, c, lengths, count, *tensors = given
-        mask = None if lengths is None else torch.arange(x.shape[0], device=x.device).unsqueeze(1) < lengths
-        output, *states = compute(settings, x, h, c, tensors[:count], Controls(mask=mask))
-        y = output.unflatten(-1, (settings.num_directions, settings.hidden_size)).transpose(1, 2)
-        return (y, *states[: node.outputs - 1])
+
+        @torch.no_grad()
+        def numbers() -> tuple[Tensor, ...]:
+            mask = None if lengths is None else torch.arange(x.shape[0], device=x.device).unsqueeze(1) < lengths
+            output, *states = compute(settings, x, h, c, tensors[:count], Controls(mask=mask))
+            y = output.unflatten(-1, (settings.num_directions, settings.hidden_size)).transpose(1, 2)
+            return (y, *states[: node.outputs - 1])
+
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(numbers).result()
+        return tuple(t.clone() for t in found)  # the trace has to know where they come from
 
     @staticmethod
     def symbolic(g: Any, node: _Node, *given: Any) -> Any:

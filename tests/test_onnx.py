@@ -189,6 +189,12 @@ def as_it_is(layer: nn.Module, x: Tensor) -> Any:
     return layer(x)
 
 
+def test_the_formulas_are_exported_as_the_kernels_are() -> None:
+    with fused_rnn.use_backend("reference"):
+        written = export(Zoo(["lstm", "gru cell"]).eval(), arguments(5, 3), False)
+    assert [node.op_type for node in written.graph.node if node.op_type in NODES] == ["LSTM", "LSTM", "GRU"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_the_file_has_the_layers_dtype(dtype: torch.dtype) -> None:
     layer, args = fused_rnn.GRU(SIZE, UNITS, dtype=dtype).eval(), (arguments(5, 3)[0].to(dtype),)
