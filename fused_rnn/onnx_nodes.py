@@ -82,39 +82,37 @@ def check_call(settings: Settings, steps: Steps, input: Tensor) -> None:
         )
 
 
+# Of the records of a call, what nodes say, or what changes no number. Whatever else there is, also what is added later,
+# they do not have.
+_SAID = {"recurrent_bias", "independent"}  # by a bias of zeros; check_call sees to the other
+_SAID |= {"activation", "recurrent_activation", "reset_after", "peephole", "coupled_gates"}
+_SAID |= {"bptt_steps", "recurrent_grad_clip", "training"}  # gradients; whether zoneout is drawn
+_SAID |= {"lengths"}
+_IN_EVAL_MODE = ("input_dropout", "weight_dropout", "recurrent_dropout")
+# What to do, where it is more than to leave something out.
+_NEEDED = dict.fromkeys(_IN_EVAL_MODE, "0.0 or a model in eval mode")
+_NEEDED["stateful"] = "False, and the states as inputs and outputs of the model,"
+_NEEDED["mask"] = "None (it has lengths)"
+_NEEDED["batch_sizes"] = "None, a padded Tensor and its lengths, lengths=,"
+
+
 def _what_no_node_has(settings: Settings, steps: Steps) -> Iterator[tuple[str, str, Any]]:
-    """Of a call: the name, what is needed, and what was given. Options that only gradients see are not among them."""
-    around, within = settings.around or NOTHING_AROUND, formulas.within_of(settings)
-    if around.stateful:
-        yield "stateful", "False, and the states as inputs and outputs of the model,", True
+    """Of a call: the name, what is needed, and what was given."""
+    within = formulas.within_of(settings)
     if settings.state_size != settings.hidden_size:
         yield "proj_size", "0", settings.state_size
     if settings.dropout and settings.num_layers > 1:
         yield "dropout", "0.0 or a model in eval mode", settings.dropout
-    for name in ("input_dropout", "weight_dropout"):
-        if value := getattr(around, name):
-            yield name, "0.0 or a model in eval mode", value
-    if within.recurrent_dropout:
-        yield "recurrent_dropout", "0.0 or a model in eval mode", within.recurrent_dropout
-    for name, needed in _OF_NO_NODE.items():
-        value = getattr(within, name)
-        if value != needed:
-            yield name, repr(needed), value
+    of_steps = steps._replace(reset=None, reset_state=None) if settings.is_cell else steps  # done around a cell's node
+    for record in (settings.around or NOTHING_AROUND, within, of_steps):
+        for name, default in record._field_defaults.items():
+            value = getattr(record, name)
+            if name not in _SAID and value is not default and (isinstance(value, Tensor) or value != default):
+                given = "a Tensor" if isinstance(value, Tensor) else value
+                yield name, _NEEDED.get(name, repr(default)), given
     if within.coupled_gates and within.recurrent_activation not in _ODD_ABOUT_A_HALF:
         functions = " or ".join(map(repr, _ODD_ABOUT_A_HALF))
         yield "recurrent_activation", f"{functions} with coupled_gates", repr(within.recurrent_activation)
-    if steps.batch_sizes is not None:
-        yield "input", "a padded Tensor and its lengths, lengths=,", "a PackedSequence"
-    if steps.mask is not None:
-        yield "mask", "None (it has lengths)", "a Tensor"
-    if steps.reset is not None and not settings.is_cell:
-        yield "reset", "None", "a Tensor"
-    if steps.return_states:
-        yield "return_states", "False", True
-
-
-# Fields of Within that no node has, and what they have to be.
-_OF_NO_NODE = {"zoneout": 0.0, "zoneout_cell": 0.0, "num_heads": 1, "layer_norm": False, "cell_clip": None}
 
 
 def run_stack(

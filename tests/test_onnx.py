@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], str]] = {
     "packed": (
         lambda: fused_rnn.GRU(SIZE, UNITS),
         packed,
-        "input: expected a padded Tensor and its lengths.*PackedSequence",
+        "batch_sizes: expected None, a padded Tensor and its lengths.*a Tensor",
     ),
     "states": (lambda: fused_rnn.GRU(SIZE, UNITS), all_states, "return_states: expected False .*, got True"),
     "dtype": (
