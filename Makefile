@@ -111,7 +111,7 @@ gpu:  ## on a GPU machine: everything that only it can show, in runs/gpu (docs/o
 info: build  ## versions, how it was built, instruction sets, threads, CUDA
 	$(RUN) -m fused_rnn info $(ARGS)
 
-CXX_FILES = $(shell find csrc tests/cuda_host tests/data tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc examples/cpp tests/cuda_host tests/data tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format: report only
 	$(BIN)/ruff check .
@@ -129,7 +129,7 @@ wheel: $(ENVIRONMENT)  ## dist/*.whl and dist/*.tar.gz
 	$(RUN) -m build --no-isolation
 
 clean:  ## remove everything that was built, but keep .venv
-	rm -rf build dist *.egg-info fused_rnn/_C*.so $(VENV)/.built-* $(VENV)/.installed-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info fused_rnn/*.so $(VENV)/.built-* $(VENV)/.installed-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 help:  ## this list

@@ -1,4 +1,5 @@
-"""Builds `fused_rnn._C`. The metadata is in pyproject.toml.
+"""Builds `fused_rnn._C`, and beside it `libfused_rnn.so`, the operators for programs without Python. The metadata is in
+pyproject.toml.
 
 Three kinds of sources go into the one extension:
 
@@ -40,6 +41,7 @@ import cuda_build  # noqa: E402
 import prerequisites  # noqa: E402
 
 OLDEST_TORCH = (2, 11)
+LIBRARY = "libfused_rnn.so"
 
 # Each set contains the one before it. A name is that of csrc/cpu/isa_<name>.cpp, in lower case.
 X86_FLAGS: dict[str, list[str]] = {"portable": []}
@@ -278,6 +280,13 @@ def build_configuration(torch) -> dict:
             except RuntimeError as error:
                 fail(f"{error}; the compiler's messages are above")
 
+        def run(self):
+            super().run()
+            folder = ROOT / "fused_rnn" if self.inplace else Path(self.build_lib) / "fused_rnn"
+            sources = ["ops", "ops_cuda"] if cuda else ["ops"]
+            objects = [str(Path(self.build_temp) / "csrc" / f"{source}.o") for source in sources]
+            link_library(folder / LIBRARY, [*objects, *self.extensions[0].extra_objects], link)
+
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")}
     of_sets = ";".join(f"{name}:{' '.join(flags)}" for name, flags in instruction_sets().items())
     definitions = [
@@ -319,6 +328,17 @@ def build_configuration(torch) -> dict:
                 self.copy_file(str(header), str(target))
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithKernels, "build_py": BuildWithHeaders}}
+
+
+def link_library(result: Path, objects: list[str], flags: list[str]) -> None:
+    """The same objects without those that use Python: what they leave out is gradients."""
+    from torch.utils.cpp_extension import library_paths
+
+    folders = [f"-L{folder}" for folder in library_paths()]
+    libraries = ["-lc10", "-ltorch_cpu", "-ltorch", *flags, f"-Wl,-soname,{LIBRARY}"]
+    command = [*prerequisites.compiler(), "-shared", "-o", str(result), *objects, *folders, *libraries]
+    if subprocess.run(command, check=False).returncode != 0:
+        fail(f"linking {LIBRARY} failed; the linker's messages are above")
 
 
 def kernel_headers() -> list[Path]:

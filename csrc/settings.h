@@ -9,6 +9,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/plan.h"
@@ -72,6 +73,8 @@ struct Settings {
         field = numbers[next_number++];
         TORCH_CHECK(field >= 0 && field <= most, name, ": expected 0 to ", most, ", got ", field);
       });
+      // In an exported program, where no list is empty (fused_rnn/ops.py).
+      settings.plain = lists_of(settings.within) == lists_of(Within());
     }
     TORCH_CHECK(next == integers.size(), "settings: expected ", next, " values, got ", integers.size());
     TORCH_CHECK(next_number == numbers.size(), "numbers: expected ", next_number, ", got ", numbers.size());
@@ -82,10 +85,11 @@ struct Settings {
   static void return_states(Integers& integers, Numbers& numbers) {
     Within within;
     within.return_states = true;
+    const auto [of_within, numbers_of_within] = lists_of(within);
     integers.pop_back();  // the version, which stands last
-    each_integer_within(within, [&](const char*, auto field, int64_t, int64_t) { integers.push_back(int64_t(field)); });
+    integers.append(of_within.begin(), of_within.end());
     integers.push_back(operators_version);
-    each_number_within(within, [&](const char*, double number, double) { numbers.push_back(number); });
+    numbers.append(numbers_of_within.begin(), numbers_of_within.end());
   }
   // Whether the lists of a call do so, without the time that restore() takes.
   static bool returns_states(at::IntArrayRef integers, at::ArrayRef<double> numbers) {
@@ -100,6 +104,14 @@ struct Settings {
   }
 
  private:
+  static std::pair<c10::SmallVector<int64_t, 10>, c10::SmallVector<double, 4>> lists_of(Within within) {
+    std::pair<c10::SmallVector<int64_t, 10>, c10::SmallVector<double, 4>> lists;
+    each_integer_within(within,
+                        [&](const char*, auto field, int64_t, int64_t) { lists.first.push_back(int64_t(field)); });
+    each_number_within(within, [&](const char*, double number, double) { lists.second.push_back(number); });
+    return lists;
+  }
+
   // A stack has parameters for each layer, so no layer beyond this can be; nor a head.
   static constexpr int64_t most_layers = int64_t(1) << 31;
 

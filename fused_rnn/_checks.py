@@ -423,8 +423,14 @@ def check_layer_input(settings: Settings, input: Tensor, batch_sizes: Tensor | N
     return steps, batch
 
 
+UNKNOWN = -1  # B of a packed batch whose sizes have no values yet
+
+
 def check_batch_sizes(batch_sizes: Any, rows: int) -> tuple[int, int]:
-    """``batch_sizes`` of a packed batch against the rows of its data. Returns T and B."""
+    """``batch_sizes`` of a packed batch against the rows of its data. Returns T and B.
+
+    In a program that is exported they have no values yet, and B is :data:`UNKNOWN`: the operator checks them.
+    """
     if not isinstance(batch_sizes, Tensor):
         raise TypeError(f"batch_sizes: expected a Tensor, got {_describe(batch_sizes)}")
     if batch_sizes.dim() != 1 or batch_sizes.dtype is not torch.int64 or batch_sizes.device.type != "cpu":
@@ -432,6 +438,8 @@ def check_batch_sizes(batch_sizes: Any, rows: int) -> tuple[int, int]:
             "batch_sizes: expected int64 of 1 dimension on the CPU, "
             f"got {batch_sizes.dtype} {_shape(batch_sizes)} on {batch_sizes.device}"
         )
+    if torch.compiler.is_exporting():
+        return batch_sizes.shape[0], UNKNOWN
     _check_memory("batch_sizes", batch_sizes)
     sizes = batch_sizes.tolist()
     if not sizes:
@@ -446,10 +454,10 @@ def check_batch_sizes(batch_sizes: Any, rows: int) -> tuple[int, int]:
 def check_sorted_indices(packed: PackedSequence) -> None:
     """The orders of a packed batch: each has every row, of which ``batch_sizes`` says the number, once."""
     data, batch_sizes = packed.data, packed.batch_sizes
-    if not isinstance(batch_sizes, Tensor) or batch_sizes.dim() != 1 or not batch_sizes.numel():
-        return  # said where the batch is checked
-    if not isinstance(data, Tensor) or not _values_can_be_read(batch_sizes):
+    if not isinstance(batch_sizes, Tensor) or not isinstance(data, Tensor) or not _values_can_be_read(batch_sizes):
         return
+    if batch_sizes.dim() != 1 or not batch_sizes.numel():
+        return  # said where the batch is checked
     _check_memory("batch_sizes", batch_sizes)
     batch = int(batch_sizes[0])
     values: dict[str, list[int]] = {}

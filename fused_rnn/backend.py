@@ -6,9 +6,11 @@ The only place that imports :mod:`fused_rnn.ops`, and with it the compiled exten
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from contextvars import ContextVar
 from types import ModuleType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +173,29 @@ def eager_kernels() -> ModuleType | None:
 
 def traced_kernels() -> ModuleType | None:
     """The same for a call that the compiler's tracer sees."""
-    return ops if torch.compiler.is_compiling() and _seen_by_compiler != "reference" else None
+    if not torch.compiler.is_compiling() or _seen_by_compiler == "reference" or exports_to_onnx():
+        return None
+    return ops
+
+
+def exports_to_onnx() -> bool:
+    """Whether calls made here and now are written to an ONNX file, by either of PyTorch's exporters."""
+    return (torch.compiler.is_exporting() or torch.jit.is_tracing()) and _is_in_onnx_export()
+
+
+def _is_in_onnx_export() -> bool:
+    onnx: Any = sys.modules.get("torch.onnx")  # which takes a while to import: without it there is no export
+    if onnx is None or not onnx.is_in_onnx_export():
+        return False
+    if torch.compiler.is_exporting():
+        torch.compiler.allow_in_graph(onnx.ops.symbolic_multi_out)  # what nodes are written with: no part of Dynamo's
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: Dynamo calls the function instead of
+# taking it for one that is False, as it does with torch.onnx's own. The exporter tries Dynamo where it failed without,
+# and a call that was refused must be refused again.
+_is_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(reason: str | None) -> ModuleType:

@@ -23,6 +23,12 @@ def add_buffers(layer: Any) -> None:
 
 def state_of(layer: Any, input: Any, hx: Any) -> Any:
     """``hx``, or, where it is ``None``, what the last call left."""
+    # Dynamo of some versions says of every compilation that it exports.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            "stateful: expected False in torch.export, as a program keeps nothing from call to call, got True; make "
+            "the states inputs and outputs of the model"
+        )
     h, c = layer.carried_h, layer.carried_c
     if hx is not None or h is None:
         return hx

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _checks, backend
+from . import _checks, backend, onnx_nodes
 from .settings import (
     CALL_OPTIONS,
     EVERY_STEP,
@@ -730,7 +730,8 @@ def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[
     num_steps, batch = _checks.check_layer_input(settings, input, steps.batch_sizes)
     _checks.check_params(settings, params, input)
     if h is not None:
-        _checks.check_layer_states(settings, h, c, batch)
+        if batch != _checks.UNKNOWN:
+            _checks.check_layer_states(settings, h, c, batch)
         _checks.check_states_like_input(input, h, c)
     _checks.check_steps(settings, steps, input, num_steps, batch)
     mask = _live_steps(settings, steps, input, num_steps, batch)
@@ -829,6 +830,10 @@ def _run_layers(
         with torch.autocast(region, enabled=False):
             return _run_layers(settings, input, hx, params, steps)
 
+    to_onnx = backend.exports_to_onnx()
+    if to_onnx:
+        onnx_nodes.check_call(settings, steps, input)
+        settings = _without_bptt_steps(settings)  # which change no numbers
     call = prepare_layers(settings, input, hx, params, steps)
     if settings.around is not None:
         return _run_around(settings, settings.around, call, hx, params, steps)
@@ -856,7 +861,10 @@ def _run_layers(
         of_operator = [*params, *anew]
         settings = settings._replace(within=(within or NOTHING_WITHIN)._replace(reset_state=True))
     run = backend.implementation(call.why_reference).run_stack
-    output, h_n, c_n, *of_steps = _compute(run, settings, call, params, input, h, c, of_operator, controls)
+    if to_onnx:
+        output, h_n, c_n, *of_steps = onnx_nodes.run_stack(settings, input, h, c, params, steps.lengths, run)
+    else:
+        output, h_n, c_n, *of_steps = _compute(run, settings, call, params, input, h, c, of_operator, controls)
     states = None
     if of_steps:
         batch = None if controls.batch_sizes is not None else h_n.shape[1]
@@ -1046,6 +1054,9 @@ def _run_cell(
         with torch.autocast(region, enabled=False):
             return _run_cell(settings, input, hx, params, steps)
 
+    to_onnx = backend.exports_to_onnx()
+    if to_onnx:
+        onnx_nodes.check_call(settings, steps, input)
     call = prepare_cell(settings, input, hx, params, steps)
     input, h, c = call[:3]
     assert h is not None
@@ -1057,7 +1068,9 @@ def _run_cell(
     if call.batch is None:
         input, h, c = input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)
     implementation = backend.implementation(call.why_reference)
-    if settings.within is None:
+    if to_onnx:
+        h, c = onnx_nodes.run_step(settings, input, h, c, params, implementation.run_stack)
+    elif settings.within is None:
         h, c = _compute(implementation.run_step, settings, call, params, input, h, c, params)
     else:  # a stack of one layer and one step
         controls = _draw_within(settings, settings.within, call, Controls())

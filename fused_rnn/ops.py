@@ -54,7 +54,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _C, _checks, formulas
 from ._C import clear_packed, packed_bytes_held, packed_bytes_limit, set_packed_bytes_limit
-from .settings import INTEGER_SETTINGS, NOTHING_WITHIN, AnyCellKind, CellKind, Controls, Settings, Within, kind_of
+from .settings import (
+    INTEGER_SETTINGS,
+    NO_CONTROLS,
+    NOTHING_WITHIN,
+    AnyCellKind,
+    CellKind,
+    Controls,
+    Settings,
+    Within,
+    kind_of,
+)
 
 __all__ = [
     "clear_packed",
@@ -88,7 +98,7 @@ def trace_stack(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) 
     h, c = hx if settings.kind == CellKind.LSTM and isinstance(hx, tuple) and len(hx) == 2 else (hx, None)
     if (h is not None and not isinstance(h, Tensor)) or (c is None) != (h is None or settings.kind != CellKind.LSTM):
         return None
-    result = _rnn_forward(input, h, c, list(params), [], *settings.flatten(), False)
+    result = _rnn_forward(input, h, c, list(params), *_lists(settings, NO_CONTROLS, input), False)
     return result[:3]
 
 
@@ -99,8 +109,26 @@ def trace_step(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) -
     h, c = hx if settings.kind == CellKind.LSTM and isinstance(hx, tuple) and len(hx) == 2 else (hx, None)
     if not isinstance(h, Tensor) or (settings.kind == CellKind.LSTM) != isinstance(c, Tensor):
         return None
-    h_next, c_next = _cell_forward(input, h, c, list(params), *settings.flatten(), False)[:2]
+    h_next, c_next = _cell_forward(input, h, c, list(params), *_lists_of_step(settings), False)[:2]
     return h_next, c_next if c is not None else None
+
+
+def _lists(settings: Settings, controls: Controls, input: Tensor) -> tuple[list[Tensor], list[int], list[float]]:
+    """The arguments ``controls``, ``settings`` and ``numbers`` of an operator.
+
+    In a program that is exported none is empty: the runtime of AOTInductor hands on None in place of an empty list.
+    """
+    tensors = controls.flatten(input)
+    if not tensors and torch.compiler.is_exporting():
+        tensors = [input.new_empty(0)] * len(controls)
+    return tensors, *_lists_of_step(settings)
+
+
+def _lists_of_step(settings: Settings) -> tuple[list[int], list[float]]:
+    """The last two of :func:`_lists`."""
+    if settings.within is None and torch.compiler.is_exporting():
+        settings = settings._replace(within=NOTHING_WITHIN)
+    return settings.flatten()
 
 
 def _is_traced_alone(input: Tensor) -> bool:
@@ -331,7 +359,7 @@ def run_stack(
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    result = _rnn_forward(input, h0, c0, list(params), controls.flatten(input), *settings.flatten(), False)
+    result = _rnn_forward(input, h0, c0, list(params), *_lists(settings, controls, input), False)
     returns_states = settings.within is not None and settings.within.return_states
     return result[:3] + result[4:] if returns_states else result[:3]
 
@@ -344,7 +372,7 @@ def run_step(
     Returns:
         h (B, H), and c (B, H) for an LSTM, else None.
     """
-    h_next, c_next = _cell_forward(input, h, c, list(params), *settings.flatten(), False)[:2]
+    h_next, c_next = _cell_forward(input, h, c, list(params), *_lists_of_step(settings), False)[:2]
     return h_next, c_next if settings.kind == CellKind.LSTM else None
 
 

@@ -459,7 +459,8 @@ class Controls(NamedTuple):
         """The argument ``controls`` of the operators."""
         if all(t is None for t in self):
             return []
-        return [input.new_empty(0) if t is None else t for t in self]
+        nothing = input.new_empty(0)
+        return [nothing if t is None else t for t in self]
 
     @staticmethod
     def restore(controls: Sequence[Tensor]) -> Controls:

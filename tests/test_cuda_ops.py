@@ -19,7 +19,7 @@ from support.pairwise import Row, pairwise
 import fused_rnn
 from fused_rnn import functional
 from fused_rnn.check import scaled_errors
-from fused_rnn.settings import Settings
+from fused_rnn.settings import NOTHING_WITHIN, Controls, Settings
 
 pytestmark = [
     pytest.mark.compiles,
@@ -110,6 +110,16 @@ def test_layer_without_gradients_matches_the_float64_reference(case: Case) -> No
 @pytest.mark.parametrize("case", CELL_CASES, ids=str)
 def test_cell_matches_the_float64_reference(case: CellCase) -> None:
     assert_within(run(case.build(fused_rnn), case.data()), _reference(case))
+
+
+def test_lists_of_an_exported_program_none_of_which_is_empty_are_those_of_a_plain_cell() -> None:
+    """There is a kernel for nothing else."""
+    layer, x = fused_rnn.RNN(3, 4, nonlinearity="relu"), torch.randn(5, 2, 3)
+    settings, params = layer._settings(), list(layer.parameters())
+    nothing = [x.new_empty(0)] * len(Controls())
+    lists = (nothing, *settings._replace(within=NOTHING_WITHIN).flatten())
+    plain = torch.ops.fused_rnn.rnn_forward(x, None, None, params, [], *settings.flatten(), True)
+    assert_same(torch.ops.fused_rnn.rnn_forward(x, None, None, params, *lists, True), plain)
 
 
 # Variants, teams of so many blocks, and a dtype for each product that the kernels have but TF32's.

@@ -66,6 +66,7 @@ def test_all_pages_with_code_are_run_here() -> None:
         "index.md",
         "migrating.md",
         "diagnostics.md",
+        "exporting.md",
         "new-cell.md",
         "options.md",
         "resets.md",
@@ -91,6 +92,14 @@ def test_code_of_the_page_on_new_cells_runs(monkeypatch: pytest.MonkeyPatch, tmp
 def test_code_of_the_page_on_options_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     page = run_page(DOCS / "options.md", monkeypatch, torch=torch, fused_rnn=fused_rnn)
     assert page.model.lstm.carried_h is None and page.model.lstm.weight_hh_l0.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:# The axis name", "ignore:.*torch.jit.*is deprecated")
+def test_code_of_the_page_on_exporting_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = run_page(DOCS / "exporting.md", monkeypatch)
+    assert {node.op_type for node in page.onnx_program.model_proto.graph.node} >= {"LSTM", "Transpose"}
+    assert (tmp_path / "tagger.onnx").exists() and (tmp_path / "tagger.pt2").exists()
 
 
 def test_code_of_the_page_on_diagnostics_runs(

@@ -22,7 +22,7 @@ PACKAGE = Path(fused_rnn.__file__).parent
 LEVELS = [
     {"settings", "expressions"},
     {"formulas", "_checks"},
-    {"ops"},
+    {"ops", "onnx_nodes"},
     {"backend"},
     {"functional", "packed_weights"},
     {"reference", "weights", "initial", "carried", "options"},
