@@ -1,5 +1,5 @@
-"""Builds `fused_rnn._C`, and beside it `libfused_rnn.so`, the operators for programs without Python. The metadata is in
-pyproject.toml.
+"""Builds `fused_rnn._C`, and in a checkout beside it `libfused_rnn.so`, the operators for programs without Python. The
+metadata is in pyproject.toml.
 
 Three kinds of sources go into the one extension:
 
@@ -17,6 +17,7 @@ Environment:
     FUSED_RNN_ISAS=...       kernels for these instruction sets alone, e.g. `avx512,avx512_bf16`, and portable ones
     FUSED_RNN_NVCC_FLAGS=... further flags of nvcc, e.g. `-lineinfo`, or a limit of clock cycles to every wait in a
                              kernel, `-DFRNN_WAIT_LIMIT=4000000000` (csrc/cuda/device.h)
+    FUSED_RNN_LIBRARY=1      libfused_rnn.so in a wheel, too, which is then twice as large
     FUSED_RNN_SANITIZE=...   instrument everything, e.g. `address,undefined` (see `make test-asan`)
     CUDA_HOME                where nvcc is, if not on PATH or in /usr/local/cuda
     CXX, MAX_JOBS            the compiler (g++), parallel compilations (the processors this process may use)
@@ -282,8 +283,10 @@ def build_configuration(torch) -> dict:
 
         def run(self):
             super().run()
+            if not self.inplace and os.environ.get("FUSED_RNN_LIBRARY") != "1":
+                return
             folder = ROOT / "fused_rnn" if self.inplace else Path(self.build_lib) / "fused_rnn"
-            sources = ["ops", "ops_cuda"] if cuda else ["ops"]
+            sources = ["ops", "derivatives", *(["ops_cuda"] if cuda else [])]
             objects = [str(Path(self.build_temp) / "csrc" / f"{source}.o") for source in sources]
             link_library(folder / LIBRARY, [*objects, *self.extensions[0].extra_objects], link)
 
