@@ -31,6 +31,8 @@ step.
                           the results change, and of all else, how the gradients do
 ``rnn_backward_each``     the gradients of ``groups`` examples, row b * groups + g of the batch being of example g:
                           those of params are (groups, ...). For calls that ``rnn_tangent`` takes, without controls
+``rnn_forward_stacked``,  ``rnn_forward`` and ``rnn_backward`` of models of one shape, without controls: tensors have
+``rnn_backward_stacked``  the models as their first dimension
 ``draw_bits``             uint8 (entries, rows, ceil(units / 8)), each bit 1 with probability ``rate``, those behind the
                           last unit 0, from the int64 in ``seed`` alone; on the CPU
 ========================= =============================================================================================
@@ -143,6 +145,8 @@ _cell_backward = torch.ops.fused_rnn.cell_backward.default
 _draw_bits = torch.ops.fused_rnn.draw_bits.default
 _rnn_tangent = torch.ops.fused_rnn.rnn_tangent.default
 _rnn_backward_each = torch.ops.fused_rnn.rnn_backward_each.default
+_rnn_backward_stacked = torch.ops.fused_rnn.rnn_backward_stacked.default
+_rnn_forward_stacked = torch.ops.fused_rnn.rnn_forward_stacked.default
 _rnn_backward_tangent = torch.ops.fused_rnn.rnn_backward_tangent.default
 
 
@@ -577,6 +581,54 @@ def _backward_each_by_formulas(  # type: ignore[no-untyped-def]
     return *joined[:3], joined[3:]
 
 
+def _backward_stacked_by_formulas(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, output, gates, cells, hidden, integers, numbers, needs,
+):  # fmt: skip
+    function = _formulas_of(False, integers, numbers, [])
+    all_of: list[list[Tensor]] = []
+    for i in range(input.shape[0]):
+        primals = [None if t is None else t[i] for t in (input, h0, c0, *params)]
+        seeds = [None if t is None else t[i] for t in (grad_output, grad_h_n, grad_c_n)]
+        grads = zip(_pull_back(function, primals, seeds), needs, strict=True)
+        all_of.append([input.new_empty(0) if g is None or not needed else g for g, needed in grads])
+    stacked = [torch.stack(each) if each[0].numel() else each[0] for each in map(list, zip(*all_of, strict=True))]
+    return *stacked[:3], stacked[3:]
+
+
+def _register_gradient_of_models() -> None:
+    """The gradient of ``rnn_forward_stacked``."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        input, h0, c0, params, *ctx.settings, _ = inputs
+        ctx.given = [h0 is not None, c0 is not None]
+        y, _, _, gates, cells, hidden = output
+        ctx.mark_non_differentiable(gates, cells, hidden)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, gates, cells, hidden, input, *(t for t in (h0, c0) if t is not None), *params)
+
+    def backward(ctx: Any, grad_y: Any, grad_h_n: Any, grad_c_n: Any, *_: Any) -> Any:
+        *saved, input = ctx.saved_tensors[:5]
+        states = list(ctx.saved_tensors[5 : 5 + sum(ctx.given)])
+        params = list(ctx.saved_tensors[5 + len(states) :])
+        h0, c0 = (states.pop(0) if given else None for given in ctx.given)
+        integers, numbers = ctx.settings
+        settings = Settings.restore(integers, numbers, input[0], [p[0] for p in params])
+        if not settings.kind.num_states:
+            grad_c_n = None
+        needs = [True, h0 is not None, c0 is not None, *([True] * len(params))]
+        arguments = (grad_y, grad_h_n, grad_c_n, input, h0, c0, params, *saved, *ctx.settings, needs)
+        kept = settings.recompute or _num_saved(settings) == 0 or saved[1].numel() > 0
+        kept = kept and (saved[2].numel() > 0 or not settings.kind.num_states)
+        found = _rnn_backward_stacked(*arguments) if kept else _backward_stacked_by_formulas(*arguments)
+        grad_input, grad_h0, grad_c0, grad_params = found
+        return (
+            grad_input, None if h0 is None else grad_h0, None if c0 is None else grad_c0, list(grad_params), None,
+            None if ctx.settings[1] else [], None,
+        )  # fmt: skip
+
+    torch.library.register_autograd(_rnn_forward_stacked.name(), backward, setup_context=setup)
+
+
 def _register_derivative(operator: torch._ops.OpOverload, formula: Callable[..., Any]) -> None:
     """The gradient of an operator as that of ``formula``, which takes its arguments and gives its results."""
 
@@ -615,6 +667,8 @@ def _register_derivative(operator: torch._ops.OpOverload, formula: Callable[...,
 _register_derivative(_rnn_tangent, _tangents_by_formulas)
 _register_derivative(_rnn_backward_tangent, _backward_tangents_by_formulas)
 _register_derivative(_rnn_backward_each, _backward_each_by_formulas)
+_register_derivative(_rnn_backward_stacked, _backward_stacked_by_formulas)
+_register_gradient_of_models()
 
 
 # --- Batching rules --------------------------------------------------------------------------------------------------
@@ -672,6 +726,19 @@ def _with_dims(pairs: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
     return results, dims
 
 
+def _stack(info: Any, t: Any, dim: Any) -> Any:
+    """Tensors, or a list of them, with the models as the first dimension; None and (0,) as they are."""
+    if isinstance(t, (list, tuple)):
+        return [_stack(info, each, of_each) for each, of_each in zip(t, dim, strict=True)]
+    if t is None or (dim is None and t.dim() == 1 and t.numel() == 0):
+        return t
+    return t.unsqueeze(0).expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _with_dims_of_models(results: Any) -> tuple[Any, Any]:
+    return results, tree_map(lambda t: None if t.dim() == 1 and t.numel() == 0 else 0, results)
+
+
 def _shares_weights(params: Sequence[int | None], controls: Sequence[Tensor]) -> bool:
     return not controls and all(dim is None for dim in params)
 
@@ -693,6 +760,11 @@ def _row_dim(integers: Sequence[int]) -> int:
 def _batched_rnn_forward(  # type: ignore[no-untyped-def]
     info, in_dims, input, h0, c0, params, controls, integers, numbers, save,
 ):  # fmt: skip
+    if not controls and input.device.type == "cpu" and not _shares_weights(in_dims[3], controls):
+        given = (input, h0, c0, params)
+        records = torch.is_grad_enabled() and any(t.requires_grad for t in tree_flatten(given)[0] if t is not None)
+        stacked = (_stack(info, t, dim) for t, dim in zip(given, in_dims, strict=False))
+        return _with_dims_of_models(_rnn_forward_stacked(*stacked, integers, numbers, save or records))
     if not _shares_weights(in_dims[3], controls):
         return None
     examples, rows = _Examples(info.batch_size), _row_dim(integers)
@@ -708,7 +780,15 @@ def _batched_rnn_backward(  # type: ignore[no-untyped-def]
     info, in_dims, grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output,
     gates, cells, hidden, integers, numbers, needs, reuse_gates,
 ):  # fmt: skip
-    if not _shares_weights(in_dims[8], controls) or grad_cells is not None or grad_hidden is not None:
+    if grad_cells is not None or grad_hidden is not None:
+        return None
+    if not controls and input.device.type == "cpu" and not _shares_weights(in_dims[8], controls):
+        seeds = (grad_output, grad_h_n, grad_c_n)
+        of_models = (*seeds, input, h0, c0, params, output, gates, cells, hidden)
+        dims = (*in_dims[:3], *in_dims[5:9], *in_dims[10:14])
+        stacked = (_stack(info, t, dim) for t, dim in zip(of_models, dims, strict=True))
+        return _with_dims_of_models(_rnn_backward_stacked(*stacked, integers, numbers, needs))
+    if not _shares_weights(in_dims[8], controls):
         return None
     if any(needs[3:]) and not _has_gradients_each(input, params, integers, numbers):
         return None
@@ -785,7 +865,9 @@ _register_batching_rule(_rnn_forward, _batched_rnn_forward)
 _register_batching_rule(_rnn_backward, _batched_rnn_backward)
 _register_batching_rule(_cell_forward, _batched_cell_forward)
 _register_batching_rule(_cell_backward, _batched_cell_backward)
-for _operator in (_draw_bits, _rnn_tangent, _rnn_backward_tangent, _rnn_backward_each):
+for _operator in (
+    _draw_bits, _rnn_tangent, _rnn_backward_tangent, _rnn_backward_each, _rnn_forward_stacked, _rnn_backward_stacked,
+):  # fmt: skip
     _register_batching_rule(_operator)
 
 
@@ -993,6 +1075,36 @@ def _(  # type: ignore[no-untyped-def]
         _gradient_like(input, c0, needs[2]),
         [input.new_empty((groups, *p.shape) if needed else 0) for p, needed in zip(params, needs[3:], strict=True)],
     )
+
+
+@torch.library.register_fake("fused_rnn::rnn_forward_stacked")
+def _(input, h0, c0, params, integers, numbers, save):  # type: ignore[no-untyped-def]
+    _check_devices(input, h0=h0, c0=c0, params=params)
+    one = _rnn_forward(input[0], None if h0 is None else h0[0], None if c0 is None else c0[0],
+                       [p[0] for p in params], [], integers, numbers, save)  # fmt: skip
+    return tuple(_of_models(input, t) for t in one)
+
+
+@torch.library.register_fake("fused_rnn::rnn_backward_stacked")
+def _(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, output, gates, cells, hidden, integers, numbers, needs,
+):  # fmt: skip
+    seeds = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
+    saved = {"output": output, "gates": gates, "cells": cells, "hidden": hidden}
+    _check_devices(input, **seeds, h0=h0, c0=c0, params=params, **saved)
+    return (
+        input.new_empty(input.shape) if needs[0] else input.new_empty(0),
+        _gradient_like(input, h0, needs[1]),
+        _gradient_like(input, c0, needs[2]),
+        [_gradient_like(input, p, needed) for p, needed in zip(params, needs[3:], strict=True)],
+    )
+
+
+def _of_models(input: Tensor, t: Tensor) -> Tensor:
+    """An empty tensor of t for each model of the input."""
+    if t.dim() == 1:
+        return t.new_empty(0)
+    return t.new_empty((input.shape[0], *t.shape))
 
 
 def _like_output(settings: Settings, t: Tensor) -> Tensor:

@@ -245,6 +245,58 @@ def test_examples_in_any_dimension(of_x: int | None, of_h: int | None, kernels_a
         assert_within(named([t[i].detach() for t in found]), named([t.detach() for t in layer(*one)]))
 
 
+ENSEMBLES = [
+    Case("LSTM", num_layers=2, bidirectional=True, batch_first=True, hx=True, dtype=F64),
+    Case("GRU", steps=1, bias=False, dtype=F64),
+    Case("RNN_RELU", num_layers=2, dtype=F64),
+]
+
+
+@pytest.mark.parametrize("threads_of_machine", [1, 4])
+@pytest.mark.parametrize("case", ENSEMBLES, ids=str)
+def test_an_ensemble_is_a_call_for_each_pass(case: Any, threads_of_machine: int, kernels_alone: None) -> None:
+    """Outputs and gradients of models with parameters of their own, by plain autograd through vmap and by vmap(grad)."""
+    call = Call(case)
+    models = [case.build(fused_rnn, seed=seed) for seed in range(3)]
+    own = [torch.stack(of).detach().requires_grad_() for of in zip(*(m.parameters() for m in models), strict=True)]
+    inputs = call.leaves[: 1 + call.states]
+    processors = fused_rnn._C.set_processors(threads_of_machine)
+    try:
+        with Recorder() as recorder:
+            outputs = vmap(lambda *params: tuple(call(*inputs, *params)))(*own)
+            gradients = torch.autograd.grad([t.sin().sum() for t in outputs], own)
+            loss = lambda *params: sum(t.sin().sum() for t in call(*inputs, *params))  # noqa: E731
+            by_func = vmap(grad(loss, tuple(range(len(own)))))
+            assert_same(list(by_func(*(t.detach() for t in own))), list(gradients))
+    finally:
+        fused_rnn._C.set_processors(processors)
+    names = [operator.overloadpacket.__name__ for operator, _ in recorder.calls]
+    assert names == ["rnn_forward_stacked", "rnn_backward_stacked"] * 2
+    for i in range(3):
+        parameters = [t[i].detach().requires_grad_() for t in own]
+        right = call(*inputs, *parameters)
+        assert_same([t[i].detach() for t in outputs], [t.detach() for t in right])
+        expected = torch.autograd.grad([t.sin().sum() for t in right], parameters)
+        assert_within(named([g[i] for g in gradients]), named(list(expected)))
+
+
+@pytest.mark.parametrize("case", ENSEMBLES, ids=str)
+def test_second_derivatives_of_an_ensemble(case: Any) -> None:
+    call = Call(case)
+    inputs, one = call.leaves[: 1 + call.states], call.leaves[1 + call.states :]
+
+    def second(of: Callable[..., Any], parameters: list[Tensor]) -> list[Tensor]:
+        loss = sum(t.sin().sum() for t in of(*parameters))
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), parameters))
+
+    own = [torch.stack([t, 2 * t]).requires_grad_() for t in one]
+    found = second(vmap(lambda *params: tuple(call(*inputs, *params))), own)
+    for i in range(2):
+        expected = second(lambda *params: call(*inputs, *params), [t[i].detach().requires_grad_() for t in own])
+        assert_within(named([g[i] for g in found]), named(expected))
+
+
 @pytest.mark.parametrize("case", [Case("GRU", num_layers=2, hx=True), Case(batch_first=True, dtype=F64)], ids=str)
 def test_operators_of_derivatives_pass_opcheck(case: Any) -> None:
     calls = recorded(case, {"derivatives": True})

@@ -51,7 +51,7 @@ OPTIONAL = ("h0", "c0", "grad_output", "grad_h_n", "grad_c_n", "grad_cells", "gr
 OPTIONAL += ("input_t", "h0_t", "c0_t", "grad_output_t", "grad_h_n_t", "grad_c_n_t")
 # Lists in which (0,) stands for none.
 LISTS_WITH_NONE = ("controls", "params_t")
-OF_DERIVATIVES = ("rnn_tangent", "rnn_backward_tangent", "rnn_backward_each")
+OF_DERIVATIVES = ("rnn_tangent", "rnn_backward_tangent", "rnn_backward_each", "rnn_backward_stacked")
 # Made by the forward pass for the backward pass alone, which need not take them in another form.
 SAVED = ("gates", "cells", "hidden")
 REFUSALS = (RuntimeError, TypeError)
@@ -127,6 +127,7 @@ def take_derivatives(module: Any, case: Any, data: Any) -> None:
         return sum(t.square().sum() for t in tree_leaves(functional_call(module, parameters, (x,))))
 
     vmap(grad(loss), in_dims=(None, 0))(own, torch.stack([inputs, inputs]))
+    vmap(grad(loss), in_dims=(0, None))({name: torch.stack([p, p]) for name, p in own.items()}, inputs)
 
 
 def wrong_tensors(t: Tensor) -> Iterator[tuple[str, Any]]:
