@@ -239,10 +239,10 @@ class _PrivateLayer(_HasParts):
                                    "examples; pack rows of several lengths")  # fmt: skip
         packed = input if isinstance(input, PackedSequence) else None
         data, batch_sizes, order, back = packed or (input, None, None, None)
-        settings: Settings = self._settings()._replace(recompute=False)  # type: ignore[operator]
+        settings: Settings = self._settings()._replace(recompute=False)
         if order is not None and hx is not None:
             hx = _rows(hx, order)
-        call = functional.prepare_layers(settings, data, hx, self._params(), Steps(batch_sizes))  # type: ignore[operator]
+        call = functional.prepare_layers(settings, data, hx, self._params(), Steps(batch_sizes))
         batch = call.batch if batch_sizes is None else int(batch_sizes[0])
         self._check_sampled(settings, data, call.why_reference, batch)
         x, h, c = call.input, call.h, call.c
@@ -281,8 +281,8 @@ class _PrivateCell(_HasParts):
             return super()._run(input, hx, reset, reset_state)  # type: ignore[misc]
         if reset is not None:
             raise RuntimeError("reset: expected None while Opacus takes gradients of examples")
-        settings: Settings = self._settings()  # type: ignore[operator]
-        call = functional.prepare_cell(settings, input, hx, self._params())  # type: ignore[operator]
+        settings: Settings = self._settings()
+        call = functional.prepare_cell(settings, input, hx, self._params())
         self._check_sampled(settings, input, call.why_reference, call.batch)
         assert call.h is not None
         layer = Settings(settings.input_size, settings.hidden_size, settings.hidden_size, settings.kind, settings.bias)
