@@ -23,15 +23,16 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from char_lm import CharLM, Settings, Text, read_text
 from common import options, training
 from common.options import DTYPES, ExampleError
+from common.processes import Processes, joined
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -43,62 +44,6 @@ import fused_rnn
 
 HELD_OUT_SHARE = 0.05
 CLIP = 1.0  # the largest norm of a gradient
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """This process among those that train together.
-
-    Attributes:
-        rank: 0 to count - 1.
-        device: of this one.
-        restarts: how often torchrun has started all of them anew.
-    """
-
-    rank: int
-    count: int
-    device: torch.device
-    restarts: int = 0
-
-    def say(self, *words: object) -> None:
-        if self.rank == 0:
-            print(*words, flush=True)
-
-    def mean(self, value: Tensor) -> float:
-        """Return the mean over all processes of a tensor of one element."""
-        total = value.detach().double()
-        if self.count > 1:
-            dist.all_reduce(total)
-        return total.item() / self.count
-
-    def wait(self) -> None:
-        if self.count > 1:
-            dist.barrier()
-
-    def from_first(self, value: Any) -> Any:
-        """Return what the first process has."""
-        values = [value]
-        if self.count > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-
-@contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[Processes]:
-    """Meet the other processes that torchrun has started; alone without it."""
-    if not dist.is_torchelastic_launched():
-        yield Processes(0, 1, device)
-        return
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-        yield Processes(dist.get_rank(), dist.get_world_size(), device, restarts)
-    finally:
-        dist.destroy_process_group()
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -349,6 +294,7 @@ def train(run: Run, arguments: argparse.Namespace) -> None:
 
 def program(arguments: argparse.Namespace) -> int:
     options.prepare(arguments)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     with joined(arguments.device) as processes:
         run = Run(processes, arguments)
         parameters = sum(parameter.numel() for parameter in run.model.parameters())

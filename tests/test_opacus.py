@@ -10,6 +10,7 @@ import torch
 from support.cases import CELLS, constructor_of
 from support.compare import assert_within
 from support.values import data, flat
+from test_docs import DOCS, run_page
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -207,3 +208,10 @@ def test_a_call_that_has_no_gradients_of_examples_is_refused_by_name() -> None:
         private(x[:, 0])
     with pytest.raises(RuntimeError, match="^autocast: expected none"), torch.autocast("cpu", torch.bfloat16):
         private(x)
+
+
+def test_code_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = run_page(DOCS / "private-training.md", monkeypatch)
+    name = "recurrent.weight_hh_l0"
+    assert not torch.equal(page.model._module.state_dict()[name], page.Classifier().state_dict()[name])
+    assert dict(page.model.named_parameters())["_module.recurrent.parts.0.weight_hh_l0"].grad is not None

@@ -19,7 +19,10 @@ from support.apart import PACKAGE
 
 from fused_rnn import demo
 
-pytestmark = pytest.mark.kernels
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # a checkpoint of one process
+]
 
 SMALL = ("--sample", "--hidden-size", "16", "--seq-length", "16", "--streams", "4")
 
@@ -56,16 +59,16 @@ def ended(process: subprocess.Popen[str]) -> str:
 
 
 def test_a_killed_worker_leaves_no_trace_in_the_loss_curve(tmp_path: Path) -> None:
-    given = ("--dropout", "0.2", "--steps", "200", "--save-every", "20")
+    given = ("--dropout", "0.2", "--steps", "120", "--save-every", "20")
     ended(torchrun(*given, "--out", str(tmp_path / "whole")))
     process = torchrun(*given, "--out", str(tmp_path / "killed"), restarts=1)
     wait_for(process, lambda: (tmp_path / "killed").exists() and list((tmp_path / "killed").glob("step-????????")))
     os.kill(worker_of(process, rank=1), signal.SIGKILL)
     printed = ended(process)
     steps = re.findall("goes on from step (\\d+)", printed)
-    assert len(steps) == 1 and 20 <= int(steps[0]) < 200, printed
+    assert len(steps) == 1 and 20 <= int(steps[0]) < 120, printed
     losses = losses_in(tmp_path / "whole")
-    assert len(set(losses)) == 200
+    assert len(set(losses)) == 120
     assert losses_in(tmp_path / "killed") == losses
 
 
