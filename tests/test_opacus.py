@@ -104,10 +104,11 @@ def test_packed_rows_in_any_order(cell: str) -> None:
     torch.manual_seed(0)
     model = Tagger(cell, num_layers=2, bidirectional=True).double()
     rows = [data(length, INPUT, seed=length) for length in (2, 6, 1, 4)]
+    initial = tuple(data(4, len(rows), HIDDEN, seed=9 + i) for i in range(2 if cell == "LSTM" else 1))
     private = sampled(model)
-    losses = private(pack_sequence(rows, enforce_sorted=False))
+    losses = private(pack_sequence(rows, enforce_sorted=False), initial)
     losses.sum().backward()
-    by_row = [model(row.unsqueeze(1))[0] for row in rows]
+    by_row = [model(x.unsqueeze(1), tuple(s[:, row : row + 1] for s in initial))[0] for row, x in enumerate(rows)]
     assert_within({"loss": losses.detach()}, {"loss": torch.stack(by_row).detach()})
     assert_within(without_parts(grad_samples(private)), without_parts(one_by_one(model, by_row)))
 
