@@ -172,7 +172,9 @@ class Run:
         with on_disk(partial / f"process-{self.processes.rank}.pt") as file:
             torch.save(own, file)
         if self.processes.rank == 0:
-            record = {"identity": self.identity, "processes": self.processes.count, "losses": self.losses}
+            processes = self.processes
+            record = {"job": processes.job, "processes": processes.count}
+            record |= {"identity": self.identity, "losses": self.losses}
             with on_disk(partial / "run.json") as file:
                 file.write(json.dumps(record).encode())
         self.processes.wait()
@@ -269,16 +271,19 @@ def begin(run: Run, resume: bool) -> None:
     """Go on from the last checkpoint, where there is one and it is asked for, or torchrun has started all anew.
 
     Raises:
-        ExampleError: a run that begins finds checkpoints, from which a later restart would go on.
+        ExampleError: a run that begins finds checkpoints of another one, from which a later restart would go on.
     """
-    found = checkpoints(run.out) if run.processes.rank == 0 else []
-    last = run.processes.from_first(found[-1] if found else None)
+    processes = run.processes
+    found = checkpoints(run.out) if processes.rank == 0 else []
+    last = processes.from_first(found[-1] if found else None)
     if last is None:
         return
-    if not resume and not run.processes.restarts:
+    # Where a whole machine was lost, another may have come in its place, and nobody has counted a restart.
+    is_same_job = bool(processes.job) and json.loads((last / "run.json").read_text())["job"] == processes.job
+    if not (resume or processes.restarts or is_same_job):
         raise ExampleError(f"--out: expected a folder without checkpoints, got {run.out}; --resume goes on from there")
     run.load(last)
-    run.processes.say(f"goes on from step {len(run.losses)}")
+    processes.say(f"goes on from step {len(run.losses)}")
 
 
 def train(run: Run, arguments: argparse.Namespace) -> None:

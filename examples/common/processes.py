@@ -22,13 +22,16 @@ class Processes:
     Attributes:
         rank: 0 to count - 1.
         device: of this one.
-        restarts: how often torchrun has started all of them anew.
+        restarts: how often torchrun has started them anew, by the machine that has counted the most: one counts the
+            ends of its own processes alone.
+        job: what torchrun's --rdzv-id says, the same after every restart; empty without it.
     """
 
     rank: int
     count: int
     device: torch.device
     restarts: int = 0
+    job: str = ""
 
     def say(self, *words: object) -> None:
         if self.rank == 0:
@@ -63,11 +66,14 @@ def joined(device: torch.device) -> Iterator[Processes]:
         if device.index is None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    rank, count, restarts = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=unused_store(rank, count), rank=rank, world_size=count)
     try:
-        yield Processes(rank, count, device, restarts)
+        restarts = torch.tensor(int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+        dist.all_reduce(restarts, dist.ReduceOp.MAX)
+        job = os.environ["TORCHELASTIC_RUN_ID"]
+        yield Processes(rank, count, device, int(restarts), "" if job == "none" else job)
     finally:
         dist.destroy_process_group()
 
