@@ -158,6 +158,45 @@ def test_parameters_and_gradients_are_those_of_one_process(way: str, processes: 
     assert_within(train_alone("fused_rnn"), alone)
 
 
+def convert_what_is_wrapped(way: str) -> dict[str, Tensor]:
+    wrapped: Any = make_model("torch.nn")
+    wrapped = DistributedDataParallel(wrapped) if way == "DDP" else shard(wrapped)
+    fused_rnn.convert(wrapped)
+    model = wrapped.module if way == "DDP" else wrapped
+    assert isinstance(model.lower, fused_rnn.LSTM) and isinstance(model.cell, fused_rnn.LSTMCell)
+    loss_of(wrapped, own_part(batch_of(0))).backward()
+    return record(wrapped)
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_a_model_is_converted_after_it_was_wrapped(way: str, processes: Processes) -> None:
+    alone = make_model("torch.nn")
+    loss_of(alone, batch_of(0)).backward()
+    for found in processes(convert_what_is_wrapped, way):
+        assert_within(found, record(alone))
+
+
+def penalty_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Of the gradient of each row's loss, which a second derivative has to pass."""
+    x = x.requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return grad.square().sum((0, 2)).mean()
+
+
+def penalize_together() -> dict[str, Tensor]:
+    model = DistributedDataParallel(make_model("fused_rnn"))
+    penalty_of(model, own_part(batch_of(0))).backward()
+    return record(model)
+
+
+def test_ddp_averages_the_gradient_of_a_gradient_penalty(processes: Processes) -> None:
+    alone = make_model("torch.nn")
+    penalty_of(alone, batch_of(0)).backward()
+    expected = record(alone)
+    for found in processes(penalize_together):
+        assert_within(found, expected)
+
+
 # ---- mixed precision
 
 
