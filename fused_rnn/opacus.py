@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from . import backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
+from .indrnn import IndRNN
 from .layers import GRU, LSTM, RNN
 from .options import changed_options
 from .settings import CELL_OPTIONS, EVERY_STEP, LAYER_OPTIONS, CellKind, Controls, Settings, Steps
@@ -203,7 +204,7 @@ class _HasParts(nn.Module):
 
     def _is_sampled(self) -> bool:
         """Whether this call is one of which Opacus wants the gradients of examples."""
-        return self.training and torch.is_grad_enabled() and bool(self.parts[0]._backward_hooks)
+        return self.training and torch.is_grad_enabled() and any(part._backward_hooks for part in self.parts)
 
     def _check_sampled(self, settings: Settings, input: Any, why_reference: str | None, batch: int | None) -> None:
         if batch is None:
@@ -326,6 +327,8 @@ _PRIVATE: dict[type, type] = {
 
 
 def _why_not(module: Any) -> str | None:
+    if isinstance(module, IndRNN):
+        return "its W_hh are vectors"
     is_layer = isinstance(module, nn.RNNBase)
     changed = changed_options(module, LAYER_OPTIONS if is_layer else CELL_OPTIONS)
     for name, value in changed.items():
@@ -340,7 +343,7 @@ def _why_not(module: Any) -> str | None:
     return f"its {missing[0]} is no Parameter of its own" if missing else None
 
 
-@register_module_validator(list(_PRIVATE))
+@register_module_validator([*_PRIVATE, IndRNN])
 def _validate(module: nn.Module) -> list[Any]:
     reason = _why_not(module)
     if reason is not None:

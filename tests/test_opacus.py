@@ -56,7 +56,8 @@ def sampled(model: nn.Module, reduction: str = "sum", **options: Any) -> Any:
 
 
 def grad_samples(model: nn.Module) -> dict[str, Tensor]:
-    return {name.replace("_module.", ""): weight.grad_sample for name, weight in model.named_parameters()}
+    named = model.named_parameters()
+    return {name.replace("_module.", ""): getattr(weight, "grad_sample", None) for name, weight in named}
 
 
 def one_by_one(model: nn.Module, losses: list[Tensor]) -> dict[str, Tensor]:
@@ -114,10 +115,10 @@ def test_packed_rows_in_any_order(cell: str) -> None:
 
 
 class Stepper(nn.Module):
-    def __init__(self, cell: str) -> None:
+    def __init__(self, cell: str, bias: bool) -> None:
         super().__init__()
         kind, keywords = constructor_of(fused_rnn, cell, "Cell")
-        self.cell = kind(INPUT, HIDDEN, **keywords)
+        self.cell = kind(INPUT, HIDDEN, bias=bias, **keywords)
 
     def forward(self, x: Tensor) -> Tensor:
         state = None
@@ -126,15 +127,32 @@ class Stepper(nn.Module):
         return torch.stack([s.pow(3).sum(1) for s in flat(state)]).sum(0)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["", "no bias"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_cells(cell: str) -> None:
+def test_cells(cell: str, bias: bool) -> None:
     torch.manual_seed(0)
-    model = Stepper(cell).double()
+    model = Stepper(cell, bias).double()
     private = sampled(model)
     x = data(STEPS, BATCH, INPUT)
     private(x).sum().backward()
     by_row = [model(x[:, row : row + 1])[0] for row in range(BATCH)]
     assert_within(without_parts(grad_samples(private)), without_parts(one_by_one(model, by_row)))
+
+
+def test_weights_that_are_not_trained_have_no_gradients() -> None:
+    torch.manual_seed(0)
+    model = Tagger("LSTM", num_layers=2).double()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("l1" in name and "bias" not in name)
+    private = sampled(model)
+    x = data(STEPS, BATCH, INPUT)
+    private(x).sum().backward()
+    found = {name: value for name, value in grad_samples(private).items() if value is not None}
+    for weight in model.parameters():
+        weight.requires_grad_()
+    expected = without_parts(one_by_one(model, [model(x[:, row : row + 1])[0] for row in range(BATCH)]))
+    assert sorted(without_parts(found)) == ["weight_hh_l1", "weight_ih_l1"]
+    assert_within(without_parts(found), {name: expected[name] for name in without_parts(found)})
 
 
 class Classifier(nn.Module):
@@ -193,6 +211,7 @@ def test_an_empty_batch_has_no_gradients() -> None:
 def test_what_has_no_gradients_of_examples_is_refused_by_name(options: dict[str, Any]) -> None:
     layer = fused_rnn.LSTM(INPUT, HIDDEN, **options)
     (name,) = options
+    assert isinstance(ModuleValidator.validate(fused_rnn.IndRNN(INPUT, HIDDEN))[0], UnsupportedModuleError)
     (error,) = ModuleValidator.validate(layer)
     assert isinstance(error, UnsupportedModuleError) and f"it has {name}=" in str(error)
     with pytest.raises(UnsupportedModuleError, match=f"it has {name}="):
