@@ -31,10 +31,10 @@ from opacus.validators.utils import register_module_fixer, register_module_valid
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from . import backend, functional
+from . import _checks, backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .indrnn import IndRNN
-from .layers import GRU, LSTM, RNN
+from .layers import GRU, LSTM, RNN, _rows
 from .options import changed_options
 from .settings import CELL_OPTIONS, EVERY_STEP, LAYER_OPTIONS, CellKind, Controls, Settings, Steps
 
@@ -241,7 +241,12 @@ class _PrivateLayer(_HasParts):
         packed = input if isinstance(input, PackedSequence) else None
         data, batch_sizes, order, back = packed or (input, None, None, None)
         settings: Settings = self._settings()._replace(recompute=False)
+        if packed is not None:
+            _checks.check_sorted_indices(packed)
         if order is not None and hx is not None:
+            h, c = _checks.split_state(settings.kind, hx)
+            assert h is not None
+            _checks.check_layer_states(settings, h, c, order.numel())
             hx = _rows(hx, order)
         call = functional.prepare_layers(settings, data, hx, self._params(), Steps(batch_sizes))
         batch = call.batch if batch_sizes is None else int(batch_sizes[0])
@@ -268,12 +273,6 @@ class _PrivateLayer(_HasParts):
         if packed is not None:
             return PackedSequence(x, batch_sizes, order, back), hx if back is None else _rows(hx, back)
         return x.transpose(0, 1) if settings.batch_first else x, hx
-
-
-def _rows(states: Any, order: Tensor) -> Any:
-    if isinstance(states, (tuple, list)):
-        return tuple(state.index_select(1, order) for state in states)
-    return states.index_select(1, order)
 
 
 class _PrivateCell(_HasParts):

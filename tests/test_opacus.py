@@ -114,6 +114,19 @@ def test_packed_rows_in_any_order(cell: str) -> None:
     assert_within(without_parts(grad_samples(private)), without_parts(one_by_one(model, by_row)))
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_dropout_between_layers_draws_the_numbers_of_the_layer(packed: bool) -> None:
+    model = Tagger("GRU", num_layers=3, dropout=0.5, batch_first=True).double()
+    private = sampled(model)
+    x = data(BATCH, STEPS, INPUT)
+    if packed:
+        x = pack_sequence([x[row, : STEPS - row] for row in range(BATCH)])
+    torch.manual_seed(5)
+    expected = model(x)
+    torch.manual_seed(5)
+    assert_within({"loss": private(x).detach()}, {"loss": expected.detach()})
+
+
 class Stepper(nn.Module):
     def __init__(self, cell: str, bias: bool) -> None:
         super().__init__()
