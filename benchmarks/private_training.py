@@ -32,7 +32,7 @@ WORDS, CLASSES = 1000, 4
 class Classifier(nn.Module):
     def __init__(self, arguments: argparse.Namespace) -> None:
         super().__init__()
-        layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[arguments.cell]
+        layer = {"lstm": nn.LSTM, "gru": nn.GRU}[arguments.cell]
         self.embedding = nn.Embedding(WORDS, arguments.input)
         self.recurrent = layer(arguments.input, arguments.hidden, batch_first=True)
         self.output = nn.Linear(arguments.hidden, CLASSES)
@@ -76,7 +76,7 @@ def largest_difference(models: list[nn.Module], tokens: Tensor, labels: Tensor) 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm")
+    parser.add_argument("--cell", choices=("lstm", "gru"), default="lstm")
     for name, default in (("batch", 64), ("steps", 50), ("input", 64), ("hidden", 128), ("threads", 2), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
