@@ -1,24 +1,52 @@
-"""The state that a stateful layer carries from call to call, in buffers that are no part of its ``state_dict``."""
+"""The state that a stateful layer carries from call to call, in buffers that are no part of its ``state_dict``.
+
+In a process group they are plain attributes: each process carries the states of the sequences that it reads, and
+``DistributedDataParallel`` overwrites every buffer with that of the first process before each call. Outside of one they
+are buffers, which :func:`torch.export.export` knows to be changed by a call.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks
 
-__all__ = ["add_buffers", "keep", "reset", "state_of"]
+__all__ = ["convert", "keep", "make_room", "reset", "state_of"]
 
 _NAMES = ("carried_h", "carried_c")
 
 
-def add_buffers(layer: Any) -> None:
+def make_room(layer: Any) -> None:
+    """Before a layer carries its first state."""
     for name in _NAMES:
-        if name not in layer._buffers:
+        if not hasattr(layer, name):
             layer.register_buffer(name, None, persistent=False)
+    if _is_in_group():
+        _take_from_buffers(layer)
+
+
+def convert(layer: Any, function: Callable[[Tensor], Tensor]) -> None:
+    """What ``layer.to(...)`` and the like do with buffers, of attributes."""
+    held = vars(layer)
+    for name in _NAMES:
+        if held.get(name) is not None:
+            held[name] = function(held[name])
+
+
+def _is_in_group() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _take_from_buffers(layer: Any) -> None:
+    for name in _NAMES:
+        if name in layer._buffers:
+            vars(layer)[name] = layer._buffers.pop(name)
+            layer._non_persistent_buffers_set.discard(name)
 
 
 def state_of(layer: Any, input: Any, hx: Any) -> Any:
@@ -62,6 +90,8 @@ def _check_batch(layer: Any, input: Any, h: Tensor) -> None:
 
 def keep(layer: Any, states: Any) -> None:
     """A copy, because a program may change the states that it was given in place."""
+    if not torch.compiler.is_compiling() and _is_in_group():  # the layer may be older than the group
+        _take_from_buffers(layer)
     h, c = states if isinstance(states, tuple) else (states, None)
     layer.carried_h = h.detach().clone()
     layer.carried_c = None if c is None else c.detach().clone()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ def draw_as_keras(layer: Any) -> None:
             if is_of_norm(name):
                 continue
             if name.startswith("weight_hh"):
-                _draw_orthogonal(parameter, layer.num_heads, layer.hidden_size)
+                with _whole(parameter) as w_hh:
+                    _draw_orthogonal(w_hh, layer.num_heads, layer.hidden_size)
             elif name.startswith("weight_peephole"):
                 parameter.zero_()
             elif name.startswith("weight"):
@@ -70,4 +73,23 @@ def set_forget_bias(layer: Any, value: float) -> None:
     with torch.no_grad():
         for name, parameter in layer.named_parameters(recurse=False):
             if name.startswith(("bias_ih", "bias_hh")):
-                parameter[H : 2 * H].fill_(value if name.startswith("bias_ih") else 0.0)
+                with _whole(parameter) as bias:
+                    bias[H : 2 * H].fill_(value if name.startswith("bias_ih") else 0.0)
+
+
+@contextlib.contextmanager
+def _whole(parameter: Tensor) -> Iterator[Tensor]:
+    """A tensor into which a part of the parameter's values can be written.
+
+    Of a parameter in shards (``fully_shard``) a slice is a copy, and what is written there would be lost: all processes
+    have the whole then, and what the first has written is what counts.
+    """
+    if not hasattr(parameter, "device_mesh"):
+        yield parameter
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = parameter
+    values = sharded.full_tensor()
+    yield values
+    sharded.copy_(distribute_tensor(values, sharded.device_mesh, sharded.placements))

@@ -145,7 +145,7 @@ class Recurrent(HasTwin, HasOptionsWithin, ByAttribute, FlatWeightsMixin):
         if name == "num_heads":
             _checks.check_same_heads(value, self.num_heads)
         if name == "stateful" and value:
-            carried.add_buffers(self)
+            carried.make_room(self)
         if name == "peephole" and value != self.peephole:
             # as zeros, which change nothing
             specs = (("weight_peephole", (3 * self.hidden_size,)),)
@@ -210,6 +210,11 @@ class Recurrent(HasTwin, HasOptionsWithin, ByAttribute, FlatWeightsMixin):
             IndexError: a row is none of the batch.
         """
         carried.reset(self, rows)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        carried.convert(self, fn)
+        return self
 
     def extra_repr(self) -> str:
         changed = [f", {name}={value!r}" for name, value in changed_options(self, LAYER_OPTIONS).items()]
@@ -379,8 +384,9 @@ class LSTM(Recurrent):
         bptt_steps: k, gradients stop at every k-th step, as if the sequence were given in slices of k steps with the
             state detached between them (truncated back-propagation through time). ``None`` for none. In one direction.
         stateful: begin where the last call ended, row by row, without its gradient, unless ``hx`` is given;
-            :meth:`reset_state` begins anew. What is carried is in the buffers ``carried_h`` and ``carried_c``, which
-            move with the layer and are no part of its ``state_dict``. In one direction.
+            :meth:`reset_state` begins anew. What is carried is in the buffers ``carried_h`` and ``carried_c``, in a
+            process group plain attributes, which move with the layer and are no part of its ``state_dict``. In one
+            direction.
         init: ``"torch"``, or ``"keras"``: W_ih by Glorot and Bengio 2010, W_hh orthogonal, each over all gates
             together (of each head by itself), biases zero but 1 for the forget gate. How :meth:`reset_parameters`
             draws.

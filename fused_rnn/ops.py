@@ -368,6 +368,83 @@ def run_stack(
     return result[:3] + result[4:] if returns_states else result[:3]
 
 
+# --- A backward pass taken apart: fused_rnn/opacus.py -----------------------------------------------------------------
+
+
+def forward_for_backward(
+    settings: Settings, input: Tensor, h0: Tensor, c0: Tensor | None, params: Sequence[Tensor], controls: Controls
+) -> tuple[Tensor, ...]:
+    """All results of ``rnn_forward``: those of :func:`run_stack`, gates, cells and hidden. No gradient is recorded."""
+    results: tuple[Tensor, ...] = _rnn_forward(
+        input, h0, c0, list(params), controls.flatten(input), *settings.flatten(), True
+    )
+    return results
+
+
+def backward_of_saved(
+    settings: Settings,
+    seeds: Sequence[Tensor],
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    controls: Controls,
+    results: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of input, h0, c0 and params, (0,) for those that ``needs`` does not ask for.
+
+    Args:
+        seeds: gradients of output, h_n and c_n. results: of :func:`forward_for_backward`.
+    """
+    output, _, _, gates, cells, hidden = results
+    grad_c_n = seeds[2] if settings.kind.num_states else None
+    gradients: tuple[Tensor, Tensor, Tensor, list[Tensor]] = _rnn_backward(
+        seeds[0], seeds[1], grad_c_n, None, None, input, h0, c0, list(params), controls.flatten(input), output, gates,
+        cells, hidden, *settings.flatten(), list(needs), False,
+    )  # fmt: skip
+    return gradients
+
+
+def gate_gradients(
+    settings: Settings,
+    seeds: Sequence[Tensor],
+    h0: Tensor,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    controls: Controls,
+    results: Sequence[Tensor],
+) -> list[tuple[Tensor, Tensor]]:
+    """Of one layer, for each direction the gradients of W_ih x + b_ih and of W_hh h + b_hh.
+
+    Each is (T, B, G * H), or (N, G * H). They differ for a GRU, whose reset gate acts on the second alone.
+
+    Args:
+        seeds, results: as of :func:`backward_of_saved`.
+    """
+    directions, H = settings.num_directions, settings.hidden_size
+    rows = settings.kind.num_gates * H
+    output, gates = results[0], results[3]
+    # Of an input that is what W_ih x was, whose own W_ih is the identity. Its values are needed for nothing.
+    as_input = output.new_empty(*output.shape[:-1], directions * rows)
+    per_direction = len(params) // directions
+    replaced = list(params)
+    for direction in range(directions):
+        identity = output.new_zeros(rows, directions * rows)
+        identity[:, direction * rows : (direction + 1) * rows].fill_diagonal_(1)
+        replaced[direction * per_direction] = identity
+    needs = [True] + [False] * (2 + len(params))
+    found = backward_of_saved(settings, seeds, as_input, h0, c0, replaced, controls, results, needs)[0]
+    pairs = []
+    for direction, of_input in enumerate(found.split(rows, -1)):
+        of_state = of_input
+        if settings.kind == CellKind.GRU:
+            reset = gates[direction, :, 0].view(*output.shape[:-1], H)
+            of_state = torch.cat([of_input[..., : 2 * H], of_input[..., 2 * H :] * reset], -1)
+        pairs.append((of_input, of_state))
+    return pairs
+
+
 def run_step(
     settings: Settings, input: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:

@@ -255,7 +255,7 @@ ENSEMBLES = [
 @pytest.mark.parametrize("threads_of_machine", [1, 4])
 @pytest.mark.parametrize("case", ENSEMBLES, ids=str)
 def test_an_ensemble_is_a_call_for_each_pass(case: Any, threads_of_machine: int, kernels_alone: None) -> None:
-    """Outputs and gradients of models with parameters of their own, by plain autograd through vmap and by vmap(grad)."""
+    """Outputs and gradients of models with their own parameters, by plain autograd through vmap and by vmap(grad)."""
     call = Call(case)
     models = [case.build(fused_rnn, seed=seed) for seed in range(3)]
     own = [torch.stack(of).detach().requires_grad_() for of in zip(*(m.parameters() for m in models), strict=True)]

@@ -69,6 +69,7 @@ def test_all_pages_with_code_are_run_here() -> None:
         "exporting.md",
         "new-cell.md",
         "options.md",
+        "private-training.md",  # tests/test_opacus.py
         "resets.md",
         "state-sequences.md",
         "variable-lengths.md",

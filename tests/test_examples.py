@@ -37,6 +37,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     "long_dependencies": ("--lengths", "8", "--steps", "4", "--compare-steps", "2"),
     "memory_ppo": ("--environments", "4", "--rollout", "24", "--steps", "18", "--compare-steps", "2"),
     "nsmc": ("--sample", "--epochs", "1", "--compare-steps", "3"),
+    "train_distributed": ("--sample", "--steps", "4", "--hidden-size", "16", "--seq-length", "16"),
     "word_lm": ("--sample", "--epochs", "1", "--steps", "3", "--compare-steps", "2"),
 }
 
@@ -97,6 +98,9 @@ def test_example_runs_and_learns_as_torch_nn_does(name: str, tmp_path: Path) -> 
     printed = run_example(name, *SMALL[name], *out)
     if name == "by_hand":
         assert "every number agrees" in printed
+        return
+    if name == "train_distributed":  # nothing trains along: tests/test_train_distributed.py
+        assert "step 4/4" in printed and "held-out loss" in printed
         return
     header, _, *rows = printed[printed.index("model  ") :].splitlines()
     models = rows[: rows.index("")]

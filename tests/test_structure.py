@@ -34,6 +34,7 @@ LEVELS = [
     {"class_tests"},
     {"convert"},
     {"patching"},
+    {"opacus"},
     {"__init__"},
 ]
 LIBRARY = set().union(*LEVELS)
