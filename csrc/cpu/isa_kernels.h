@@ -5,6 +5,7 @@
 
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 
+#include "../stream/pass.h"
 #include "draw.h"
 #include "kernels.h"
 #include "peak.h"
@@ -76,6 +77,10 @@ void activation(Activation which, DType dtype, const void* in, void* out, int64_
 double peak(DType dtype, double seconds) {
   return dtype == DType::bfloat16 ? multiply_add_rate<BFloat16>(seconds) : FRNN_BASE_ISA::table.peak(dtype, seconds);
 }
+
+const StreamKernel& stream(const LayerSizes& sizes) {
+  return sizes.dtype == DType::bfloat16 ? stream_kernel_of<BFloat16>(sizes) : FRNN_BASE_ISA::table.stream(sizes);
+}
 #else
 bool forward(const LayerForward& layer, const Plan& plan) {
   switch (layer.sizes.dtype) {
@@ -109,10 +114,21 @@ void activation(Activation which, DType dtype, const void* in, void* out, int64_
 double peak(DType dtype, double seconds) {
   return dtype == DType::float64 ? multiply_add_rate<double>(seconds) : multiply_add_rate<float>(seconds);
 }
+
+const StreamKernel& stream(const LayerSizes& sizes) {
+  switch (sizes.dtype) {
+    case DType::float64: return stream_kernel_of<double>(sizes);
+    case DType::bfloat16: return stream_kernel_of<BFloat16>(sizes);
+    case DType::float16: return stream_kernel_of<Half>(sizes);
+    case DType::float32: break;
+  }
+  return stream_kernel_of<float>(sizes);
+}
 #endif
 
 extern const KernelTable table;
-const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward, &backward, &activation, &peak, &draw_bits};
+const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward, &backward, &activation,
+                           &peak,         &draw_bits,        &stream};
 
 }  // namespace FRNN_ISA
 }  // namespace fused_rnn

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../problem.h"
+#include "../stream/kernels.h"
 #include "plan.h"
 
 namespace fused_rnn {
@@ -19,6 +20,8 @@ struct KernelTable {
   double (*peak)(DType dtype, double seconds);
   // Rows of bits that are 1 with probability `rate` (draw.h).
   void (*draw_bits)(uint64_t seed, int64_t first_row, int64_t rows, int64_t units, double rate, uint8_t* bits);
+  // Of a layer that stays (stream/pass.h), by these of its sizes.
+  const StreamKernel& (*stream)(const LayerSizes& sizes);
 };
 
 // The tables that were compiled, best first; ended by null.
