@@ -706,7 +706,8 @@ class ForwardPass {
   }
 
   // The rest of it, of `rows` rows that stand in `projected` and `sums`, all panels side by side.
-  void normalised_gates(int d, int64_t t, int64_t r0, int64_t rows, A* projected, A* sums, int now) {
+  __attribute__((noinline)) void normalised_gates(int d, int64_t t, int64_t r0, int64_t rows, A* projected, A* sums,
+                                                  int now) {
     const DirectionForward& dir = layer_.direction[d];
     const DirectionScratch& s = direction_[d];
     const int64_t stride = panels_ * panel_columns;
@@ -988,7 +989,8 @@ class ForwardPass {
   }
 
   // h of these sums, (rows, P padded).
-  void write_projected(int d, int64_t t, int64_t r0, int64_t rows, const A* sums, int now, Share columns) {
+  __attribute__((noinline)) void write_projected(int d, int64_t t, int64_t r0, int64_t rows, const A* sums, int now,
+                                                 Share columns) {
     using C = ColumnPanels<E>;
     const int64_t stride = C::padded_columns(P_);
     const int64_t end = columns.end * C::NV * width < P_ ? columns.end * C::NV * width : P_;

@@ -125,7 +125,7 @@ class StreamPass : public ForwardPass<Cell, S, U> {
     S* of_units[3];
   };
 
-  Kept lay_out_kept(Layout& layout) {
+  __attribute__((noinline)) Kept lay_out_kept(Layout& layout) {
     this->packs_ = true;
     this->lay_out_weights(layout);
     auto& s = direction_[0];
@@ -141,13 +141,13 @@ class StreamPass : public ForwardPass<Cell, S, U> {
     return kept;
   }
 
-  void lay_out_states(Layout& layout, int64_t slots) {
+  __attribute__((noinline)) void lay_out_states(Layout& layout, int64_t slots) {
     states_ = layout.take<E>(slots * state_stride_);
     carried_ = layout.take<A>(keeps_h_ ? slots * state_stride_ : 0);
     cells_ = layout.take<A>(slots * cell_stride_);
   }
 
-  void lay_out_work(Layout& layout, int64_t rows, int64_t step_rows) {
+  __attribute__((noinline)) void lay_out_work(Layout& layout, int64_t rows, int64_t step_rows) {
     this->own_panels_ = panels_;
     this->own_rows_ = step_rows;
     this->chunk_rows_ = rows;
@@ -179,9 +179,7 @@ class StreamPass : public ForwardPass<Cell, S, U> {
         }
       }
     }
-    auto& s = direction_[0];
-    this->template multiply_packed<0>(row, I_, mine_.x_rows, s.w_ih, 0, panels_, mine_.projected, stride,
-                                      {normalises_ ? zeros_ : s.input_bias, 0, nullptr}, nullptr);
+    multiply_inputs(row);
     for (int64_t r = 0; r < call.rows; ++r) {
       const E* state = states_ + slot_of(call, r) * state_stride_;
       for (int64_t head = 0; head < heads_; ++head) mine_.state_rows[0][head * this->own_rows_ + r] = state + head * K_;
@@ -196,41 +194,39 @@ class StreamPass : public ForwardPass<Cell, S, U> {
 
   void advance_step(const StreamRows& call, int64_t t, A* projected) {
     const int64_t stride = panels_ * panel_columns, panels_of_head = heads_ == 1 ? panels_ : K_ / Base::panel_units;
-    const auto& s = direction_[0];
     for (int64_t head = 0; head < heads_; ++head) {
       const int64_t p = head * panels_of_head, column = p * panel_columns;
-      const E* const* rows = mine_.state_rows[0] + head * this->own_rows_;
-      const E* w_hh = s.w_hh + p * padded_depth<E>(K_) * panel_columns;
-      if (normalises_) {
-        this->template multiply_packed<0>(call.rows, K_, rows, w_hh, p, panels_of_head, mine_.sums + column, stride,
-                                          {zeros_, 0, nullptr}, nullptr);
-      } else {
-        this->template multiply_packed<vectors_apart>(call.rows, K_, rows, w_hh, p, panels_of_head, mine_.sums + column,
-                                                      stride, {projected + column, stride, s.hidden_bias + column},
-                                                      nullptr);
-      }
+      const Addend<A> projection{projected + column, stride, direction_[0].hidden_bias + column};
+      multiply<vectors_apart>(call.rows, K_, mine_.state_rows[0] + head * this->own_rows_, direction_[0].w_hh, p,
+                              panels_of_head, mine_.sums,
+                              normalises_ ? Addend<A>{zeros_ + column, 0, zeros_ + column} : projection);
     }
-    each_run(call, t, [&](int64_t first, int64_t count) {
-      A *x = projected + first * stride, *h = mine_.sums + first * stride;
-      if constexpr (Cell::kind < CellKind::custom) {
-        if (normalises_) return this->normalised_gates(0, 0, 0, count, x, h, 0);
-      }
-      this->gates_of_panels(0, 0, 0, count, 0, panels_, x, h, stride, 0);
-    });
+    each_run(call, t, projected, false);
     if (!projects_) return;
-    const Columns w_hr{s.w_hr, H_, P_};
-    const int64_t state_stride = Columns::padded_columns(P_), panels = Columns::count(P_);
-    product_columns<E>(call.rows, mine_.hidden_rows, w_hr, 0, panels, mine_.state_sums, state_stride, false);
-    each_run(call, t, [&](int64_t first, int64_t count) {
-      this->write_projected(0, 0, 0, count, mine_.state_sums + first * state_stride, 0, Share(panels, 0, 1));
-    });
+    const Columns w_hr{direction_[0].w_hr, H_, P_};
+    product_columns<E>(call.rows, mine_.hidden_rows, w_hr, 0, Columns::count(P_), mine_.state_sums,
+                       Columns::padded_columns(P_), false);
+    each_run(call, t, projected, true);
   }
 
-  // f(first, count) for rows that have this step and whose states follow each other in memory, with everything that
-  // rows are counted from in the places of the first.
-  template <class F>
-  FRNN_INLINE void each_run(const StreamRows& call, int64_t t, F f) {
+  void multiply_inputs(int64_t rows) {
+    const A* bias = normalises_ ? zeros_ : direction_[0].input_bias;
+    multiply<0>(rows, I_, mine_.x_rows, direction_[0].w_ih, 0, panels_, mine_.projected, {bias, 0, nullptr});
+  }
+
+  // Panels [p, p + count) of `sums` = rows times those of a weight.
+  template <int apart>
+  __attribute__((noinline)) void multiply(int64_t rows, int64_t K, const E* const* a, const E* weight, int64_t p,
+                                          int64_t count, A* sums, Addend<A> addend) {
+    this->template multiply_packed<apart>(rows, K, a, weight + p * padded_depth<E>(K) * panel_columns, p, count,
+                                          sums + p * panel_columns, panels_ * panel_columns, addend, nullptr);
+  }
+
+  // The gates of rows that have this step, or what follows the projection of h: rows whose states follow each other in
+  // memory at once, with everything that is counted from row 0 in the place of the first.
+  void each_run(const StreamRows& call, int64_t t, A* projected, bool after_projection) {
     const auto lives = [&](int64_t row) { return !call.lengths || call.first_step + t < call.lengths[row]; };
+    const int64_t stride = panels_ * panel_columns;
     auto& s = direction_[0];
     Sequence& y = own_layer_->y;
     y.batch_stride = call.y.batch_stride;
@@ -249,7 +245,16 @@ class StreamPass : public ForwardPass<Cell, S, U> {
       s.output_gate = output_gate_ + first * unit_stride_;
       s.new_cell = new_cell_ + first * unit_stride_;
       y.data = rows_of<S>(call.y.data) + t * call.y.time_stride + first * call.y.batch_stride;
-      f(first, end - first);
+      const int64_t rows = end - first;
+      A *x = projected + first * stride, *h = mine_.sums + first * stride;
+      if (after_projection) {
+        this->write_projected(0, 0, 0, rows, mine_.state_sums + first * Columns::padded_columns(P_), 0,
+                              Share(Columns::count(P_), 0, 1));
+      } else if (normalises_) {
+        this->normalised_gates(0, 0, 0, rows, x, h, 0);
+      } else {
+        this->gates_of_panels(0, 0, 0, rows, 0, panels_, x, h, stride, 0);
+      }
       first = end;
     }
   }
