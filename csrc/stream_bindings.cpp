@@ -52,6 +52,7 @@ PackedPtr pack_stack(const Tensor& like, const std::vector<Tensor>& params, cons
   TORCH_CHECK(like.device().is_cpu(), "like: expected a tensor of the CPU, got one on ", like.device());
   Stack stack(like, {}, {}, params, Controls(), Settings::restore(integers, numbers));
   TORCH_CHECK(stack.D == 1, "settings: expected one direction");
+  TORCH_CHECK(like.scalar_type() != at::kHalf, "like: expected float32, float64 or bfloat16, got ", like.scalar_type());
   TORCH_CHECK(!is_custom(stack.kind()), "settings: expected no custom cell");
   stack.fit_heads(kernels().vector_bytes / int64_t(c10::elementSize(accumulation_dtype(like))));
   std::vector<LayerForward> layers(size_t(stack.num_layers()));
@@ -59,7 +60,6 @@ PackedPtr pack_stack(const Tensor& like, const std::vector<Tensor>& params, cons
     LayerForward& layer = layers[size_t(l)];
     layer.sizes = stack.layer_sizes(l);
     layer.direction[0].weights = stack.weights(l, 0);
-    layer.steps.T = layer.steps.B = 1;
     layer.inference = true;
     stack.put_options(layer);
   }
@@ -68,13 +68,7 @@ PackedPtr pack_stack(const Tensor& like, const std::vector<Tensor>& params, cons
 }
 
 at::ScalarType scalar_type(DType dtype) {
-  switch (dtype) {
-    case DType::float64: return at::kDouble;
-    case DType::bfloat16: return at::kBFloat16;
-    case DType::float16: return at::kHalf;
-    case DType::float32: break;
-  }
-  return at::kFloat;
+  return dtype == DType::float64 ? at::kDouble : dtype == DType::bfloat16 ? at::kBFloat16 : at::kFloat;
 }
 
 // What an object of either type has beside its Python attributes.
@@ -172,7 +166,7 @@ struct Matrix {
     constexpr c10::DispatchKeySet usual =
         c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView}) |
         c10::autocast_dispatch_keyset;
-    if (!(impl->key_set() - usual).empty() || impl->dim() != 2 || !t.has_storage()) return false;
+    if ((impl->key_set().raw_repr() & ~usual.raw_repr()) != 0 || impl->dim() != 2 || !t.has_storage()) return false;
     if (t.scalar_type() != held.dtype || t.size(1) != columns) return false;
     if (impl->autograd_meta() && ((t.requires_grad() && at::GradMode::is_enabled()) || t._fw_grad(0).defined()))
       return false;
@@ -352,10 +346,7 @@ PyObject* open_states(PyObject* self, PyObject* args) {
   held->P = sizes.state_size;
   held->C = private_states(sizes.kind) * sizes.hidden_size;
   held->dtype = scalar_type(sizes.dtype);
-  held->format = sizes.dtype == DType::float64   ? 'd'
-                 : sizes.dtype == DType::float32 ? 'f'
-                 : sizes.dtype == DType::float16 ? 'e'
-                                                 : 0;
+  held->format = sizes.dtype == DType::float64 ? 'd' : sizes.dtype == DType::float32 ? 'f' : 0;
   held->bytes = c10::elementSize(held->dtype);
   held->output = given[2].cast<Tensor>();
   TORCH_CHECK(held->slots >= 1, "slots: expected at least 1, got ", held->slots);

@@ -29,7 +29,7 @@ else:
 
 __all__ = ["Stream", "StreamPool"]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class _Description:
@@ -212,14 +212,13 @@ class _Streams:
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name not in _NOT_PICKLED}
-        return own | {"_slots": len(self._output), "_kept": self._states(None, True), "_opened": self._is_open()}
+        return own | {"slots": len(self._output), "states": self._states(None, True)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        slots, kept, is_open = state.pop("_slots"), state.pop("_kept"), state.pop("_opened")
-        vars(self).update(state)
-        self._start(self.module, slots, self.dtype, is_open)
-        self._set_states(None, *kept, True)
+        own = {name: value for name, value in state.items() if name not in ("slots", "states")}
+        vars(self).update(own)
+        self._start(self.module, state["slots"], self.dtype, self._is_open())
+        self._set_states(None, *state["states"], True)
 
     def _read(self, name: str, value: Any, shape: Sequence[int | None], writable: bool = False) -> Tensor:
         """A checked tensor, of whose memory an array is the owner where one was given."""
@@ -289,7 +288,7 @@ class Stream(_Streams, StreamBase):
             any number of layers and any option but ``reset_after=False``. The module keeps its weights and its own
             state; ``batch_first`` and ``stateful`` mean nothing here.
         batch_size: rows, B, each with a state of its own.
-        dtype: float32, float64, bfloat16 or float16, to which the weights are rounded; ``None`` for that of the module.
+        dtype: float32, float64 or bfloat16, to which the weights are rounded; ``None`` for that of the module.
 
     Raises:
         TypeError: ``module`` is another kind of object.
@@ -384,8 +383,7 @@ class Stream(_Streams, StreamBase):
     def state(self) -> Any:
         """The state as the module's ``hx``, a copy: h (L, B, P), for an LSTM (h, c) with c (L, B, H); of a cell (B, H).
 
-        May be set to such, or to ``None`` for zeros. c of a stream in bfloat16 or float16 is kept in float32, and
-        rounded here.
+        May be set to such, or to ``None`` for zeros. c of a stream in bfloat16 is kept in float32, and rounded here.
         """
         return self._state_as_hx(None)
 

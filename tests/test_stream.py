@@ -21,6 +21,7 @@ import torch
 from support.apart import run_apart
 from support.compare import assert_close_to_twin, assert_same
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import fused_rnn
 from fused_rnn import Stream, StreamPool
@@ -81,7 +82,7 @@ def steps(stream: Any, x: Tensor) -> Tensor:
 # ---- the numbers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODULES)
 def test_steps_are_bit_for_bit_those_of_a_layers_call(name: str, dtype: torch.dtype, isa: str) -> None:
     module = made(name, dtype)
@@ -250,11 +251,11 @@ def test_a_result_may_be_the_next_input(batch: int) -> None:
 
 def test_weights_are_packed_once_for_all_streams_and_read_anew_when_asked() -> None:
     module = made("three layers")
-    first, second, pool = Stream(module), Stream(module, 4), StreamPool(module, 4)
+    first, second, pool = Stream(module, 2), Stream(module, 4), StreamPool(module, 4)
     assert first._packed is second._packed is pool._packed
     bytes_of_weights = sum(p.nbytes for p in module.parameters())
     assert first.packed_bytes > bytes_of_weights
-    x = torch.randn(STEPS, 1, F)
+    x = torch.randn(STEPS, 2, F)
     old = expected(module, x)[0]
     assert_same(first.chunk(x[:4]), old[:4])
     state = first.state
@@ -291,8 +292,8 @@ def test_refreshing_finds_replaced_parametrized_and_pruned_weights() -> None:
     stream = Stream(module, B)
     x = torch.randn(STEPS, B, F)
     module.weight_hh_l0 = nn.Parameter(torch.randn(3 * H, H) / 4)
-    nn.utils.parametrizations.weight_norm(module, "weight_ih_l0")
-    nn.utils.prune.l1_unstructured(module, "bias_ih_l0", 0.5)
+    parametrizations.weight_norm(module, "weight_ih_l0")
+    prune.l1_unstructured(module, "bias_ih_l0", 0.5)
     stream.refresh()
     plain = fused_rnn.GRU(F, H)
     with torch.no_grad():
@@ -404,11 +405,12 @@ def test_out_of_a_chunk_is_no_part_of_its_input() -> None:
 
 
 def test_a_result_whose_memory_was_freed_is_not_written() -> None:
-    stream = Stream(made("lstm"), B)
-    stream.step(X).untyped_storage().resize_(0)
+    stream, x = Stream(made("lstm", torch.bfloat16), B), X.bfloat16()  # of the others NumPy holds the memory
+    output, before = stream.step(x), stream.state
+    output.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="out: expected the tensor that step"):
-        stream.step(X)
-    assert not stream.state[0].abs().max() == 0
+        stream.step(x)
+    assert_same(stream.state, before)
 
 
 @pytest.mark.parametrize(
@@ -444,6 +446,8 @@ def test_other_arguments_of_the_constructor() -> None:
             StreamPool(module, count)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dtype: expected one of"):
         Stream(module, dtype=torch.int8)
+    with pytest.raises(ValueError, match="dtype: expected one of"):
+        Stream(module.half())
 
 
 def test_a_module_of_other_sizes_is_refused_by_refresh() -> None:

@@ -116,13 +116,8 @@ double peak(DType dtype, double seconds) {
 }
 
 const StreamKernel& stream(const LayerSizes& sizes) {
-  switch (sizes.dtype) {
-    case DType::float64: return stream_kernel_of<double>(sizes);
-    case DType::bfloat16: return stream_kernel_of<BFloat16>(sizes);
-    case DType::float16: return stream_kernel_of<Half>(sizes);
-    case DType::float32: break;
-  }
-  return stream_kernel_of<float>(sizes);
+  if (sizes.dtype == DType::float64) return stream_kernel_of<double>(sizes);
+  return sizes.dtype == DType::bfloat16 ? stream_kernel_of<BFloat16>(sizes) : stream_kernel_of<float>(sizes);
 }
 #endif
 

@@ -20,7 +20,7 @@ struct KernelTable {
   double (*peak)(DType dtype, double seconds);
   // Rows of bits that are 1 with probability `rate` (draw.h).
   void (*draw_bits)(uint64_t seed, int64_t first_row, int64_t rows, int64_t units, double rate, uint8_t* bits);
-  // Of a layer that stays (stream/pass.h), by these of its sizes.
+  // Of a layer that stays (stream/pass.h), by its sizes: float32, float64 and bfloat16, no rnn_relu.
   const StreamKernel& (*stream)(const LayerSizes& sizes);
 };
 

@@ -21,34 +21,47 @@ struct StreamRows {
   int64_t first_step = 0;            // number of the first one for lengths
 };
 
-// What a layer works in.
-struct StreamMemory {
-  void* weights = nullptr;  // as pack() left them; only read
-  void* states = nullptr;
-  void* work = nullptr;   // of nobody while no call runs, so that layers of one stack share it
-  int64_t slots = 0;      // states
-  int64_t rows = 0;       // rows of all steps of a call, at most
-  int64_t step_rows = 0;  // rows of one step, at most
+// What the sizes of its memory follow from, of one cell, dtype and instruction set.
+struct StreamShape {
+  int64_t gates, states;  // of the cell
+  int64_t width;          // lanes of a vector of sums
+  int64_t unit_vectors;   // vectors of units in a panel
+  int64_t group;          // k's that one instruction multiplies
+  int64_t element_bytes;  // of what is multiplied
+  int64_t sum_bytes;      // of what it is summed in
+  bool converts_x;        // inputs are not multiplied in their storage type
 };
 
-// `layer`: sizes, weights of direction 0, options; within its steps and sequences nothing counts.
+// Packed weights, and those that are used as they are.
+struct StreamWeights {
+  void *w_ih, *w_hh, *w_hr;
+  void *input_bias, *hidden_bias, *gain_ih, *gain_hh, *zeros;
+  void *peephole, *norm_c, *norm_c_bias;
+};
+
+// Of each slot: h as it is multiplied; h itself, where that is kept apart; private states.
+struct StreamStates {
+  void *multiplied, *carried, *cells;
+};
+
+// Of nobody while no call runs, so that layers of one stack share it.
+struct StreamWork {
+  void *projected, *sums, *state_sums, *x, *hidden, *output_gate, *new_cell;
+  void *x_rows, *state_rows, *hidden_rows;
+  int64_t rows, step_rows;  // of all steps of a call and of one step, at most
+};
+
+// `layer`: sizes, weights of direction 0, options; its steps are one of one row.
 struct StreamKernel {
   const char* isa;
+  StreamShape shape;
   size_t object_bytes;  // of the layer's own record, which create() makes
-  size_t (*weight_bytes)(const LayerForward& layer);
-  // All bytes are written, so that equal weights are equal bytes.
-  void (*pack)(const LayerForward& layer, void* weights);
-  size_t (*state_bytes)(const LayerForward& layer, int64_t slots);
-  size_t (*work_bytes)(const LayerForward& layer, int64_t rows, int64_t step_rows);
-  // `layer` must stay where it is; its weights become those of the packed ones that are used as they are. States are
-  // zeros.
-  void (*create)(LayerForward& layer, const StreamMemory& memory, void* object);
+  void (*pack)(const LayerForward& layer, const StreamWeights& weights);
+  // `layer` must stay where it is.
+  void (*create)(LayerForward& layer, const StreamWeights& weights, const StreamStates& states, const StreamWork& work,
+                 void* object);
   // In a task of run_team (../cpu/team.h), where denormal numbers are zero.
   void (*advance)(void* object, const StreamRows& call);
-  // h (P) in the layer's dtype and c (states * H): in that, too, or, `exact`, as it is kept, in the accumulation
-  // dtype. Null c: none. For write() null is zeros.
-  void (*read)(const void* object, int64_t slot, void* h, void* c, bool exact);
-  void (*write)(void* object, int64_t slot, const void* h, const void* c, bool exact);
 };
 
 }  // namespace fused_rnn

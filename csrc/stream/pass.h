@@ -26,142 +26,56 @@ class StreamPass : public ForwardPass<Cell, S, U> {
   using Columns = ColumnPanels<E>;
 
  public:
-  explicit StreamPass(const LayerForward& layer) : Base(layer, one_thread) {}
+  explicit StreamPass(const LayerForward& layer) : Base(layer, one_thread) { this->packs_ = true; }
 
-  static size_t weight_bytes(const LayerForward& layer) {
+  static void pack(const LayerForward& layer, const StreamWeights& weights) {
     StreamPass pass(layer);
-    Layout layout;
-    pass.lay_out_kept(layout);
-    return layout.used();
-  }
-
-  static void pack(const LayerForward& layer, void* weights) {
-    StreamPass pass(layer);
-    __builtin_memset(weights, 0, weight_bytes(layer));
-    Layout layout(weights);
-    const auto kept = pass.lay_out_kept(layout);
+    pass.take(weights);
     pass.Base::pack(0, true);
-    const Weights& w = layer.direction[0].weights;
-    const void* const from[] = {w.peephole, w.norm_c, w.norm_c_bias};
-    for (int i = 0; i < 3; ++i) {
-      if (from[i])
-        __builtin_memcpy(kept.of_units[i], from[i], size_t(i == 0 ? 3 : 1) * layer.sizes.hidden_size * sizeof(S));
-    }
   }
 
-  static size_t state_bytes(const LayerForward& layer, int64_t slots) {
-    StreamPass pass(layer);
-    Layout layout;
-    pass.lay_out_states(layout, slots);
-    return layout.used();
-  }
-
-  static size_t work_bytes(const LayerForward& layer, int64_t rows, int64_t step_rows) {
-    StreamPass pass(layer);
-    Layout layout;
-    pass.lay_out_work(layout, rows, step_rows);
-    return layout.used();
-  }
-
-  static void create(LayerForward& layer, const StreamMemory& memory, void* object) {
+  static void create(LayerForward& layer, const StreamWeights& weights, const StreamStates& states,
+                     const StreamWork& work, void* object) {
     StreamPass& pass = *new (object) StreamPass(layer);
     pass.own_layer_ = &layer;
-    Layout weights(memory.weights), states(memory.states), work(memory.work);
-    const auto kept = pass.lay_out_kept(weights);
-    Weights& w = layer.direction[0].weights;
-    const void** const of_units[] = {&w.peephole, &w.norm_c, &w.norm_c_bias};
-    for (int i = 0; i < 3; ++i) {
-      if (*of_units[i]) *of_units[i] = kept.of_units[i];
-    }
-    // What was packed is not read again; w_hr says that there is a projection.
-    w.w_ih = w.w_hh = w.b_ih = w.b_hh = w.norm_ih = w.norm_hh = nullptr;
-    pass.lay_out_states(states, memory.slots);
-    pass.lay_out_work(work, memory.rows, memory.step_rows);
-    __builtin_memset(memory.states, 0, states.used());
+    pass.take(weights);
+    pass.states_ = static_cast<E*>(states.multiplied);
+    pass.carried_ = static_cast<A*>(states.carried);
+    pass.cells_ = static_cast<A*>(states.cells);
+    pass.own_panels_ = pass.panels_;
+    pass.own_rows_ = work.step_rows;
+    pass.chunk_rows_ = work.rows;
+    pass.mine_.projected = static_cast<A*>(work.projected);
+    pass.mine_.sums = static_cast<A*>(work.sums);
+    pass.mine_.state_sums = static_cast<A*>(work.state_sums);
+    pass.mine_.x = static_cast<E*>(work.x);
+    pass.mine_.x_rows = static_cast<const E**>(work.x_rows);
+    pass.mine_.state_rows[0] = static_cast<const E**>(work.state_rows);
+    pass.mine_.hidden_rows = static_cast<const E**>(work.hidden_rows);
+    pass.hidden_ = static_cast<E*>(work.hidden);
+    pass.output_gate_ = static_cast<A*>(work.output_gate);
+    pass.new_cell_ = static_cast<A*>(work.new_cell);
   }
 
   static void advance(void* object, const StreamRows& call) { static_cast<StreamPass*>(object)->run_rows(call); }
 
-  static void read(const void* object, int64_t slot, void* h, void* c, bool exact) {
-    const StreamPass& pass = *static_cast<const StreamPass*>(object);
-    const int64_t place = slot * pass.state_stride_;
-    if (pass.keeps_h_) {
-      copy_row<A>(pass.carried_ + place, rows_of<S>(h), pass.P_);
-    } else {
-      copy_row<A>(pass.states_ + place, rows_of<S>(h), pass.P_);
-    }
-    for (int i = 0; c && i < Cell::states; ++i) {
-      const A* cell = pass.cells_ + slot * pass.cell_stride_ + i * pass.unit_stride_;
-      if (exact) {
-        copy_row<A>(cell, rows_of<A>(c) + i * pass.H_, pass.H_);
-      } else {
-        copy_row<A>(cell, rows_of<S>(c) + i * pass.H_, pass.H_);
-      }
-    }
-  }
-
-  static void write(void* object, int64_t slot, const void* h, const void* c, bool exact) {
-    StreamPass& pass = *static_cast<StreamPass*>(object);
-    const int64_t place = slot * pass.state_stride_;
-    const S* from = rows_of<S>(h);
-    copy_row<A>(from, pass.states_ + place, pass.P_);
-    if (pass.keeps_h_) copy_row<A>(from, pass.carried_ + place, pass.P_);
-    for (int i = 0; i < Cell::states; ++i) {
-      A* cell = pass.cells_ + slot * pass.cell_stride_ + i * pass.unit_stride_;
-      if (exact) {
-        copy_row<A>(c ? rows_of<A>(c) + i * pass.H_ : nullptr, cell, pass.H_);
-      } else {
-        copy_row<A>(c ? rows_of<S>(c) + i * pass.H_ : nullptr, cell, pass.H_);
-      }
-    }
-  }
+  static constexpr StreamShape shape = {Cell::gates,       Cell::states,       Simd<A>::width,     U,
+                                        Operand<E>::group, int64_t(sizeof(E)), int64_t(sizeof(A)), Base::converts_x};
 
  private:
   static constexpr int vectors_apart = Base::vectors_apart;
   static constexpr Plan one_thread{};
 
-  // Weights that are used as they are: peepholes, and gain and bias of a normalised c.
-  struct Kept {
-    S* of_units[3];
-  };
-
-  __attribute__((noinline)) Kept lay_out_kept(Layout& layout) {
-    this->packs_ = true;
-    this->lay_out_weights(layout);
+  void take(const StreamWeights& weights) {
     auto& s = direction_[0];
-    s.input_bias = layout.take<A>(panels_ * panel_columns);
-    s.hidden_bias = layout.take<A>(panels_ * panel_columns);
-    for (A** gain : {&s.gain_ih, &s.gain_hh}) *gain = layout.take<A>(normalises_ ? panels_ * panel_columns : 0);
-    zeros_ = layout.take<A>(normalises_ ? panels_ * panel_columns : 0);
-    const Weights& w = layer_.direction[0].weights;
-    Kept kept;
-    kept.of_units[0] = layout.take<S>(w.peephole ? 3 * H_ : 0);
-    kept.of_units[1] = layout.take<S>(w.norm_c ? H_ : 0);
-    kept.of_units[2] = layout.take<S>(w.norm_c_bias ? H_ : 0);
-    return kept;
-  }
-
-  __attribute__((noinline)) void lay_out_states(Layout& layout, int64_t slots) {
-    states_ = layout.take<E>(slots * state_stride_);
-    carried_ = layout.take<A>(keeps_h_ ? slots * state_stride_ : 0);
-    cells_ = layout.take<A>(slots * cell_stride_);
-  }
-
-  __attribute__((noinline)) void lay_out_work(Layout& layout, int64_t rows, int64_t step_rows) {
-    this->own_panels_ = panels_;
-    this->own_rows_ = step_rows;
-    this->chunk_rows_ = rows;
-    mine_.projected = layout.take<A>(rows * panels_ * panel_columns);
-    mine_.sums = layout.take<A>(step_rows * panels_ * panel_columns);
-    mine_.state_sums = layout.take<A>(projects_ ? step_rows * Columns::padded_columns(P_) : 0);
-    mine_.x = layout.take<E>(Base::converts_x ? rows * this->x_stride() : 0);
-    mine_.x_rows = layout.take<const E*>(rows);
-    mine_.state_rows[0] = layout.take<const E*>(heads_ * step_rows);
-    mine_.hidden_rows = layout.take<const E*>(projects_ ? step_rows : 0);
-    hidden_ = layout.take<E>(projects_ ? step_rows * unit_stride_ : 0);
-    const int64_t of_normalised = normalises_ && Cell::has_cell ? step_rows * unit_stride_ : 0;
-    output_gate_ = layout.take<A>(of_normalised);
-    new_cell_ = layout.take<A>(of_normalised);
+    s.w_ih = static_cast<E*>(weights.w_ih);
+    s.w_hh = static_cast<E*>(weights.w_hh);
+    s.w_hr = static_cast<E*>(weights.w_hr);
+    s.input_bias = static_cast<A*>(weights.input_bias);
+    s.hidden_bias = static_cast<A*>(weights.hidden_bias);
+    s.gain_ih = static_cast<A*>(weights.gain_ih);
+    s.gain_hh = static_cast<A*>(weights.gain_hh);
+    zeros_ = static_cast<A*>(weights.zeros);
   }
 
   void run_rows(const StreamRows& call) {
@@ -271,31 +185,19 @@ class StreamPass : public ForwardPass<Cell, S, U> {
 template <class Cell, class S, int U>
 const StreamKernel& stream_kernel_of() {
   using Pass = StreamPass<Cell, S, U>;
-  static constexpr StreamKernel kernel = {FRNN_ISA_TEXT,      sizeof(Pass),      &Pass::weight_bytes, &Pass::pack,
-                                          &Pass::state_bytes, &Pass::work_bytes, &Pass::create,       &Pass::advance,
-                                          &Pass::read,        &Pass::write};
+  static constexpr StreamKernel kernel = {FRNN_ISA_TEXT, Pass::shape,   sizeof(Pass),
+                                          &Pass::pack,   &Pass::create, &Pass::advance};
   return kernel;
 }
 
-// In the shape of run_forward (../cpu/run.h), on which the order of the packed weights depends.
-template <class Cell, class S>
-const StreamKernel& stream_kernel_of(const LayerSizes& sizes) {
-  if constexpr (Cell::gates == 1 && gates_apart<Cell>() == 0) {
-    if (has_wide_panels<S>(sizes.hidden_size, sizes.heads)) return stream_kernel_of<Cell, S, 2>();
-  }
-  return stream_kernel_of<Cell, S, 1>();
-}
-
+// In the shape of run_forward (../cpu/run.h), on which the order of the packed weights depends. There is no relu here:
+// it is tanh with another function.
 template <class S>
 const StreamKernel& stream_kernel_of(const LayerSizes& sizes) {
-  switch (sizes.kind) {
-    case CellKind::rnn_tanh: return stream_kernel_of<RnnTanh, S>(sizes);
-    case CellKind::rnn_relu: return stream_kernel_of<RnnRelu, S>(sizes);
-    case CellKind::gru: return stream_kernel_of<Gru, S>(sizes);
-    case CellKind::lstm:
-    case CellKind::custom: break;
-  }
-  return stream_kernel_of<Lstm, S>(sizes);
+  if (sizes.kind == CellKind::lstm) return stream_kernel_of<Lstm, S, 1>();
+  if (sizes.kind == CellKind::gru) return stream_kernel_of<Gru, S, 1>();
+  if (has_wide_panels<S>(sizes.hidden_size, sizes.heads)) return stream_kernel_of<RnnTanh, S, 2>();
+  return stream_kernel_of<RnnTanh, S, 1>();
 }
 
 }  // namespace FRNN_ISA

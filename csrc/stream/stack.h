@@ -21,8 +21,9 @@ namespace fused_rnn {
 
 class PackedStack {
  public:
-  // Layers, the lowest first: sizes, options, and the weights of direction 0, which are not needed afterwards. Each
-  // layer's input is the output of the one below. For the instruction set in use. Null: there is no memory.
+  // Layers of float32, float64 or bfloat16, the lowest first: sizes, options, and the weights of direction 0, which are
+  // not needed afterwards. Each layer's input is the output of the one below. For the instruction set in use. Null:
+  // there is no memory.
   static PackedStack* create(const LayerForward* layers, int64_t count);
   static void destroy(PackedStack* packed);
 
@@ -35,6 +36,7 @@ class PackedStack {
  private:
   friend class StackStates;
   PackedStack() = default;
+  static void pack(LayerForward& layer, const StreamKernel& kernel, const StreamWeights& weights);
   static PackedStack* lay_out(void* memory, const LayerForward* layers, int64_t count, size_t& bytes);
 
   int64_t count_ = 0;
@@ -42,8 +44,9 @@ class PackedStack {
   int64_t multiply_adds_ = 0;
   LayerForward* layers_ = nullptr;
   const StreamKernel** kernels_ = nullptr;
-  char** weights_ = nullptr;
-  size_t* weight_bytes_ = nullptr;
+  StreamWeights* weights_ = nullptr;
+  char* packed_ = nullptr;  // all weights
+  size_t packed_bytes_ = 0;
 };
 
 class StackStates {
@@ -64,7 +67,8 @@ class StackStates {
 
   int64_t slots() const { return slots_; }
   int64_t num_layers() const { return packed_->count_; }
-  // See StreamKernel; null h is zeros.
+  // h (P) in the layers' dtype, and c (states * H): in that, too, or, `exact`, as it is kept, in float or double. Null
+  // c is not read; for write() null is zeros.
   void read(int64_t layer, int64_t slot, void* h, void* c, bool exact) const;
   void write(int64_t layer, int64_t slot, const void* h, const void* c, bool exact);
   void reset(int64_t slot);
@@ -79,6 +83,7 @@ class StackStates {
   int64_t rows_ = 0, step_rows_ = 0;  // of one block: of all its steps, of a step
   LayerForward* layers_ = nullptr;
   void** objects_ = nullptr;
+  StreamStates* states_ = nullptr;
   char* between_[2] = {};  // (rows, P) outputs of a layer on their way to the next
   std::atomic<bool> in_use_{false};
 };
