@@ -66,6 +66,7 @@ class _Description:
         ops: Any = backend.ops
         with torch.no_grad():
             params = [param.detach().to(self.dtype) for param in self._params]
+            self._params = []  # that may be the last reference to them
             like = torch.empty(1, 1, self.input_size, dtype=self.dtype)
             packed: PackedStack = ops.pack_stack(like, params, self._integers, self._numbers)
         key = (packed.isa, packed.bytes, self.dtype, tuple(self._integers), tuple(self._numbers))
