@@ -709,9 +709,7 @@ def check_stream_module(module: Any, reason: str | None) -> None:
     if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         raise TypeError(f"module: expected a recurrent layer or cell, got {_describe(module)}")
     if reason is not None:
-        raise ValueError(
-            f"module: expected a layer or cell that a stream can run, got {type(module).__name__}: {reason}"
-        )
+        raise ValueError(f"module: expected one that a stream can run, got {type(module).__name__}: {reason}")
 
 
 def check_stream_sizes(name: str, count: Any, dtype: Any, dtypes: Sequence[torch.dtype]) -> None:
