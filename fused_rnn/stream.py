@@ -42,8 +42,8 @@ class _Description:
         params = fused._params()
         within = None if settings.within is None else settings.within.in_mode(False)
         _checks.check_stream_module(module, _why_no_stream(settings, within))
-        example = params[0] if params and isinstance(params[0], Tensor) else torch.empty(0)
-        _checks.check_params(settings, params, torch.empty(0, dtype=example.dtype))
+        example = params[0] if params and isinstance(params[0], Tensor) else torch.empty(0, device="cpu")
+        _checks.check_params(settings, params, torch.empty(0, dtype=example.dtype, device="cpu"))
         self.dtype = example.dtype if dtype is None else dtype
         self.kind, self.is_cell = settings.kind, settings.is_cell
         self.input_size, self.hidden_size, self.state_size = settings[:3]
@@ -67,7 +67,7 @@ class _Description:
         with torch.no_grad():
             params = [param.detach().to(self.dtype) for param in self._params]
             self._params = []  # that may be the last reference to them
-            like = torch.empty(1, 1, self.input_size, dtype=self.dtype)
+            like = torch.empty(1, 1, self.input_size, dtype=self.dtype, device="cpu")
             packed: PackedStack = ops.pack_stack(like, params, self._integers, self._numbers)
         key = (packed.isa, packed.bytes, self.dtype, tuple(self._integers), tuple(self._numbers))
         with _lock:
@@ -102,7 +102,7 @@ def _why_no_stream(settings: Settings, within: Within | None) -> str | None:
     if settings.kind not in (0, 1, 2, 3):
         return "it is a custom cell, and there are streams of the built-in ones alone"
     if within is not None:
-        reason: str | None = backend.ops.why_not_within(settings.kind, within, torch.empty(0), False)
+        reason: str | None = backend.ops.why_not_within(settings.kind, within, torch.empty(0, device="cpu"), False)
         return reason
     return None
 
@@ -134,7 +134,8 @@ class _Streams:
     _name_of_slots = "batch_size"
 
     def _begin(self, description: _Description, packed: PackedStack, slots: int, is_open: Sequence[bool]) -> None:
-        output = torch.zeros(slots, description.state_size, dtype=description.dtype)
+        with torch.inference_mode(False):  # so that it is an ordinary tensor wherever it is used
+            output = torch.zeros(slots, description.state_size, dtype=description.dtype, device="cpu")
         array = _as_array(output)
         self._open(packed, slots, output, array, list(is_open))
         self._description, self._packed, self._output, self._array = description, packed, output, array
@@ -367,7 +368,7 @@ class Stream(_Streams, StreamBase):
             _checks.check_lengths_of_chunk(lengths, self.batch_size, T)
             lengths = lengths.long()
         if out is None:
-            result = torch.empty(shape, dtype=self.dtype)
+            result = torch.empty(shape, dtype=self.dtype, device="cpu")
         else:
             result = self._read("out", out, shape, writable=True)
             _checks.check_stream_out(result)
@@ -528,7 +529,7 @@ class StreamPool(_Streams, StreamPoolBase):
     def _long_step(self, x: Any, slots: Any, out: Any) -> Any:
         rows = self._read("x", x, (None, self.input_size))
         if isinstance(slots, Tensor) or _has_buffer(slots):
-            slots = torch.as_tensor(slots).tolist()
+            slots = torch.as_tensor(slots, device="cpu").tolist()
         elif not isinstance(slots, (list, tuple, range)):
             _checks.raise_slots_type(slots)
         _checks.check_slots(slots, rows.shape[0], self._opened)

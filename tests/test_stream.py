@@ -233,6 +233,21 @@ def test_arrays_and_strided_inputs_are_read_where_they_stand() -> None:
         assert_same(stream.step(x.clone().requires_grad_()), result)
 
 
+def test_modes_of_pytorch_do_not_matter() -> None:
+    module, x = made("lstm"), torch.randn(STEPS, B, F)
+    output = expected(module, x)[0]
+    with torch.device("meta"):
+        stream, pool = Stream(module, B), StreamPool(module, B)
+    with torch.inference_mode():
+        other = Stream(module, B)
+    with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert_same(torch.cat([stream.step(x[0])[None].clone(), stream.chunk(x[1:])]), output)
+        slots = [pool.open() for _ in range(B)]
+        assert_same(pool.step(x[0], np.array(slots, "int32")), output[0])
+    other.step(x[0]).mul_(2)  # an ordinary tensor
+    assert_same(other.chunk(x[1:]), output[1:])
+
+
 @pytest.mark.parametrize("batch", [B, 150])
 def test_a_result_may_be_the_next_input(batch: int) -> None:
     stream = Stream(fused_rnn.LSTM(H, H), batch)

@@ -800,8 +800,8 @@ class ForwardPass {
   };
 
   // The cell's step for some rows and panels [first, first + count).
-  void gates_of_panels(int d, int64_t t, int64_t r0, int64_t rows, int64_t first, int64_t count, const A* projected,
-                       const A* sums, int64_t sums_stride, int now) {
+  FRNN_INLINE void gates_of_panels(int d, int64_t t, int64_t r0, int64_t rows, int64_t first, int64_t count,
+                                   const A* projected, const A* sums, int64_t sums_stride, int now) {
     static_assert(G == 1 || U == 1, "neighbouring vectors of units are equally far apart");
     constexpr int64_t next_vector = G == 1 ? width : panel_columns;
     const DirectionForward& dir = layer_.direction[d];
