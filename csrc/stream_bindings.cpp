@@ -504,11 +504,49 @@ PyCFunction as_method(F* function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
+constexpr const char* step_of_stream = R"(step($self, x, out=None)
+--
+
+One step of all rows.
+
+Args:
+    x: (B, I), a Tensor or an array (anything with a buffer, as NumPy's arrays) of the stream's dtype, on the CPU. It is
+        read where it stands if its features are side by side.
+    out: (B, P), a Tensor or an array to write the result into; ``None`` for the stream's own.
+
+Returns:
+    h of the highest layer, (B, P): ``out``, or the stream's own tensor, the same object in every call, whose contents
+    the next call replaces (an array of the same memory where ``x`` is one).
+
+Raises:
+    TypeError, ValueError, RuntimeError: naming the argument; the state is as it was before. Also where another thread
+        is in a call of this stream.
+)";
+
+constexpr const char* step_of_pool = R"(step($self, x, slots, out=None)
+--
+
+One step of some sessions, which none of the others feels.
+
+Args:
+    x: (n, I): see :meth:`Stream.step`.
+    slots: n different slots that are open, in any order: a list or tuple of ints, or int64 values in a Tensor or array.
+        Slots that follow each other are a little faster.
+    out: (n, P), to write into; ``None`` for the pool's own memory.
+
+Returns:
+    h of the highest layer, (n, P), in the order of ``slots``: ``out``, or rows of the pool's own tensor, whose contents
+    the next call replaces.
+
+Raises:
+    TypeError, ValueError, RuntimeError, IndexError: as :meth:`Stream.step`, or a slot that is not open; no state has
+        changed.
+)";
+
 template <bool pool>
 PyObject* make_type(const char* name, const char* description) {
   static PyMethodDef methods[] = {
-      {"step", as_method(&step<pool, false>), METH_FASTCALL | METH_KEYWORDS,
-       pool ? "step($self, x, slots, out=None)\n--\n\nSee StreamPool." : "step($self, x, out=None)\n--\n\nSee Stream."},
+      {"step", as_method(&step<pool, false>), METH_FASTCALL | METH_KEYWORDS, pool ? step_of_pool : step_of_stream},
       {"_step", as_method(&step<pool, true>), METH_FASTCALL | METH_KEYWORDS, "step() without _long_step() behind it."},
       {"_open", &open_states, METH_VARARGS, "Packed weights, states of zeros, and what step() returns."},
       {"_run", &run, METH_VARARGS, "Steps of all rows."},

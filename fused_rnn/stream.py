@@ -310,23 +310,6 @@ class Stream(_Streams, StreamBase):
         >>> h, c = stream.state
         >>> h.shape, c.shape
         (torch.Size([1, 1, 32]), torch.Size([1, 1, 32]))
-
-    .. method:: step(x, out=None)
-
-        One step of all rows.
-
-        Args:
-            x: (B, I), a Tensor or an array (anything with a buffer, as NumPy's arrays) of the stream's dtype, on the
-                CPU. It is read where it stands if its features are side by side.
-            out: (B, P), a Tensor or an array to write the result into; ``None`` for the stream's own.
-
-        Returns:
-            h of the highest layer, (B, P): ``out``, or the stream's own tensor, the same object in every call, whose
-            contents the next call replaces (an array of the same memory where ``x`` is one).
-
-        Raises:
-            TypeError, ValueError, RuntimeError: naming the argument; the state is as it was before. Also where another
-                thread is in a call of this stream.
     """
 
     def __init__(self, module: Any, batch_size: int = 1, dtype: torch.dtype | None = None) -> None:
@@ -426,23 +409,6 @@ class StreamPool(_Streams, StreamPoolBase):
         >>> pool.step(torch.randn(2, 20), [second, first]).shape
         torch.Size([2, 32])
         >>> pool.close(first)
-
-    .. method:: step(x, slots, out=None)
-
-        One step of some sessions, which none of the others feels.
-
-        Args:
-            x: (n, I): see :meth:`Stream.step`.
-            slots: n different slots that are open, in any order: a list or tuple of ints, or int64 values in a Tensor
-                or array. Neighbouring slots in their order are a little faster.
-            out: (n, P), to write into; ``None`` for the pool's own memory.
-
-        Returns:
-            h of the highest layer, (n, P), in the order of ``slots``: ``out``, or rows of the pool's own tensor, whose
-            contents the next call replaces.
-
-        Raises:
-            As :meth:`Stream.step`; no state has changed. IndexError: a slot that is not open.
     """
 
     _name_of_slots = "capacity"
