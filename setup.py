@@ -195,10 +195,11 @@ def usable_cuda(torch) -> Cuda | None:
 
 
 def write_kernels_ninja(folder: Path, macros: list[str], cuda: Cuda | None) -> list[str]:
-    """Writes folder/build.ninja for csrc/cpu/*.cpp and csrc/cuda/* and returns the objects it makes."""
+    """Writes folder/build.ninja for csrc/cpu/*.cpp, csrc/stream/*.cpp and csrc/cuda/* and returns its objects."""
     flags_of = {ROOT / f"csrc/cpu/isa_{name}.cpp": flags for name, flags in instruction_sets().items()}
     known = {f"isa_{name}.cpp" for name in X86_FLAGS}
     others = [file for file in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if file.name not in known]
+    others += sorted((ROOT / "csrc/stream").glob("*.cpp"))
     # Of an inline function that several objects hold the linker keeps the first copy: the objects that every processor
     # can run come first, the widest instruction set last. The planner for CUDA is plain C++ and is always there.
     sources = [*others, *sorted((ROOT / "csrc/cuda").glob("*.cpp")), *flags_of]
@@ -349,6 +350,7 @@ def kernel_headers() -> list[Path]:
         ROOT / "csrc/problem.h",
         *sorted((ROOT / "csrc/cells").glob("*.h")),
         *sorted((ROOT / "csrc/cpu").glob("*.h")),
+        *sorted((ROOT / "csrc/stream").glob("*.h")),
     ]
 
 

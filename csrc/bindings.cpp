@@ -23,6 +23,7 @@
 #include "cuda/plan.h"
 #include "derivatives.h"
 #include "settings.h"
+#include "stream_bindings.h"
 #if defined(FRNN_CUDA)
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -358,6 +359,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "For tests and measurements: which persistent variants may run from now on; returns what was allowed before.");
 #endif
   add_calls(m);
+  add_streams(m);
 }
 
 }  // namespace fused_rnn

@@ -4,7 +4,8 @@
 model that exists, :class:`patch` in those that are being built. :class:`IndRNN` is one that ``torch.nn`` lacks.
 :mod:`fused_rnn.functional` has the same as functions, :mod:`fused_rnn.reference` in plain PyTorch; :func:`use_backend`
 chooses, :func:`explain` says what runs, :mod:`fused_rnn.packed_weights` what memory inference keeps,
-:mod:`fused_rnn.diagnostics` how gradients and gates fare.
+:mod:`fused_rnn.diagnostics` how gradients and gates fare. :class:`Stream` and :class:`StreamPool` serve a layer step by
+step.
 """
 
 from . import diagnostics, functional, packed_weights, reference
@@ -16,6 +17,7 @@ from .explain import Explanation, explain
 from .indrnn import IndRNN
 from .layers import GRU, LSTM, RNN
 from .patching import patch, unpatch
+from .stream import Stream, StreamPool
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,8 @@ __all__ = [
     "IndRNN",
     "LSTMCell",
     "RNNCell",
+    "Stream",
+    "StreamPool",
     "ConversionReport",
     "ConversionWarning",
     "Explanation",

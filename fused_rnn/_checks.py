@@ -707,3 +707,114 @@ def _describe(value: Any) -> str:
 
 def _shorten(sizes: Sequence[int]) -> str:
     return str(list(sizes)) if len(sizes) <= 12 else f"[{', '.join(map(str, sizes[:10]))}, ..., {sizes[-1]}]"
+
+
+# Streams
+
+
+def check_stream_module(module: Any, reason: str | None) -> None:
+    """``module`` of a stream: one whose weights the kernels take; ``reason``: why they do not."""
+    if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
+        raise TypeError(f"module: expected a recurrent layer or cell, got {_describe(module)}")
+    if reason is not None:
+        raise ValueError(f"module: expected one that a stream can run, got {type(module).__name__}: {reason}")
+
+
+def check_stream_sizes(name: str, count: Any, dtype: Any, dtypes: Sequence[torch.dtype]) -> None:
+    """``batch_size`` or ``capacity``, and the dtype of a stream."""
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name}: expected an int, got {_describe(count)}")
+    if count < 1:
+        raise ValueError(f"{name}: expected at least 1, got {count}")
+    if dtype not in dtypes:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, dtypes))}, got {dtype}")
+
+
+def check_stream_tensor(name: str, value: Tensor, shape: Sequence[int | None], dtype: torch.dtype) -> None:
+    """``x``, ``out`` or a state of a stream; ``None`` in ``shape`` is any size."""
+    if value.device.type != "cpu" or value.layout is not torch.strided:
+        raise RuntimeError(f"{name}: expected a dense tensor on the CPU, got {value.layout} on {value.device}")
+    if value.dtype is not dtype:
+        raise ValueError(f"{name}: expected {dtype} as the stream has, got {value.dtype}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor without a gradient, which a stream does not compute; use {name}.detach(), or "
+            "torch.no_grad() around the call"
+        )
+    expected = "(" + ", ".join("n" if size is None else str(size) for size in shape) + ")"
+    if value.dim() != len(shape):
+        raise ValueError(f"{name}: expected {expected}, got {_shape(value)}")
+    if any(size is not None and found != size for found, size in zip(value.shape, shape, strict=True)):
+        raise RuntimeError(f"{name}: expected {expected}, got {_shape(value)}")
+    _check_memory(name, value)
+
+
+def raise_stream_type(name: str, value: Any) -> NoReturn:
+    raise TypeError(f"{name}: expected a Tensor or an array, got {_describe(value)}")
+
+
+def check_writable(is_writable: bool, strides: Sequence[int]) -> None:
+    """``out`` as an array."""
+    if not is_writable:
+        raise ValueError("out: expected an array that may be written to, got one that is read-only")
+    if min(strides, default=0) < 0:
+        raise ValueError(f"out: expected an array whose strides are not negative, got {tuple(strides)}")
+
+
+def check_stream_out(out: Tensor) -> None:
+    """``out``, whose dtype and size were checked."""
+    strides = out.stride()
+    columns, rows = out.shape[-1], out.shape[-2]
+    if (columns > 1 and strides[-1] != 1) or (rows > 1 and strides[-2] < columns):
+        raise ValueError(
+            f"out: expected rows of neighbouring features that do not overlap, got strides {strides} of {_shape(out)}"
+        )
+
+
+def check_chunk_out(overlaps: bool) -> None:
+    if overlaps:
+        raise ValueError("out: expected memory of its own, got some of x, which is read after out is written")
+
+
+def check_same_sizes(sizes: tuple[int, ...], before: tuple[int, ...]) -> None:
+    """Of a stream's module: kind of cell, I, H, P, layers."""
+    if sizes != before:
+        raise RuntimeError(
+            f"module: expected the cell and sizes (kind, I, H, P, L) {before} that it had before, got {sizes}"
+        )
+
+
+def raise_slots_type(slots: Any) -> NoReturn:
+    raise TypeError(f"slots: expected a list of ints, or an int64 Tensor or array, got {_describe(slots)}")
+
+
+def check_slots(slots: Any, rows: int, is_open: Sequence[bool]) -> None:
+    """``slots`` of a pool's step: a list, one for each row."""
+    if len(slots) != rows:
+        raise RuntimeError(f"slots: expected {rows}, one for each row of x, got {len(slots)}")
+    for slot in slots:
+        check_slot("slots", slot, is_open)
+    if len(set(slots)) != rows:
+        twice = next(slot for slot in slots if slots.count(slot) > 1)
+        raise RuntimeError(f"slots: expected each slot once, got {twice} twice")
+
+
+def check_slot(name: str, slot: Any, is_open: Sequence[bool]) -> None:
+    if not isinstance(slot, int) or isinstance(slot, bool):
+        raise TypeError(f"{name}: expected ints, as open() returns them, got {_describe(slot)}")
+    if not (0 <= slot < len(is_open) and is_open[slot]):
+        raise IndexError(f"{name}: expected slots that are open, got {slot}")
+
+
+def raise_pool_is_full(capacity: int) -> NoReturn:
+    raise RuntimeError(f"open: all {capacity} slots are open; close one first, or make a pool of a larger capacity")
+
+
+def check_lengths_of_chunk(lengths: Tensor, rows: int, num_steps: int) -> None:
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
+        raise RuntimeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+    if lengths.shape != (rows,):
+        raise RuntimeError(f"lengths: expected {(rows,)}, one for each row, got {_shape(lengths)}")
+    for value in lengths.tolist():
+        if not 0 <= value <= num_steps:
+            raise RuntimeError(f"lengths: expected 0 to {num_steps}, the steps of the input, got {value}")

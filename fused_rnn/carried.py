@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks
 
-__all__ = ["convert", "keep", "make_room", "reset", "state_of"]
+__all__ = ["convert", "keep", "make_room", "reset", "rows_of", "state_of"]
 
 _NAMES = ("carried_h", "carried_c")
 
@@ -106,12 +106,13 @@ def reset(layer: Any, rows: Any) -> None:
         return
     if h.dim() != 3:
         raise RuntimeError("rows: expected None, the state that is carried is of a sequence without a batch")
-    index = _rows(rows, h.shape[1], h.device)
+    index = rows_of(rows, h.shape[1], h.device)
     layer.carried_h = h.index_fill(1, index, 0)
     layer.carried_c = None if c is None else c.index_fill(1, index, 0)
 
 
-def _rows(rows: Any, batch: int, device: torch.device) -> Tensor:
+def rows_of(rows: Any, batch: int, device: torch.device) -> Tensor:
+    """Indices of the rows that a bool tensor or indices stand for, none of them negative."""
     try:
         index = torch.as_tensor(rows, device=device)
     except (TypeError, ValueError, RuntimeError) as error:

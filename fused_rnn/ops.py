@@ -55,7 +55,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _C, _checks, formulas
-from ._C import clear_packed, packed_bytes_held, packed_bytes_limit, set_packed_bytes_limit
+from ._C import (
+    StreamBase,
+    StreamPoolBase,
+    clear_packed,
+    pack_stack,
+    packed_bytes_held,
+    packed_bytes_limit,
+    set_packed_bytes_limit,
+)
 from .settings import (
     INTEGER_SETTINGS,
     NO_CONTROLS,
@@ -69,7 +77,10 @@ from .settings import (
 )
 
 __all__ = [
+    "StreamBase",
+    "StreamPoolBase",
     "clear_packed",
+    "pack_stack",
     "packed_bytes_held",
     "packed_bytes_limit",
     "plan",

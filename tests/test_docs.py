@@ -71,6 +71,7 @@ def test_all_pages_with_code_are_run_here() -> None:
         "options.md",
         "private-training.md",  # tests/test_opacus.py
         "resets.md",
+        "serving.md",
         "state-sequences.md",
         "variable-lengths.md",
         *ways,
@@ -122,6 +123,12 @@ def test_code_of_the_first_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: py
     page = run_page(DOCS / "index.md", monkeypatch)
     assert page.x.grad is not None and type(page.model.recurrent) is fused_rnn.GRU
     assert "LSTM" in capsys.readouterr().out
+
+
+def test_code_of_the_page_on_serving_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = run_page(DOCS / "serving.md", monkeypatch, torch=torch, fused_rnn=fused_rnn)
+    assert not page.output[5:, 1].any() and len({id(stream._packed) for stream in page.fleet}) == 1
+    assert len(page.pool) == 1
 
 
 def test_code_of_the_page_on_resets_runs(monkeypatch: pytest.MonkeyPatch) -> None:

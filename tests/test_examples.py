@@ -38,6 +38,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     "memory_ppo": ("--environments", "4", "--rollout", "24", "--steps", "18", "--compare-steps", "2"),
     "nsmc": ("--sample", "--epochs", "1", "--compare-steps", "3"),
     "train_distributed": ("--sample", "--steps", "4", "--hidden-size", "16", "--seq-length", "16"),
+    "stream_server": ("--sessions", "20", "--seconds", "0.5", "--input-size", "8", "--hidden-size", "16"),
     "word_lm": ("--sample", "--epochs", "1", "--steps", "3", "--compare-steps", "2"),
 }
 
@@ -94,8 +95,11 @@ def test_without_the_source_the_list_says_where_examples_are(
 def test_example_runs_and_learns_as_torch_nn_does(name: str, tmp_path: Path) -> None:
     if name == "memory_ppo":
         pytest.importorskip("gymnasium")
-    out = () if name == "by_hand" else ("--out", str(tmp_path))
+    out = () if name in ("by_hand", "stream_server") else ("--out", str(tmp_path))
     printed = run_example(name, *SMALL[name], *out)
+    if name == "stream_server":  # tests/test_stream_server.py has more
+        assert "20 sessions, 5 that vanish, 5 that are slow to read" in printed and "ms until an answer" in printed
+        return
     if name == "by_hand":
         assert "every number agrees" in printed
         return

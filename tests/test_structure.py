@@ -33,7 +33,7 @@ LEVELS = [
     {"subclasses", "explain", "diagnostics"},
     {"class_tests"},
     {"convert"},
-    {"patching"},
+    {"patching", "stream"},
     {"opacus"},
     {"__init__"},
 ]

@@ -90,7 +90,7 @@ def compile_sources(site: Path, nvcc: str, architectures: list[str], jobs: int) 
     objects.mkdir(parents=True, exist_ok=True)
     work: list[tuple[list[str], Path]] = [([*cuda], source) for source in cuda_build.sources()]
     work += [([*common, *torch], source) for source in sorted(csrc.glob("*.cpp"))]
-    for source in [*sorted((csrc / "cuda").glob("*.cpp")), *sorted((csrc / "cpu").glob("*.cpp"))]:
+    for source in (file for part in ("cuda", "cpu", "stream") for file in sorted((csrc / part).glob("*.cpp"))):
         if not source.stem.startswith("isa_") or source.stem[4:].upper() in isas:
             work.append(([*common, *kernels], source))
 

@@ -79,7 +79,7 @@ class BackwardPass {
     return !recomputes && !layer.direction[0].weights.w_hr && reads_weights_in_place(layer.sizes, layer.steps);
   }
 
-  bool run() {
+  __attribute__((noinline)) bool run() {
     packs_ = !in_place(layer_);
     const int64_t all = layer_.steps.total_rows();
     chunk_rows_ = B_ > gradient_chunk_rows ? B_ : gradient_chunk_rows < all ? gradient_chunk_rows : all;

@@ -152,6 +152,7 @@ FRNN_INLINE void load_known(const KnownSteps& known, const KnownPlace& at, int64
 
 template <class Cell, class S, int U>
 class ForwardPass {
+ protected:
   using A = typename Accumulator<S>::type;
   using E = typename ProductElement<S>::type;
   using V = typename Simd<A>::V;
@@ -230,7 +231,7 @@ class ForwardPass {
     return true;
   }
 
- private:
+ protected:  // of StreamPass, too: ../stream/pass.h
   bool launch() {
     Layout measure;
     lay_out(measure);
@@ -725,10 +726,19 @@ class ForwardPass {
                          mine.all_sums + p * panel_columns, stride, {zeros_, 0, nullptr}, nullptr);
     }
     A* projected = mine.projected + chunk_row * stride;
+    normalised_gates(d, t, r0, rows, projected, mine.all_sums, now);
+  }
+
+  // The rest of it, of `rows` rows that stand in `projected` and `sums`, all panels side by side.
+  __attribute__((noinline)) void normalised_gates(int d, int64_t t, int64_t r0, int64_t rows, A* projected, A* sums,
+                                                  int now) {
+    const DirectionForward& dir = layer_.direction[d];
+    const DirectionScratch& s = direction_[d];
+    const int64_t stride = panels_ * panel_columns;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = layer_.steps.first_row(t) + r0 + r;
       S* centred = saves_gates_ ? rows_of<S>(dir.gates) + row * saved_stride_ + Cell::saved * H_ : nullptr;
-      A *x = projected + r * stride, *h = mine.all_sums + r * stride;
+      A *x = projected + r * stride, *h = sums + r * stride;
       normalise_panels<S, G, U>(x, H_, s.gain_ih, centred, [&](int64_t column, int) __attribute__((always_inline)) {
         return Simd<A>::load(s.input_bias + column);
       });
@@ -737,7 +747,7 @@ class ForwardPass {
                                   return Simd<A>::load((v < NV - vectors_apart ? x : s.hidden_bias) + column);
                                 });
     }
-    gates_of_panels(d, t, r0, rows, 0, panels_, projected, mine.all_sums, stride, now);
+    gates_of_panels(d, t, r0, rows, 0, panels_, projected, sums, stride, now);
     if constexpr (Cell::kind == CellKind::lstm) hidden_of_normalised(d, t, r0, rows, now);
   }
 
@@ -815,8 +825,8 @@ class ForwardPass {
   };
 
   // The cell's step for some rows and panels [first, first + count).
-  void gates_of_panels(int d, int64_t t, int64_t r0, int64_t rows, int64_t first, int64_t count, const A* projected,
-                       const A* sums, int64_t sums_stride, int now) {
+  FRNN_INLINE void gates_of_panels(int d, int64_t t, int64_t r0, int64_t rows, int64_t first, int64_t count,
+                                   const A* projected, const A* sums, int64_t sums_stride, int now) {
     static_assert(G == 1 || U == 1, "neighbouring vectors of units are equally far apart");
     constexpr int64_t next_vector = G == 1 ? width : panel_columns;
     const DirectionForward& dir = layer_.direction[d];
@@ -1030,6 +1040,14 @@ class ForwardPass {
     const ColumnPanels<E> w_hr{direction_[d].w_hr, H_, P_};
     const int64_t stride = C::padded_columns(P_);
     product_columns<E>(rows, mine.hidden_rows, w_hr, columns.begin, columns.end, mine.state_sums, stride, false);
+    write_projected(d, t, r0, rows, mine.state_sums, now, columns);
+  }
+
+  // h of these sums, (rows, P padded).
+  __attribute__((noinline)) void write_projected(int d, int64_t t, int64_t r0, int64_t rows, const A* sums, int now,
+                                                 Share columns) {
+    using C = ColumnPanels<E>;
+    const int64_t stride = C::padded_columns(P_);
     const int64_t end = columns.end * C::NV * width < P_ ? columns.end * C::NV * width : P_;
     for (int64_t r = 0; r < rows; ++r) {
       S* y = rows_of<S>(layer_.y.data) + layer_.steps.step(layer_.y, t) + (r0 + r) * layer_.y.batch_stride + d * P_;
@@ -1037,7 +1055,7 @@ class ForwardPass {
       A* carried = direction_[d].carried + (r0 + r) * state_stride_;
       const int64_t row = layer_.steps.first_row(t) + r0 + r;
       for (int64_t u = columns.begin * C::NV * width; u < end; u += width) {
-        const V h = Simd<A>::load(mine.state_sums + r * stride + u);
+        const V h = Simd<A>::load(sums + r * stride + u);
         if (!keeps_h_) {
           write_state(y + u, state + u, h, P_ - u);
         } else {

@@ -5,6 +5,7 @@
 
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 
+#include "../stream/pass.h"
 #if !defined(FRNN_BFLOAT16_ONLY)
 #include "derivatives.h"
 #endif
@@ -82,6 +83,10 @@ using FRNN_BASE_ISA::gradient_changes;
 double peak(DType dtype, double seconds) {
   return dtype == DType::bfloat16 ? multiply_add_rate<BFloat16>(seconds) : FRNN_BASE_ISA::table.peak(dtype, seconds);
 }
+
+const StreamKernel& stream(const LayerSizes& sizes) {
+  return sizes.dtype == DType::bfloat16 ? stream_kernel_of<BFloat16>(sizes) : FRNN_BASE_ISA::table.stream(sizes);
+}
 #else
 bool forward(const LayerForward& layer, const Plan& plan) {
   switch (layer.sizes.dtype) {
@@ -115,11 +120,16 @@ void activation(Activation which, DType dtype, const void* in, void* out, int64_
 double peak(DType dtype, double seconds) {
   return dtype == DType::float64 ? multiply_add_rate<double>(seconds) : multiply_add_rate<float>(seconds);
 }
+
+const StreamKernel& stream(const LayerSizes& sizes) {
+  if (sizes.dtype == DType::float64) return stream_kernel_of<double>(sizes);
+  return sizes.dtype == DType::bfloat16 ? stream_kernel_of<BFloat16>(sizes) : stream_kernel_of<float>(sizes);
+}
 #endif
 
 extern const KernelTable table;
-const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward,         &backward, &activation,
-                           &peak,         &draw_bits,        &gradient_changes};
+const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward,          &backward, &activation,
+                           &peak,         &draw_bits,        &gradient_changes, &stream};
 
 }  // namespace FRNN_ISA
 }  // namespace fused_rnn

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../problem.h"
+#include "../stream/kernels.h"
 #include "plan.h"
 
 namespace fused_rnn {
@@ -35,6 +36,8 @@ struct KernelTable {
   void (*draw_bits)(uint64_t seed, int64_t first_row, int64_t rows, int64_t units, double rate, uint8_t* bits);
   // How gradients change, of rows [begin, end) of all steps (derivatives.h).
   void (*gradient_changes)(const ChangedSteps& steps, int64_t begin, int64_t end);
+  // Of a layer that stays (stream/pass.h), by its sizes: float32, float64 and bfloat16, no rnn_relu.
+  const StreamKernel& (*stream)(const LayerSizes& sizes);
 };
 
 // The tables that were compiled, best first; ended by null.

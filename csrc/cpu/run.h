@@ -7,13 +7,17 @@
 namespace fused_rnn {
 namespace FRNN_ISA {
 
+// Whether a panel of a cell of one gate has two vectors of units: but for the smallest layers, which fit one.
+template <class S>
+bool has_wide_panels(int64_t hidden_size, int64_t heads) {
+  constexpr int width = Simd<typename Accumulator<S>::type>::width;
+  return hidden_size > width && (heads == 1 || hidden_size / heads % (2 * width) == 0);
+}
+
 template <class Cell, class S>
 bool run_forward(const LayerForward& layer, const Plan& plan) {
   if constexpr (Cell::gates == 1 && gates_apart<Cell>() == 0) {
-    // Two vectors of units a panel, but for the smallest layers, which fit one.
-    constexpr int width = Simd<typename Accumulator<S>::type>::width;
-    if (layer.sizes.hidden_size > width &&
-        (layer.sizes.heads == 1 || layer.sizes.hidden_size / layer.sizes.heads % (2 * width) == 0))
+    if (has_wide_panels<S>(layer.sizes.hidden_size, layer.sizes.heads))
       return ForwardPass<Cell, S, 2>(layer, plan).run();
   }
   return ForwardPass<Cell, S, 1>(layer, plan).run();
