@@ -11,7 +11,7 @@
 //   adds_into_grad_x                   whether the directions of a layer add into grad_x, which then holds zeros
 //   copy(to, from)                     of one size, both contiguous
 //   masks_in_kernels                   whether steps may have a mask; the others get the packed batch of its pieces
-//   layer_norm, custom_cells           whether there is layer normalisation, and cells of somebody's own
+//   custom_cells                       whether there are cells of somebody's own
 //   vector_units(input)                how many units each head has a multiple of
 //   wavefronts                         whether it may run several layers at once; with
 //     layers_at_once(sizes, layers, steps, backward)     how many of so many equal layers
@@ -621,8 +621,6 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
 
 template <class Backend>
 void check_options(const Stack& stack) {
-  TORCH_CHECK(Backend::layer_norm || !stack.settings.within.layer_norm, "layer_norm: no kernel for it on ",
-              stack.input.device());
   TORCH_CHECK(Backend::custom_cells || !is_custom(stack.kind()), "kind: no kernel for custom cells on ",
               stack.input.device());
 }

@@ -124,20 +124,30 @@ namespace {
 struct Cell {
   int gates, saved, grad_gates;
   bool has_cell;
-  GateGrads input_grads, hidden_grads;
+  GateGrads input_grads, hidden_grads;  // of what W_ih and W_hh have multiplied
+  GateGrads input_bias_grads, hidden_bias_grads;
+  int own_saved;  // of these those of the gates; with layer normalisation those of both sides follow (cuda/cuda.h)
 };
 
 template <class C>
-Cell describe() {
-  return {C::gates, C::saved, C::grad_gates, C::has_cell, C::input_grads, C::hidden_grads};
+Cell describe(bool layer_norm) {
+  Cell cell{C::gates,        C::saved,       C::grad_gates,   C::has_cell, C::input_grads,
+            C::hidden_grads, C::input_grads, C::hidden_grads, C::saved};
+  if (layer_norm) {
+    cell.input_grads.first = C::grad_gates;
+    cell.hidden_grads.first = C::grad_gates + C::gates;
+    cell.saved += 2 * C::gates;
+    cell.grad_gates += 2 * C::gates;
+  }
+  return cell;
 }
 
-Cell cell_of(CellKind kind) {
-  switch (kind) {
-    case CellKind::rnn_tanh: return describe<RnnTanh>();
-    case CellKind::rnn_relu: return describe<RnnRelu>();
-    case CellKind::lstm: return describe<Lstm>();
-    case CellKind::gru: return describe<Gru>();
+Cell cell_of(const LayerSizes& sizes) {
+  switch (sizes.kind) {
+    case CellKind::rnn_tanh: return describe<RnnTanh>(sizes.layer_norm);
+    case CellKind::rnn_relu: return describe<RnnRelu>(sizes.layer_norm);
+    case CellKind::lstm: return describe<Lstm>(sizes.layer_norm);
+    case CellKind::gru: return describe<Gru>(sizes.layer_norm);
     case CellKind::custom: break;
   }
   TORCH_CHECK(false, "kind: not one of a cell");
@@ -173,7 +183,6 @@ class Cuda {
   static constexpr bool one_matrix = true;
   static constexpr bool adds_into_grad_x = false;
   static constexpr bool masks_in_kernels = true;
-  static constexpr bool layer_norm = false;
   static constexpr bool custom_cells = false;
   static constexpr bool wavefronts = true;
 
@@ -272,7 +281,9 @@ class Cuda {
                           const cuda::Plan& chosen, Projections& projections);
   void steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, Projections& projections);
   void steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product, void* const* grad_gates,
-                      const Tensor* grad_projected, const Tensor* hidden);
+                      const Tensor* grad_projected, const Tensor* hidden, const Tensor* of_cell);
+  void norm_gradients(const LayerBackward& layer, const Cell& cell, int d, const void* grad_gates,
+                      const Tensor& of_cell) const;
   Tensor clipped_rows(const Steps& steps, int d) const;
   void compute_gates_again(const LayerBackward& layer, const Cell& cell, Tensor* gates);
   void weight_gradients(const LayerBackward& layer, const Cell& cell, const Products& product, int d,
@@ -323,7 +334,7 @@ std::string describe(const LayerSizes& sizes, const Steps& steps, const cuda::Pl
 // One layer, or several in a wavefront, of which the lowest alone has projections.
 void Cuda::forward(const LayerForward* layers, int64_t count) {
   const LayerForward& lowest = layers[0];
-  const Cell cell = cell_of(lowest.sizes.kind);
+  const Cell cell = cell_of(lowest.sizes);
   const Products product(lowest.sizes.dtype, tf32_);
   Projections projections = make_projections(lowest, cell);
   const cuda::Plan chosen = plan(layers[count - 1].sizes, count, lowest.steps, false, has_options(lowest));
@@ -440,6 +451,8 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
   const Within within = within_of_units(layer.within, projects);
 
   Tensor products[2], running_h[2], running_c[2], unprojected[2], projected[2], multiplied[2], first_h[2], first_c[2];
+  Tensor of_cell[2];
+  cuda::ForwardNorm norms[2];
   void* h[2] = {};
   void* c[2] = {};
   const void* h0[2] = {};
@@ -455,6 +468,14 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
     }
     if (projects) unprojected[d] = buffer({B, H});
     if (projects && options) projected[d] = sum_buffer({B, P});
+    if (s.layer_norm) {
+      norms[d] = {dir.weights.norm_ih, dir.weights.norm_hh, dir.weights.norm_c, dir.weights.norm_c_bias};
+      if (cell.has_cell) {
+        of_cell[d] = sum_buffer({2, B, H});
+        norms[d].output_gate = mutable_slice(of_cell[d], 0);
+        norms[d].new_cell = mutable_slice(of_cell[d], 1);
+      }
+    }
     h0[d] = dir.h0;
     c0[d] = dir.c0;
     if (const uint8_t* anew = rows_anew(steps, d, 0)) {
@@ -529,7 +550,9 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
       also.dropout = extras.dropout;
       also.multiplied = mutable_data_or_null(multiplied[d]);
     }
-    if (options) {
+    if (s.layer_norm) {
+      check(cuda::step_forward_with_norm(s.kind, s.dtype, H, step, more, norms, within, D, stream_.handle()));
+    } else if (options) {
       check(cuda::step_forward_with_options(s.kind, s.dtype, H, step, more, within, D, stream_.handle()));
     } else {
       check(cuda::step_forward(s.kind, s.dtype, H, step, D, stream_.handle()));
@@ -576,7 +599,7 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
 // One layer, or several in a wavefront.
 void Cuda::backward(const LayerBackward* given, int64_t count) {
   const LayerSizes& s = given[count - 1].sizes;
-  const Cell cell = cell_of(s.kind);
+  const Cell cell = cell_of(s);
   const Products product(s.dtype, tf32_);
   const int64_t H = s.hidden_size, P = s.state_size, N = given[0].steps.total_rows(), width = cell.grad_gates * H;
   const int D = s.num_directions;
@@ -595,12 +618,12 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
     layers = &recomputed;
   }
   cuda::PersistentBackward parts[cuda::most_layers];
-  Tensor buffers[cuda::most_layers], grad_projected[2], hidden[2];
+  Tensor buffers[cuda::most_layers], grad_projected[2], hidden[2], of_cell[2];
   void* grad_gates[cuda::most_layers] = {};
   for (int64_t l = 0; l < count; ++l) {
     const LayerBackward& layer = layers[l];
     // A training step then needs no more than what the forward pass saved. (W_hr's gradient wants the gates once more.)
-    const bool in_place = layer.reuse_gates && cell.saved == cell.grad_gates && P == H;
+    const bool in_place = layer.reuse_gates && cell.saved == cell.grad_gates && P == H && !s.layer_norm;
     for (int d = 0; d < D; ++d) {
       const DirectionBackward& from = layer.direction[d];
       cuda::PersistentBackward& to = parts[l + d];
@@ -636,7 +659,9 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
       grad_projected[d] = buffer({N, P});
       if (layers[0].direction[d].grad_w_hr && has_options(layers[0])) hidden[d] = buffer({N, H});
     }
-    steps_backward(layers[0], cell, product, grad_gates, grad_projected, hidden);
+    // With layer normalisation: of c, what the gradients of its gain and bias are made of.
+    for (int d = 0; d < D && s.layer_norm && cell.has_cell; ++d) of_cell[d] = sum_buffer({2, N, H});
+    steps_backward(layers[0], cell, product, grad_gates, grad_projected, hidden, of_cell);
   }
 
   for (int64_t l = 0; l < count; ++l) {
@@ -645,6 +670,7 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
     for (int d = 0; d < D; ++d) {
       weight_gradients(layer, cell, product, d, grad_gates[l + d],
                        P != H ? grad_projected[d].const_data_ptr() : nullptr, hidden[d]);
+      if (s.layer_norm) norm_gradients(layer, cell, d, grad_gates[l + d], of_cell[d]);
       if (!layer.grad_x.data) continue;
       double beta = d == 0 ? 0 : 1;
       for (const GateRun& run : runs_of(cell.input_grads, cell.gates)) {
@@ -712,7 +738,8 @@ Tensor Cuda::clipped_rows(const Steps& steps, int d) const {
 }
 
 void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product,
-                          void* const* grad_gates, const Tensor* grad_projected, const Tensor* hidden) {
+                          void* const* grad_gates, const Tensor* grad_projected, const Tensor* hidden,
+                          const Tensor* of_cell) {
   const LayerSizes& s = layer.sizes;
   const Steps& steps = layer.steps;
   const int64_t H = s.hidden_size, P = s.state_size, B = steps.B, T = steps.T, width = cell.grad_gates * H;
@@ -726,6 +753,7 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
   const bool has_direct_part = s.kind == CellKind::gru || steps.mask || options;
 
   Tensor dh[2], dc[2], unprojected[2], dropped[2], clipped[2], grad_peephole[2], grad_reset_h[2], grad_reset_c[2];
+  Tensor to_output[2];
   // The running gradient ends as that of the initial state; where both have one type, they share the memory.
   const auto running = [&](void* final, int64_t columns, const void* seed) {
     const Tensor t =
@@ -739,6 +767,7 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
     if (cell.has_cell) dc[d] = running(dir.grad_c0, H, dir.grad_c_n);
     if (projects) unprojected[d] = sum_buffer({B, H});
     if (dir.extras.dropout) dropped[d] = sum_buffer({B, P});
+    if (s.layer_norm && cell.has_cell) to_output[d] = sum_buffer({B, H});
     if (within.recurrent_grad_clip > 0 && steps.mask) clipped[d] = clipped_rows(steps, d);
     if (dir.grad_peephole) grad_peephole[d] = sum_buffer({B, 3 * H}).zero_();
     if (dir.grad_reset_h) grad_reset_h[d] = sum_buffer({B, P}).zero_();
@@ -748,6 +777,7 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
   for (int64_t k = 0; k < T; ++k) {
     cuda::StepBackward step[2];
     cuda::BackwardOptions more[2];
+    cuda::BackwardNorm norms[2];
     cuda::ProjectedBackward states[2];
     for (int d = 0; d < D; ++d) {
       const DirectionBackward& dir = layer.direction[d];
@@ -783,6 +813,10 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
         also.peephole = dir.weights.peephole;
         also.grad_peephole = mutable_data_or_null(grad_peephole[d]);
         also.hidden = advance(mutable_data_or_null(hidden[d]), row * H, size_);
+        const Weights& w = dir.weights;
+        norms[d] = {w.norm_ih, w.norm_hh, w.norm_c, w.norm_c_bias, mutable_data_or_null(to_output[d])};
+        norms[d].normal_c = advance(mutable_slice(of_cell[d], 0), row * H, sum_size_);
+        norms[d].grad_c = advance(mutable_slice(of_cell[d], 1), row * H, sum_size_);
         if (!projects) {
           also.zoneout = rows_of_bits(extras.zoneout, row, H);
           also.reset_h = extras.reset_h;
@@ -832,7 +866,9 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
         product(step[d].rows, H, P, {states[d].projected, P}, {layer.direction[d].weights.w_hr, H}, step[d].dh, H, 0,
                 true);
     }
-    if (options) {
+    if (s.layer_norm) {
+      check(cuda::step_backward_with_norm(s.kind, s.dtype, H, step, more, norms, within, D, stream_.handle()));
+    } else if (options) {
       check(cuda::step_backward_with_options(s.kind, s.dtype, H, step, more, within, D, stream_.handle()));
     } else {
       check(cuda::step_backward(s.kind, s.dtype, H, step, D, stream_.handle()));
@@ -949,12 +985,13 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
                               advance(out, run.gate * H, size_), advance(again, run.gate * H, size_),
                               workspace.mutable_data_ptr(), stream_.handle()));
     };
+    const auto input_biases = runs_of(cell.input_bias_grads, cell.gates);
     // Where both biases have the same gradient, it is summed once.
-    if (cell.grad_gates == cell.gates) {
-      for (const GateRun& run : input_runs) sums(run, dir.grad_b_ih, dir.grad_b_hh);
+    if (cell.input_bias_grads.first == cell.hidden_bias_grads.first) {
+      for (const GateRun& run : input_biases) sums(run, dir.grad_b_ih, dir.grad_b_hh);
     } else {
-      for (const GateRun& run : input_runs) sums(run, dir.grad_b_ih, nullptr);
-      for (const GateRun& run : hidden_runs) sums(run, dir.grad_b_hh, nullptr);
+      for (const GateRun& run : input_biases) sums(run, dir.grad_b_ih, nullptr);
+      for (const GateRun& run : runs_of(cell.hidden_bias_grads, cell.gates)) sums(run, dir.grad_b_hh, nullptr);
     }
   }
 
@@ -968,6 +1005,32 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
     const Tensor hidden = at::tanh(cells).mul_(o).to(o.scalar_type());
     product(P, H, N, {grad_projected, P, true}, {hidden.const_data_ptr(), H}, dir.grad_w_hr, H, 0);
   }
+}
+
+// Of the gains of layer normalisation, and of the bias of c: sums over all rows, in a fixed order.
+void Cuda::norm_gradients(const LayerBackward& layer, const Cell& cell, int d, const void* grad_gates,
+                          const Tensor& of_cell) const {
+  const DirectionBackward& dir = layer.direction[d];
+  const at::ScalarType dtype = options_.dtype().toScalarType();
+  const int64_t H = layer.sizes.hidden_size, N = layer.steps.total_rows(), G = cell.gates;
+  const auto store = [&](void* result, const Tensor& sums) {
+    if (result) view(result, {sums.numel()}, {1}, dtype).copy_(sums);
+  };
+  for (int side = 0; side < 2; ++side) {
+    void* result = side == 0 ? dir.grad_norm_ih : dir.grad_norm_hh;
+    if (!result) continue;
+    const Tensor centred =
+        view(advance(dir.gates, (cell.own_saved + side * G) * H, size_), {N, G * H}, {cell.saved * H, 1}, dtype)
+            .to(sum_dtype_);
+    const Tensor normal = centred * (centred.square().mean(1, true) + layer_norm_epsilon).rsqrt_();
+    for (const GateRun& run : runs_of(side == 0 ? cell.input_bias_grads : cell.hidden_bias_grads, cell.gates)) {
+      const Tensor grads =
+          view(advance(grad_gates, run.grad * H, size_), {N, run.count * H}, {cell.grad_gates * H, 1}, dtype);
+      store(advance(result, run.gate * H, size_), (normal.narrow(1, run.gate * H, run.count * H) * grads).sum(0));
+    }
+  }
+  if (dir.grad_norm_c) store(dir.grad_norm_c, (of_cell[0] * of_cell[1]).sum(0));
+  if (dir.grad_norm_c_bias) store(dir.grad_norm_c_bias, of_cell[1].sum(0));
 }
 
 // The seed stays on the device, so that nothing waits and a captured graph draws anew.

@@ -254,7 +254,12 @@ def _options_within(settings: Settings, call: functional.Call, with_gradients: b
         sentences.append(f"num_heads={within.num_heads}: {where} multiply {product}")
     if within.layer_norm:
         of_cell = ", W_hh h and c" if settings.kind == CellKind.LSTM else " and W_hh h"
-        threads = "" if call.why_reference is not None else ", of which threads divide the rows and never the units"
+        threads = (
+            ", a block of threads each"
+            if call.input.is_cuda
+            else ", of which threads divide the rows and never the units"
+        )
+        threads = "" if call.why_reference is not None else threads
         sentences.append(f"layer_norm: {where} normalise W_ih x{of_cell} of each row in each step{threads}")
     if within.recurrent_grad_clip is not None and with_gradients:
         limit = within.recurrent_grad_clip

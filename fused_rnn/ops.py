@@ -183,8 +183,6 @@ def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: b
     Args:
         recorded: whether the call keeps what a backward pass needs.
     """
-    if input.is_cuda and within.layer_norm:
-        return "no fused kernel for cuda tensors has layer_norm: the CPU has one"
     if not within.reset_after:
         return "no fused kernel has reset_after=False, where the product with W_hn waits for the reset gate"
     if kind.num_saved == 0 and within.zoneout and not within.training and recorded:

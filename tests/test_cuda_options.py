@@ -62,9 +62,7 @@ def backend() -> Any:
 
 # A fibre runs for each CUDA thread: few steps, rows and units.
 ALONE = [
-    dataclasses.replace(call, steps=6, batch=4, input_size=5, hidden_size=12)
-    for call in check.calls()
-    if call.option and call.option != "layer_norm"
+    dataclasses.replace(call, steps=6, batch=4, input_size=5, hidden_size=12) for call in check.calls() if call.option
 ]
 
 
@@ -85,6 +83,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "coupled_gates": (False, True),
     "num_heads": (1, 2, 6),
     "cell_clip": (None, 0.4),
+    "layer_norm": (False, True),
     "zoneout": (0.0, 0.3),
     "zoneout_cell": (0.0, 0.3),
     "recurrent_dropout": (0.0, 0.3),
@@ -141,6 +140,7 @@ def _results(row: Row) -> dict[str, Tensor]:
         keywords["nonlinearity"] = keywords.pop("activation")
     torch.manual_seed(3)
     layer = getattr(fused_rnn, name)(INPUT, H, batch_first=layout == "batch first", dtype=F64, **keywords)
+    check.draw_gains_(layer)
     layer.train(training)
     rows, sizes = row["num_layers"] * (1 + row["bidirectional"]), (row["proj_size"] or H, H)
     count = 2 if name == "LSTM" else 1
@@ -314,17 +314,12 @@ def test_the_plan_names_what_runs_step_by_step(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_a_cuda_tensor_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda: Any = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
-    all_others = {"zoneout": 0.5, "peephole": True, "num_heads": 2, "recurrent_grad_clip": 1.0, "return_states": True}
+    all_others = {"zoneout": 0.5, "peephole": True, "num_heads": 2, "recurrent_grad_clip": 1.0, "layer_norm": True}
     assert ops.why_not_within(CellKind.LSTM, Within(**all_others), on_cuda, True) is None
-    reason = ops.why_not_within(CellKind.LSTM, Within(layer_norm=True), on_cuda, True)
-    assert reason == "no fused kernel for cuda tensors has layer_norm: the CPU has one"
     monkeypatch.setattr(ops, "why_not_fused", lambda input: None)
-    settings = Settings(3, 4, 4, CellKind.LSTM, within=Within(layer_norm=True))
-    with fused_rnn.use_backend("fused"), pytest.raises(RuntimeError, match="cuda tensors has layer_norm"):
+    settings = Settings(3, 4, 4, CellKind.GRU, within=Within(reset_after=False))
+    with fused_rnn.use_backend("fused"), pytest.raises(RuntimeError, match="no fused kernel has reset_after=False"):
         backends.why_reference(on_cuda, settings)
-    layer = fused_rnn.LSTM(3, 4, layer_norm=True)
-    with fused_rnn.use_backend("fused"), pytest.raises(RuntimeError, match="layer_norm: no kernel for it on"):
-        layer(torch.zeros(2, 1, 3))
 
 
 @pytest.mark.parametrize(

@@ -114,5 +114,5 @@ def test_explain_says_what_runs_step_by_step() -> None:
     text = str(fused_rnn.explain(layer, x))
     assert "peephole, zoneout: for the kernels of one step alone" in text
     assert "runs on: the fused kernels" in text
-    layer = fused_rnn.LSTM(64, 128, layer_norm=True, dtype=torch.bfloat16, device="cuda")
-    assert "because: no fused kernel for cuda tensors has layer_norm" in str(fused_rnn.explain(layer, x))
+    gru = fused_rnn.GRU(64, 128, reset_after=False, dtype=torch.bfloat16, device="cuda")
+    assert "because: no fused kernel has reset_after=False" in str(fused_rnn.explain(gru, x))

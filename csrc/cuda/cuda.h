@@ -157,6 +157,26 @@ struct ProjectedBackward {
   void* projected = nullptr;  // (rows, P), the layer's dtype: gradient of the projection's result
 };
 
+// With layer normalisation `saved` is followed by 2 * gates values of a unit, of w_ih x and of w_hh h less their means,
+// and `grad_gates` by the gradients of both before they are normalised. Of one direction; null where there is none.
+struct ForwardNorm {
+  const void* gain_ih = nullptr;  // (gates * H), the layer's dtype
+  const void* gain_hh = nullptr;
+  const void* gain_c = nullptr;  // (H), of an LSTM
+  const void* bias_c = nullptr;  // (H)
+  void* output_gate = nullptr;   // (B, H), sum type: of an LSTM, for the kernel alone
+  void* new_cell = nullptr;
+};
+struct BackwardNorm {
+  const void* gain_ih = nullptr;
+  const void* gain_hh = nullptr;
+  const void* gain_c = nullptr;
+  const void* bias_c = nullptr;
+  void* to_output = nullptr;  // (B, H), sum type, for the kernel alone
+  void* normal_c = nullptr;   // (rows, H), sum type: c normalised, without gain and bias
+  void* grad_c = nullptr;     // (rows, H), sum type: gradient of what gain and bias make of it
+};
+
 // Between two steps of the backward pass: what the step has handed back to the state before it.
 struct HandedBack {
   int64_t rows = 0;
@@ -179,6 +199,12 @@ const char* step_forward_with_options(CellKind kind, DType dtype, int64_t hidden
                                       const ForwardOptions* options, const Within& within, int count, void* stream);
 const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
                                        const BackwardOptions* options, const Within& within, int count, void* stream);
+const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
+                                   const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
+                                   int count, void* stream);
+const char* step_backward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
+                                    const BackwardOptions* options, const BackwardNorm* norms, const Within& within,
+                                    int count, void* stream);
 const char* projected_forward(DType dtype, int64_t state_size, const ProjectedForward* directions, int count,
                               void* stream);
 const char* projected_backward(DType dtype, int64_t state_size, const ProjectedBackward* directions, int count,

@@ -1,7 +1,8 @@
-// Launches of step.cuh and step_options.cuh.
+// Launches of step.cuh, step_options.cuh and step_norm.cuh.
 #include <cuda_runtime_api.h>
 
 #include "step.cuh"
+#include "step_norm.cuh"
 #include "step_options.cuh"
 
 namespace fused_rnn {
@@ -50,6 +51,22 @@ const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidde
                                        const BackwardOptions* options, const Within& within, int count, void* stream) {
   launch_step_with_options(kind, dtype, hidden_size, directions, options, within, count,
                            OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
+                                   const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
+                                   int count, void* stream) {
+  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count,
+                        OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+const char* step_backward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
+                                    const BackwardOptions* options, const BackwardNorm* norms, const Within& within,
+                                    int count, void* stream) {
+  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count,
+                        OnStream{cudaStream_t(stream)});
   return last_error();
 }
 

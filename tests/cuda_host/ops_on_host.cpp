@@ -6,6 +6,7 @@
 #include "cuda/persistent.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/step.cuh"
+#include "cuda/step_norm.cuh"
 #include "cuda/step_options.cuh"
 #include "engine.h"
 #include "ops_cuda.h"
@@ -75,6 +76,20 @@ const char* step_forward_with_options(CellKind kind, DType dtype, int64_t hidden
 const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
                                        const BackwardOptions* options, const Within& within, int count, void*) {
   launch_step_with_options(kind, dtype, hidden_size, directions, options, within, count, OnHost{});
+  return nullptr;
+}
+
+const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
+                                   const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
+                                   int count, void*) {
+  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count, OnHost{});
+  return nullptr;
+}
+
+const char* step_backward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
+                                    const BackwardOptions* options, const BackwardNorm* norms, const Within& within,
+                                    int count, void*) {
+  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count, OnHost{});
   return nullptr;
 }
 
