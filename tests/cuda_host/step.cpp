@@ -1,15 +1,18 @@
-// step IN OUT: one layer through the kernels of csrc/cuda/step.cuh, or with options those of step_options.cuh, forward
-// and backward, one launch a step as csrc/ops_cuda.cpp does it, with products in plain loops. tests/test_cuda_step.py
-// writes IN and knows the results.
+// step IN OUT: one layer through the kernels of csrc/cuda/step.cuh, or with options those of step_options.cuh and
+// step_norm.cuh, forward and backward, one launch a step as csrc/ops_cuda.cpp does it, with products in plain loops.
+// tests/test_cuda_step.py writes IN and knows the results.
 //
 // IN: the numbers of Problem, batch_sizes (T), with a mask its T * B bytes, with resets theirs, then for each
 // direction, in the layer's dtype: projections (N, G * H), w_hh (G * H, P), with biases b_ih and b_hh (G * H), with
 // initial states h0 (B, P) and c0 (B, H), then grad_y (N, P), grad_h_n (B, P), grad_c_n (B, H); and, of what there is,
 // w_hr (P, H), peephole (3 * H), reset_h (B, P), reset_c (B, H), dropout (B, P), grad_h (N, P), in the sum type
-// grad_cells (N, H), and the bytes of zoneout (N, ceil(P / 8)) and zoneout_cell (N, ceil(H / 8)). OUT: for each
-// direction, in the sum type: y (N, P), h_n (B, P), c_n (B, H), grad_gates (N, grad_gates * H), grad_h0 (B, P), grad_c0
-// (B, H), the sums of grad_gates over rows (grad_gates * H); and, of what there is, grad_peephole (3 * H),
-// grad_reset_h, grad_reset_c, h before its projection and the gradient after it, (N, H) and (N, P).
+// grad_cells (N, H), the bytes of zoneout (N, ceil(P / 8)) and zoneout_cell (N, ceil(H / 8)), the gains of layer
+// normalisation (G * H) of both sides, and of an LSTM's c gain and bias (H).
+//
+// OUT: for each direction, in the sum type: y (N, P), h_n (B, P), c_n (B, H), grad_gates (N, grad_gates * H), grad_h0
+// (B, P), grad_c0 (B, H), the sums of grad_gates over rows (grad_gates * H); and, of what there is, grad_peephole
+// (3 * H), grad_reset_h, grad_reset_c, h before its projection and the gradient after it, (N, H) and (N, P), c
+// normalised and the gradient of what gain and bias make of it, (N, H).
 #include "cuda/step.cuh"
 
 #include <cstdio>
@@ -18,6 +21,7 @@
 #include <limits>
 #include <vector>
 
+#include "cuda/step_norm.cuh"
 #include "cuda/step_options.cuh"
 #include "engine.h"
 
@@ -35,7 +39,7 @@ struct Problem {
   int64_t seed;
   int64_t options;  // whether any of what follows is there
   int64_t P, activation, recurrent_activation, peephole, coupled_gates, bptt_steps;
-  int64_t dropout, zoneout_bits, zoneout_cell_bits, resets, reset_state, state_gradients;
+  int64_t dropout, zoneout_bits, zoneout_cell_bits, resets, reset_state, state_gradients, layer_norm;
   double cell_clip, recurrent_grad_clip, zoneout, zoneout_cell;
 
   Within within() const {
@@ -49,6 +53,7 @@ struct Problem {
     w.recurrent_grad_clip = recurrent_grad_clip;
     w.zoneout = P == H ? zoneout : 0;
     w.zoneout_cell = zoneout_cell;
+    w.layer_norm = layer_norm;
     return w;
   }
 };
@@ -87,18 +92,20 @@ struct OnHost {
 template <class Cell, class S>
 struct Layer {
   using A = typename Accumulator<S>::type;
-  static constexpr int G = Cell::gates, saved = Cell::saved, grad_gates = Cell::grad_gates;
+  static constexpr int G = Cell::gates;
 
   struct Direction {
     Array<S> projections, w_hh, b_ih, b_hh, h0, c0, grad_y, grad_h_n, grad_c_n;
     Array<S> w_hr, peephole, reset_h, reset_c, dropout, grad_h;
+    Array<S> norm_ih, norm_hh, norm_c, norm_c_bias;
     Array<uint8_t> zoneout, zoneout_cell;
     Array<S> h, c_n, gates, grads, sums, multiplied, hidden, grad_projected, first_h, first_c;
-    Array<A> c, cells, dh, dc, grad_cells, grad_peephole, grad_reset_h, grad_reset_c;
+    Array<A> c, cells, dh, dc, grad_cells, grad_peephole, grad_reset_h, grad_reset_c, normal_c, grad_c;
   };
 
   const Problem& p;
   const int64_t P;
+  const int saved, grad_gates, first_hidden;  // values of a unit, with those of layer normalisation
   Steps steps;
   int64_t N, units_for_vectors;
   const Within within;
@@ -107,7 +114,13 @@ struct Layer {
 
   Layer(const Problem& problem, const std::vector<int64_t>& sizes, const std::vector<int64_t>& offsets,
         const std::vector<uint8_t>& mask, const std::vector<uint8_t>& resets)
-      : p(problem), P(problem.P), N(offsets.back()), within(problem.within()) {
+      : p(problem),
+        P(problem.P),
+        saved(Cell::saved + (problem.layer_norm ? 2 * G : 0)),
+        grad_gates(Cell::grad_gates + (problem.layer_norm ? 2 * G : 0)),
+        first_hidden(problem.layer_norm ? Cell::grad_gates + G : Cell::hidden_grads.first),
+        N(offsets.back()),
+        within(problem.within()) {
     steps.T = p.T;
     steps.B = p.B;
     if (p.masked) steps.mask = mask.data();
@@ -152,6 +165,8 @@ struct Layer {
       if (p.state_gradients) array(m.grad_h, N * P), array(m.grad_cells, N * p.H);
       if (p.zoneout_bits) array(m.zoneout, N * ((P + 7) / 8));
       if (p.zoneout_cell_bits) array(m.zoneout_cell, N * ((p.H + 7) / 8));
+      if (p.layer_norm) array(m.norm_ih, G * p.H), array(m.norm_hh, G * p.H);
+      if (p.layer_norm && Cell::has_cell) array(m.norm_c, p.H), array(m.norm_c_bias, p.H);
     }
   }
 
@@ -232,7 +247,20 @@ struct Layer {
         launch_step(Cell::kind, DType(p.dtype), p.H, s, int(p.directions), units_for_vectors, OnHost{p});
         continue;
       }
-      launch_step_with_options(Cell::kind, DType(p.dtype), p.H, s, o, within, int(p.directions), OnHost{p});
+      if (p.layer_norm) {
+        ForwardNorm n[2];
+        Array<A> scratch[2];
+        for (int d = 0; d < p.directions; ++d) {
+          Direction& m = direction[d];
+          n[d] = {some(m.norm_ih), some(m.norm_hh), some(m.norm_c), some(m.norm_c_bias)};
+          scratch[d] = Array<A>(Cell::has_cell ? 2 * p.B * p.H : 0);
+          n[d].output_gate = some(scratch[d]);
+          n[d].new_cell = Cell::has_cell ? scratch[d].data() + p.B * p.H : nullptr;
+        }
+        launch_step_with_norm(Cell::kind, DType(p.dtype), p.H, s, o, n, within, int(p.directions), OnHost{p});
+      } else {
+        launch_step_with_options(Cell::kind, DType(p.dtype), p.H, s, o, within, int(p.directions), OnHost{p});
+      }
       if (!projects()) continue;
       ProjectedForward f[2];
       Array<A> projected[2];
@@ -319,7 +347,9 @@ struct Layer {
       m.grad_reset_c = zeros(p.reset_state && Cell::has_cell, p.B * p.H);
       m.hidden = Array<S>(projects() ? N * p.H : 0);
       m.grad_projected = Array<S>(projects() ? N * P : 0);
-      const bool gates_are_free = p.in_place && saved == grad_gates;
+      m.normal_c = Array<A>(p.layer_norm && Cell::has_cell ? N * p.H : 0);
+      m.grad_c = Array<A>(p.layer_norm && Cell::has_cell ? N * p.H : 0);
+      const bool gates_are_free = p.in_place && saved == grad_gates && !p.layer_norm;
       if (!gates_are_free) m.grads = Array<S>(N * grad_gates * p.H);
     }
     for (int64_t k = p.T - 1; k >= 0; --k) {
@@ -373,7 +403,23 @@ struct Layer {
         continue;
       }
       if (projects()) back_before_projection(k, s, unprojected);
-      launch_step_with_options(Cell::kind, DType(p.dtype), p.H, s, o, within, int(p.directions), OnHost{p});
+      if (p.layer_norm) {
+        BackwardNorm n[2];
+        Array<A> scratch[2];
+        for (int d = 0; d < p.directions; ++d) {
+          Direction& m = direction[d];
+          n[d] = {some(m.norm_ih), some(m.norm_hh), some(m.norm_c), some(m.norm_c_bias)};
+          if (!Cell::has_cell) continue;
+          const int64_t row = steps.first_row(step_at(d, k));
+          scratch[d] = Array<A>(p.B * p.H);
+          n[d].to_output = scratch[d].data();
+          n[d].normal_c = m.normal_c.data() + row * p.H;
+          n[d].grad_c = m.grad_c.data() + row * p.H;
+        }
+        launch_step_with_norm(Cell::kind, DType(p.dtype), p.H, s, o, n, within, int(p.directions), OnHost{p});
+      } else {
+        launch_step_with_options(Cell::kind, DType(p.dtype), p.H, s, o, within, int(p.directions), OnHost{p});
+      }
       hand_back(k, s, o);
     }
     for (int d = 0; d < p.directions; ++d) {
@@ -458,7 +504,7 @@ struct Layer {
       for (int64_t j = 0; j < P; ++j) {
         A sum = Cell::kind == CellKind::gru || p.masked || p.options ? dh[b * P + j] : A(0);
         for (int g = 0; g < G; ++g) {
-          const int64_t from = (b * grad_gates + Cell::hidden_grads.first + g) * p.H;
+          const int64_t from = (b * grad_gates + first_hidden + g) * p.H;
           const int64_t gate = Cell::hidden_grads.gate[g];
           for (int64_t i = 0; i < p.H; ++i) sum += widen(grads[from + i]) * widen(m.w_hh[(gate * p.H + i) * P + j]);
         }
@@ -491,6 +537,8 @@ struct Layer {
       all(m.grad_reset_c);
       all(m.hidden);
       all(m.grad_projected);
+      all(m.normal_c);
+      all(m.grad_c);
     }
   }
 };
