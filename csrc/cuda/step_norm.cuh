@@ -35,6 +35,7 @@ FRNN_DEVICE A sum_of_block(A value) {
   if (lane_index() == 0) shared[warp_index()] = value;
   sync_threads();
   A sum = 0;
+  FRNN_UNROLL
   for (int warp = 0; warp < norm_warps; ++warp) sum += shared[warp];
   return sum;
 }
@@ -59,8 +60,8 @@ FRNN_DEVICE Moments<A> moments_of(int64_t hidden_size, A first, Value value) {
   Moments<A> moments;
   const auto sum_over = [&](auto term) {
     A sum = 0;
-    for (int64_t unit = thread_index(); unit < hidden_size; unit += norm_threads)
-      for (int g = 0; g < gates; ++g) sum += term(value(g, unit));
+    for (int64_t unit = thread_index(); unit < hidden_size; unit += norm_threads) FRNN_UNROLL
+    for (int g = 0; g < gates; ++g) sum += term(value(g, unit));
     return sum_of_block<A>(sum);
   };
   const int64_t count = gates * hidden_size;
@@ -68,6 +69,18 @@ FRNN_DEVICE Moments<A> moments_of(int64_t hidden_size, A first, Value value) {
   moments.scale = inverse_deviation<A>(sum_over([&](A v) { return (v - moments.mean) * (v - moments.mean); }), count);
   return moments;
 }
+
+// What was normalised on either side of a gate.
+struct InputSide {
+  static constexpr int number = 0;
+  template <class Cell>
+  static constexpr GateGrads order = Cell::input_grads;
+};
+struct StateSide {
+  static constexpr int number = 1;
+  template <class Cell>
+  static constexpr GateGrads order = Cell::hidden_grads;
+};
 
 // With normalisation `saved` values of a unit are followed by those of w_ih x and of w_hh h less their means.
 template <class Cell>
@@ -110,6 +123,7 @@ __global__ void __launch_bounds__(norm_threads) step_forward_with_norm_kernel(
         const A h = before(row * H + unit);
         if constexpr (Cell::has_cell)
           finish_cell(unit, goes_on ? load_one<A>(s.c, row * H + unit) : load_one<S>(s.c0, row * H + unit));
+        FRNN_UNROLL
         for (int k = 0; k < V; ++k) store_one<S>(s.gates, (row * V + k) * H + unit, A(0));
         finish(unit, h);
       }
@@ -125,6 +139,7 @@ __global__ void __launch_bounds__(norm_threads) step_forward_with_norm_kernel(
     for (int64_t unit = thread_index(); unit < H; unit += norm_threads) {
       const int64_t index = row * H + unit;
       A x[G], r[G], centred[2][G];
+      FRNN_UNROLL
       for (int g = 0; g < G; ++g) {
         const A of_input = projection(g, unit), of_state = product(g, unit);
         centred[0][g] = of_x.centred(of_input);
@@ -138,10 +153,12 @@ __global__ void __launch_bounds__(norm_threads) step_forward_with_norm_kernel(
       if constexpr (Cell::has_cell) c_prev = goes_on ? load_one<A>(s.c, index) : load_one<S>(s.c0, index);
       const auto options = options_of<S>(within, o.peephole, H, unit);
       Cell::template forward<A>(x, r, h_prev, c_prev, h, c, saved, options);
+      FRNN_UNROLL
       for (int k = 0; k < Cell::saved; ++k) store_one<S>(s.gates, (row * V + k) * H + unit, saved[k]);
-      for (int side = 0; side < 2; ++side)
-        for (int g = 0; g < G; ++g)
-          store_one<S>(s.gates, (row * V + Cell::saved + side * G + g) * H + unit, centred[side][g]);
+      FRNN_UNROLL
+      for (int side = 0; side < 2; ++side) FRNN_UNROLL
+      for (int g = 0; g < G; ++g)
+        store_one<S>(s.gates, (row * V + Cell::saved + side * G + g) * H + unit, centred[side][g]);
       if constexpr (is_lstm) {  // h is the output gate yet
         store_one<A>(n.output_gate, index, h);
         store_one<A>(n.new_cell, index, c);
@@ -194,6 +211,7 @@ __global__ void __launch_bounds__(norm_threads) step_backward_with_norm_kernel(
         const A dh = grad_h(unit);
         A dc = 0;
         if constexpr (Cell::has_cell) dc = grad_c(unit);
+        FRNN_UNROLL
         for (int k = 0; k < W; ++k) store_one<S>(s.grad_gates, place(k, unit), A(0));
         store_one<A>(s.dh, index, dh);
         if constexpr (Cell::has_cell) {
@@ -222,6 +240,7 @@ __global__ void __launch_bounds__(norm_threads) step_backward_with_norm_kernel(
         const A c = load_one<A>(s.cells, row * H + unit);
         if (!o.zoneout_cell && !(within.zoneout_cell > 0)) return c;
         A saved[Cell::saved];
+        FRNN_UNROLL
         for (int k = 0; k < Cell::saved; ++k) saved[k] = saved_of(k, unit);
         const auto options = options_of<S>(within, o.peephole, H, unit);
         return Cell::template cell_of<A>(saved, c, cell_before(unit), options);
@@ -251,6 +270,7 @@ __global__ void __launch_bounds__(norm_threads) step_backward_with_norm_kernel(
     for (int64_t unit = thread_index(); unit < H; unit += norm_threads) {
       const int64_t index = row * H + unit;
       A saved[Cell::saved + 1] = {}, h = 0, h_prev = 0, c = 0, c_prev = 0, own_c = 0, c_to_before = 0;
+      FRNN_UNROLL
       for (int k = 0; k < Cell::saved; ++k) saved[k] = saved_of(k, unit);
       if constexpr (Cell::saved == 0) h = load_one<S>(s.y, row * s.y_stride + unit);
       if constexpr (Cell::reads_h) {
@@ -287,35 +307,44 @@ __global__ void __launch_bounds__(norm_threads) step_backward_with_norm_kernel(
         store_one<A>(s.dc, index, dc_prev + c_to_before);
       }
       store_one<A>(s.dh, index, dh_prev + h_to_before);
+      FRNN_UNROLL
       for (int k = 0; k < GG; ++k) store_one<S>(s.grad_gates, place(k, unit), grads[k]);
-      for (int side = 0; side < 2; ++side) {
-        const GateGrads order = side == 0 ? Cell::input_grads : Cell::hidden_grads;
-        const void* gain = side == 0 ? n.gain_ih : n.gain_hh;
+      const auto add_to = [&](auto side, const void* gain) {
+        using Side = decltype(side);
+        constexpr GateGrads order = Side::template order<Cell>;
+        FRNN_UNROLL
         for (int j = 0; j < G; ++j) {
-          const A value = saved_of(Cell::saved + side * G + order.gate[j], unit);
+          const A value = saved_of(Cell::saved + Side::number * G + order.gate[j], unit);
           const A grad = rounded<S>(grads[order.first + j]) * load_one<S>(gain, order.gate[j] * H + unit);
-          sums[side][0] += value * value;
-          sums[side][1] += grad;
-          sums[side][2] += grad * value;
+          sums[Side::number][0] += value * value;
+          sums[Side::number][1] += grad;
+          sums[Side::number][2] += grad * value;
         }
-      }
+      };
+      add_to(InputSide(), n.gain_ih);
+      add_to(StateSide(), n.gain_hh);
     }
-    for (int side = 0; side < 2; ++side) {
-      const GateGrads order = side == 0 ? Cell::input_grads : Cell::hidden_grads;
-      const void* gain = side == 0 ? n.gain_ih : n.gain_hh;
+    // With g = gradient * gain and z = value / deviation: (g - mean(g) - z mean(g z)) / deviation.
+    const auto through_norm = [&](auto side, const void* gain) {
+      using Side = decltype(side);
+      constexpr GateGrads order = Side::template order<Cell>;
+      constexpr int number = Side::number;
       const int64_t count = G * H;
-      const A scale = inverse_deviation<A>(sum_of_block<A>(sums[side][0]), count);
-      const A mean = sum_of_block<A>(sums[side][1]) / A(count);
-      const A slope = sum_of_block<A>(sums[side][2]) / A(count) * scale * scale;
+      const A scale = inverse_deviation<A>(sum_of_block<A>(sums[number][0]), count);
+      const A mean = sum_of_block<A>(sums[number][1]) / A(count);
+      const A slope = sum_of_block<A>(sums[number][2]) / A(count) * scale * scale;
       for (int64_t unit = thread_index(); unit < H; unit += norm_threads) {
+        FRNN_UNROLL
         for (int j = 0; j < G; ++j) {
-          const A value = saved_of(Cell::saved + side * G + order.gate[j], unit);
+          const A value = saved_of(Cell::saved + number * G + order.gate[j], unit);
           const A grad =
               load_one<S>(s.grad_gates, place(order.first + j, unit)) * load_one<S>(gain, order.gate[j] * H + unit);
-          store_one<S>(s.grad_gates, place(GG + side * G + j, unit), (grad - mean - value * slope) * scale);
+          store_one<S>(s.grad_gates, place(GG + number * G + j, unit), (grad - mean - value * slope) * scale);
         }
       }
-    }
+    };
+    through_norm(InputSide(), n.gain_ih);
+    through_norm(StateSide(), n.gain_hh);
   }
 }
 
