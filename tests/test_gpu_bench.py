@@ -289,7 +289,7 @@ def test_wrong_numbers_of_the_anchor_are_said_and_timed(monkeypatch: pytest.Monk
 # Those that say something of the layers on any device, and where the tests are more than one call and a comparison.
 TESTS_FOR_A_GPU = (
     "nothing_waits_for or side_stream or kept_gives or empty_batch or strided or no_memory_behind or packed_input or "
-    "clusters_of_every_size or either_device or wavefront or together_match or from_the_seed or draws_anew"
+    "clusters_of_every_size or either_device or wavefront or together_match or from_the_seed"
 )
 
 
