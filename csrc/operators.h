@@ -11,8 +11,8 @@
 //   adds_into_grad_x                   whether the directions of a layer add into grad_x, which then holds zeros
 //   copy(to, from)                     of one size, both contiguous
 //   masks_in_kernels                   whether steps may have a mask; the others get the packed batch of its pieces
-//   options                            whether layers may have options and rows that begin anew; with
-//     vector_units(input)                how many units each head has a multiple of
+//   custom_cells                       whether there are cells of somebody's own
+//   vector_units(input)                how many units each head has a multiple of
 //   wavefronts                         whether it may run several layers at once; with
 //     layers_at_once(sizes, layers, steps, backward)     how many of so many equal layers
 //     forward(layer, count), backward(layer, count)      those: lowest first, each with a y or a grad_x only where it
@@ -204,9 +204,13 @@ struct Stack {
            (w.activation == own && w.recurrent_activation == Activation::sigmoid && !w.peephole && !w.coupled_gates &&
             !w.layer_norm && w.cell_clip == 0 && w.zoneout == 0 && w.zoneout_cell == 0);
   }
+  // Whether nothing was drawn for them either.
+  bool plain_states() const {
+    return plain_gates() && !recurrent_dropout.defined() && !zoneout.defined() && !zoneout_cell.defined();
+  }
   template <class Layer>
   void put_options(Layer& layer) const {
-    layer.plain_gates = plain_gates() && !recurrent_dropout.defined() && !zoneout.defined() && !zoneout_cell.defined();
+    layer.plain_gates = plain_states();
     layer.within = settings.within;
   }
   Extras extras(int64_t i) const {
@@ -398,7 +402,9 @@ struct Stack {
   // The input of a layer: that of the stack, or the output of the layer below after its dropout.
   Tensor layer_input(int64_t layer, const Tensor& hidden) const {
     if (layer == 0) return without_masked(input);
-    const Tensor below = hidden.select(0, layer - 1);
+    Tensor below = hidden.select(0, layer - 1);
+    // In its masked steps a row carries what it began anew from, whatever that is where no step follows.
+    if (mask.defined() && reset.defined()) below = without_masked(below.view({T, B, D * P})).view({N, D * P});
     return dropout.empty() ? below : below * dropout[layer - 1];
   }
 
@@ -415,9 +421,16 @@ struct Stack {
     return mask.defined() && state.defined() ? at::where(rows_with_steps(), state, 0) : state;
   }
 
-  // Final states, of which rows without any step have the initial ones.
+  // Final states, of which rows without any step have the initial ones, or what they began anew from.
   Tensor with_idle(const Tensor& final, const Tensor& state) const {
-    return mask.defined() && state.defined() ? at::where(rows_with_steps(), final, state) : final;
+    if (!mask.defined() || !state.defined()) return final;
+    Tensor changed = rows_with_steps();
+    if (reset.defined()) {
+      std::vector<Tensor> marked{reset.any(0)};
+      if (D == 2) marked.push_back(T > 1 ? reset.narrow(0, 1, T - 1).any(0) : at::zeros_like(marked[0]));
+      changed = changed.logical_or(at::stack(marked).repeat({num_layers(), 1}).unsqueeze(2));
+    }
+    return at::where(changed, final, state);
   }
 
   // The pieces that the batch is run as, if it is not run as it stands; mask and reset are no more afterwards, then.
@@ -459,11 +472,12 @@ struct Stack {
   }
 
   // How many layers run at once, from the lowest or the highest on; what is left over runs one by one.
+  // plain: whether its steps are those of the plain cell alone.
   template <class Backend>
-  int64_t layers_at_once(const Backend& backend, bool backward) const {
+  int64_t layers_at_once(const Backend& backend, bool backward, bool plain) const {
     if constexpr (Backend::wavefronts) {
       // Layers but the first are equal; above a first of other input they all could be, as its projection is apart.
-      if (num_layers() > 1)
+      if (num_layers() > 1 && plain)
         return backend.layers_at_once(layer_sizes(num_layers() - 1), num_layers(), steps(), backward);
     }
     return 1;
@@ -537,7 +551,9 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
   if ((save || returns) && has_cell) all_cells = saved_rows({L * D, room_of_states, stack.C}, sums, N, carries);
   const int64_t below = stack.hidden_layers();
   // Layers whose gates are computed again go one by one in both passes: to have all gates at once is what they avoid.
-  const int64_t at_once = N == 0 || (save && recompute) ? 1 : stack.layers_at_once(backend, false);
+  const int64_t at_once = N == 0 || (save && recompute)
+                              ? 1
+                              : stack.layers_at_once(backend, false, stack.plain_states() && !stack.reset.defined());
   // Without a backward pass only those outputs are there of which somebody reads, two at a time.
   const int64_t read = L / at_once + L % at_once - (L - below);
   const bool keeps = save || returns;
@@ -605,11 +621,7 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
 
 template <class Backend>
 void check_options(const Stack& stack) {
-  TORCH_CHECK(
-      Backend::options || (stack.settings.plain && !stack.reset.defined() && !stack.recurrent_dropout.defined() &&
-                           !stack.zoneout.defined() && !stack.zoneout_cell.defined()),
-      "settings: no kernel for options and resets on ", stack.input.device());
-  TORCH_CHECK(Backend::options || !is_custom(stack.kind()), "kind: no kernel for custom cells on ",
+  TORCH_CHECK(Backend::custom_cells || !is_custom(stack.kind()), "kind: no kernel for custom cells on ",
               stack.input.device());
 }
 
@@ -620,7 +632,7 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
   Backend backend(input);
   Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
   check_options<Backend>(stack);
-  if constexpr (Backend::options) stack.fit_heads(Backend::vector_units(input));
+  stack.fit_heads(Backend::vector_units(input));
   std::optional<Pieces> pieces;
   if constexpr (!Backend::masks_in_kernels) pieces = stack.take_pieces();
   ForwardResult result;
@@ -690,7 +702,10 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   const Tensor h0 = stack.without_idle(stack.h0), c0 = stack.without_idle(stack.c0);
   const Steps steps = stack.steps();
   const bool recomputes = given.gates.numel() == 0 && stack.saved_values() > 0;
-  const int64_t at_once = lowest < L && !recomputes ? stack.layers_at_once(backend, true) : 1;
+  const Within& within = stack.settings.within;
+  const bool plain = stack.plain_states() && !stack.reset.defined() && within.bptt_steps == 0 &&
+                     within.recurrent_grad_clip == 0 && !given.grad_cells.defined() && !given.grad_hidden.defined();
+  const int64_t at_once = lowest < L && !recomputes ? stack.layers_at_once(backend, true, plain) : 1;
   c10::SmallVector<LayerBackward, 1> together;  // highest first, until they run
   c10::SmallVector<Tensor, 4> inputs;           // theirs, which live until then
   for (int64_t l = L - 1; l >= lowest; --l) {
@@ -767,7 +782,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
   const bool has_cell = has_cell_state(stack.kind());
   check_options<Backend>(stack);
-  if constexpr (Backend::options) stack.fit_heads(Backend::vector_units(input));
+  stack.fit_heads(Backend::vector_units(input));
   std::optional<Pieces> pieces;
   if constexpr (!Backend::masks_in_kernels) pieces = stack.take_pieces();
   TORCH_CHECK(int64_t(needs.size()) == 3 + int64_t(params.size()), "needs: expected ", 3 + params.size(),
@@ -853,6 +868,17 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
   stack.take_blocks(std::get<3>(result));
   if (needs[0] && stack.batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
   return result;
+}
+
+// Memory for bits that are to be drawn, uint8 (entries, rows, ceil(units / 8)), from the seed, int64 of one element.
+inline Tensor bits_to_draw(const Tensor& seed, int64_t entries, int64_t rows, int64_t units, double rate) {
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed: expected one int64, got ",
+              seed.scalar_type(), " ", seed.sizes());
+  check_memory(seed, "seed");
+  TORCH_CHECK(entries >= 0 && rows >= 0 && units >= 0, "draw_bits: expected sizes that are not negative, got ", entries,
+              ", ", rows, ", ", units);
+  TORCH_CHECK(rate >= 0 && rate <= 1, "rate: expected 0 to 1, got ", rate);
+  return at::empty({entries, rows, units / 8 + (units % 8 > 0)}, seed.options().dtype(at::kByte));
 }
 
 // One step is a layer over a sequence of one step. The tensors of a step, checked; what a cell needs of Stack, without

@@ -9,17 +9,11 @@ namespace fused_rnn {
 
 namespace {
 
-// uint8 (entries, rows, ceil(units / 8)) from the seed, int64 of one element: csrc/cpu/draw.h.
+// uint8 (entries, rows, ceil(units / 8)) from the seed, int64 of one element: csrc/cells/draw.h.
 Tensor draw_bits(const Tensor& seed, int64_t entries, int64_t rows, int64_t units, double rate) {
-  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed: expected one int64, got ",
-              seed.scalar_type(), " ", seed.sizes());
-  check_memory(seed, "seed");
-  TORCH_CHECK(entries >= 0 && rows >= 0 && units >= 0, "draw_bits: expected sizes that are not negative, got ", entries,
-              ", ", rows, ", ", units);
-  TORCH_CHECK(rate >= 0 && rate <= 1, "rate: expected 0 to 1, got ", rate);
-  const int64_t bytes = units / 8 + (units % 8 > 0);
-  const Tensor bits = at::empty({entries, rows, bytes}, seed.options().dtype(at::kByte));
+  const Tensor bits = bits_to_draw(seed, entries, rows, units, rate);
   if (bits.numel() == 0) return bits;
+  const int64_t bytes = bits.size(2);
   const uint64_t value = uint64_t(*seed.const_data_ptr<int64_t>());
   uint8_t* data = bits.mutable_data_ptr<uint8_t>();
   const auto draw = kernels().draw_bits;
@@ -40,7 +34,7 @@ struct Cpu {
   static constexpr bool one_matrix = false;
   static constexpr bool adds_into_grad_x = true;
   static constexpr bool masks_in_kernels = false;
-  static constexpr bool options = true;
+  static constexpr bool custom_cells = true;
   static constexpr bool wavefronts = false;
   explicit Cpu(const Tensor&) {}
   static int64_t vector_units(const Tensor& input) {

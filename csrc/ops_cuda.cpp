@@ -9,6 +9,7 @@
 
 #include <ATen/ops/from_blob.h>
 
+#include <limits>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -123,20 +124,30 @@ namespace {
 struct Cell {
   int gates, saved, grad_gates;
   bool has_cell;
-  GateGrads input_grads, hidden_grads;
+  GateGrads input_grads, hidden_grads;  // of what W_ih and W_hh have multiplied
+  GateGrads input_bias_grads, hidden_bias_grads;
+  int own_saved;  // of these those of the gates; with layer normalisation those of both sides follow (cuda/cuda.h)
 };
 
 template <class C>
-Cell describe() {
-  return {C::gates, C::saved, C::grad_gates, C::has_cell, C::input_grads, C::hidden_grads};
+Cell describe(bool layer_norm) {
+  Cell cell{C::gates,        C::saved,       C::grad_gates,   C::has_cell, C::input_grads,
+            C::hidden_grads, C::input_grads, C::hidden_grads, C::saved};
+  if (layer_norm) {
+    cell.input_grads.first = C::grad_gates;
+    cell.hidden_grads.first = C::grad_gates + C::gates;
+    cell.saved += 2 * C::gates;
+    cell.grad_gates += 2 * C::gates;
+  }
+  return cell;
 }
 
-Cell cell_of(CellKind kind) {
-  switch (kind) {
-    case CellKind::rnn_tanh: return describe<RnnTanh>();
-    case CellKind::rnn_relu: return describe<RnnRelu>();
-    case CellKind::lstm: return describe<Lstm>();
-    case CellKind::gru: return describe<Gru>();
+Cell cell_of(const LayerSizes& sizes) {
+  switch (sizes.kind) {
+    case CellKind::rnn_tanh: return describe<RnnTanh>(sizes.layer_norm);
+    case CellKind::rnn_relu: return describe<RnnRelu>(sizes.layer_norm);
+    case CellKind::lstm: return describe<Lstm>(sizes.layer_norm);
+    case CellKind::gru: return describe<Gru>(sizes.layer_norm);
     case CellKind::custom: break;
   }
   TORCH_CHECK(false, "kind: not one of a cell");
@@ -172,7 +183,7 @@ class Cuda {
   static constexpr bool one_matrix = true;
   static constexpr bool adds_into_grad_x = false;
   static constexpr bool masks_in_kernels = true;
-  static constexpr bool options = false;
+  static constexpr bool custom_cells = false;
   static constexpr bool wavefronts = true;
 
   explicit Cuda(const Tensor& input) : stream_(input), options_(input.options()) {
@@ -180,6 +191,10 @@ class Cuda {
     size_ = int64_t(input.element_size());
     sum_size_ = int64_t(c10::elementSize(sum_dtype_));
   }
+
+  // W_hh of heads is one matrix here, with zeros between the heads: a step's product costs as much as without heads,
+  // which is little where a launch takes longer, and every kernel there is takes it, the persistent ones included.
+  static int64_t vector_units(const Tensor&) { return std::numeric_limits<int64_t>::max(); }
 
   static void copy(const Tensor& to, const Tensor& from) { to.copy_(from.view(to.sizes())); }
   int64_t layers_at_once(const LayerSizes& sizes, int64_t layers, const Steps& steps, bool backward) const {
@@ -218,6 +233,15 @@ class Cuda {
     return view(steps.mask + t * steps.B, {steps.B, 1}, {1, 1}, at::kBool);
   }
 
+  // States before the first step: of rows that begin anew there `reset`, of the others `initial`; null: zeros.
+  Tensor begun(const uint8_t* anew, const void* reset, const void* initial, at::IntArrayRef shape) const {
+    const auto state = [&](const void* data) {
+      return data ? view(data, shape, {shape[1], 1}, options_.dtype().toScalarType()) : at::zeros(shape, options_);
+    };
+    const Tensor rows = view(anew, {shape[0], 1}, {1, 1}, at::kByte).ne(0);
+    return at::where(rows, state(reset), state(initial)).contiguous();
+  }
+
   // The steps with their arrays in device memory.
   Steps device_steps(const Steps& steps) {
     Steps result = steps;
@@ -242,8 +266,9 @@ class Cuda {
     Tensor buffers[2];
   };
 
-  // Of so many layers at once.
-  cuda::Plan plan(const LayerSizes& sizes, int64_t layers, const Steps& steps, bool backward) const {
+  // Of so many layers at once; `options`: steps do what persistent kernels have not.
+  cuda::Plan plan(const LayerSizes& sizes, int64_t layers, const Steps& steps, bool backward, bool options) const {
+    if (layers == 1 && options) return {};
     if (layers == 1) return cuda_plan(sizes, steps, stream_.device(), backward, tf32_);
     cuda::Plan plan = cuda_wavefront(sizes, layers, steps, stream_.device(), backward, tf32_);
     TORCH_CHECK(plan.layers == layers, "fused_rnn: no plan for ", layers, " layers at once: ", plan.reason);
@@ -256,10 +281,13 @@ class Cuda {
                           const cuda::Plan& chosen, Projections& projections);
   void steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, Projections& projections);
   void steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product, void* const* grad_gates,
-                      const Tensor* grad_projected);
+                      const Tensor* grad_projected, const Tensor* hidden, const Tensor* of_cell);
+  void norm_gradients(const LayerBackward& layer, const Cell& cell, int d, const void* grad_gates,
+                      const Tensor& of_cell) const;
+  Tensor clipped_rows(const Steps& steps, int d) const;
   void compute_gates_again(const LayerBackward& layer, const Cell& cell, Tensor* gates);
   void weight_gradients(const LayerBackward& layer, const Cell& cell, const Products& product, int d,
-                        const void* grad_gates, const void* grad_projected);
+                        const void* grad_gates, const void* grad_projected, const Tensor& hidden);
 
   Stream stream_;
   at::TensorOptions options_;
@@ -268,6 +296,32 @@ class Cuda {
   bool tf32_ = tf32_allowed();
   Tensor steps_;
 };
+
+// Whether steps do more than the plain cell does.
+bool has_options(const LayerForward& layer) { return !layer.plain_gates || layer.steps.reset; }
+bool has_options(const LayerBackward& layer) {
+  const Within& within = layer.within;
+  return !layer.plain_gates || layer.steps.reset || within.bptt_steps > 0 || within.recurrent_grad_clip > 0 ||
+         layer.grad_h.data || layer.direction[0].grad_cells;
+}
+
+// Of the rows of a step, the k-th in direction d: which begin anew before it. Null: none.
+const uint8_t* rows_anew(const Steps& steps, int d, int64_t k) {
+  const int64_t mark = d == 0 ? k : steps.T - k;
+  return steps.reset && k < steps.T && mark < steps.T ? steps.reset + mark * steps.B : nullptr;
+}
+
+// From row `row` of all steps on.
+const uint8_t* rows_of_bits(const uint8_t* bits, int64_t row, int64_t units) {
+  return bits ? bits + row * ((units + 7) / 8) : nullptr;
+}
+
+// What kernels of H units are told: with a projection, zoneout is of the h after it.
+Within within_of_units(const Within& within, bool projects) {
+  Within result = within;
+  if (projects) result.zoneout = 0;
+  return result;
+}
 
 // What a profiler shows.
 std::string describe(const LayerSizes& sizes, const Steps& steps, const cuda::Plan& plan, bool backward) {
@@ -280,10 +334,10 @@ std::string describe(const LayerSizes& sizes, const Steps& steps, const cuda::Pl
 // One layer, or several in a wavefront, of which the lowest alone has projections.
 void Cuda::forward(const LayerForward* layers, int64_t count) {
   const LayerForward& lowest = layers[0];
-  const Cell cell = cell_of(lowest.sizes.kind);
+  const Cell cell = cell_of(lowest.sizes);
   const Products product(lowest.sizes.dtype, tf32_);
   Projections projections = make_projections(lowest, cell);
-  const cuda::Plan chosen = plan(layers[count - 1].sizes, count, lowest.steps, false);
+  const cuda::Plan chosen = plan(layers[count - 1].sizes, count, lowest.steps, false, has_options(lowest));
   const Range range([&] { return describe(lowest.sizes, lowest.steps, chosen, false); });
   if (chosen.variant == cuda::Variant::none) {
     steps_forward(lowest, cell, product, projections);
@@ -393,11 +447,16 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
   const Steps& steps = layer.steps;
   const int64_t H = s.hidden_size, P = s.state_size, GH = cell.gates * H, B = steps.B, T = steps.T;
   const int D = s.num_directions;
-  const bool projects = P != H;
+  const bool projects = P != H, options = has_options(layer);
+  const Within within = within_of_units(layer.within, projects);
 
-  Tensor products[2], running_h[2], running_c[2], unprojected[2];
+  Tensor products[2], running_h[2], running_c[2], unprojected[2], projected[2], multiplied[2], first_h[2], first_c[2];
+  Tensor of_cell[2];
+  cuda::ForwardNorm norms[2];
   void* h[2] = {};
   void* c[2] = {};
+  const void* h0[2] = {};
+  const void* c0[2] = {};
   for (int d = 0; d < D; ++d) {
     const DirectionForward& dir = layer.direction[d];
     products[d] = sum_buffer({B, GH});
@@ -408,10 +467,38 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
       if (!c[d]) c[d] = (running_c[d] = sum_buffer({B, H})).mutable_data_ptr();
     }
     if (projects) unprojected[d] = buffer({B, H});
-    if ((d == 1 && steps.batch_sizes && T > 1) || (projects && steps.mask)) {
+    if (projects && options) projected[d] = sum_buffer({B, P});
+    if (s.layer_norm) {
+      norms[d] = {dir.weights.norm_ih, dir.weights.norm_hh, dir.weights.norm_c, dir.weights.norm_c_bias};
+      if (cell.has_cell) {
+        of_cell[d] = sum_buffer({2, B, H});
+        norms[d].output_gate = mutable_slice(of_cell[d], 0);
+        norms[d].new_cell = mutable_slice(of_cell[d], 1);
+      }
+    }
+    h0[d] = dir.h0;
+    c0[d] = dir.c0;
+    if (const uint8_t* anew = rows_anew(steps, d, 0)) {
+      first_h[d] = begun(anew, dir.extras.reset_h, dir.h0, {B, P});
+      h0[d] = first_h[d].const_data_ptr();
+      if (cell.has_cell) {
+        first_c[d] = begun(anew, dir.extras.reset_c, dir.c0, {B, H});
+        c0[d] = first_c[d].const_data_ptr();
+      }
+    }
+    if (dir.extras.dropout) {
+      const auto dtype = options_.dtype().toScalarType();
+      multiplied[d] = buffer({B, P});
+      if (h0[d]) {
+        at::mul_out(multiplied[d], view(h0[d], {B, P}, {P, 1}, dtype), view(dir.extras.dropout, {B, P}, {P, 1}, dtype));
+      } else {
+        multiplied[d].zero_();
+      }
+    }
+    if ((d == 1 && steps.batch_sizes && T > 1) || (projects && (steps.mask || options))) {
       // Rows that begin later in this direction are part of earlier rows' matrix; masked ones keep what is there.
-      if (dir.h0) {
-        stream_.copy(h[d], dir.h0, B * P * size_);
+      if (h0[d]) {
+        stream_.copy(h[d], h0[d], B * P * size_);
       } else {
         stream_.clear(h[d], B * P * size_);
       }
@@ -421,13 +508,16 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
   for (int64_t k = 0; k < T; ++k) {
     if (k % projections.steps == 0) project(layer, cell, product, k, projections);
     cuda::StepForward step[2];
+    cuda::ForwardOptions more[2];
     for (int d = 0; d < D; ++d) {
       const DirectionForward& dir = layer.direction[d];
       const int64_t t = d == 0 ? k : T - 1 - k, row = steps.first_row(t);
       cuda::StepForward& to = step[d];
       to.rows = steps.rows(t);
       to.previous_rows = k == 0 ? 0 : std::min(to.rows, steps.rows(d == 0 ? t - 1 : t + 1));
-      if (const void* previous = k == 0 ? dir.h0 : h[d]) {
+      const void* previous = k == 0 ? h0[d] : h[d];
+      if (previous && multiplied[d].defined()) previous = multiplied[d].const_data_ptr();
+      if (previous) {
         product(to.rows, GH, P, {previous, P}, {dir.weights.w_hh, P, true}, products[d].mutable_data_ptr(), GH, 0,
                 true);
         to.product = products[d].const_data_ptr();
@@ -437,8 +527,8 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
       to.projection_stride = projections.stride;
       to.b_ih = dir.weights.b_ih;
       to.b_hh = dir.weights.b_hh;
-      to.h0 = projects ? nullptr : dir.h0;
-      to.c0 = dir.c0;
+      to.h0 = projects ? nullptr : h0[d];
+      to.c0 = c0[d];
       to.c = c[d];
       to.c_n = c[d] == dir.c_n ? nullptr : dir.c_n;
       to.h = projects ? nullptr : h[d];
@@ -447,9 +537,51 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
       to.y_stride = projects ? H : layer.y.batch_stride;
       to.gates = advance(dir.gates, row * cell.saved * H, size_);
       to.cells = advance(dir.cells, row * H, sum_size_);
+      if (!options) continue;
+      const Extras& extras = dir.extras;
+      cuda::ForwardOptions& also = more[d];
+      also.zoneout_cell = rows_of_bits(extras.zoneout_cell, row, H);
+      also.anew = rows_anew(steps, d, k + 1);
+      also.reset_c = extras.reset_c;
+      also.peephole = dir.weights.peephole;
+      if (projects) continue;
+      also.zoneout = rows_of_bits(extras.zoneout, row, H);
+      also.reset_h = extras.reset_h;
+      also.dropout = extras.dropout;
+      also.multiplied = mutable_data_or_null(multiplied[d]);
     }
-    check(cuda::step_forward(s.kind, s.dtype, H, step, D, stream_.handle()));
-    for (int d = 0; d < D && projects; ++d) {
+    if (s.layer_norm) {
+      check(cuda::step_forward_with_norm(s.kind, s.dtype, H, step, more, norms, within, D, stream_.handle()));
+    } else if (options) {
+      check(cuda::step_forward_with_options(s.kind, s.dtype, H, step, more, within, D, stream_.handle()));
+    } else {
+      check(cuda::step_forward(s.kind, s.dtype, H, step, D, stream_.handle()));
+    }
+    if (projects && options) {
+      cuda::ProjectedForward states[2];
+      for (int d = 0; d < D; ++d) {
+        const DirectionForward& dir = layer.direction[d];
+        const Extras& extras = dir.extras;
+        const int64_t row = steps.first_row(d == 0 ? k : T - 1 - k);
+        product(step[d].rows, P, H, {unprojected[d].const_data_ptr(), H}, {dir.weights.w_hr, H, true},
+                projected[d].mutable_data_ptr(), P, 0, true);
+        cuda::ProjectedForward& to = states[d];
+        to.rows = step[d].rows;
+        to.mask = step[d].mask;
+        to.projected = projected[d].const_data_ptr();
+        to.zoneout = rows_of_bits(extras.zoneout, row, P);
+        to.rate = layer.within.zoneout;
+        to.anew = more[d].anew;
+        to.reset_h = extras.reset_h;
+        to.dropout = extras.dropout;
+        to.multiplied = mutable_data_or_null(multiplied[d]);
+        to.h = h[d];
+        to.y = advance(layer.y.data, row * layer.y.batch_stride + d * P, size_);
+        to.y_stride = layer.y.batch_stride;
+      }
+      check(cuda::projected_forward(s.dtype, P, states, D, stream_.handle()));
+    }
+    for (int d = 0; d < D && projects && !options; ++d) {
       const int64_t t = d == 0 ? k : T - 1 - k;
       void* y = advance(layer.y.data, steps.first_row(t) * layer.y.batch_stride + d * P, size_);
       product(step[d].rows, P, H, {unprojected[d].const_data_ptr(), H}, {layer.direction[d].weights.w_hr, H, true}, y,
@@ -467,11 +599,11 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
 // One layer, or several in a wavefront.
 void Cuda::backward(const LayerBackward* given, int64_t count) {
   const LayerSizes& s = given[count - 1].sizes;
-  const Cell cell = cell_of(s.kind);
+  const Cell cell = cell_of(s);
   const Products product(s.dtype, tf32_);
   const int64_t H = s.hidden_size, P = s.state_size, N = given[0].steps.total_rows(), width = cell.grad_gates * H;
   const int D = s.num_directions;
-  const cuda::Plan chosen = plan(s, count, given[0].steps, true);
+  const cuda::Plan chosen = plan(s, count, given[0].steps, true, has_options(given[0]));
   const Range range([&] { return describe(given[0].sizes, given[0].steps, chosen, true); });
 
   LayerBackward recomputed;
@@ -486,12 +618,12 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
     layers = &recomputed;
   }
   cuda::PersistentBackward parts[cuda::most_layers];
-  Tensor buffers[cuda::most_layers], grad_projected[2];
+  Tensor buffers[cuda::most_layers], grad_projected[2], hidden[2], of_cell[2];
   void* grad_gates[cuda::most_layers] = {};
   for (int64_t l = 0; l < count; ++l) {
     const LayerBackward& layer = layers[l];
     // A training step then needs no more than what the forward pass saved. (W_hr's gradient wants the gates once more.)
-    const bool in_place = layer.reuse_gates && cell.saved == cell.grad_gates && P == H;
+    const bool in_place = layer.reuse_gates && cell.saved == cell.grad_gates && P == H && !s.layer_norm;
     for (int d = 0; d < D; ++d) {
       const DirectionBackward& from = layer.direction[d];
       cuda::PersistentBackward& to = parts[l + d];
@@ -523,8 +655,13 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
     check(cuda::persistent_backward(s, device_steps(given[0].steps), parts, chosen, device_info(stream_.device()),
                                     workspace.mutable_data_ptr(), stream_.handle()));
   } else {
-    for (int d = 0; d < D && P != H; ++d) grad_projected[d] = buffer({N, P});
-    steps_backward(layers[0], cell, product, grad_gates, grad_projected);
+    for (int d = 0; d < D && P != H; ++d) {
+      grad_projected[d] = buffer({N, P});
+      if (layers[0].direction[d].grad_w_hr && has_options(layers[0])) hidden[d] = buffer({N, H});
+    }
+    // With layer normalisation: of c, what the gradients of its gain and bias are made of.
+    for (int d = 0; d < D && s.layer_norm && cell.has_cell; ++d) of_cell[d] = sum_buffer({2, N, H});
+    steps_backward(layers[0], cell, product, grad_gates, grad_projected, hidden, of_cell);
   }
 
   for (int64_t l = 0; l < count; ++l) {
@@ -532,7 +669,8 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
     const int64_t I = layer.sizes.input_size;
     for (int d = 0; d < D; ++d) {
       weight_gradients(layer, cell, product, d, grad_gates[l + d],
-                       P != H ? grad_projected[d].const_data_ptr() : nullptr);
+                       P != H ? grad_projected[d].const_data_ptr() : nullptr, hidden[d]);
+      if (s.layer_norm) norm_gradients(layer, cell, d, grad_gates[l + d], of_cell[d]);
       if (!layer.grad_x.data) continue;
       double beta = d == 0 ? 0 : 1;
       for (const GateRun& run : runs_of(cell.input_grads, cell.gates)) {
@@ -556,6 +694,8 @@ void Cuda::compute_gates_again(const LayerBackward& layer, const Cell& cell, Ten
   again.sizes = s;
   again.steps = layer.steps;
   again.x = layer.x;
+  again.plain_gates = layer.plain_gates;
+  again.within = layer.within;
   again.y.data = y.mutable_data_ptr();
   again.y.batch_stride = D * P;
   again.y.time_stride = B * D * P;
@@ -563,6 +703,7 @@ void Cuda::compute_gates_again(const LayerBackward& layer, const Cell& cell, Ten
     DirectionForward& dir = again.direction[d];
     gates[d] = buffer({N, cell.saved * H});
     dir.weights = layer.direction[d].weights;
+    dir.extras = layer.direction[d].extras;
     dir.h0 = layer.direction[d].h0;
     dir.c0 = layer.direction[d].c0;
     dir.h_n = mutable_slice(h_n, d);
@@ -572,19 +713,47 @@ void Cuda::compute_gates_again(const LayerBackward& layer, const Cell& cell, Ten
   forward(again);
 }
 
+// Which rows hand a gradient back to the h that an earlier live step of theirs has made, (T, B) in order of time: the
+// steps between may be masked.
+Tensor Cuda::clipped_rows(const Steps& steps, int d) const {
+  const int64_t T = steps.T, B = steps.B;
+  const auto in_order = [&](const Tensor& t) { return d == 0 ? t : t.flip(0); };
+  const Tensor live = in_order(view(steps.mask, {T, B}, {B, 1}, at::kByte).ne(0));
+  Tensor anew = at::zeros({T, B}, live.options());
+  if (steps.reset) {
+    const Tensor marks = view(steps.reset, {T, B}, {B, 1}, at::kByte).ne(0);
+    if (d == 0) {
+      anew = marks;
+    } else {
+      anew.narrow(0, 1, T - 1).copy_(marks.narrow(0, 1, T - 1).flip(0));
+    }
+  }
+  const Tensor step = at::arange(T, options_.dtype(at::kLong)).unsqueeze(1);
+  const auto last = [&](const Tensor& marked) { return std::get<0>(at::where(marked, step, -1).cummax(0)); };
+  const Tensor last_live = last(live);
+  const Tensor made = last_live.ge(0).logical_and_(last_live.ge(last(anew)));
+  Tensor clipped = at::zeros({T, B}, live.options());
+  clipped.narrow(0, 1, T - 1).copy_(live.narrow(0, 1, T - 1).logical_and(made.narrow(0, 0, T - 1)));
+  return in_order(clipped).contiguous();
+}
+
 void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product,
-                          void* const* grad_gates, const Tensor* grad_projected) {
+                          void* const* grad_gates, const Tensor* grad_projected, const Tensor* hidden,
+                          const Tensor* of_cell) {
   const LayerSizes& s = layer.sizes;
   const Steps& steps = layer.steps;
   const int64_t H = s.hidden_size, P = s.state_size, B = steps.B, T = steps.T, width = cell.grad_gates * H;
   const int D = s.num_directions;
-  const bool projects = P != H;
+  const bool projects = P != H, options = has_options(layer);
+  const Within within = within_of_units(layer.within, projects);
   const at::ScalarType dtype = options_.dtype().toScalarType();
   const auto runs = runs_of(cell.hidden_grads, cell.gates);
-  // What of a gradient of h goes past W_hh: that of a GRU's kept part, and of rows whose state goes on as it is.
-  const bool has_direct_part = s.kind == CellKind::gru || steps.mask;
+  // What of a gradient of h goes past W_hh: that of a GRU's kept part, of rows whose state goes on as it is, of
+  // zoneout.
+  const bool has_direct_part = s.kind == CellKind::gru || steps.mask || options;
 
-  Tensor dh[2], dc[2], unprojected[2];
+  Tensor dh[2], dc[2], unprojected[2], dropped[2], clipped[2], grad_peephole[2], grad_reset_h[2], grad_reset_c[2];
+  Tensor to_output[2];
   // The running gradient ends as that of the initial state; where both have one type, they share the memory.
   const auto running = [&](void* final, int64_t columns, const void* seed) {
     const Tensor t =
@@ -597,10 +766,19 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
     dh[d] = running(dir.grad_h0, P, dir.grad_h_n);
     if (cell.has_cell) dc[d] = running(dir.grad_c0, H, dir.grad_c_n);
     if (projects) unprojected[d] = sum_buffer({B, H});
+    if (dir.extras.dropout) dropped[d] = sum_buffer({B, P});
+    if (s.layer_norm && cell.has_cell) to_output[d] = sum_buffer({B, H});
+    if (within.recurrent_grad_clip > 0 && steps.mask) clipped[d] = clipped_rows(steps, d);
+    if (dir.grad_peephole) grad_peephole[d] = sum_buffer({B, 3 * H}).zero_();
+    if (dir.grad_reset_h) grad_reset_h[d] = sum_buffer({B, P}).zero_();
+    if (dir.grad_reset_c) grad_reset_c[d] = sum_buffer({B, H}).zero_();
   }
 
   for (int64_t k = 0; k < T; ++k) {
     cuda::StepBackward step[2];
+    cuda::BackwardOptions more[2];
+    cuda::BackwardNorm norms[2];
+    cuda::ProjectedBackward states[2];
     for (int d = 0; d < D; ++d) {
       const DirectionBackward& dir = layer.direction[d];
       const int64_t t = d == 0 ? T - 1 - k : k, row = steps.first_row(t), rows = steps.rows(t);
@@ -623,6 +801,44 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
       to.c0 = dir.c0;
       to.dc = mutable_data_or_null(dc[d]);
       to.grad_gates = advance(grad_gates[d], row * width, size_);
+      const int64_t grad_h_stride = layer.grad_h.batch_stride;
+      const void* grad_h = advance(layer.grad_h.data, row * grad_h_stride + d * P, size_);
+      if (options) {
+        const Extras& extras = dir.extras;
+        cuda::BackwardOptions& also = more[d];
+        also.zoneout_cell = rows_of_bits(extras.zoneout_cell, row, H);
+        also.anew = rows_anew(steps, d, T - 1 - k);
+        also.reset_c = extras.reset_c;
+        also.grad_cells = advance(dir.grad_cells, row * H, sum_size_);
+        also.peephole = dir.weights.peephole;
+        also.grad_peephole = mutable_data_or_null(grad_peephole[d]);
+        also.hidden = advance(mutable_data_or_null(hidden[d]), row * H, size_);
+        const Weights& w = dir.weights;
+        norms[d] = {w.norm_ih, w.norm_hh, w.norm_c, w.norm_c_bias, mutable_data_or_null(to_output[d])};
+        norms[d].normal_c = advance(mutable_slice(of_cell[d], 0), row * H, sum_size_);
+        norms[d].grad_c = advance(mutable_slice(of_cell[d], 1), row * H, sum_size_);
+        if (!projects) {
+          also.zoneout = rows_of_bits(extras.zoneout, row, H);
+          also.reset_h = extras.reset_h;
+          also.grad_h = grad_h;
+          also.grad_h_stride = grad_h_stride;
+        }
+      }
+      if (projects && options) {
+        cuda::ProjectedBackward& of_h = states[d];
+        of_h.rows = rows;
+        of_h.mask = to.mask;
+        of_h.zoneout = rows_of_bits(dir.extras.zoneout, row, P);
+        of_h.rate = layer.within.zoneout;
+        of_h.grad_y = grad_y;
+        of_h.grad_y_stride = grad_y_stride;
+        of_h.grad_h = grad_h;
+        of_h.grad_h_stride = grad_h_stride;
+        of_h.dh = dh[d].mutable_data_ptr();
+        of_h.projected = grad_projected[d].narrow(0, row, rows).mutable_data_ptr();
+        to.dh = unprojected[d].mutable_data_ptr();
+        continue;
+      }
       if (!projects) {
         to.grad_y = grad_y;
         to.grad_y_stride = grad_y_stride;
@@ -644,17 +860,51 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
       to.dh = unprojected[d].mutable_data_ptr();
       product(rows, H, P, {sum.const_data_ptr(), P}, {dir.weights.w_hr, H}, to.dh, H, 0, true);
     }
-    check(cuda::step_backward(s.kind, s.dtype, H, step, D, stream_.handle()));
+    if (projects && options) {
+      check(cuda::projected_backward(s.dtype, P, states, D, stream_.handle()));
+      for (int d = 0; d < D; ++d)
+        product(step[d].rows, H, P, {states[d].projected, P}, {layer.direction[d].weights.w_hr, H}, step[d].dh, H, 0,
+                true);
+    }
+    if (s.layer_norm) {
+      check(cuda::step_backward_with_norm(s.kind, s.dtype, H, step, more, norms, within, D, stream_.handle()));
+    } else if (options) {
+      check(cuda::step_backward_with_options(s.kind, s.dtype, H, step, more, within, D, stream_.handle()));
+    } else {
+      check(cuda::step_backward(s.kind, s.dtype, H, step, D, stream_.handle()));
+    }
+    cuda::HandedBack handed_back[2];
+    bool hands_back = false;
     for (int d = 0; d < D; ++d) {
       const DirectionBackward& dir = layer.direction[d];
-      if (k == T - 1 && !dir.grad_h0) continue;
-      double beta = has_direct_part ? 1 : 0;
+      const bool wanted = k < T - 1 || dir.grad_h0 || dir.grad_reset_h, drops = dropped[d].defined();
+      double beta = has_direct_part && !drops ? 1 : 0;
       for (const GateRun& run : runs) {
+        if (!wanted) break;
         product(step[d].rows, P, run.count * H, {advance(step[d].grad_gates, run.grad * H, size_), width},
-                {advance(dir.weights.w_hh, run.gate * H * P, size_), P}, dh[d].mutable_data_ptr(), P, beta, true);
+                {advance(dir.weights.w_hh, run.gate * H * P, size_), P}, (drops ? dropped : dh)[d].mutable_data_ptr(),
+                P, beta, true);
         beta = 1;
       }
+      if (!options) continue;
+      const int64_t t = d == 0 ? T - 1 - k : k;
+      cuda::HandedBack& to = handed_back[d];
+      to.anew = more[d].anew;
+      to.ends = within.bptt_steps > 0 && t > 0 && t % within.bptt_steps == 0;
+      to.clip = k < T - 1 ? within.recurrent_grad_clip : 0;
+      if (drops && wanted) to.product = dropped[d].const_data_ptr();
+      if (!to.anew && !to.ends && to.clip == 0 && !to.product) continue;
+      hands_back = true;
+      to.rows = step[d].rows;
+      to.previous_rows = step[d].previous_rows;
+      to.dropout = dir.extras.dropout;
+      to.grad_reset_h = mutable_data_or_null(grad_reset_h[d]);
+      to.grad_reset_c = mutable_data_or_null(grad_reset_c[d]);
+      if (clipped[d].defined()) to.clips = static_cast<const uint8_t*>(clipped[d].const_data_ptr()) + t * B;
+      to.dh = dh[d].mutable_data_ptr();
+      to.dc = mutable_data_or_null(dc[d]);
     }
+    if (hands_back) check(cuda::hand_back(s.dtype, P, cell.has_cell ? H : 0, handed_back, D, stream_.handle()));
   }
 
   for (int d = 0; d < D && sum_size_ != size_; ++d) {
@@ -662,11 +912,17 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
     if (dir.grad_h0) view(dir.grad_h0, {B, P}, {P, 1}, dtype).copy_(dh[d]);
     if (dir.grad_c0) view(dir.grad_c0, {B, H}, {H, 1}, dtype).copy_(dc[d]);
   }
+  for (int d = 0; d < D; ++d) {
+    const DirectionBackward& dir = layer.direction[d];
+    if (dir.grad_reset_h) view(dir.grad_reset_h, {B, P}, {P, 1}, dtype).copy_(grad_reset_h[d]);
+    if (dir.grad_reset_c) view(dir.grad_reset_c, {B, H}, {H, 1}, dtype).copy_(grad_reset_c[d]);
+    if (dir.grad_peephole) view(dir.grad_peephole, {3 * H}, {1}, dtype).copy_(grad_peephole[d].sum(0));
+  }
 }
 
 // Of one direction, from the gradients of its gates for all rows.
 void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const Products& product, int d,
-                            const void* grad_gates, const void* grad_projected) {
+                            const void* grad_gates, const void* grad_projected, const Tensor& hidden_kept) {
   const LayerSizes& s = layer.sizes;
   const Steps& steps = layer.steps;
   const DirectionBackward& dir = layer.direction[d];
@@ -686,7 +942,13 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
 
   if (dir.grad_w_hh) {
     Tensor previous;
-    if (steps.batch_sizes) {
+    if (steps.reset || dir.extras.dropout) {
+      previous = buffer({N, P});
+      Sequence y = layer.y;
+      y.data = advance(y.data, d * P, size_);
+      check(cuda::multiplied_states(s.dtype, P, device_steps(steps), N, d == 1, y, dir.h0, dir.extras.reset_h,
+                                    dir.extras.dropout, previous.mutable_data_ptr(), stream_.handle()));
+    } else if (steps.batch_sizes) {
       previous = buffer({N, P});
       Sequence y = layer.y;
       y.data = advance(y.data, d * P, size_);
@@ -723,16 +985,19 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
                               advance(out, run.gate * H, size_), advance(again, run.gate * H, size_),
                               workspace.mutable_data_ptr(), stream_.handle()));
     };
+    const auto input_biases = runs_of(cell.input_bias_grads, cell.gates);
     // Where both biases have the same gradient, it is summed once.
-    if (cell.grad_gates == cell.gates) {
-      for (const GateRun& run : input_runs) sums(run, dir.grad_b_ih, dir.grad_b_hh);
+    if (cell.input_bias_grads.first == cell.hidden_bias_grads.first) {
+      for (const GateRun& run : input_biases) sums(run, dir.grad_b_ih, dir.grad_b_hh);
     } else {
-      for (const GateRun& run : input_runs) sums(run, dir.grad_b_ih, nullptr);
-      for (const GateRun& run : hidden_runs) sums(run, dir.grad_b_hh, nullptr);
+      for (const GateRun& run : input_biases) sums(run, dir.grad_b_ih, nullptr);
+      for (const GateRun& run : runs_of(cell.hidden_bias_grads, cell.gates)) sums(run, dir.grad_b_hh, nullptr);
     }
   }
 
-  if (dir.grad_w_hr) {
+  if (dir.grad_w_hr && hidden_kept.defined()) {
+    product(P, H, N, {grad_projected, P, true}, {hidden_kept.const_data_ptr(), H}, dir.grad_w_hr, H, 0);
+  } else if (dir.grad_w_hr) {
     // h before its projection was not kept: o * tanh(c).
     const Tensor cells = view(dir.cells, {N, H}, {H, 1}, sum_dtype_);
     const Tensor o =
@@ -742,6 +1007,42 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
   }
 }
 
+// Of the gains of layer normalisation, and of the bias of c: sums over all rows, in a fixed order.
+void Cuda::norm_gradients(const LayerBackward& layer, const Cell& cell, int d, const void* grad_gates,
+                          const Tensor& of_cell) const {
+  const DirectionBackward& dir = layer.direction[d];
+  const at::ScalarType dtype = options_.dtype().toScalarType();
+  const int64_t H = layer.sizes.hidden_size, N = layer.steps.total_rows(), G = cell.gates;
+  const auto store = [&](void* result, const Tensor& sums) {
+    if (result) view(result, {sums.numel()}, {1}, dtype).copy_(sums);
+  };
+  for (int side = 0; side < 2; ++side) {
+    void* result = side == 0 ? dir.grad_norm_ih : dir.grad_norm_hh;
+    if (!result) continue;
+    const Tensor centred =
+        view(advance(dir.gates, (cell.own_saved + side * G) * H, size_), {N, G * H}, {cell.saved * H, 1}, dtype)
+            .to(sum_dtype_);
+    const Tensor normal = centred * (centred.square().mean(1, true) + layer_norm_epsilon).rsqrt_();
+    for (const GateRun& run : runs_of(side == 0 ? cell.input_bias_grads : cell.hidden_bias_grads, cell.gates)) {
+      const Tensor grads =
+          view(advance(grad_gates, run.grad * H, size_), {N, run.count * H}, {cell.grad_gates * H, 1}, dtype);
+      store(advance(result, run.gate * H, size_), (normal.narrow(1, run.gate * H, run.count * H) * grads).sum(0));
+    }
+  }
+  if (dir.grad_norm_c) store(dir.grad_norm_c, (of_cell[0] * of_cell[1]).sum(0));
+  if (dir.grad_norm_c_bias) store(dir.grad_norm_c_bias, of_cell[1].sum(0));
+}
+
+// The seed stays on the device, so that nothing waits and a captured graph draws anew.
+Tensor draw_bits(const Tensor& seed, int64_t entries, int64_t rows, int64_t units, double rate) {
+  const Tensor bits = bits_to_draw(seed, entries, rows, units, rate);
+  if (bits.numel() == 0) return bits;
+  const Stream stream(seed);
+  check(cuda::draw_bits(seed.const_data_ptr<int64_t>(), entries * rows, units, rate, bits.mutable_data_ptr<uint8_t>(),
+                        stream.handle()));
+  return bits;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(FRNN_LIBRARY, FRNN_DISPATCH_KEY, m) {
@@ -749,6 +1050,7 @@ TORCH_LIBRARY_IMPL(FRNN_LIBRARY, FRNN_DISPATCH_KEY, m) {
   m.impl("rnn_backward", &rnn_backward<Cuda>);
   m.impl("cell_forward", &cell_forward<Cuda>);
   m.impl("cell_backward", &cell_backward<Cuda>);
+  m.impl("draw_bits", &draw_bits);
 }
 
 }  // namespace fused_rnn

@@ -124,7 +124,6 @@ def why_reference(
     input: Tensor,
     settings: Settings | None = None,
     recorded: bool = False,
-    has_reset: bool = False,
     custom: AnyCellKind | None = None,
 ) -> str | None:
     """Why the reference computes a call, one sentence; ``None`` if the kernels do.
@@ -133,7 +132,6 @@ def why_reference(
         input: any tensor of the call; the others have its dtype and device.
         settings: of the call, where something is within.
         recorded: whether it keeps what a backward pass needs.
-        has_reset: whether rows begin anew within the call.
         custom: the kind of a custom cell.
 
     Raises:
@@ -150,8 +148,6 @@ def why_reference(
             "fused_rnn.use_backend('reference')"
         ) from _import_error
     reason: str | None = ops.why_not_fused(input)
-    if reason is None and has_reset and input.device.type == "cuda":
-        reason = "no fused kernel for reset= on cuda tensors: the CPU has one"
     if reason is None and custom is not None:
         if input.device.type == "cuda":
             reason = "no fused kernel for custom cells on cuda tensors: the CPU has them"

@@ -190,13 +190,14 @@ def explain(
             assert settings.within is not None and settings.within.bptt_steps is not None
             num_steps = min(num_steps, settings.within.bptt_steps)
         plan = backend.ops.plan(
-            settings,
+            functional.settings_of_operator(settings, given_steps, call.num_steps, in_slices),
             T=num_steps,
             B=batch_size if sizes is None else sizes[0],
             batch_sizes=sizes,
             dtype=call.input.dtype,
             device=call.input.device,
             training=training,
+            has_reset=reset is not None and not settings.is_cell,
         )
     return Explanation(
         module=repr(module),
@@ -247,12 +248,18 @@ def _options_within(settings: Settings, call: functional.Call, with_gradients: b
     if settings.is_independent:
         sentences.append(f"weight_hh: {where} take its {settings.hidden_size} weights for as many heads of one unit")
     elif within.num_heads > 1:
-        sentences.append(
-            f"num_heads={within.num_heads}: {where} multiply each head's part of h by its own block of W_hh"
-        )
+        product = "each head's part of h by its own block of W_hh"
+        if call.why_reference is None and call.input.is_cuda:
+            product = "h by W_hh as one matrix, with zeros between the heads"
+        sentences.append(f"num_heads={within.num_heads}: {where} multiply {product}")
     if within.layer_norm:
         of_cell = ", W_hh h and c" if settings.kind == CellKind.LSTM else " and W_hh h"
-        threads = "" if call.why_reference is not None else ", of which threads divide the rows and never the units"
+        threads = (
+            ", a block of threads each"
+            if call.input.is_cuda
+            else ", of which threads divide the rows and never the units"
+        )
+        threads = "" if call.why_reference is not None else threads
         sentences.append(f"layer_norm: {where} normalise W_ih x{of_cell} of each row in each step{threads}")
     if within.recurrent_grad_clip is not None and with_gradients:
         limit = within.recurrent_grad_clip

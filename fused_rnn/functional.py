@@ -740,7 +740,7 @@ def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[
     anew = _anew(settings, steps)
     within = _what_is_within(settings, num_steps, steps, (input, h, c, *params, *anew))
     custom = settings.kind if settings.kind > _GRU else None
-    why_reference = backend.why_reference(input, *within, has_reset=reset is not None, custom=custom)
+    why_reference = backend.why_reference(input, *within, custom=custom)
     return Call(input, h, c, controls, num_steps, batch, why_reference, anew)
 
 
@@ -766,18 +766,28 @@ def _what_is_within(
         return None, False
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     settings = _of_call(settings, num_steps)
-    return (_without_bptt_steps(settings) if _is_sliced(steps, tensors[0]) else settings), recorded
+    return (_without_bptt_steps(settings) if _is_sliced(settings, steps, tensors[0]) else settings), recorded
 
 
 def is_in_slices(settings: Settings, steps: Steps, call: Call) -> bool:
     """Whether gradients are stopped by calls of ``bptt_steps`` steps each; else the operator does it."""
     within = _of_call(settings, call.num_steps).within
-    return within is not None and within.bptt_steps is not None and _is_sliced(steps, call.input)
+    return within is not None and within.bptt_steps is not None and _is_sliced(settings, steps, call.input)
 
 
-def _is_sliced(steps: Steps, input: Tensor | None) -> bool:
+def _is_sliced(settings: Settings, steps: Steps, input: Tensor | None) -> bool:
     assert input is not None
-    return input.is_cuda or any(given is not None for given in (steps.batch_sizes, steps.lengths, steps.mask))
+    if any(given is not None for given in (steps.batch_sizes, steps.lengths, steps.mask)):
+        return True
+    # On CUDA what stops gradients runs step by step, and a slice of the plain cell in one launch.
+    within = _without_bptt_steps(settings).within or NOTHING_WITHIN
+    return input.is_cuda and steps.reset is None and within._replace(num_heads=1) == NOTHING_WITHIN
+
+
+def settings_of_operator(settings: Settings, steps: Steps, num_steps: int, in_slices: bool = False) -> Settings:
+    """What the operator of a call of so many steps has to do; ``in_slices``: of a slice of it."""
+    settings = _without_bptt_steps(settings) if in_slices else _of_call(settings, num_steps)
+    return _with_states(settings) if steps.return_states else settings
 
 
 def _of_call(settings: Settings, num_steps: int) -> Settings:
@@ -839,9 +849,7 @@ def _run_layers(
         return _run_around(settings, settings.around, call, hx, params, steps)
     if is_in_slices(settings, steps, call):
         return _run_slices(settings, call, input, hx, params, steps)
-    settings = _of_call(settings, call.num_steps)
-    if steps.return_states:
-        settings = _with_states(settings)
+    settings = settings_of_operator(settings, steps, call.num_steps)
     within = settings.within
     input, h, c, controls = call[:4]
     anew = call.anew
@@ -1144,8 +1152,8 @@ def _draw_bits(like: Tensor, shape: tuple[int, ...], size: int, rate: float) -> 
     """uint8 (*shape, ceil(size / 8)): bit u % 8 of byte u / 8 is 1 with probability ``rate``."""
     if size == 0:
         return like.new_empty(*shape, 0, dtype=torch.uint8)
-    if like.device.type == "cpu" and backend.ops is not None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+    if backend.ops is not None and backend.ops.has_draw_bits(like.device):
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=like.device)
         return backend.ops.draw_bits(seed, *shape, size, rate)
     drawn = like.new_empty(*shape, 8 * -(-size // 8), dtype=torch.bool).bernoulli_(rate)
     # Eight bytes of 0 or 1 as one number. The product has, for byte k, a 1 at bit 8 * k + 7 * j for each j of 1 to 8,

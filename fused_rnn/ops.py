@@ -16,7 +16,8 @@ step.
                           memory for all, zeros behind it; on CUDA hidden is (L, N, D * P), the states of all layers at
                           every step
                           With ``return_states``, whether it saves or not, cells and hidden (L, N, D * P) are results
-                          with a gradient: c and h of all rows after every step, before dropout, 0 in masked steps
+                          with a gradient: c and h of all rows after every step, before dropout. In masked steps they
+                          are 0 on the CPU and what the row carries on on CUDA, and nobody reads them
 ``rnn_backward``          gradients of input, h0, c0 and params; (0,) for those that ``needs`` does not ask for. With
                           ``reuse_gates`` it may write over ``gates``, which its schema does not say (as PyTorch's own
                           for cuDNN with its reserve): only for a tensor that nobody reads afterwards
@@ -34,7 +35,7 @@ step.
 ``rnn_forward_stacked``,  ``rnn_forward`` and ``rnn_backward`` of models of one shape, without controls: tensors have
 ``rnn_backward_stacked``  the models as their first dimension
 ``draw_bits``             uint8 (entries, rows, ceil(units / 8)), each bit 1 with probability ``rate``, those behind the
-                          last unit 0, from the int64 in ``seed`` alone; on the CPU
+                          last unit 0, from the int64 in ``seed`` alone, on whose device they are
 ========================= =============================================================================================
 
 Forward mode, and the gradient of a backward pass, are the last two where these take the call and no further derivative
@@ -237,9 +238,6 @@ def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: b
     Args:
         recorded: whether the call keeps what a backward pass needs.
     """
-    if input.is_cuda:
-        names = [name for name in Within._fields if getattr(within, name) != getattr(NOTHING_WITHIN, name)]
-        return f"no fused kernel for cuda tensors has {names[0]}"
     if not within.reset_after:
         return "no fused kernel has reset_after=False, where the product with W_hn waits for the reset gate"
     if kind.num_saved == 0 and within.zoneout and not within.training and recorded:
@@ -247,6 +245,22 @@ def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: b
             "no fused kernel has zoneout of an RNN with gradients in eval mode: it keeps h alone, and h is a mean there"
         )
     return None
+
+
+# Of the fields of Within those that kernels of all steps in one launch need not know: heads are zeros in W_hh, and what
+# concerns the backward pass alone is nothing to the forward pass.
+_NOTHING_TO_LAUNCHES = {"num_heads", "training"}
+_NOTHING_TO_FORWARD = _NOTHING_TO_LAUNCHES | {"bptt_steps", "recurrent_grad_clip", "return_states"}
+
+
+def why_step_by_step(settings: Settings, has_reset: bool, backward: bool) -> str | None:
+    """What of a call on a CUDA device only the kernels of one step have; None where all of it has others, too."""
+    within, known = settings.within or NOTHING_WITHIN, _NOTHING_TO_LAUNCHES if backward else _NOTHING_TO_FORWARD
+    names = [name for name, value in within._asdict().items() if value != getattr(NOTHING_WITHIN, name)]
+    names = [name for name in names if name not in known] + (["reset"] if has_reset else [])
+    if backward and names == ["return_states"]:
+        return "gradients of return_states, where any come, are for the kernels of one step alone"
+    return f"{', '.join(names)}: for the kernels of one step alone" if names else None
 
 
 # A capability is asked for once: the question takes as long as a small kernel's launch.
@@ -277,6 +291,7 @@ def plan(
     dtype: torch.dtype,
     device: torch.device,
     training: bool,
+    has_reset: bool = False,
 ) -> dict[str, Any]:
     """What would run for such a call.
 
@@ -300,6 +315,8 @@ def plan(
     sizes = None if batch_sizes is None else list(batch_sizes)
 
     def one_layer(size: int, backward: bool) -> dict[str, Any]:
+        if device.type == "cuda" and (why := why_step_by_step(settings, has_reset, backward)):
+            return {"variant": "none", "layers": 1, "reason": why}
         layer = (size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         if device.type == "cuda":
             return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device))
@@ -308,6 +325,8 @@ def plan(
     def wavefronts(backward: bool) -> tuple[list[dict[str, Any]], str]:
         """Of the groups of layers that run at once; none, and why, where each runs by itself."""
         if device.type != "cuda" or num_layers == 1:
+            return [], ""
+        if why_step_by_step(settings, has_reset, backward):
             return [], ""
         if settings.recompute and training:
             return [], "layers whose gates are computed again run one by one"
@@ -1004,10 +1023,15 @@ def _on_device(controls: Controls) -> dict[str, Tensor | None]:
     return {name: tensor for name, tensor in controls._asdict().items() if name != "batch_sizes"}
 
 
+def has_draw_bits(device: torch.device) -> bool:
+    """Whether :func:`draw_bits` draws there."""
+    return device.type == "cpu" or (device.type == "cuda" and _why_not_cuda(device) is None)
+
+
 def draw_bits(seed: Tensor, entries: int, rows: int, units: int, rate: float) -> Tensor:
     """uint8 (entries, rows, ceil(units / 8)): bit u % 8 of byte u / 8 is 1 with probability ``rate``.
 
-    The same for the same seed, int64 of one element on the CPU, whatever the number of threads.
+    The same for the same seed, int64 of one element, whatever the number of threads and whichever device.
     """
     result: Tensor = _draw_bits(seed, entries, rows, units, rate)
     return result

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import cuda_host
 from test_cuda_persistent import DTYPES, EXCHANGES, KINDS, PASSES, SHAPES
-from test_cuda_step import Problem, check_result
+from test_cuda_step import WITH_OPTIONS, Problem, check_result, with_options
 
 from fused_rnn.settings import CellKind
 
@@ -115,6 +115,20 @@ def test_persistent_kernels_for_ampere_agree_with_float64(direction: str) -> Non
 @pytest.mark.parametrize("kind", CellKind, ids=lambda kind: kind.name)
 def test_step_kernels_match_the_reference(kind: CellKind, dtype: torch.dtype, tmp_path: Path) -> None:
     problem = Problem(kind, dtype, H=16, vectors=dtype != torch.float32, packed=True, lengths=(4, 3, 3, 2, 1), seed=1)
+    problem.write(tmp_path / "in")
+    program, ptx = cuda_host.build("ptx_step"), cuda_host.translate(KERNELS / "step.cu")
+    check_result(problem, tmp_path, cuda_host.run(program, tmp_path / "in", tmp_path / "out", ptx=ptx))
+
+
+# Sixteen bits are what float32 is, but for the functions that store them.
+@pytest.mark.parametrize(
+    ("index", "dtype"),
+    [(i, torch.float64 if i % 2 else torch.float32) for i in range(len(WITH_OPTIONS))]
+    + [(3, torch.bfloat16), (8, torch.bfloat16), (12, torch.float16)],
+    ids=lambda value: str(WITH_OPTIONS[value] if isinstance(value, int) else value),
+)
+def test_step_kernels_with_options_match_the_reference(index: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    problem = with_options(dtype, WITH_OPTIONS[index], 20 + index)
     problem.write(tmp_path / "in")
     program, ptx = cuda_host.build("ptx_step"), cuda_host.translate(KERNELS / "step.cu")
     check_result(problem, tmp_path, cuda_host.run(program, tmp_path / "in", tmp_path / "out", ptx=ptx))

@@ -289,13 +289,13 @@ def test_wrong_numbers_of_the_anchor_are_said_and_timed(monkeypatch: pytest.Monk
 # Those that say something of the layers on any device, and where the tests are more than one call and a comparison.
 TESTS_FOR_A_GPU = (
     "nothing_waits_for or side_stream or kept_gives or empty_batch or strided or no_memory_behind or packed_input or "
-    "clusters_of_every_size or either_device or wavefront"
+    "clusters_of_every_size or either_device or wavefront or together_match or from_the_seed"
 )
 
 
 def test_tests_for_a_gpu_run() -> None:
     tests = Path(__file__).parent
-    files = [str(tests / name) for name in ("test_cuda.py", "test_masks_on_gpu.py")]
+    files = [str(tests / name) for name in ("test_cuda.py", "test_masks_on_gpu.py", "test_cuda_options_on_gpu.py")]
     command = [
         sys.executable,
         "-m",

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import random
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 
 import fused_rnn
-from fused_rnn import backend as backends
 from fused_rnn.check import random_values
 from fused_rnn.diagnostics import gate_statistics, gradient_flow
 
@@ -847,20 +845,6 @@ def test_explain_counts_the_marks(backend: str) -> None:
         pair = (torch.zeros(1, 2, 4),) * 2
         explained = fused_rnn.explain(fused_rnn.LSTM(3, 4), x, reset=reset, reset_state=pair)
     assert explained.dtype == torch.bfloat16
-
-
-def test_the_reason_of_a_cuda_tensor_names_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    if backends.ops is None:
-        pytest.skip("no kernels")
-    monkeypatch.setattr(backends.ops, "why_not_fused", lambda input: None)
-    on_cuda: Any = types.SimpleNamespace(device=torch.device("cuda"))
-    with fused_rnn.use_backend("auto"):
-        assert backends.why_reference(on_cuda) is None
-        assert backends.why_reference(on_cuda, has_reset=True) == (
-            "no fused kernel for reset= on cuda tensors: the CPU has one"
-        )
-    with fused_rnn.use_backend("fused"), pytest.raises(RuntimeError, match="no fused kernel for reset="):
-        backends.why_reference(on_cuda, has_reset=True)
 
 
 @pytest.mark.parametrize("call", [*SOME[:5], SOME[6]], ids=str)

@@ -872,18 +872,6 @@ def test_explain_says_where_the_states_are_kept(backend: str) -> None:
         assert "return_states" not in str(fused_rnn.explain(layer, torch.randn(5, 2, 3)))
 
 
-@pytest.mark.kernels
-def test_cuda_kernels_do_not_have_it() -> None:
-    from types import SimpleNamespace
-
-    from fused_rnn import ops
-    from fused_rnn.settings import CellKind, Within
-
-    on_cuda: Any = SimpleNamespace(is_cuda=True)
-    reason = ops.why_not_within(CellKind.GRU, Within(return_states=True), on_cuda, False)
-    assert reason == "no fused kernel for cuda tensors has return_states"
-
-
 def test_packed_input_gives_packed_output_beside_the_states(backend: str) -> None:
     call = Call(Case(num_layers=2, bidirectional=True, packing="unsorted"))
     data = call.data()[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_rnn
 from fused_rnn import formulas, functional
 from fused_rnn.check import instruction_set
-from fused_rnn.settings import ACTIVATIONS, CELL_OPTIONS, CellKind, Controls, Settings, Within
+from fused_rnn.settings import ACTIVATIONS, CELL_OPTIONS, Controls, Settings
 
 LAYERS = ("LSTM", "GRU", "RNN")
 T, B, INPUT, H = 6, 3, 4, 5
@@ -996,14 +995,6 @@ def test_what_no_kernel_has_runs_on_the_formulas_and_says_so() -> None:
         assert fused_rnn.explain(make(name, zoneout=0.5, activation="relu").eval(), x).backend == "fused"
     with fused_rnn.use_backend("fused"), pytest.raises(RuntimeError, match="backend in use is 'fused'.*reset_after"):
         gru(x)
-
-
-@pytest.mark.kernels
-def test_no_option_within_has_a_kernel_on_cuda() -> None:
-    on_cuda = types.SimpleNamespace(is_cuda=True)
-    for name, value in (("zoneout", 0.5), ("peephole", True), ("num_heads", 2), ("recurrent_grad_clip", 1.0)):
-        reason = fused_rnn.ops.why_not_within(CellKind.LSTM, Within(**{name: value}), on_cuda, True)
-        assert reason == f"no fused kernel for cuda tensors has {name}"
 
 
 @pytest.mark.parametrize("row", ROWS[:12], ids=name_of)

@@ -31,6 +31,9 @@ struct PlainGates {
   }
 };
 
+// Of layer normalisation: added to the variance, as in torch.nn.functional.layer_norm.
+inline constexpr double layer_norm_epsilon = 1e-5;
+
 // limit must not be negative. NaN stays NaN.
 template <class V>
 FRNN_HOST_DEVICE V clamped(V x, typename Lanes<V>::Scalar limit) {

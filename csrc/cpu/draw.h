@@ -1,30 +1,11 @@
-// Bits that are 1 with a given probability, from a seed and their place alone: the same on any number of threads and
-// any instruction set.
-//
-// Each row has two words from the seed and its number (splitmix64). A unit's word is its number plus the one, mixed by
-// multiplications and shifts (the function that Wellons found by search, whose bias is the lowest known of such), with
-// the other added, and mixed again.
+// The bits of cells/draw.h for whole rows, a vector of words at a time.
 #pragma once
 
+#include "../cells/draw.h"
 #include "simd.h"
 
 namespace fused_rnn {
 namespace FRNN_ISA {
-
-FRNN_INLINE uint64_t mixed(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-FRNN_INLINE WordLanes mixed(WordLanes x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
 
 // One bit for each lane that is not zero in all its bits.
 FRNN_INLINE uint32_t bits_of_lanes(WordLanes all_or_nothing) {
@@ -44,18 +25,15 @@ FRNN_INLINE uint32_t bits_of_lanes(WordLanes all_or_nothing) {
 inline void draw_bits(uint64_t seed, int64_t first_row, int64_t rows, int64_t units, double rate, uint8_t* bits) {
   constexpr int lanes = sizeof(WordLanes) / 4;
   const int64_t bytes = (units + 7) / 8;
-  const double scaled = rate * 4294967296.0 + 0.5;
-  const bool all = scaled >= 4294967296.0;
-  const uint32_t threshold = all ? 0 : uint32_t(scaled);
+  const DrawThreshold threshold(rate);
   WordLanes number;
   for (int l = 0; l < lanes; ++l) number[l] = uint32_t(l);
   for (int64_t r = 0; r < rows; ++r, bits += bytes) {
-    const uint64_t key = mixed(seed ^ mixed(uint64_t(first_row + r)));
-    const uint32_t first = uint32_t(key), second = uint32_t(key >> 32);
+    const RowOfDraws row(seed, first_row + r);
     uint32_t word = 0;
     for (int64_t u = 0; u < bytes * 8; u += lanes) {
-      const WordLanes drawn = mixed(mixed(number + (uint32_t(u) + first)) + second);
-      uint32_t ones = all ? 0xffffffffu : bits_of_lanes((WordLanes)(drawn < threshold));
+      const WordLanes drawn = row.drawn<WordLanes>(number + uint32_t(u));
+      uint32_t ones = threshold.all ? 0xffffffffu : bits_of_lanes((WordLanes)(drawn < threshold.below));
       const int64_t left = units - u;
       if (left < lanes) ones &= left <= 0 ? 0u : (1u << left) - 1u;
       if constexpr (lanes >= 8) {

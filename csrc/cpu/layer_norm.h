@@ -6,12 +6,11 @@
 // order, so the result is the same bits for any number of threads.
 #pragma once
 
+#include "../cells/options.h"
 #include "pack.h"
 
 namespace fused_rnn {
 namespace FRNN_ISA {
-
-inline constexpr double layer_norm_epsilon = 1e-5;  // added to the variance, as in torch.nn.functional.layer_norm
 
 // By halves, whose additions do not wait for one another.
 template <class A>

@@ -95,6 +95,123 @@ struct StepBackward {
 const char* step_backward(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions, int count,
                           void* stream);
 
+// A step with options
+
+// What options do in a step of one direction, beside its StepForward. Null: nothing.
+struct ForwardOptions {
+  // (rows, ceil(H / 8)): bit u % 8 of byte u / 8 says whether unit u keeps its h, or c.
+  const uint8_t* zoneout = nullptr;
+  const uint8_t* zoneout_cell = nullptr;
+  // (rows) bytes: where not 0 the row begins anew before the next step, and what goes on from this one is reset_h and
+  // reset_c (B, H), null: zeros. y, c_n, gates and cells are those of the step all the same.
+  const uint8_t* anew = nullptr;
+  const void* reset_h = nullptr;
+  const void* reset_c = nullptr;
+  const void* dropout = nullptr;   // (B, H), the layer's dtype: factors of h before W_hh
+  void* multiplied = nullptr;      // (B, H), the layer's dtype: what goes on of h, times the factors
+  const void* peephole = nullptr;  // (3 * H)
+};
+
+// With a projection, step_forward gives y before it, and this the h after it, of both directions.
+struct ProjectedForward {
+  int64_t rows = 0;
+  const uint8_t* mask = nullptr;     // as StepForward
+  const void* projected = nullptr;   // (rows, P), sum type
+  const uint8_t* zoneout = nullptr;  // (rows, ceil(P / 8))
+  double rate = 0;                   // without those bits: how much of the old h every unit keeps
+  const uint8_t* anew = nullptr;     // as ForwardOptions
+  const void* reset_h = nullptr;     // (B, P)
+  const void* dropout = nullptr;     // (B, P)
+  void* multiplied = nullptr;        // (B, P)
+  void* h = nullptr;                 // (B, P): the old h, replaced by what goes on
+  void* y = nullptr;                 // (rows, P), row r at + r * y_stride
+  int64_t y_stride = 0;
+};
+
+struct BackwardOptions {
+  const uint8_t* zoneout = nullptr;  // as ForwardOptions
+  const uint8_t* zoneout_cell = nullptr;
+  // (rows) bytes: where not 0 the row began anew before this step: the state before it is reset_h and reset_c.
+  const uint8_t* anew = nullptr;
+  const void* reset_h = nullptr;
+  const void* reset_c = nullptr;
+  const void* grad_h = nullptr;  // (rows, H), row r at + r * grad_h_stride: more of what comes to this step's h
+  int64_t grad_h_stride = 0;
+  const void* grad_cells = nullptr;  // (rows, H), sum type: more of what comes to its c
+  const void* peephole = nullptr;    // (3 * H)
+  void* grad_peephole = nullptr;     // (B, 3 * H), sum type: this step's are added; null: not wanted
+  void* hidden = nullptr;            // (rows, H), the layer's dtype: h before a projection; null: not wanted
+};
+
+// With a projection: from the gradient of the h after it to the gradient of what was projected.
+struct ProjectedBackward {
+  int64_t rows = 0;
+  const uint8_t* mask = nullptr;
+  const uint8_t* zoneout = nullptr;  // (rows, ceil(P / 8))
+  double rate = 0;
+  const void* grad_y = nullptr;  // (rows, P), row r at + r * grad_y_stride; null: zeros
+  int64_t grad_y_stride = 0;
+  const void* grad_h = nullptr;  // the same
+  int64_t grad_h_stride = 0;
+  void* dh = nullptr;         // (rows, P), sum type: from the steps after; replaced by what passes this step by
+  void* projected = nullptr;  // (rows, P), the layer's dtype: gradient of the projection's result
+};
+
+// With layer normalisation `saved` is followed by 2 * gates values of a unit, of w_ih x and of w_hh h less their means,
+// and `grad_gates` by the gradients of both before they are normalised. Of one direction; null where there is none.
+struct ForwardNorm {
+  const void* gain_ih = nullptr;  // (gates * H), the layer's dtype
+  const void* gain_hh = nullptr;
+  const void* gain_c = nullptr;  // (H), of an LSTM
+  const void* bias_c = nullptr;  // (H)
+  void* output_gate = nullptr;   // (B, H), sum type: of an LSTM, for the kernel alone
+  void* new_cell = nullptr;
+};
+struct BackwardNorm {
+  const void* gain_ih = nullptr;
+  const void* gain_hh = nullptr;
+  const void* gain_c = nullptr;
+  const void* bias_c = nullptr;
+  void* to_output = nullptr;  // (B, H), sum type, for the kernel alone
+  void* normal_c = nullptr;   // (rows, H), sum type: c normalised, without gain and bias
+  void* grad_c = nullptr;     // (rows, H), sum type: gradient of what gain and bias make of it
+};
+
+// Between two steps of the backward pass: what the step has handed back to the state before it.
+struct HandedBack {
+  int64_t rows = 0;
+  int64_t previous_rows = 0;       // as StepBackward: the others' state before the step is that of the caller
+  const void* product = nullptr;   // (rows, P), sum type: what came through W_hh; null: it is in dh already
+  const void* dropout = nullptr;   // (B, P), the layer's dtype: by which that is multiplied before it is added to dh
+  const uint8_t* anew = nullptr;   // (rows) bytes: the gradient belongs to what the row began anew from, not to before
+  void* grad_reset_h = nullptr;    // (B, P), sum type: to which it is added there; null: not wanted
+  void* grad_reset_c = nullptr;    // (B, H)
+  bool ends = false;               // no gradient goes further back
+  double clip = 0;                 // the largest that h of an earlier step gets; 0: any
+  const uint8_t* clips = nullptr;  // (rows) bytes: where; null: in the first previous_rows rows
+  void* dh = nullptr;              // (rows, P), sum type
+  void* dc = nullptr;              // (rows, H), sum type, or null
+};
+
+// step_forward and step_backward with what `within` says and the options of each direction. dh is replaced in every
+// cell. within.zoneout is 0 with a projection. state_size: P; cell_size: H, or 0 without a cell state.
+const char* step_forward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
+                                      const ForwardOptions* options, const Within& within, int count, void* stream);
+const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
+                                       const BackwardOptions* options, const Within& within, int count, void* stream);
+const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
+                                   const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
+                                   int count, void* stream);
+const char* step_backward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
+                                    const BackwardOptions* options, const BackwardNorm* norms, const Within& within,
+                                    int count, void* stream);
+const char* projected_forward(DType dtype, int64_t state_size, const ProjectedForward* directions, int count,
+                              void* stream);
+const char* projected_backward(DType dtype, int64_t state_size, const ProjectedBackward* directions, int count,
+                               void* stream);
+const char* hand_back(DType dtype, int64_t state_size, int64_t cell_size, const HandedBack* directions, int count,
+                      void* stream);
+
 // Over all rows
 
 // Sums of the columns of (rows, columns), row r at data + r * stride, in a fixed order: out[k] = sum, again[k] = the
@@ -111,6 +228,15 @@ const char* upload_steps(const int64_t* batch_sizes, int64_t T, int64_t* sizes, 
 // or of h0 (B, P), or zeros. steps: device arrays when packed; rows: N.
 const char* previous_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
                             const Sequence& y, const void* h0, void* out, void* stream);
+
+// The same as it was multiplied by W_hh: where the row began anew before the step, of reset_h (B, P), null: zeros;
+// times dropout (B, P), null: ones; zeros where steps.mask has no step, whatever stands there.
+const char* multiplied_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
+                              const Sequence& y, const void* h0, const void* reset_h, const void* dropout, void* out,
+                              void* stream);
+
+// bits (rows, ceil(units / 8)) from the number at `seed`: cells/draw.h.
+const char* draw_bits(const int64_t* seed, int64_t rows, int64_t units, double rate, uint8_t* bits, void* stream);
 
 // All steps in one launch
 

@@ -127,5 +127,18 @@ const char* previous_states(DType dtype, int64_t size, const Steps& steps, int64
   return text_of(cudaGetLastError());
 }
 
+const char* multiplied_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
+                              const Sequence& y, const void* h0, const void* reset_h, const void* dropout, void* out,
+                              void* stream) {
+  launch_multiplied_states(dtype, size, steps, rows, reverse, y, h0, reset_h, dropout, out,
+                           OnStream{cudaStream_t(stream)});
+  return text_of(cudaGetLastError());
+}
+
+const char* draw_bits(const int64_t* seed, int64_t rows, int64_t units, double rate, uint8_t* bits, void* stream) {
+  launch_draw_bits(seed, rows, units, rate, bits, OnStream{cudaStream_t(stream)});
+  return text_of(cudaGetLastError());
+}
+
 }  // namespace cuda
 }  // namespace fused_rnn

@@ -1,8 +1,9 @@
-// Rows of a packed batch: which step each belongs to, and the state before it.
+// Rows of a batch: which step each belongs to, the state before it, and bits that are drawn for it.
 #pragma once
 
 #include <algorithm>
 
+#include "../cells/draw.h"
 #include "cuda.h"
 #include "device.h"
 
@@ -57,7 +58,48 @@ __global__ void gather_previous_states(int64_t size, Steps steps, bool reverse, 
   }
 }
 
-// Both take a launch(kernel, blocks, threads, arguments...).
+// The same of a call in which rows begin anew, or h is multiplied by factors before W_hh.
+template <class S>
+__global__ void gather_multiplied_states(int64_t size, Steps steps, bool reverse, Sequence y, const S* h0,
+                                         const S* reset_h, const S* dropout, S* out) {
+  const int64_t warps = int64_t(grid_x()) * (block_size() / warp_size);
+  const int64_t first = int64_t(block_x()) * (block_size() / warp_size) + warp_index();
+  for (int64_t n = first; n < steps.total_rows(); n += warps) {
+    const int64_t t = step_of(steps, n), b = n - steps.first_row(t);
+    const int64_t previous = reverse ? t + 1 : t - 1;
+    const S* from = h0 ? h0 + b * size : nullptr;
+    if (steps.mask && !steps.mask[n]) {
+      from = nullptr;
+    } else if (steps.reset && steps.begins_anew(t, b, reverse)) {
+      from = reset_h ? reset_h + b * size : nullptr;
+    } else if (previous >= 0 && previous < steps.T && b < steps.rows(previous)) {
+      from = static_cast<const S*>(y.data) + steps.step(y, previous) + b * y.batch_stride;
+    }
+    for (int64_t i = lane_index(); i < size; i += warp_size) {
+      typename Accumulator<S>::type h = 0;
+      if (from) h = dropout ? widen(from[i]) * widen(dropout[b * size + i]) : widen(from[i]);
+      out[n * size + i] = narrow<S>(h);
+    }
+  }
+}
+
+// A thread a byte.
+__global__ void draw_rows_of_bits(const int64_t* seed, int64_t rows, int64_t units, double rate, uint8_t* bits) {
+  const int64_t bytes = (units + 7) / 8, step = int64_t(grid_x()) * block_size();
+  const DrawThreshold threshold(rate);
+  for (int64_t i = int64_t(block_x()) * block_size() + thread_index(); i < rows * bytes; i += step) {
+    const int64_t row = i / bytes, unit = i % bytes * 8;
+    const RowOfDraws draws(uint64_t(*seed), row);
+    unsigned byte = 0;
+    for (int k = 0; k < 8 && unit + k < units; ++k) {
+      const bool one = threshold.all || draws.drawn(uint32_t(unit + k)) < threshold.below;
+      byte |= unsigned(one) << k;
+    }
+    bits[i] = uint8_t(byte);
+  }
+}
+
+// All take a launch(kernel, blocks, threads, arguments...).
 
 template <class Launch>
 void launch_store_steps(const int64_t* batch_sizes, int64_t T, int64_t* sizes, int64_t* offsets, Launch launch) {
@@ -86,6 +128,33 @@ void launch_previous_states(DType dtype, int64_t size, const Steps& steps, int64
     case DType::float32: run(uint32_t{}); break;
     default: run(uint16_t{});
   }
+}
+
+template <class Launch>
+void launch_multiplied_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
+                              const Sequence& y, const void* h0, const void* reset_h, const void* dropout, void* out,
+                              Launch launch) {
+  constexpr int threads = 128, rows_of_block = threads / warp_size;
+  const int blocks = int(std::min<int64_t>((rows + rows_of_block - 1) / rows_of_block, 1 << 20));
+  const auto run = [&](auto element) {
+    using S = decltype(element);
+    launch(gather_multiplied_states<S>, blocks, threads, size, steps, reverse, y, static_cast<const S*>(h0),
+           static_cast<const S*>(reset_h), static_cast<const S*>(dropout), static_cast<S*>(out));
+  };
+  switch (dtype) {
+    case DType::float32: return run(float{});
+    case DType::float64: return run(double{});
+    case DType::bfloat16: return run(BFloat16{});
+    case DType::float16: return run(Half{});
+  }
+}
+
+template <class Launch>
+void launch_draw_bits(const int64_t* seed, int64_t rows, int64_t units, double rate, uint8_t* bits, Launch launch) {
+  constexpr int threads = 128;
+  const int64_t bytes = rows * ((units + 7) / 8);
+  const int blocks = int(std::min<int64_t>((bytes + threads - 1) / threads, 1 << 20));
+  launch(draw_rows_of_bits, blocks, threads, seed, rows, units, rate, bits);
 }
 
 // Nothing: asked of the driver is how many blocks of it fit.

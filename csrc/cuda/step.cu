@@ -1,7 +1,9 @@
-// Launches of step.cuh.
+// Launches of step.cuh, step_options.cuh and step_norm.cuh.
 #include <cuda_runtime_api.h>
 
 #include "step.cuh"
+#include "step_norm.cuh"
+#include "step_options.cuh"
 
 namespace fused_rnn {
 namespace cuda {
@@ -35,6 +37,54 @@ const char* step_forward(CellKind kind, DType dtype, int64_t hidden_size, const 
 const char* step_backward(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions, int count,
                           void* stream) {
   launch_step(kind, dtype, hidden_size, directions, count, units_for_vectors, OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+const char* step_forward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
+                                      const ForwardOptions* options, const Within& within, int count, void* stream) {
+  launch_step_with_options(kind, dtype, hidden_size, directions, options, within, count,
+                           OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
+                                       const BackwardOptions* options, const Within& within, int count, void* stream) {
+  launch_step_with_options(kind, dtype, hidden_size, directions, options, within, count,
+                           OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
+                                   const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
+                                   int count, void* stream) {
+  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count,
+                        OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+const char* step_backward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
+                                    const BackwardOptions* options, const BackwardNorm* norms, const Within& within,
+                                    int count, void* stream) {
+  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count,
+                        OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+const char* projected_forward(DType dtype, int64_t state_size, const ProjectedForward* directions, int count,
+                              void* stream) {
+  launch_states(dtype, state_size, directions, count, OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+const char* projected_backward(DType dtype, int64_t state_size, const ProjectedBackward* directions, int count,
+                               void* stream) {
+  launch_states(dtype, state_size, directions, count, OnStream{cudaStream_t(stream)});
+  return last_error();
+}
+
+const char* hand_back(DType dtype, int64_t state_size, int64_t cell_size, const HandedBack* directions, int count,
+                      void* stream) {
+  launch_hand_back(dtype, state_size, cell_size, directions, count, OnStream{cudaStream_t(stream)});
   return last_error();
 }
 

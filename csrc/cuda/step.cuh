@@ -299,8 +299,8 @@ auto step_kernel(const StepBackward&) {
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A grid with a thread for every vector of `width` units, as far as grids go.
-template <class Step>
-StepGrid step_grid(StepArguments<Step>& arguments, int count, int width) {
+template <class Arguments>
+StepGrid step_grid(Arguments& arguments, int count, int width) {
   int64_t rows = 1;
   for (int d = 0; d < count; ++d)
     if (arguments.direction[d].rows > rows) rows = arguments.direction[d].rows;

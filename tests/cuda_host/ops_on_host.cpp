@@ -6,6 +6,8 @@
 #include "cuda/persistent.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/step.cuh"
+#include "cuda/step_norm.cuh"
+#include "cuda/step_options.cuh"
 #include "engine.h"
 #include "ops_cuda.h"
 #include "ops_cuda_stream.h"
@@ -65,6 +67,48 @@ const char* step_backward(CellKind kind, DType dtype, int64_t hidden_size, const
   return nullptr;
 }
 
+const char* step_forward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
+                                      const ForwardOptions* options, const Within& within, int count, void*) {
+  launch_step_with_options(kind, dtype, hidden_size, directions, options, within, count, OnHost{});
+  return nullptr;
+}
+
+const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
+                                       const BackwardOptions* options, const Within& within, int count, void*) {
+  launch_step_with_options(kind, dtype, hidden_size, directions, options, within, count, OnHost{});
+  return nullptr;
+}
+
+const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
+                                   const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
+                                   int count, void*) {
+  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count, OnHost{});
+  return nullptr;
+}
+
+const char* step_backward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
+                                    const BackwardOptions* options, const BackwardNorm* norms, const Within& within,
+                                    int count, void*) {
+  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count, OnHost{});
+  return nullptr;
+}
+
+const char* projected_forward(DType dtype, int64_t state_size, const ProjectedForward* directions, int count, void*) {
+  launch_states(dtype, state_size, directions, count, OnHost{});
+  return nullptr;
+}
+
+const char* projected_backward(DType dtype, int64_t state_size, const ProjectedBackward* directions, int count, void*) {
+  launch_states(dtype, state_size, directions, count, OnHost{});
+  return nullptr;
+}
+
+const char* hand_back(DType dtype, int64_t state_size, int64_t cell_size, const HandedBack* directions, int count,
+                      void*) {
+  launch_hand_back(dtype, state_size, cell_size, directions, count, OnHost{});
+  return nullptr;
+}
+
 int64_t column_sums_workspace(DType dtype, int64_t rows, int64_t columns) {
   return sum_chunks(rows) * columns * int64_t(dtype == DType::float64 ? sizeof(double) : sizeof(float));
 }
@@ -83,6 +127,18 @@ const char* upload_steps(const int64_t* batch_sizes, int64_t T, int64_t* sizes, 
 const char* previous_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
                             const Sequence& y, const void* h0, void* out, void*) {
   launch_previous_states(dtype, size, steps, rows, reverse, y, h0, out, OnHost{});
+  return nullptr;
+}
+
+const char* multiplied_states(DType dtype, int64_t size, const Steps& steps, int64_t rows, bool reverse,
+                              const Sequence& y, const void* h0, const void* reset_h, const void* dropout, void* out,
+                              void*) {
+  launch_multiplied_states(dtype, size, steps, rows, reverse, y, h0, reset_h, dropout, out, OnHost{});
+  return nullptr;
+}
+
+const char* draw_bits(const int64_t* seed, int64_t rows, int64_t units, double rate, uint8_t* bits, void*) {
+  launch_draw_bits(seed, rows, units, rate, bits, OnHost{});
   return nullptr;
 }
 
@@ -181,7 +237,7 @@ TORCH_LIBRARY(fused_rnn_host, m) {
       "int layers) -> ()",
       &allow);
   m.def("launches() -> str[]", [] { return std::exchange(fused_rnn::cuda::launched, {}); });
-  for (const char* name : {"rnn_forward", "rnn_backward", "cell_forward", "cell_backward"}) {
+  for (const char* name : {"rnn_forward", "rnn_backward", "cell_forward", "cell_backward", "draw_bits"}) {
     const auto original =
         c10::Dispatcher::singleton().findSchemaOrThrow((std::string("fused_rnn::") + name).c_str(), "");
     m.def(original.schema().cloneWithName(std::string("fused_rnn_host::") + name, ""));

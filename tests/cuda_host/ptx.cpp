@@ -202,6 +202,8 @@ void Table::floats(const std::string& type) {
   unary<T, T>("neg." + type, [](T a) { return -a; });
   unary<T, T>("abs." + type, [](T a) { return std::fabs(a); });
   binary<T, T>("div.rn." + type, [](T a, T b) { return a / b; });
+  unary<T, T>("rcp.rn." + type, [](T a) { return 1 / a; });
+  unary<T, T>("sqrt.rn." + type, [](T a) { return std::sqrt(a); });
 }
 
 void Table::single_instructions() {
@@ -254,6 +256,8 @@ void Table::single_instructions() {
   convert<float, double>("rn.f32.f64");
   convert<float, int32_t>("rn.f32.s32");
   convert<float, uint32_t>("rn.f32.u32");
+  convert<float, int64_t>("rn.f32.s64");
+  convert<double, int64_t>("rn.f64.s64");
   unary<uint16_t, float>("cvt.rn.bf16.f32", [](float a) { return narrow<BFloat16>(a).bits; });
   unary<uint16_t, float>("cvt.rn.f16.f32", [](float a) { return narrow<Half>(a).bits; });
   unary<float, uint16_t>("cvt.f32.f16", [](uint16_t a) { return widen(Half{a}); });
