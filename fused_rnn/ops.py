@@ -52,6 +52,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
@@ -783,15 +784,19 @@ _register_gradient_of_models()
 
 def _loop_over_examples(operator: Any, info: Any, in_dims: Any, args: Any) -> tuple[Any, Any]:
     """One call per example, results stacked."""
-    values, structure = tree_flatten(args)
-    dims = tree_flatten(in_dims)[0]
 
-    def example(index: int) -> Any:
-        pairs = zip(values, dims, strict=True)
-        one = [value.select(dim, index) if isinstance(dim, int) else value for value, dim in pairs]
-        return operator(*tree_unflatten(one, structure))
+    def of_example(value: Any, dim: Any, index: int) -> Any:
+        if dim is None:
+            return value
+        if isinstance(value, (list, tuple)):
+            return [of_example(each, of_each, index) for each, of_each in zip(value, dim, strict=True)]
+        return value.select(dim, index).contiguous()  # what was saved for several examples at once stands in between
 
-    stacked = tree_map(lambda *results: torch.stack(results), *(example(i) for i in range(info.batch_size)))
+    calls = [
+        operator(*[of_example(value, dim, index) for value, dim in zip(args, in_dims, strict=True)])
+        for index in range(info.batch_size)
+    ]
+    stacked = tree_map(lambda *results: torch.stack(results), *calls)
     return stacked, tree_map(lambda _: 0, stacked)
 
 
@@ -833,6 +838,17 @@ def _with_dims(pairs: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
     return results, dims
 
 
+def _is_forward_mode() -> bool:
+    """Whether some level takes tangents, for which the operators of models and of gradients per example have none."""
+    return forward_ad._current_level >= 0
+
+
+def _are_models(input: Tensor, params: Sequence[int | None], controls: Sequence[Tensor]) -> bool:
+    """Whether examples have parameters of their own, and the operators of such models take the call."""
+    stacked = any(dim is not None for dim in params)
+    return stacked and not controls and input.device.type == "cpu" and not _is_forward_mode()
+
+
 def _stack(info: Any, t: Any, dim: Any) -> Any:
     """Tensors, or a list of them, with the models as the first dimension; None and (0,) as they are."""
     if isinstance(t, (list, tuple)):
@@ -854,9 +870,9 @@ def _has_gradients_each(
     input: Tensor, params: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float]
 ) -> bool:
     """Whether ``rnn_backward_each`` takes a call without controls."""
-    return _C.has_derivative_kernels(input, list(params), [], list(integers), list(numbers)) and not _take_derivatives(
-        _transforms()
-    )
+    if _is_forward_mode() or _take_derivatives(_transforms()):
+        return False
+    return _C.has_derivative_kernels(input, list(params), [], list(integers), list(numbers))
 
 
 def _row_dim(integers: Sequence[int]) -> int:
@@ -867,7 +883,7 @@ def _row_dim(integers: Sequence[int]) -> int:
 def _batched_rnn_forward(  # type: ignore[no-untyped-def]
     info, in_dims, input, h0, c0, params, controls, integers, numbers, save,
 ):  # fmt: skip
-    if not controls and input.device.type == "cpu" and not _shares_weights(in_dims[3], controls):
+    if _are_models(input, in_dims[3], controls):
         given = (input, h0, c0, params)
         records = torch.is_grad_enabled() and any(t.requires_grad for t in tree_flatten(given)[0] if t is not None)
         stacked = (_stack(info, t, dim) for t, dim in zip(given, in_dims, strict=False))
@@ -889,7 +905,7 @@ def _batched_rnn_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if grad_cells is not None or grad_hidden is not None:
         return None
-    if not controls and input.device.type == "cpu" and not _shares_weights(in_dims[8], controls):
+    if _are_models(input, in_dims[8], controls):
         seeds = (grad_output, grad_h_n, grad_c_n)
         of_models = (*seeds, input, h0, c0, params, output, gates, cells, hidden)
         dims = (*in_dims[:3], *in_dims[5:9], *in_dims[10:14])

@@ -229,6 +229,33 @@ def test_gradients_of_examples_are_two_calls(case: Any, inputs_too: bool, kernel
     assert_within(named(list(found)), named(stacked))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("LSTM", num_layers=2, proj=True, hx=True, dtype=F64),
+        Case("GRU", num_layers=2, bidirectional=True, dtype=torch.bfloat16),
+        CellCase("LSTM", dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_gradients_of_examples_that_no_kernel_gives_at_once(case: Any) -> None:
+    """A forward pass of all examples, then a backward pass for each."""
+    call = Call(case)
+    given = [t.to(case.dtype) for t in of_examples(call, 3)]
+    params = call.leaves[1 + call.states :]
+    wanted = tuple(range(len(call.leaves)))
+
+    def gradients(*leaves: Tensor) -> tuple[Tensor, ...]:
+        loss = lambda *values: sum(t.square().sum() for t in call(*values))  # noqa: E731
+        result: tuple[Tensor, ...] = grad(loss, argnums=wanted)(*leaves)
+        return result
+
+    found = vmap(gradients, in_dims=(*([0] * len(given)), *([None] * len(params))))(*given, *params)
+    expected = [gradients(*x, *params) for x in zip(*given, strict=True)]
+    stacked = [torch.stack(all_of).double() for all_of in zip(*expected, strict=True)]
+    assert_within(named(list(found)), named(stacked))
+
+
 @pytest.mark.parametrize(("of_x", "of_h"), [(1, None), (None, 2), (2, 1), (-1, -1)])
 def test_examples_in_any_dimension(of_x: int | None, of_h: int | None, kernels_alone: None) -> None:
     layer = fused_rnn.GRU(3, 4).double()
@@ -295,6 +322,30 @@ def test_second_derivatives_of_an_ensemble(case: Any) -> None:
     for i in range(2):
         expected = second(lambda *params: call(*inputs, *params), [t[i].detach().requires_grad_() for t in own])
         assert_within(named([g[i] for g in found]), named(expected))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_tangents_of_plain_forward_mode_go_through_vmap(shared: bool) -> None:
+    """They are no transform of torch.func: operators without tangents of their own must not be reached."""
+    layer = fused_rnn.LSTM(3, 4).double()
+    x, along = torch.randn(2, 5, 6, 2, 3, dtype=F64)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        result: Tensor = functional_call(layer, parameters, (x,))[0].exp().sum()
+        return result
+
+    given = parameters if shared else {name: torch.stack([p] * 6) for name, p in parameters.items()}
+
+    def found() -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, along)
+            each = vmap(grad(loss), in_dims=(None if shared else 0, 1))(given, dual)
+            return torch.cat([forward_ad.unpack_dual(g).tangent.flatten() for g in each.values()])
+
+    own = found()
+    with fused_rnn.use_backend("reference"):
+        assert_within({"tangents": own}, {"tangents": found()})
 
 
 @pytest.mark.parametrize("case", [Case("GRU", num_layers=2, hx=True), Case(batch_first=True, dtype=F64)], ids=str)
