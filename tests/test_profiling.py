@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.cases import CELLS, Case, CellCase
+from torch.func import functional_call, grad, jvp, vmap
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,6 +71,44 @@ def test_flops_of_a_cell_are_counted(cell: str) -> None:
         assert counter.get_total_flops() == forward
         output.sum().backward()
     assert counter.get_total_flops() == 3 * forward
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_flops_of_derivatives_are_counted(cell: str) -> None:
+    """In products of a forward pass of one layer, of which each W is a half here."""
+    case = Case(cell=cell, input_size=6, hidden_size=6, hx=False)
+    layer, x = case.build(fused_rnn), case.data().sequence.detach()
+    unit = forward_flops(case)
+    frozen = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def count(call: Any) -> float:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops() / unit
+
+    def output(parameters: Any, x: Any) -> Any:
+        return functional_call(layer, parameters, (x,))[0]
+
+    change = {name: torch.ones_like(p) for name, p in frozen.items()}
+    assert count(lambda: jvp(lambda x: output(frozen, x), (x,), (x,))) == 1 + 1
+    assert count(lambda: jvp(output, (frozen, x), (change, x))) == 1 + 1 + 1
+
+    def twice() -> None:  # by backward(): FlopCounterMode does not take autograd.grad()
+        given = x.clone().requires_grad_()
+        leaves = [given, *layer.parameters()]
+        layer(given)[0].backward(torch.ones_like(x), create_graph=True)
+        first = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        for leaf in leaves:
+            leaf.grad = None
+        torch.autograd.backward(first, [torch.ones_like(g) for g in first])
+
+    # The tangents 2; back through time 1/2; once more, with all gradients 1 + 1; of what changes 1 and 1/2 + 1/2.
+    assert count(twice) == 3 + 2 + 0.5 + 2 + 2
+    loss = lambda parameters, x: output(parameters, x).sum()  # noqa: E731
+    each = vmap(grad(loss), in_dims=(None, 0))
+    assert count(lambda: each(frozen, torch.stack([x, x]))) == 2 * (1 + 0.5 + 1)
+    models = {name: torch.stack([p, p, p]) for name, p in frozen.items()}
+    assert count(lambda: vmap(grad(loss), in_dims=(0, None))(models, x)) == 3 * (1 + 0.5 + 1)
 
 
 def test_flops_are_those_that_torch_counts_for_the_formulas() -> None:
