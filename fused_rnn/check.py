@@ -29,6 +29,9 @@ from .initial import is_of_norm
 CELLS = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# Options that draw at random in training mode.
+DRAWN = ("recurrent_dropout", "zoneout")
+
 # What to check of each option that kernels have within the recurrence: a cell and its keywords. There is none for
 # reset_after=False, which runs by the formulas everywhere.
 OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
@@ -191,7 +194,7 @@ class Call:
 
     def runs_on(self, target: str) -> bool:
         """Whether the target, an instruction set or "cuda", has kernels for this call, and the reference its draws."""
-        draws = self.training and self.option in ("recurrent_dropout", "zoneout")  # a GPU has a generator of its own
+        draws = self.training and self.option in DRAWN  # a GPU has a generator of its own
         return target != "cuda" or not draws
 
     def build(self) -> nn.Module:
@@ -447,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for failure in failures:
         print(f"FAILED {failure}")
     if "cuda" in isas:
-        print(f"not on cuda, where they run by the formulas: {', '.join(OPTIONS)}")
+        print(f"not on cuda, whose draws the reference does not have: {', '.join(DRAWN)} in training mode")
     count = sum(call.runs_on(isa) for call in calls() for isa in isas)
     verdict = f"{len(failures)} failures" if failures else "all within their limits"
     print(f"{count} calls, forward and backward, in {time.monotonic() - start:.1f} s: {verdict}")

@@ -161,8 +161,8 @@ def test_vmap_over_backward_equals_a_loop(case: Case | CellCase) -> None:
 
     found = torch.func.vmap(gradients)(seeds)
     expected = [torch.stack(values) for values in zip(*(gradients(seed) for seed in seeds), strict=True)]
-    names = [str(i) for i in range(len(leaves))]
-    assert_same(dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True)))
+    names = [str(i) for i in range(len(leaves))]  # close, as one call over all seeds sums in another order
+    assert_close_to_twin(dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True)))
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
@@ -178,7 +178,8 @@ def test_forward_mode_of_eager_calls_equals_func_jvp(case: Case | CellCase) -> N
         value, tangent = forward_ad.unpack_dual(output(forward_ad.make_dual(at, along)))
     assert tangent is not None
     expected_value, expected = torch.func.jvp(output, (at,), (along,))
-    assert_same({"output": value, "tangent": tangent}, {"output": expected_value, "tangent": expected})
+    # Close: the parameters require gradients, so that the one goes through the formulas, the other through kernels.
+    assert_close_to_twin({"output": value, "tangent": tangent}, {"output": expected_value, "tangent": expected})
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
