@@ -133,7 +133,7 @@ def compile_kernels(step: Step, number: int, isa: str) -> Path:
     of_set = backend.ops.instruction_set_flags("avx512_bf16" if isa == "avx512_amx" else isa)
     # -O2 takes 0.6 to 0.8 of the time of -O3 here, and what vectors are there are written out.
     of_build = [flag for flag in shlex.split(backend.ops.build_flags()) if flag not in ("-O3", "-Wall", "-Wextra")]
-    flags = [*of_build, "-O2", "-w", *of_set]
+    flags = [*of_build, "-O2", "-w", *of_set, *shlex.split(os.environ.get("FUSED_RNN_CELL_FLAGS", ""))]
     name = f"Cell{number}"  # so that the same cell by another name is the same library
     given = {"isa": isa, "bytes": _VECTOR_BYTES.get(isa, 16), "struct": step.cpp(name), "name": name}
     sources = {element: _KERNELS.format(element=element, **given) for element in _ELEMENTS}

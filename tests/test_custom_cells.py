@@ -578,6 +578,8 @@ def test_no_compiler_is_needed_where_the_cell_was_compiled_before(tmp_path: Path
     assert result.returncode == 1 and "expected a C++ compiler, g++, c++ or clang++" in result.stderr
     result = run_in_a_new_process(CXX="no-such-compiler", FUSED_RNN_CACHE=str(tmp_path / "cache"))
     assert result.returncode == 1 and "the C++ compiler does not run" in result.stderr
+    result = run_in_a_new_process(FUSED_RNN_CELL_FLAGS="--no-such-flag")  # other flags are other kernels
+    assert result.returncode == 1 and "no-such-flag" in result.stderr
 
 
 @pytest.mark.kernels
