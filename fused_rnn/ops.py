@@ -38,9 +38,9 @@ step.
                           last unit 0, from the int64 in ``seed`` alone, on whose device they are
 ========================= =============================================================================================
 
-Forward mode, and the gradient of a backward pass, are the last two where these take the call and no further derivative
-is asked for; else they go through :mod:`fused_rnn.formulas`: the Autograd kernels of the operators call
-:func:`forward_by_formulas` and :func:`second_derivative`.
+Forward mode, and the gradient of a backward pass, are ``rnn_tangent`` and ``rnn_backward_tangent`` where these take the
+call and no further derivative is asked for; else they go through :mod:`fused_rnn.formulas`: the Autograd kernels of the
+operators call :func:`forward_by_formulas` and :func:`second_derivative`.
 """
 
 from __future__ import annotations
