@@ -45,18 +45,16 @@ operators call :func:`forward_by_formulas` and :func:`second_derivative`.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import _C, _checks, formulas
+from . import _C, _checks, batching, formulas
+from . import flops as _flops  # noqa: F401, which registers them for the operators that _C has
 from ._C import (
     StreamBase,
     StreamPoolBase,
@@ -67,7 +65,6 @@ from ._C import (
     set_packed_bytes_limit,
 )
 from .settings import (
-    INTEGER_SETTINGS,
     NO_CONTROLS,
     NOTHING_WITHIN,
     AnyCellKind,
@@ -75,7 +72,6 @@ from .settings import (
     Controls,
     Settings,
     Within,
-    kind_of,
 )
 
 __all__ = [
@@ -513,17 +509,7 @@ def _formulas_of(
 
 def is_derived_again() -> bool:
     """Whether torch.func takes derivatives around the transform at work, whose results then want some of their own."""
-    return _take_derivatives(_transforms()[:-1])
-
-
-def _transforms() -> list[Any]:
-    """Transforms of torch.func that are at work, the innermost last."""
-    return torch._C._functorch.get_interpreter_stack() or []
-
-
-def _take_derivatives(transforms: Sequence[Any]) -> bool:
-    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-    return any(transform.key() in kinds for transform in transforms)
+    return batching.take_derivatives(batching.transforms()[:-1])
 
 
 def forward_by_formulas(
@@ -667,7 +653,7 @@ def _backward_each_by_formulas(  # type: ignore[no-untyped-def]
     grad_output, grad_h_n, grad_c_n, input, h0, c0, params, output, gates, cells, hidden, integers, numbers, needs,
     groups,
 ):  # fmt: skip
-    rows = _row_dim(integers)
+    rows = batching.row_dim(integers)
     given = [grad_output, grad_h_n, grad_c_n, input, h0, c0]
     row_dims = [rows, 1, 1, rows, 1, 1]
     dims = [None if t is None else dim + 1 for t, dim in zip(given, row_dims, strict=True)]
@@ -779,219 +765,7 @@ _register_derivative(_rnn_backward_stacked, _backward_stacked_by_formulas)
 _register_gradient_of_models()
 
 
-# --- Batching rules --------------------------------------------------------------------------------------------------
-
-
-def _loop_over_examples(operator: Any, info: Any, in_dims: Any, args: Any) -> tuple[Any, Any]:
-    """One call per example, results stacked."""
-
-    def of_example(value: Any, dim: Any, index: int) -> Any:
-        if dim is None:
-            return value
-        if isinstance(value, (list, tuple)):
-            return [of_example(each, of_each, index) for each, of_each in zip(value, dim, strict=True)]
-        return value.select(dim, index).contiguous()  # what was saved for several examples at once stands in between
-
-    calls = [
-        operator(*[of_example(value, dim, index) for value, dim in zip(args, in_dims, strict=True)])
-        for index in range(info.batch_size)
-    ]
-    stacked = tree_map(lambda *results: torch.stack(results), *calls)
-    return stacked, tree_map(lambda _: 0, stacked)
-
-
-def _register_batching_rule(operator: torch._ops.OpOverload, rule: Callable[..., Any] | None = None) -> None:
-    """vmap of an operator: by ``rule(info, in_dims, *args)``, or one call per example where that gives None."""
-
-    def batched(info: Any, in_dims: Any, *args: Any) -> Any:
-        result = None if rule is None else rule(info, in_dims, *args)
-        return _loop_over_examples(operator, info, in_dims, args) if result is None else result
-
-    torch.library.register_vmap(operator.name(), batched)
-
-
-class _Examples:
-    """Examples of vmap as neighbouring rows of a batch: row b * V + v is row b of example v."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def fold(self, t: Tensor | None, dim: int | None, rows: int) -> Tensor | None:
-        """All examples of t at once, whose dimension ``rows`` is that of its rows."""
-        if t is None:
-            return None
-        if dim is None:
-            t = t.unsqueeze(rows + 1).expand(*t.shape[: rows + 1], self.count, *t.shape[rows + 1 :])
-        else:
-            t = t.movedim(dim, rows + 1)
-        return t.flatten(rows, rows + 1)
-
-    def unfold(self, t: Tensor, rows: int) -> tuple[Tensor, int | None]:
-        """t with a dimension of examples, and which that is; None for (0,), an operator's word for no tensor."""
-        if t.dim() == 1:
-            return t, None
-        return t.unflatten(rows, (t.shape[rows] // self.count, self.count)), rows + 1
-
-
-def _with_dims(pairs: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
-    results, dims = zip(*pairs, strict=True)
-    return results, dims
-
-
-def _is_forward_mode() -> bool:
-    """Whether some level takes tangents, for which the operators of models and of gradients per example have none."""
-    return forward_ad._current_level >= 0
-
-
-def _are_models(input: Tensor, params: Sequence[int | None], controls: Sequence[Tensor]) -> bool:
-    """Whether examples have parameters of their own, and the operators of such models take the call."""
-    stacked = any(dim is not None for dim in params)
-    return stacked and not controls and input.device.type == "cpu" and not _is_forward_mode()
-
-
-def _stack(info: Any, t: Any, dim: Any) -> Any:
-    """Tensors, or a list of them, with the models as the first dimension; None and (0,) as they are."""
-    if isinstance(t, (list, tuple)):
-        return [_stack(info, each, of_each) for each, of_each in zip(t, dim, strict=True)]
-    if t is None or (dim is None and t.dim() == 1 and t.numel() == 0):
-        return t
-    return t.unsqueeze(0).expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-
-
-def _with_dims_of_models(results: Any) -> tuple[Any, Any]:
-    return results, tree_map(lambda t: None if t.dim() == 1 and t.numel() == 0 else 0, results)
-
-
-def _shares_weights(params: Sequence[int | None], controls: Sequence[Tensor]) -> bool:
-    return not controls and all(dim is None for dim in params)
-
-
-def _has_gradients_each(
-    input: Tensor, params: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float]
-) -> bool:
-    """Whether ``rnn_backward_each`` takes a call without controls."""
-    if _is_forward_mode() or _take_derivatives(_transforms()):
-        return False
-    return _C.has_derivative_kernels(input, list(params), [], list(integers), list(numbers))
-
-
-def _row_dim(integers: Sequence[int]) -> int:
-    """Of an input (T, B, I), or (B, T, I) with ``batch_first``."""
-    return 0 if integers[INTEGER_SETTINGS.index("batch_first")] else 1
-
-
-def _batched_rnn_forward(  # type: ignore[no-untyped-def]
-    info, in_dims, input, h0, c0, params, controls, integers, numbers, save,
-):  # fmt: skip
-    if _are_models(input, in_dims[3], controls):
-        given = (input, h0, c0, params)
-        records = torch.is_grad_enabled() and any(t.requires_grad for t in tree_flatten(given)[0] if t is not None)
-        stacked = (_stack(info, t, dim) for t, dim in zip(given, in_dims, strict=False))
-        return _with_dims_of_models(_rnn_forward_stacked(*stacked, integers, numbers, save or records))
-    if not _shares_weights(in_dims[3], controls):
-        return None
-    examples, rows = _Examples(info.batch_size), _row_dim(integers)
-    output, h_n, c_n, gates, cells, hidden = _rnn_forward(
-        examples.fold(input, in_dims[0], rows), examples.fold(h0, in_dims[1], 1), examples.fold(c0, in_dims[2], 1),
-        params, controls, integers, numbers, save,
-    )  # fmt: skip
-    saved = (examples.unfold(t, 1) for t in (h_n, c_n, gates, cells, hidden))
-    return _with_dims([examples.unfold(output, rows), *saved])
-
-
-def _batched_rnn_backward(  # type: ignore[no-untyped-def]
-    info, in_dims, grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output,
-    gates, cells, hidden, integers, numbers, needs, reuse_gates,
-):  # fmt: skip
-    if grad_cells is not None or grad_hidden is not None:
-        return None
-    if _are_models(input, in_dims[8], controls):
-        seeds = (grad_output, grad_h_n, grad_c_n)
-        of_models = (*seeds, input, h0, c0, params, output, gates, cells, hidden)
-        dims = (*in_dims[:3], *in_dims[5:9], *in_dims[10:14])
-        stacked = (_stack(info, t, dim) for t, dim in zip(of_models, dims, strict=True))
-        return _with_dims_of_models(_rnn_backward_stacked(*stacked, integers, numbers, needs))
-    if not _shares_weights(in_dims[8], controls):
-        return None
-    if any(needs[3:]) and not _has_gradients_each(input, params, integers, numbers):
-        return None
-    examples, rows = _Examples(info.batch_size), _row_dim(integers)
-
-    def fold(index: int, t: Tensor | None, dim: int = 1) -> Tensor | None:
-        if t is not None and t.dim() == 1 and t.numel() == 0:  # none
-            return t
-        return examples.fold(t, in_dims[index], dim)
-
-    seeds = (fold(0, grad_output, rows), fold(1, grad_h_n), fold(2, grad_c_n))
-    given = (fold(5, input, rows), fold(6, h0), fold(7, c0), params)
-    saved = (fold(10, output, rows), fold(11, gates), fold(12, cells), fold(13, hidden))
-    if any(needs[3:]):
-        grad_input, grad_h0, grad_c0, grad_params = _rnn_backward_each(
-            *seeds, *given, *saved, integers, numbers, needs, info.batch_size
-        )
-    else:
-        grad_input, grad_h0, grad_c0, grad_params = _rnn_backward(
-            *seeds, None, None, *given, controls, *saved, integers, numbers, needs, False
-        )
-    of_params = [0 if needed else None for needed in needs[3:]]
-    inputs = [examples.unfold(grad_input, rows), examples.unfold(grad_h0, 1), examples.unfold(grad_c0, 1)]
-    return _with_dims([*inputs, (grad_params, of_params)])
-
-
-def _batched_cell_forward(  # type: ignore[no-untyped-def]
-    info, in_dims, input, h, c, params, integers, numbers, save,
-):  # fmt: skip
-    if not _shares_weights(in_dims[3], ()):
-        return None
-    examples = _Examples(info.batch_size)
-    rows = (examples.fold(t, dim, 0) for t, dim in zip((input, h, c), in_dims, strict=False))
-    h_next, c_next, gates, cells = _cell_forward(*rows, params, integers, numbers, save)
-    return _with_dims(
-        [*(examples.unfold(t, 0) for t in (h_next, c_next)), *(examples.unfold(t, 1) for t in (gates, cells))]
-    )
-
-
-def _batched_cell_backward(  # type: ignore[no-untyped-def]
-    info, in_dims, grad_h, grad_c, input, h, c, params, gates, cells, integers, numbers, needs,
-):  # fmt: skip
-    if not _shares_weights(in_dims[5], ()):
-        return None
-    if any(needs[3:]) and not _has_gradients_each(input, params, integers, numbers):
-        return None
-    examples = _Examples(info.batch_size)
-    grad_h, grad_c, input, h, c = (
-        examples.fold(t, dim, 0) for t, dim in zip((grad_h, grad_c, input, h, c), in_dims, strict=False)
-    )
-    gates = examples.fold(gates, in_dims[6], 1)
-    cells = cells if cells.numel() == 0 else examples.fold(cells, in_dims[7], 1)
-    if not any(needs[3:]):
-        grads = _cell_backward(grad_h, grad_c, input, h, c, params, gates, cells, integers, numbers, needs)
-        grad_input, grad_h, grad_c, grad_params = grads
-    else:  # a stack of one layer over one step
-
-        def expand(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.unsqueeze(0)
-
-        keeps_h = kind_of(integers[0]).num_saved == 0  # in place of gates; of other cells nobody reads the output
-        output = gates.squeeze(2) if keeps_h else expand(h)
-        nothing = input.new_empty(0)
-        grad_input, grad_h, grad_c, grad_params = _rnn_backward_each(
-            expand(grad_h), None, expand(grad_c), expand(input), expand(h), expand(c), params, output,
-            nothing if keeps_h else gates, cells, nothing, integers, numbers, needs, info.batch_size,
-        )  # fmt: skip
-        grad_input, grad_h, grad_c = (t.squeeze(0) if t.dim() == 3 else t for t in (grad_input, grad_h, grad_c))
-    of_params = [0 if needed else None for needed in needs[3:]]
-    return _with_dims([*(examples.unfold(t, 0) for t in (grad_input, grad_h, grad_c)), (grad_params, of_params)])
-
-
-_register_batching_rule(_rnn_forward, _batched_rnn_forward)
-_register_batching_rule(_rnn_backward, _batched_rnn_backward)
-_register_batching_rule(_cell_forward, _batched_cell_forward)
-_register_batching_rule(_cell_backward, _batched_cell_backward)
-for _operator in (
-    _draw_bits, _rnn_tangent, _rnn_backward_tangent, _rnn_backward_each, _rnn_forward_stacked, _rnn_backward_stacked,
-):  # fmt: skip
-    _register_batching_rule(_operator)
+batching.register(_C.has_derivative_kernels)
 
 
 # --- Fake kernels ----------------------------------------------------------------------------------------------------
@@ -1240,120 +1014,3 @@ def _like_output(settings: Settings, t: Tensor) -> Tensor:
     if not settings.batch_first:
         return t.new_empty(t.shape)
     return t.new_empty(t.shape[1], t.shape[0], t.shape[2]).transpose(0, 1)
-
-
-# --- Floating-point operations, as torch.utils.flop_counter counts them -----------------------------------------------
-# Those of matrix products, a multiply-add is 2. The arguments are shapes; masked steps count.
-
-
-def _forward_flops(input: Sequence[int], params: Sequence[Sequence[int]]) -> int:
-    return 2 * math.prod(input[:-1]) * sum(math.prod(shape) for shape in params if len(shape) == 2)
-
-
-# The place of layer_norm in the list of a call that has something within.
-_LAYER_NORM = len(INTEGER_SETTINGS) + Within._fields.index("layer_norm")
-
-
-def _backward_flops(
-    input: Sequence[int],
-    params: Sequence[Sequence[int]],
-    gates: Sequence[int],
-    integers: Sequence[int],
-    needs: Sequence[bool],
-) -> int:
-    """For each matrix a product for the gradient of what it multiplied, and one for its own where that is asked for."""
-    matrices = [(i, math.prod(shape)) for i, shape in enumerate(params) if len(shape) == 2]
-    sum_of_products = sum(elements * (1 + needs[3 + i]) for i, elements in matrices)
-    kind = kind_of(integers[0])
-    if not needs[0]:  # the input's gradient is that of the lowest W_ih, in each direction
-        directions = 2 if integers[INTEGER_SETTINGS.index("bidirectional")] else 1
-        sum_of_products -= directions * math.prod(params[0])
-    saves = kind.num_saved > 0 or (len(integers) > _LAYER_NORM + 1 and integers[_LAYER_NORM] > 0)
-    again = saves and math.prod(gates) == 0
-    return 2 * math.prod(input[:-1]) * sum_of_products + (_forward_flops(input, params) if again else 0)
-
-
-@register_flop_formula([torch.ops.fused_rnn.rnn_forward, torch.ops.fused_rnn.cell_forward])
-def _(input, h, c, params, *_, **__):  # type: ignore[no-untyped-def]
-    return _forward_flops(input, params)
-
-
-@register_flop_formula(torch.ops.fused_rnn.rnn_backward)
-def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output, gates, cells,
-    hidden, integers, numbers, needs, *_, **__,
-):  # fmt: skip
-    return _backward_flops(input, params, gates, integers, needs)
-
-
-@register_flop_formula(torch.ops.fused_rnn.cell_backward)
-def _(  # type: ignore[no-untyped-def]
-    grad_h, grad_c, input, h, c, params, gates, cells, integers, numbers, needs, *_, **__,
-):  # fmt: skip
-    return _backward_flops(input, params, gates, integers, needs)
-
-
-def _products(
-    params: Sequence[Sequence[int]], integers: Sequence[int], of_input: bool
-) -> tuple[list[tuple[int, int, bool]], int]:
-    """Of each matrix its place, its elements and whether it is a W_ih of the lowest layer.
-
-    And the elements of all that a pass of a stack multiplies by, where those of that W_ih count if ``of_input``.
-    """
-    directions = 2 if integers[INTEGER_SETTINGS.index("bidirectional")] else 1
-    matrices = [(i, math.prod(shape)) for i, shape in enumerate(params) if len(shape) == 2]
-    lowest = {i for i, _ in matrices[: 2 * directions : 2]}
-    marked = [(i, elements, i in lowest) for i, elements in matrices]
-    return marked, sum(elements for _, elements, is_lowest in marked if of_input or not is_lowest)
-
-
-def _tangent_flops(input, input_t, params, params_t, integers) -> int:  # type: ignore[no-untyped-def]
-    """A scan of the changes, and a product for each matrix that changes."""
-    through_time = _products(params, integers, input_t is not None)[1]
-    changes = sum(math.prod(shape) for shape in params_t if len(shape) == 2)
-    return 2 * math.prod(input[:-1]) * (through_time + changes)
-
-
-@register_flop_formula(torch.ops.fused_rnn.rnn_tangent)
-def _(  # type: ignore[no-untyped-def]
-    input_t, h0_t, c0_t, params_t, input, h0, c0, params, controls, output, gates, cells, hidden, integers, *_, **__,
-):  # fmt: skip
-    return _tangent_flops(input, input_t, params, params_t, integers)
-
-
-@register_flop_formula(torch.ops.fused_rnn.rnn_backward_tangent)
-def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, grad_output_t, grad_h_n_t, grad_c_n_t, input_t, h0_t, c0_t, params_t, input, h0,
-    c0, params, controls, output, gates, cells, hidden, integers, numbers, needs, *_, **__,
-):  # fmt: skip
-    matrices, base = _products(params, integers, False)
-    elements = base + _products(params, integers, needs[0])[1]
-    for i, size, is_lowest in matrices:
-        if needs[3 + i]:  # with what it multiplied, and with how that changes
-            elements += size * (2 if not is_lowest or input_t is not None else 1)
-        if params_t and len(params_t[i]) == 2 and (needs[0] or not is_lowest):
-            elements += size
-    return _tangent_flops(input, input_t, params, params_t, integers) + 2 * math.prod(input[:-1]) * elements
-
-
-@register_flop_formula(torch.ops.fused_rnn.rnn_backward_each)
-def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, output, gates, cells, hidden, integers, numbers, needs, *_,
-    **__,
-):  # fmt: skip
-    matrices, through_time = _products(params, integers, needs[0])
-    return 2 * math.prod(input[:-1]) * (through_time + sum(size for i, size, _ in matrices if needs[3 + i]))
-
-
-@register_flop_formula(torch.ops.fused_rnn.rnn_forward_stacked)
-def _(input, h0, c0, params, *_, **__):  # type: ignore[no-untyped-def]
-    return input[0] * _forward_flops(input[1:], [shape[1:] for shape in params])
-
-
-@register_flop_formula(torch.ops.fused_rnn.rnn_backward_stacked)
-def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, output, gates, cells, hidden, integers, numbers, needs, *_,
-    **__,
-):  # fmt: skip
-    of_one = _backward_flops(input[1:], [shape[1:] for shape in params], gates, integers, needs)
-    return input[0] * of_one

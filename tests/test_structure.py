@@ -21,7 +21,7 @@ PACKAGE = Path(fused_rnn.__file__).parent
 # Lowest first. A module of the library imports only what stands in a line above its own.
 LEVELS = [
     {"settings", "expressions"},
-    {"formulas", "_checks"},
+    {"formulas", "_checks", "batching", "flops"},
     {"ops", "onnx_nodes"},
     {"backend"},
     {"functional", "packed_weights"},
