@@ -35,7 +35,7 @@ _TRACE += "int main() {{ return fused_rnn::trace::run<{name}>(); }}\n"
 _KERNELS = """#define FRNN_ISA custom_{isa}
 #define FRNN_ISA_TEXT "{isa}"
 #define FRNN_VECTOR_BYTES {bytes}
-#include "cpu/custom_kernels.h"
+{defined}#include "cpu/custom_kernels.h"
 
 namespace fused_rnn {{
 {struct}
@@ -136,6 +136,7 @@ def compile_kernels(step: Step, number: int, isa: str) -> Path:
     flags = [*of_build, "-O2", "-w", *of_set, *shlex.split(os.environ.get("FUSED_RNN_CELL_FLAGS", ""))]
     name = f"Cell{number}"  # so that the same cell by another name is the same library
     given = {"isa": isa, "bytes": _VECTOR_BYTES.get(isa, 16), "struct": step.cpp(name), "name": name}
+    given["defined"] = "#define FRNN_NEON\n" if isa.startswith("neon") else ""
     sources = {element: _KERNELS.format(element=element, **given) for element in _ELEMENTS}
     sources["table"] = _TABLE.format(number=number, isa=isa, gates=step.gates, saved=step.saved, states=step.states)
     kept = cache_folder() / f"{_key('kernels', *sources.values(), *flags)}.so"

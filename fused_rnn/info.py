@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-# From the widest to the narrowest: the first that is compiled in and that the processor has is used.
-INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
+# Of each architecture from the widest to the narrowest: the first that is compiled in and that the processor has is used.
+_ARM = ("neon_bf16", "neon", "portable")
+_X86 = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = _ARM if platform.machine().lower() in ("aarch64", "arm64") else _X86
 ENVIRONMENT_VARIABLES = ("FUSED_RNN_BACKEND", "FUSED_RNN_ISA", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -7,11 +7,20 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 #include "kernels.h"
+
+// Programs of 64-bit Arm can do without the portable table: what NEON's needs is everywhere.
+#if defined(FRNN_ISA_PORTABLE) || !defined(FRNN_ISA_NEON)
+#define FRNN_PORTABLE_TABLE
+#endif
 
 namespace fused_rnn {
 
@@ -35,9 +44,21 @@ namespace isa_avx2 {
 extern const KernelTable table;
 }
 #endif
+#if defined(FRNN_ISA_NEON_BF16)
+namespace isa_neon_bf16 {
+extern const KernelTable table;
+}
+#endif
+#if defined(FRNN_ISA_NEON)
+namespace isa_neon {
+extern const KernelTable table;
+}
+#endif
+#if defined(FRNN_PORTABLE_TABLE)
 namespace isa_portable {
 extern const KernelTable table;
 }
+#endif
 
 namespace {
 
@@ -54,7 +75,16 @@ const KernelTable* const tables[] = {
 #if defined(FRNN_ISA_AVX2)
     &isa_avx2::table,
 #endif
-    &isa_portable::table,    nullptr,
+#if defined(FRNN_ISA_NEON_BF16)
+    &isa_neon_bf16::table,
+#endif
+#if defined(FRNN_ISA_NEON)
+    &isa_neon::table,
+#endif
+#if defined(FRNN_PORTABLE_TABLE)
+    &isa_portable::table,
+#endif
+    nullptr,
 };
 
 #if defined(__x86_64__)
@@ -67,6 +97,17 @@ bool has_tiles() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
   constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+#if defined(__aarch64__)
+// Whether the processor multiplies bfloat16.
+bool has_bfloat16() {
+#if defined(__linux__) && defined(HWCAP2_BF16)
+  return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
 #else
   return false;
 #endif
@@ -108,6 +149,10 @@ bool runs_here(const KernelTable& table) {
   if (std::strcmp(isa, "avx512_bf16") == 0) return avx512_bf16;
   static const bool tiles = has_tiles();
   if (std::strcmp(isa, "avx512_amx") == 0) return avx512_bf16 && tiles;
+#elif defined(__aarch64__)
+  // Every 64-bit Arm processor that runs Linux has NEON.
+  if (std::strcmp(table.isa, "neon") == 0) return true;
+  if (std::strcmp(table.isa, "neon_bf16") == 0) return has_bfloat16();
 #endif
   return std::strcmp(table.isa, "portable") == 0;
 }

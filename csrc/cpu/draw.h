@@ -13,6 +13,8 @@ FRNN_INLINE uint32_t bits_of_lanes(WordLanes all_or_nothing) {
   return _mm512_movepi32_mask((__m512i)all_or_nothing);
 #elif FRNN_VECTOR_BYTES == 32
   return uint32_t(_mm256_movemask_ps((__m256)all_or_nothing));
+#elif defined(FRNN_NEON)
+  return vaddvq_u32((uint32x4_t)(all_or_nothing & WordLanes{1, 2, 4, 8}));
 #else
   uint32_t bits = 0;
   for (size_t l = 0; l < sizeof(WordLanes) / 4; ++l) bits |= (all_or_nothing[l] & 1u) << l;

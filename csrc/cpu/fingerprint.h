@@ -41,6 +41,8 @@ FRNN_INLINE Pairs multiply_pairs(Words w) {
   return (Pairs)_mm256_mul_epu32((__m256i)pairs, (__m256i)(pairs >> 32));
 #elif defined(__SSE2__)
   return (Pairs)_mm_mul_epu32((__m128i)pairs, (__m128i)(pairs >> 32));
+#elif defined(FRNN_NEON)
+  return (Pairs)vmull_u32(vmovn_u64((uint64x2_t)pairs), vshrn_n_u64((uint64x2_t)pairs, 32));
 #else
   return (pairs & 0xffffffffu) * (pairs >> 32);
 #endif

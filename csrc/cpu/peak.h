@@ -15,8 +15,8 @@ double multiply_add_rate(double seconds) {
   using V = typename Operand<E>::V;
   using Clock = std::chrono::steady_clock;
   // Two units of latency 4 need 8 chains, and more where a multiply-add is two instructions; 14 and the two operands
-  // fill the registers of AVX2.
-  constexpr int chains = 14;
+  // fill the registers of AVX2. Four units (Arm) need 16.
+  constexpr int chains = independent_sums > 8 ? 24 : 14;
   constexpr int64_t repeats = 4096;  // some microseconds between looks at the clock
   constexpr double operations = 2.0 * chains * Operand<E>::group * Simd<typename Operand<E>::Acc>::width;
 
@@ -33,7 +33,7 @@ double multiply_add_rate(double seconds) {
   double elapsed;
   do {
     for (int64_t i = 0; i < repeats; ++i) {
-#pragma GCC unroll 14
+#pragma GCC unroll 24
       for (int c = 0; c < chains; ++c) {
         if constexpr (Operand<E>::group == 1) {
           sums[c] = sums[c] * half + half;

@@ -2,8 +2,8 @@
 //
 // A is a list of row pointers, so that any layout of time and batch, a packed sequence included, is read in place.
 // A panel holds NV vectors of columns for every k: [K / group][NV * width][group], group being the k's that one
-// instruction multiplies (2 for the bfloat16 dot product, otherwise 1). Every element of C is summed in the order of k,
-// in the same blocks whatever the tile, so a result depends neither on the split of the work over threads nor on the
+// instruction multiplies (2 for the bfloat16 dot products, otherwise 1). Every element of C is summed in the order of
+// k, in the same blocks whatever the tile, so a result depends neither on the split of the work over threads nor on the
 // rows beside it.
 //
 // Measured on one AVX-512 core (Zen 5), a tile of 6 rows x 4 vectors or 8 x 3 reaches 98 % of the FMA peak while the
@@ -57,13 +57,60 @@ struct Operand<BFloat16> {
 };
 #endif
 
+#if defined(FRNN_NEON_DOTS)
+// Of each lane both products are added to each other before they are to the sum; each of the two additions keeps the
+// bits that float32 holds and, where it drops any, sets the lowest (rounding to odd).
+template <>
+struct Operand<BFloat16> {
+  using Acc = float;
+  using V = Simd<float>::V;
+  using Columns = uint16x8_t;
+  static constexpr int group = 2;
+  static FRNN_INLINE Columns columns(const BFloat16* b) { return load_bytes<Columns>(b); }
+  static FRNN_INLINE Columns broadcast(const BFloat16* a) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, a, sizeof pair);
+    return (Columns)vdupq_n_u32(pair);
+  }
+  static FRNN_INLINE Columns broadcast_last(const BFloat16* a, int64_t left) {
+    return left == 1 ? (Columns)vdupq_n_u32(a->bits) : broadcast(a);
+  }
+  static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) {
+    return (V)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)a, (bfloat16x8_t)b);
+  }
+};
+#endif
+
+#if defined(FRNN_NEON)
+// acc + columns * the lane of `row` that holds them. NEON multiplies by one lane: a row's numbers are loaded four k at
+// a time (float64: two, bfloat16: four pairs), and no instruction copies one to all lanes. From the intrinsics GCC
+// would make that copy and use it for all columns, or move sums between registers.
+template <int lane>
+FRNN_INLINE Simd<float>::V multiply_add_lane(Simd<float>::V acc, Simd<float>::V row, Simd<float>::V columns) {
+  __asm__("fmla %0.4s, %1.4s, %2.s[%3]" : "+w"(acc) : "w"(columns), "w"(row), "i"(lane));
+  return acc;
+}
+template <int lane>
+FRNN_INLINE Simd<double>::V multiply_add_lane(Simd<double>::V acc, Simd<double>::V row, Simd<double>::V columns) {
+  __asm__("fmla %0.2d, %1.2d, %2.d[%3]" : "+w"(acc) : "w"(columns), "w"(row), "i"(lane));
+  return acc;
+}
+#if defined(FRNN_NEON_DOTS)
+template <int lane>
+FRNN_INLINE Simd<float>::V multiply_add_lane(Simd<float>::V acc, uint16x8_t row, uint16x8_t columns) {
+  __asm__("bfdot %0.4s, %1.8h, %2.2h[%3]" : "+w"(acc) : "w"(columns), "w"(row), "i"(lane));
+  return acc;
+}
+#endif
+#endif
+
 // What the products of a layer stored as S are computed from: S itself where this instruction set multiplies it,
 // float for the other 16-bit formats.
 template <class S>
 struct ProductElement {
   using type = typename Accumulator<S>::type;
 };
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(FRNN_NEON_DOTS)
 template <>
 struct ProductElement<BFloat16> {
   using type = BFloat16;
@@ -92,15 +139,25 @@ inline constexpr int product_registers = 1;
 // `held` of them, of which each meets all of the others; one of the others at a time.
 constexpr int tile_registers(int MR, int N, int held) { return MR * N + held + 1 + product_registers; }
 
-// Rows of a tile: as many as vector registers hold when the fewer of its rows and its columns are held. One sum too
-// many is stored and loaded for every k, and the tile takes twice the time. Their addresses stand in the general
-// registers, hence 8 at most, or 7 where the sum of an eighth was stored all the same. For 4, 3, 2 and 1 vectors: 6, 8,
-// 8, 8 where there are 32 registers; 3, 4, 6, 8 with AVX2; 2, 3, 6, 7 with SSE2.
+// Of a tile's rows and columns those that are held: the fewer; but rows whose lanes hold several k always.
+constexpr int tile_held(int MR, int N) {
+#if defined(FRNN_NEON)
+  (void)N;
+  return MR;
+#else
+  return MR < N ? MR : N;
+#endif
+}
+
+// Rows of a tile: as many as vector registers hold. One sum too many is stored and loaded for every k, and the tile
+// takes twice the time. Their addresses stand in the general registers, hence 8 at most, or 7 where the sum of an
+// eighth was stored all the same. For 4, 3, 2 and 1 vectors: 6, 8, 8, 8 where there are 32 registers; 6, 7, 8, 8 with
+// NEON; 3, 4, 6, 8 with AVX2; 2, 3, 6, 7 with SSE2.
 template <int NV>
 constexpr int tile_rows() {
   constexpr int most = product_registers == 0 ? 8 : 7;
   int rows = 1;
-  while (rows < most && tile_registers(rows + 1, NV, rows + 1 < NV ? rows + 1 : NV) <= vector_registers) ++rows;
+  while (rows < most && tile_registers(rows + 1, NV, tile_held(rows + 1, NV)) <= vector_registers) ++rows;
   return rows;
 }
 
@@ -126,11 +183,17 @@ constexpr int64_t depth_of_product(int64_t K) {
   return K;
 }
 
-// Panels that a tile of few rows takes at once, so that there are accumulators enough (8 or more) to hide the latency
-// of the multiply-add.
+// Sums that hide the latency of the multiply-add: two units of four cycles. Some Arm cores have four such units.
+#if defined(FRNN_NEON)
+inline constexpr int independent_sums = 16;
+#else
+inline constexpr int independent_sums = 8;
+#endif
+
+// Panels that a tile of few rows takes at once, so that it has as many sums.
 template <int MR, int NV>
 constexpr int tile_panels() {
-  constexpr int wanted = MR > 2 ? 1 : MR == 1 ? 8 / NV : 8 / NV / 2;
+  constexpr int wanted = MR > 2 ? 1 : independent_sums / NV / MR;
   return wanted < 1 ? 1 : wanted;
 }
 
@@ -166,7 +229,7 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
     row[i] = a[i];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < NP * NV; ++v) {
       acc[i][v] = V{};
     }
@@ -177,19 +240,19 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
     };
     if constexpr (tile_registers(MR, NP * NV, NP * NV) <= vector_registers) {
       typename O::Columns columns[NP * NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NP * NV; ++v) columns[v] = column(v);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
         const auto x = broadcast(row[i] + k);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < NP * NV; ++v) acc[i][v] = O::multiply_add(acc[i][v], x, columns[v]);
       }
     } else {
       typename O::Columns rows[MR];
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) rows[i] = broadcast(row[i] + k);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NP * NV; ++v) {
         const auto x = column(v);
 #pragma GCC unroll 8
@@ -199,8 +262,38 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
   };
   const int64_t whole = K / group * group;
   const char* next = static_cast<const char*>(ahead.next);
+#if defined(FRNN_NEON)
+  constexpr int lanes = int(sizeof(V) / (sizeof(E) * group));
+  const int64_t in_lanes = K / (lanes * group) * (lanes * group);
+  for (int64_t k = 0; k < in_lanes; k += lanes * group) {
+    typename O::Columns rows[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) rows[i] = O::columns(row[i] + k);
+    const auto multiply_lane = [&](auto which) __attribute__((always_inline)) {
+      constexpr int lane = decltype(which)::value;
+      if constexpr (lane < lanes) {
+        if (NP == 1) {
+          __builtin_prefetch(next, 0, 2);
+          next += ahead.step;
+        }
+#pragma GCC unroll 16
+        for (int v = 0; v < NP * NV; ++v) {
+          const auto x = O::columns(b + v / NV * panel_stride + ((k + lane * group) * NV + v % NV * group) * width);
+#pragma GCC unroll 8
+          for (int i = 0; i < MR; ++i) acc[i][v] = multiply_add_lane<lane>(acc[i][v], rows[i], x);
+        }
+      }
+    };
+    multiply_lane(std::integral_constant<int, 0>{});
+    multiply_lane(std::integral_constant<int, 1>{});
+    multiply_lane(std::integral_constant<int, 2>{});
+    multiply_lane(std::integral_constant<int, 3>{});
+  }
+#else
+  constexpr int64_t in_lanes = 0;
+#endif
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < whole; k += group) {
+  for (int64_t k = in_lanes; k < whole; k += group) {
     if (NP == 1) {
       __builtin_prefetch(next, 0, 2);
       next += ahead.step;
@@ -210,7 +303,7 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
   if (group > 1 && whole < K) multiply(whole, [](const E* p) { return O::broadcast_last(p, 1); });
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < NP * NV; ++v) {
       V sum = acc[i][v];
       if (v % NV >= NV - NA) {

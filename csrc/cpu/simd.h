@@ -1,8 +1,9 @@
-// SIMD values on the vector extensions of GCC and Clang: one source for AVX-512, AVX2 and the portable build.
+// SIMD values on the vector extensions of GCC and Clang: one source for AVX-512, AVX2, NEON and the portable build.
 //
 // Included only by the sources of one instruction set, which define before it
 //   FRNN_ISA            the namespace of that instruction set's code (no two instruction sets share a symbol)
 //   FRNN_VECTOR_BYTES   64, 32 or 16
+//   FRNN_NEON           where they are NEON's, of 16 bytes, and may use what it has beyond the extensions
 // Everything here is always inlined, so that no function compiled for one instruction set can be linked into another.
 #pragma once
 
@@ -13,9 +14,17 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(FRNN_NEON)
+#include <arm_neon.h>
+#endif
 
 #include "../cells/math.h"
 #include "element.h"
+
+// Whether bfloat16 is multiplied as it is: two k at a time, summed as float32.
+#if defined(FRNN_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define FRNN_NEON_DOTS
+#endif
 
 #define FRNN_INLINE inline __attribute__((always_inline))
 
@@ -77,6 +86,8 @@ struct Simd {
     return (V)_mm512_maskz_cvtph_ps((__mmask16)0xffff, load_bytes<__m256i>(p));
 #elif FRNN_VECTOR_BYTES == 32
     return (V)_mm256_cvtph_ps(load_bytes<__m128i>(p));
+#elif defined(FRNN_NEON)
+    return (V)vcvt_f32_f16((float16x4_t)load_bytes<HalfLanes>(p));
 #else
     V v;
     for (int i = 0; i < width; ++i) v[i] = to_float(p[i]);
@@ -88,6 +99,8 @@ struct Simd {
     store_bytes(p, _mm512_maskz_cvtps_ph((__mmask16)0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif FRNN_VECTOR_BYTES == 32
     store_bytes(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(FRNN_NEON)
+    store_bytes(p, vcvt_f16_f32((float32x4_t)v));
 #else
     for (int i = 0; i < width; ++i) p[i] = to_half(v[i]);
 #endif
@@ -143,6 +156,8 @@ struct Simd {
   static FRNN_INLINE HalfLanes to_bfloat16(V v) {
 #if defined(__AVX512BF16__)
     return (HalfLanes)_mm512_cvtneps_pbh((__m512)v);  // subnormal numbers become 0, as in the dot product
+#elif defined(FRNN_NEON_DOTS)
+    return (HalfLanes)vcvt_bf16_f32((float32x4_t)v);  // in a task subnormal numbers become 0
 #else
     const WordLanes bits = (WordLanes)v;
     const WordLanes even = bits + 0x7fffu + ((bits >> 16) & 1u);
