@@ -40,21 +40,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import cuda_build  # noqa: E402
 import prerequisites  # noqa: E402
+from kernel_flags import BFLOAT16_ALONE, MATH_FLAGS, X86_FLAGS, choose_sets  # noqa: E402
 
 OLDEST_TORCH = (2, 11)
 LIBRARY = "libfused_rnn.so"
 
-# Each set contains the one before it. A name is that of csrc/cpu/isa_<name>.cpp, in lower case.
-X86_FLAGS: dict[str, list[str]] = {"portable": []}
-X86_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-X86_FLAGS["avx512"] = [*X86_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-X86_FLAGS["avx512_bf16"] = [*X86_FLAGS["avx512"], "-mavx512bf16"]
-X86_FLAGS["avx512_amx"] = [*X86_FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
-BFLOAT16_ALONE = {"avx512_bf16", "avx512_amx"}
-OTHER_FLAGS: dict[str, list[str]] = {"portable": []}
-
-# Gate arithmetic must see NaN and infinity, hence no -ffast-math: only the two of its parts that change no result.
-KERNEL_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", *MATH_FLAGS]
 KERNEL_FLAGS += ["-Wall", "-Wextra"]
 
 
@@ -64,13 +55,10 @@ def fail(message: str) -> None:
 
 def instruction_sets() -> dict[str, list[str]]:
     """Instruction sets to compile for this architecture and the flags of each."""
-    known = X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else OTHER_FLAGS
-    wanted = {"portable", *filter(None, os.environ.get("FUSED_RNN_ISAS", ",".join(known)).split(","))}
-    if unknown := wanted - set(known):
-        fail(f"FUSED_RNN_ISAS: expected some of {','.join(known)}, got {','.join(sorted(unknown))}")
-    if wanted & BFLOAT16_ALONE and "avx512" not in wanted:
-        fail("FUSED_RNN_ISAS: avx512_bf16 and avx512_amx have bfloat16 kernels alone and need avx512 beside them")
-    return {name: flags for name, flags in known.items() if name in wanted}
+    try:
+        return choose_sets(platform.machine(), os.environ.get("FUSED_RNN_ISAS"), "FUSED_RNN_ISAS")
+    except ValueError as error:
+        fail(str(error))
 
 
 def sanitizers() -> str:

@@ -71,21 +71,25 @@ bool has_tiles() {
   return false;
 #endif
 }
+
+// Asked once, or by threads that come at the same time once each: the answer is the same.
+bool has_tiles_remembered() {
+  static std::atomic<int> known{-1};
+  int tiles = known.load(std::memory_order_relaxed);
+  if (tiles < 0) {
+    tiles = has_tiles() ? 1 : 0;
+    known.store(tiles, std::memory_order_relaxed);
+  }
+  return tiles != 0;
+}
 #endif
 
 std::atomic<const KernelTable*> selected{nullptr};
 
-const KernelTable* find(const char* isa) {
-  for (const KernelTable* const* t = tables; *t; ++t) {
-    if (std::strcmp((*t)->isa, isa) == 0 && runs_here(**t)) return *t;
-  }
-  return nullptr;
-}
-
 const KernelTable* first_choice() {
   if (const char* wanted = std::getenv("FUSED_RNN_ISA")) {
     // A name that cannot run here is reported by the Python package when it is imported.
-    if (const KernelTable* t = find(wanted)) return t;
+    if (const KernelTable* t = find_kernels(wanted)) return t;
   }
   for (const KernelTable* const* t = tables;; ++t) {
     if (runs_here(**t)) return *t;
@@ -106,10 +110,16 @@ bool runs_here(const KernelTable& table) {
   if (std::strcmp(isa, "avx512") == 0) return avx512;
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(isa, "avx512_bf16") == 0) return avx512_bf16;
-  static const bool tiles = has_tiles();
-  if (std::strcmp(isa, "avx512_amx") == 0) return avx512_bf16 && tiles;
+  if (std::strcmp(isa, "avx512_amx") == 0) return avx512_bf16 && has_tiles_remembered();
 #endif
   return std::strcmp(table.isa, "portable") == 0;
+}
+
+const KernelTable* find_kernels(const char* isa) {
+  for (const KernelTable* const* t = tables; *t; ++t) {
+    if (std::strcmp((*t)->isa, isa) == 0 && runs_here(**t)) return *t;
+  }
+  return nullptr;
 }
 
 const KernelTable& kernels() {
@@ -122,7 +132,7 @@ const KernelTable& kernels() {
 }
 
 bool select_kernels(const char* isa) {
-  const KernelTable* t = find(isa);
+  const KernelTable* t = find_kernels(isa);
   if (t) selected.store(t, std::memory_order_release);
   return t != nullptr;
 }
