@@ -1,4 +1,4 @@
-"""Compiles the C library of streams (include/fused_rnn.h): `make library`. Needs a C++17 compiler and Python, no PyTorch.
+"""Compiles the C library of streams (include/fused_rnn.h): `make library`. Needs Python and a C++17 compiler alone.
 
     python tools/build_library.py                                    build/library
     python tools/build_library.py --prefix /usr/local                copies it there, too

@@ -1,5 +1,5 @@
-"""The instruction sets that kernels are compiled for, and their compiler flags: of the extension (`setup.py`) and of the
-C library (`tools/build_library.py`)."""
+"""The instruction sets that kernels are compiled for, and their compiler flags: of the extension (`setup.py`) and of
+the C library (`tools/build_library.py`)."""
 
 # Each set contains the one before it. A name is that of csrc/cpu/isa_<name>.cpp, in lower case.
 X86_FLAGS: dict[str, list[str]] = {"portable": []}
