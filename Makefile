@@ -33,7 +33,7 @@ PROGRAMS := $(PROGRAMS_VENV)/.installed-$(shell { echo '$(TORCH)'; cat benchmark
 
 PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirements.txt | cut -c1-12)
 
-.PHONY: demo test site build lint format check bench programs figures browser info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
+.PHONY: demo test site build library lint format check bench programs figures browser info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
 .DEFAULT_GOAL := help
 
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
@@ -108,10 +108,13 @@ cuda-link: $(ENVIRONMENT)  ## compile and link everything against a CUDA build o
 gpu:  ## on a GPU machine: everything that only it can show, in runs/gpu (docs/on-a-gpu.md; GPU_PYTHON has PyTorch)
 	$(GPU_PYTHON) tools/gpu.py $(ARGS)
 
+library:  ## build/library: the C library of streams, without PyTorch (PREFIX=/usr/local installs it; docs/c-library.md)
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/build_library.py $(if $(PREFIX),--prefix $(PREFIX)) $(ARGS)
+
 info: build  ## versions, how it was built, instruction sets, threads, CUDA
 	$(RUN) -m fused_rnn info $(ARGS)
 
-CXX_FILES = $(shell find csrc examples/cpp tests/cuda_host tests/data tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc include examples/cpp tests/cuda_host tests/data tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format: report only
 	$(BIN)/ruff check .

@@ -14,7 +14,8 @@ Environment:
 
     FUSED_RNN_CUDA=0|1       without it: CUDA kernels when they can be built. 1: an error when they cannot
     FUSED_RNN_CUDA_ARCHS=... machine code for these alone, e.g. `90a`: a quarter of the time to compile
-    FUSED_RNN_ISAS=...       kernels for these instruction sets alone, e.g. `avx512,avx512_bf16`, and portable ones
+    FUSED_RNN_ISAS=...       kernels for these instruction sets alone, e.g. `avx512,avx512_bf16` (tools/kernel_flags.py),
+                             and portable ones
     FUSED_RNN_NVCC_FLAGS=... further flags of nvcc, e.g. `-lineinfo`, or a limit of clock cycles to every wait in a
                              kernel, `-DFRNN_WAIT_LIMIT=4000000000` (csrc/cuda/device.h)
     FUSED_RNN_LIBRARY=1      libfused_rnn.so in a wheel, too, which is then twice as large
@@ -40,21 +41,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import cuda_build  # noqa: E402
 import prerequisites  # noqa: E402
+from kernel_flags import ALL_SETS, BFLOAT16_ALONE, MATH_FLAGS, choose_sets  # noqa: E402
 
 OLDEST_TORCH = (2, 11)
 LIBRARY = "libfused_rnn.so"
 
-# Each set contains the one before it. A name is that of csrc/cpu/isa_<name>.cpp, in lower case.
-X86_FLAGS: dict[str, list[str]] = {"portable": []}
-X86_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-X86_FLAGS["avx512"] = [*X86_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-X86_FLAGS["avx512_bf16"] = [*X86_FLAGS["avx512"], "-mavx512bf16"]
-X86_FLAGS["avx512_amx"] = [*X86_FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
-BFLOAT16_ALONE = {"avx512_bf16", "avx512_amx"}
-OTHER_FLAGS: dict[str, list[str]] = {"portable": []}
-
-# Gate arithmetic must see NaN and infinity, hence no -ffast-math: only the two of its parts that change no result.
-KERNEL_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", *MATH_FLAGS]
 KERNEL_FLAGS += ["-Wall", "-Wextra"]
 
 
@@ -64,13 +56,10 @@ def fail(message: str) -> None:
 
 def instruction_sets() -> dict[str, list[str]]:
     """Instruction sets to compile for this architecture and the flags of each."""
-    known = X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else OTHER_FLAGS
-    wanted = {"portable", *filter(None, os.environ.get("FUSED_RNN_ISAS", ",".join(known)).split(","))}
-    if unknown := wanted - set(known):
-        fail(f"FUSED_RNN_ISAS: expected some of {','.join(known)}, got {','.join(sorted(unknown))}")
-    if wanted & BFLOAT16_ALONE and "avx512" not in wanted:
-        fail("FUSED_RNN_ISAS: avx512_bf16 and avx512_amx have bfloat16 kernels alone and need avx512 beside them")
-    return {name: flags for name, flags in known.items() if name in wanted}
+    try:
+        return choose_sets(platform.machine(), os.environ.get("FUSED_RNN_ISAS"), "FUSED_RNN_ISAS")
+    except ValueError as error:
+        fail(str(error))
 
 
 def sanitizers() -> str:
@@ -197,7 +186,7 @@ def usable_cuda(torch) -> Cuda | None:
 def write_kernels_ninja(folder: Path, macros: list[str], cuda: Cuda | None) -> list[str]:
     """Writes folder/build.ninja for csrc/cpu/*.cpp, csrc/stream/*.cpp and csrc/cuda/* and returns its objects."""
     flags_of = {ROOT / f"csrc/cpu/isa_{name}.cpp": flags for name, flags in instruction_sets().items()}
-    known = {f"isa_{name}.cpp" for name in X86_FLAGS}
+    known = {f"isa_{name}.cpp" for name in ALL_SETS}
     others = [file for file in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if file.name not in known]
     others += sorted((ROOT / "csrc/stream").glob("*.cpp"))
     # Of an inline function that several objects hold the linker keeps the first copy: the objects that every processor

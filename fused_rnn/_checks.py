@@ -784,6 +784,25 @@ def check_same_sizes(sizes: tuple[int, ...], before: tuple[int, ...]) -> None:
         )
 
 
+def check_saved_dtype(dtype: Any, dtypes: Sequence[torch.dtype]) -> None:
+    if dtype not in dtypes:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, dtypes))}, got {dtype}")
+
+
+def check_saved_sizes(num_layers: int, most_layers: int, size: int, most_features: int) -> None:
+    """Of a module whose weights are saved for the C library, whose sizes are limited (include/fused_rnn.h)."""
+    if num_layers > most_layers:
+        raise ValueError(f"module: expected at most {most_layers} layers, got {num_layers}")
+    if size > most_features:
+        raise ValueError(f"module: expected at most {most_features} features, got {size}")
+
+
+def raise_no_safetensors(error: ImportError) -> NoReturn:
+    raise ImportError(
+        "save_weights: expected the package safetensors, which is not installed: pip install safetensors"
+    ) from error
+
+
 def raise_slots_type(slots: Any) -> NoReturn:
     raise TypeError(f"slots: expected a list of ints, or an int64 Tensor or array, got {_describe(slots)}")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import _checks, backend, carried, functional
 from .convert import convert
-from .settings import Settings, Within
+from .settings import NOTHING_WITHIN, Settings, Within
 from .twin import HasTwin
 
 if TYPE_CHECKING:
@@ -32,8 +32,11 @@ __all__ = ["Stream", "StreamPool"]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-class _Description:
-    """What the kernels need of a module, read anew each time: its weights may have been replaced."""
+class StreamDescription:
+    """What the kernels need of a module, read anew each time: its weights may have been replaced.
+
+    Raises as :class:`Stream` does.
+    """
 
     def __init__(self, module: Any, dtype: torch.dtype | None) -> None:
         _checks.check_stream_module(module, None)
@@ -48,6 +51,10 @@ class _Description:
         self.kind, self.is_cell = settings.kind, settings.is_cell
         self.input_size, self.hidden_size, self.state_size = settings[:3]
         self.num_layers = settings.num_layers
+        # Of each layer; a recurrent bias that there is not is zeros to the kernels.
+        self.num_biases = 2 if settings.bias else 0
+        self.num_norms = settings.num_norms
+        self.within = NOTHING_WITHIN if within is None else within
         with torch.no_grad():
             if settings.around is not None:
                 around = settings.around.in_eval_mode()
@@ -60,6 +67,23 @@ class _Description:
     def sizes(self) -> tuple[int, ...]:
         """What states depend on."""
         return int(self.kind), self.input_size, self.hidden_size, self.state_size, self.num_layers
+
+    @property
+    def largest_size(self) -> int:
+        """Of I and H."""
+        return max(self.input_size, self.hidden_size)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """Copies of the weights as the kernels take them, by the names that layers have for them."""
+        names = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"][: self.num_biases]]
+        if self.state_size != self.hidden_size:
+            names.append("weight_hr")
+        if self.within.peephole:
+            names.append("weight_peephole")
+        names += ["weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c"][: self.num_norms]
+        all_names = [f"{name}_l{layer}" for layer in range(self.num_layers) for name in names]
+        params = [param.detach().to(self.dtype).clone().contiguous() for param in self._params]
+        return dict(zip(all_names, params, strict=True))
 
     def pack(self) -> PackedStack:
         """The packed weights, of which there is one copy for all that are equal."""
@@ -112,7 +136,7 @@ class _Streams:
 
     module: nn.Module | Any
     dtype: torch.dtype
-    _description: _Description
+    _description: StreamDescription
     _packed: PackedStack
     _output: Tensor
     _array: Any  # of the same memory; None without NumPy, and of bfloat16
@@ -126,14 +150,14 @@ class _Streams:
     _set_open: Callable[..., None]
 
     def _start(self, module: Any, slots: int, dtype: torch.dtype | None, is_open: Sequence[bool]) -> None:
-        description = _Description(module, dtype)
+        description = StreamDescription(module, dtype)
         _checks.check_stream_sizes(self._name_of_slots, slots, description.dtype, _DTYPES)
         self.module = module
         self._begin(description, description.pack(), slots, is_open)
 
     _name_of_slots = "batch_size"
 
-    def _begin(self, description: _Description, packed: PackedStack, slots: int, is_open: Sequence[bool]) -> None:
+    def _begin(self, description: StreamDescription, packed: PackedStack, slots: int, is_open: Sequence[bool]) -> None:
         with torch.inference_mode(False):  # so that it is an ordinary tensor wherever it is used
             output = torch.zeros(slots, description.state_size, dtype=description.dtype, device="cpu")
         array = _as_array(output)
@@ -165,7 +189,7 @@ class _Streams:
             TypeError, ValueError, RuntimeError: the module is no longer one that a stream can run, or of other sizes;
                 everything is as it was before.
         """
-        description = _Description(self.module, self.dtype)
+        description = StreamDescription(self.module, self.dtype)
         _checks.check_same_sizes(description.sizes, self._description.sizes)
         packed = description.pack()
         if packed is self._packed:

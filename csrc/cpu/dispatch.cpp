@@ -101,6 +101,17 @@ bool has_tiles() {
   return false;
 #endif
 }
+
+// Asked once, or by threads that come at the same time once each: the answer is the same.
+bool has_tiles_remembered() {
+  static std::atomic<int> known{-1};
+  int tiles = known.load(std::memory_order_relaxed);
+  if (tiles < 0) {
+    tiles = has_tiles() ? 1 : 0;
+    known.store(tiles, std::memory_order_relaxed);
+  }
+  return tiles != 0;
+}
 #endif
 
 #if defined(__aarch64__)
@@ -116,17 +127,10 @@ bool has_bfloat16() {
 
 std::atomic<const KernelTable*> selected{nullptr};
 
-const KernelTable* find(const char* isa) {
-  for (const KernelTable* const* t = tables; *t; ++t) {
-    if (std::strcmp((*t)->isa, isa) == 0 && runs_here(**t)) return *t;
-  }
-  return nullptr;
-}
-
 const KernelTable* first_choice() {
   if (const char* wanted = std::getenv("FUSED_RNN_ISA")) {
     // A name that cannot run here is reported by the Python package when it is imported.
-    if (const KernelTable* t = find(wanted)) return t;
+    if (const KernelTable* t = find_kernels(wanted)) return t;
   }
   for (const KernelTable* const* t = tables;; ++t) {
     if (runs_here(**t)) return *t;
@@ -147,14 +151,20 @@ bool runs_here(const KernelTable& table) {
   if (std::strcmp(isa, "avx512") == 0) return avx512;
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(isa, "avx512_bf16") == 0) return avx512_bf16;
-  static const bool tiles = has_tiles();
-  if (std::strcmp(isa, "avx512_amx") == 0) return avx512_bf16 && tiles;
+  if (std::strcmp(isa, "avx512_amx") == 0) return avx512_bf16 && has_tiles_remembered();
 #elif defined(__aarch64__)
   // Every 64-bit Arm processor that runs Linux has NEON.
   if (std::strcmp(table.isa, "neon") == 0) return true;
   if (std::strcmp(table.isa, "neon_bf16") == 0) return has_bfloat16();
 #endif
   return std::strcmp(table.isa, "portable") == 0;
+}
+
+const KernelTable* find_kernels(const char* isa) {
+  for (const KernelTable* const* t = tables; *t; ++t) {
+    if (std::strcmp((*t)->isa, isa) == 0 && runs_here(**t)) return *t;
+  }
+  return nullptr;
 }
 
 const KernelTable& kernels() {
@@ -167,7 +177,7 @@ const KernelTable& kernels() {
 }
 
 bool select_kernels(const char* isa) {
-  const KernelTable* t = find(isa);
+  const KernelTable* t = find_kernels(isa);
   if (t) selected.store(t, std::memory_order_release);
   return t != nullptr;
 }

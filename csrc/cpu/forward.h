@@ -31,6 +31,13 @@ inline constexpr int64_t large_weight_bytes = 16 * 1024 * 1024;
 // until they are read.
 inline constexpr int64_t past_caches_bytes = 16 * 1024 * 1024;
 
+// Streams keep nothing for a backward pass and compute no changes: where all are streams, that code is left out.
+#if defined(FRNN_STREAMS_ALONE)
+inline constexpr bool streams_alone = true;
+#else
+inline constexpr bool streams_alone = false;
+#endif
+
 template <class S>
 FRNN_INLINE const S* rows_of(const void* p) {
   return static_cast<const S*>(p);
@@ -922,7 +929,7 @@ class ForwardPass {
       for (int j = 0; j < Cell::states; ++j) c_prev[j].v[i] = Simd<A>::load(units.cell[k] + j * unit_stride_);
     }
     bool is_change = false;
-    if constexpr (!plain && Cell::kind < CellKind::custom && std::is_same_v<S, A>) {
+    if constexpr (!streams_alone && !plain && Cell::kind < CellKind::custom && std::is_same_v<S, A>) {
       if (layer_.known) {
         is_change = true;
         changes_of_step<N>(d, units, n, x, r, h_prev, c_prev[0], h, c[0], saved, place);
@@ -964,7 +971,7 @@ class ForwardPass {
                                  h.v[i], n);
       }
     }
-    if (!saves) return;
+    if (streams_alone || !saves) return;
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
       if (!plain && i >= count) break;
@@ -1013,7 +1020,7 @@ class ForwardPass {
 
   // h of one vector of units, to the next state and to the output, both as the layer's dtype rounds it.
   FRNN_INLINE void write_state(S* y, E* state, V h, int64_t n) {
-    keep(y, h, n, output_past_caches_);
+    keep(y, h, n, !streams_alone && output_past_caches_);
     if constexpr (std::is_same_v<S, E>) {
       Simd<A>::store(state, h);
     } else {
@@ -1029,7 +1036,7 @@ class ForwardPass {
     if (zone.any()) h = zone.applied(h, Simd<A>::load(carried), u, n);
     h = Simd<A>::template rounded<S>(h);
     Simd<A>::store(carried, h);
-    keep(y, h, n, output_past_caches_);
+    keep(y, h, n, !streams_alone && output_past_caches_);
     if (extras.dropout) h = h * Simd<A>::load_n(rows_of<S>(extras.dropout) + r * P_ + u, n);
     Simd<A>::store(state, h);
   }

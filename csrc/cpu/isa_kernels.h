@@ -1,11 +1,12 @@
 // The kernel table of one instruction set. Included by isa_*.cpp only, which define FRNN_ISA, FRNN_VECTOR_BYTES and
 // FRNN_ISA_TEXT first; with FRNN_BFLOAT16_ONLY the source has only the bfloat16 kernels and takes the others from
-// the table of FRNN_BASE_ISA.
+// the table of FRNN_BASE_ISA. With FRNN_STREAMS_ALONE (kernels.h) there are the kernels of streams and no others.
 #pragma once
 
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 
-#include "../stream/pass.h"
+#include "isa_streams.h"
+#if !defined(FRNN_STREAMS_ALONE)
 #if !defined(FRNN_BFLOAT16_ONLY)
 #include "derivatives.h"
 #endif
@@ -57,7 +58,6 @@ void activation_of(Activation which, const void* in, void* out, int64_t count) {
 }  // namespace FRNN_ISA
 
 namespace FRNN_BASE_ISA {
-extern const KernelTable table;
 void gradient_changes(const ChangedSteps& steps, int64_t begin, int64_t end);
 }  // namespace FRNN_BASE_ISA
 
@@ -82,10 +82,6 @@ using FRNN_BASE_ISA::gradient_changes;
 
 double peak(DType dtype, double seconds) {
   return dtype == DType::bfloat16 ? multiply_add_rate<BFloat16>(seconds) : FRNN_BASE_ISA::table.peak(dtype, seconds);
-}
-
-const StreamKernel& stream(const LayerSizes& sizes) {
-  return sizes.dtype == DType::bfloat16 ? stream_kernel_of<BFloat16>(sizes) : FRNN_BASE_ISA::table.stream(sizes);
 }
 #else
 bool forward(const LayerForward& layer, const Plan& plan) {
@@ -120,11 +116,6 @@ void activation(Activation which, DType dtype, const void* in, void* out, int64_
 double peak(DType dtype, double seconds) {
   return dtype == DType::float64 ? multiply_add_rate<double>(seconds) : multiply_add_rate<float>(seconds);
 }
-
-const StreamKernel& stream(const LayerSizes& sizes) {
-  if (sizes.dtype == DType::float64) return stream_kernel_of<double>(sizes);
-  return sizes.dtype == DType::bfloat16 ? stream_kernel_of<BFloat16>(sizes) : stream_kernel_of<float>(sizes);
-}
 #endif
 
 extern const KernelTable table;
@@ -133,3 +124,4 @@ const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward,          
 
 }  // namespace FRNN_ISA
 }  // namespace fused_rnn
+#endif

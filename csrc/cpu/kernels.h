@@ -7,6 +7,7 @@
 
 namespace fused_rnn {
 
+#if !defined(FRNN_STREAMS_ALONE)
 // Steps of a direction whose gradients change because the steps do, in float32 or float64: rows as KnownSteps has them,
 // those of gradients (N, .).
 struct ChangedSteps {
@@ -21,10 +22,14 @@ struct ChangedSteps {
   void *sums = nullptr, *h = nullptr, *c = nullptr;
 };
 
+#endif
+
 // Functions of one instruction set. They return false, having written nothing, when memory is lacking.
+// FRNN_STREAMS_ALONE: in the C library (tools/build_library.py) there are those of streams alone.
 struct KernelTable {
   const char* isa;
   int vector_bytes;
+#if !defined(FRNN_STREAMS_ALONE)
   bool (*forward)(const LayerForward& layer, const Plan& plan);
   bool (*backward)(const LayerBackward& layer, const Plan& plan);
   // out[i] = activation(in[i]) as layers of this dtype compute it: float64 for float64, else float32. For tests.
@@ -36,6 +41,7 @@ struct KernelTable {
   void (*draw_bits)(uint64_t seed, int64_t first_row, int64_t rows, int64_t units, double rate, uint8_t* bits);
   // How gradients change, of rows [begin, end) of all steps (derivatives.h).
   void (*gradient_changes)(const ChangedSteps& steps, int64_t begin, int64_t end);
+#endif
   // Of a layer that stays (stream/pass.h), by its sizes: float32, float64 and bfloat16, no rnn_relu.
   const StreamKernel& (*stream)(const LayerSizes& sizes);
 };
@@ -44,6 +50,9 @@ struct KernelTable {
 const KernelTable* const* compiled_kernels();
 
 bool runs_here(const KernelTable& table);
+
+// The table called `isa`; null when it was not compiled or does not run here.
+const KernelTable* find_kernels(const char* isa);
 
 // The table in use: the best that runs here, or the one that FUSED_RNN_ISA or select_kernels names.
 const KernelTable& kernels();

@@ -114,13 +114,6 @@ bool is_known(CellKind kind) {
   return (kind >= CellKind::rnn_tanh && kind <= CellKind::gru) || custom(kind) != nullptr;
 }
 
-int64_t heads_together(int64_t hidden_size, int64_t heads, int64_t vector_units) {
-  const int64_t head_size = hidden_size / heads;
-  int64_t together = 1;
-  while (together < heads && (heads % together != 0 || together * head_size % vector_units != 0)) ++together;
-  return together;
-}
-
 bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps) {
   if (sizes.heads > 1) return false;
   const int64_t rows = steps.total_rows();

@@ -25,7 +25,12 @@ FRNN_EXPORT bool reads_weights_in_place(const LayerSizes& sizes, const Steps& st
 
 // How many neighbouring heads of H / heads units the kernels take for one, whose block of w_hh has zeros between
 // theirs: the fewest whose units are whole vectors, all where no number that divides the heads has such.
-int64_t heads_together(int64_t hidden_size, int64_t heads, int64_t vector_units);
+inline int64_t heads_together(int64_t hidden_size, int64_t heads, int64_t vector_units) {
+  const int64_t head_size = hidden_size / heads;
+  int64_t together = 1;
+  while (together < heads && (heads % together != 0 || together * head_size % vector_units != 0)) ++together;
+  return together;
+}
 
 // `threads`: at most so many; `vector_bytes`: of the instruction set in use; `backward`: which pass.
 Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward);

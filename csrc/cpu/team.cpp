@@ -3,7 +3,6 @@
 #include <omp.h>
 #include <pthread.h>
 #include <sched.h>
-#include <sys/mman.h>
 #include <time.h>
 
 #include <algorithm>
@@ -14,6 +13,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "denormals.h"
 
 namespace fused_rnn {
 
@@ -117,45 +118,6 @@ class Crowding {
 thread_local Crowding crowding;
 thread_local double waited_us = 0;  // by this thread at barriers, past their spinning
 
-// While one lives, its thread takes denormal numbers, those below the smallest normal one, for zero: as operands, and
-// as results. Processors compute with them in microcode, tens of times more slowly, and a sequence that carries a state
-// or a gradient which fades away meets them in every step. Afterwards the thread has the mode it had. float16's
-// subnormal numbers are normal ones of float32, and conversions between the two keep them in this mode too.
-class DenormalsAreZero {
- public:
-  DenormalsAreZero() : before_(mode()) {
-    if ((before_ | bits) != before_) set_mode(before_ | bits);
-  }
-  ~DenormalsAreZero() {
-    if ((before_ | bits) != before_) set_mode(before_);
-  }
-  DenormalsAreZero(const DenormalsAreZero&) = delete;
-  DenormalsAreZero& operator=(const DenormalsAreZero&) = delete;
-
- private:
-#if defined(__x86_64__)
-  using Mode = unsigned;
-  static constexpr Mode bits = 0x8000u | 0x0040u;  // of MXCSR: results are flushed, and operands
-  static Mode mode() { return _mm_getcsr(); }
-  static void set_mode(Mode mode) { _mm_setcsr(mode); }
-#elif defined(__aarch64__)
-  using Mode = uint64_t;
-  static constexpr Mode bits = Mode(1) << 24;  // FZ of FPCR
-  static Mode mode() {
-    Mode mode;
-    __asm__ __volatile__("mrs %0, fpcr" : "=r"(mode));
-    return mode;
-  }
-  static void set_mode(Mode mode) { __asm__ __volatile__("msr fpcr, %0" : : "r"(mode)); }
-#else
-  using Mode = unsigned;
-  static constexpr Mode bits = 0;
-  static Mode mode() { return 0; }
-  static void set_mode(Mode) {}
-#endif
-  const Mode before_;
-};
-
 // Wherever a task runs, it runs here.
 void run_task(void (*task)(void*, int), void* context, int thread) {
   const DenormalsAreZero denormals_are_zero;
@@ -245,17 +207,6 @@ bool run_team(int threads, void (*task)(void*, int), void* context) {
   const double processor = watches ? clock_us(CLOCK_THREAD_CPUTIME_ID) - processor_begin : wall;
   if (complete) judge_team(threads, wall, std::max(0.0, std::min(wall, processor) - waited));
   return complete;
-}
-
-void* large_memory(size_t bytes) {
-  // Huge pages: a step streams megabytes of packed weights, and 4 KiB pages would miss the TLB.
-  const size_t alignment = bytes >= (size_t(1) << 20) ? (size_t(2) << 20) : 64;
-  const size_t size = (bytes + alignment - 1) / alignment * alignment;
-  void* memory = std::aligned_alloc(alignment, size);
-#if defined(MADV_HUGEPAGE)
-  if (memory && alignment > 64) madvise(memory, size, MADV_HUGEPAGE);
-#endif
-  return memory;
 }
 
 void* scratch_memory(size_t bytes) {

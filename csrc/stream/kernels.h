@@ -60,7 +60,7 @@ struct StreamKernel {
   // `layer` must stay where it is.
   void (*create)(LayerForward& layer, const StreamWeights& weights, const StreamStates& states, const StreamWork& work,
                  void* object);
-  // In a task of run_team (../cpu/team.h), where denormal numbers are zero.
+  // While denormal numbers are zero (../cpu/denormals.h).
   void (*advance)(void* object, const StreamRows& call);
 };
 

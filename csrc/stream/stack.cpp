@@ -5,8 +5,8 @@
 #include <cstring>
 #include <new>
 
+#include "../cpu/denormals.h"
 #include "../cpu/kernels.h"
-#include "../cpu/plan.h"
 #include "../cpu/team.h"
 
 namespace fused_rnn {
@@ -152,7 +152,8 @@ bool same_layer(const LayerForward& a, const LayerForward& b) {
 }  // namespace
 
 // With null memory it only counts.
-PackedStack* PackedStack::lay_out(void* memory, const LayerForward* layers, int64_t count, size_t& bytes) {
+PackedStack* PackedStack::lay_out(void* memory, const KernelTable& table, const LayerForward* layers, int64_t count,
+                                  size_t& bytes) {
   Layout layout(memory);
   PackedStack* place = layout.take<PackedStack>(1);
   LayerForward* own = layout.take<LayerForward>(count);
@@ -170,10 +171,10 @@ PackedStack* PackedStack::lay_out(void* memory, const LayerForward* layers, int6
       layer.plain_gates = false;
     }
     layer.steps.T = layer.steps.B = 1;
-    const StreamKernel& kernel = kernels().stream(layer.sizes);
+    const StreamKernel& kernel = table.stream(layer.sizes);
     StreamWeights weights = Measures(layer, kernel).weights(layout, layer);
     const LayerSizes& s = layer.sizes;
-    multiply_adds += gate_count(s.kind) * s.hidden_size * (s.input_size + s.state_size / s.heads) +
+    multiply_adds += kernel.shape.gates * s.hidden_size * (s.input_size + s.state_size / s.heads) +
                      (s.state_size != s.hidden_size ? s.state_size * s.hidden_size : 0);
     if (!packed) continue;
     kernels_of[l] = &kernel;
@@ -214,10 +215,20 @@ void PackedStack::pack(LayerForward& layer, const StreamKernel& kernel, const St
 }
 
 PackedStack* PackedStack::create(const LayerForward* layers, int64_t count) {
+  const KernelTable& table = kernels();
+  void* memory = large_memory(bytes_for(table, layers, count));
+  return memory ? place(memory, table, layers, count) : nullptr;
+}
+
+size_t PackedStack::bytes_for(const KernelTable& table, const LayerForward* layers, int64_t count) {
   size_t bytes = 0;
-  lay_out(nullptr, layers, count, bytes);
-  void* memory = large_memory(bytes);
-  return memory ? lay_out(memory, layers, count, bytes) : nullptr;
+  lay_out(nullptr, table, layers, count, bytes);
+  return bytes;
+}
+
+PackedStack* PackedStack::place(void* memory, const KernelTable& table, const LayerForward* layers, int64_t count) {
+  size_t bytes = 0;
+  return lay_out(memory, table, layers, count, bytes);
 }
 
 void PackedStack::destroy(PackedStack* packed) { std::free(packed); }
@@ -278,24 +289,26 @@ StackStates* StackStates::lay_out(void* memory, const PackedStack& packed, int64
 }
 
 StackStates* StackStates::create(const PackedStack& packed, int64_t slots, int64_t rows) {
+  void* memory = large_memory(bytes_for(packed, slots, rows));
+  return memory ? place(memory, packed, slots, rows) : nullptr;
+}
+
+size_t StackStates::bytes_for(const PackedStack& packed, int64_t slots, int64_t rows) {
   size_t bytes = 0;
   lay_out(nullptr, packed, slots, rows, bytes);
-  void* memory = large_memory(bytes);
-  return memory ? lay_out(memory, packed, slots, rows, bytes) : nullptr;
+  return bytes;
+}
+
+StackStates* StackStates::place(void* memory, const PackedStack& packed, int64_t slots, int64_t rows) {
+  size_t bytes = 0;
+  return lay_out(memory, packed, slots, rows, bytes);
 }
 
 void StackStates::destroy(StackStates* states) { std::free(states); }
 
 void StackStates::advance(const StreamRows& call) {
-  struct Task {
-    StackStates* self;
-    const StreamRows* call;
-  } task{this, &call};
-  const auto run = [](void* context, int) {
-    const Task& mine = *static_cast<Task*>(context);
-    mine.self->advance_block(*mine.call);
-  };
-  run_team(1, run, &task);
+  const DenormalsAreZero denormals_are_zero;
+  advance_block(call);
 }
 
 void StackStates::advance_block(const StreamRows& call) {
@@ -330,8 +343,10 @@ void StackStates::read(int64_t layer, int64_t slot, void* h, void* c, bool exact
   const StreamStates& s = states_[layer];
   const DType sums = sum_dtype(of), stored = of.sizes.dtype;
   const bool apart = size.keeps_h;
-  copy(apart ? s.carried : s.multiplied, slot * size.state_stride,
-       apart ? sums : element_dtype(of, *packed_->kernels_[layer]), h, 0, stored, size.P);
+  if (h) {
+    copy(apart ? s.carried : s.multiplied, slot * size.state_stride,
+         apart ? sums : element_dtype(of, *packed_->kernels_[layer]), h, 0, stored, size.P);
+  }
   for (int64_t i = 0; c && i < size.shape.states; ++i)
     copy(s.cells, slot * size.cell_stride + i * size.unit_stride, sums, c, i * size.H, exact ? sums : stored, size.H);
 }

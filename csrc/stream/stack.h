@@ -19,6 +19,8 @@
 
 namespace fused_rnn {
 
+struct KernelTable;
+
 class PackedStack {
  public:
   // Layers of float32, float64 or bfloat16, the lowest first: sizes, options, and the weights of direction 0, which are
@@ -26,6 +28,9 @@ class PackedStack {
   // there is no memory.
   static PackedStack* create(const LayerForward* layers, int64_t count);
   static void destroy(PackedStack* packed);
+  // The same in memory of the caller's, aligned to 64 bytes, for one instruction set; not to be destroyed.
+  static size_t bytes_for(const KernelTable& kernels, const LayerForward* layers, int64_t count);
+  static PackedStack* place(void* memory, const KernelTable& kernels, const LayerForward* layers, int64_t count);
 
   // Whether the other has the same layers with the same weights, bit for bit, for the same instruction set.
   bool equals(const PackedStack& other) const;
@@ -37,7 +42,8 @@ class PackedStack {
   friend class StackStates;
   PackedStack() = default;
   static void pack(LayerForward& layer, const StreamKernel& kernel, const StreamWeights& weights);
-  static PackedStack* lay_out(void* memory, const LayerForward* layers, int64_t count, size_t& bytes);
+  static PackedStack* lay_out(void* memory, const KernelTable& kernels, const LayerForward* layers, int64_t count,
+                              size_t& bytes);
 
   int64_t count_ = 0;
   size_t bytes_ = 0;
@@ -55,6 +61,9 @@ class StackStates {
   // no memory.
   static StackStates* create(const PackedStack& packed, int64_t slots, int64_t rows);
   static void destroy(StackStates* states);
+  // As PackedStack has them.
+  static size_t bytes_for(const PackedStack& packed, int64_t slots, int64_t rows);
+  static StackStates* place(void* memory, const PackedStack& packed, int64_t slots, int64_t rows);
 
   // Claims it for one call; false: another thread has it.
   bool enter() { return !in_use_.exchange(true, std::memory_order_acquire); }
@@ -67,8 +76,8 @@ class StackStates {
 
   int64_t slots() const { return slots_; }
   int64_t num_layers() const { return packed_->count_; }
-  // h (P) in the layers' dtype, and c (states * H): in that, too, or, `exact`, as it is kept, in float or double. Null
-  // c is not read; for write() null is zeros.
+  // h (P) in the layers' dtype, and c (states * H): in that, too, or, `exact`, as it is kept, in float or double. What
+  // is null is not read; for write() null is zeros.
   void read(int64_t layer, int64_t slot, void* h, void* c, bool exact) const;
   void write(int64_t layer, int64_t slot, const void* h, const void* c, bool exact);
   void reset(int64_t slot);
