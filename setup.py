@@ -14,8 +14,8 @@ Environment:
 
     FUSED_RNN_CUDA=0|1       without it: CUDA kernels when they can be built. 1: an error when they cannot
     FUSED_RNN_CUDA_ARCHS=... machine code for these alone, e.g. `90a`: a quarter of the time to compile
-    FUSED_RNN_ISAS=...       kernels for these instruction sets alone, e.g. `avx512,avx512_bf16` (tools/kernel_flags.py),
-                             and portable ones
+    FUSED_RNN_ISAS=...       kernels for these instruction sets alone (tools/kernel_flags.py), e.g. `avx512,avx2`,
+                             and portable ones where not every processor has one of them
     FUSED_RNN_NVCC_FLAGS=... further flags of nvcc, e.g. `-lineinfo`, or a limit of clock cycles to every wait in a
                              kernel, `-DFRNN_WAIT_LIMIT=4000000000` (csrc/cuda/device.h)
     FUSED_RNN_LIBRARY=1      libfused_rnn.so in a wheel, too, which is then twice as large

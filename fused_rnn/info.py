@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# Of each architecture from the widest to the narrowest: the first that is compiled in and that the processor has is used.
+# From the widest to the narrowest of each architecture: the first that is compiled in and the processor has is used.
 _ARM = ("neon_bf16", "neon", "portable")
 _X86 = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
 INSTRUCTION_SETS = _ARM if platform.machine().lower() in ("aarch64", "arm64") else _X86
