@@ -33,7 +33,7 @@ PROGRAMS := $(PROGRAMS_VENV)/.installed-$(shell { echo '$(TORCH)'; cat benchmark
 
 PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirements.txt | cut -c1-12)
 
-.PHONY: demo test site build library lint format check bench programs figures browser info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
+.PHONY: demo test site build library lint format check bench programs figures browser arm-tools info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
 .DEFAULT_GOAL := help
 
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
@@ -95,6 +95,9 @@ figures: build  ## tables, images and docs/results.html from a result (RESULT=be
 browser:  ## Chromium, in which tests look at docs/results.html: from Debian, as root, where there is none
 	@$(PYTHON) tools/get_browser.py
 
+arm-tools:  ## a compiler and an emulator for tests of kernels for 64-bit Arm: from Debian, as root, where there is none
+	@$(PYTHON) tools/get_arm_tools.py
+
 # CUDA. The first two need nvcc alone, the third nvcc and a gigabyte of downloads, the fourth a GPU and a PyTorch for it.
 cuda-compile:  ## compile the CUDA kernels for all architectures: registers, shared memory, spills (ARGS="--arch 90a")
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/cuda_compile.py $(ARGS)
@@ -114,7 +117,7 @@ library:  ## build/library: the C library of streams, without PyTorch (PREFIX=/u
 info: build  ## versions, how it was built, instruction sets, threads, CUDA
 	$(RUN) -m fused_rnn info $(ARGS)
 
-CXX_FILES = $(shell find csrc include examples/cpp tests/cuda_host tests/data tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc include examples/cpp tests/cuda_host tests/data tests/arm tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format: report only
 	$(BIN)/ruff check .

@@ -6,6 +6,10 @@ Skipped where the cross compiler or the emulator is missing: `make arm-tools` in
 from __future__ import annotations
 
 import copy
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support import arm, compiled
+from support.arm import ARM_FLAGS, X86_FLAGS, choose_sets
 from support.cases import Case, Data, incoming_gradients, run
 from support.compare import assert_same, assert_within
 from test_activations import ULP_LIMITS, dense_samples, true_value, ulp_error
@@ -32,6 +37,52 @@ def answered(path: Path, given: list[Any], **options: Any) -> list[bytes]:
     result = arm.run(path, given=arm.encoded(given), **options)
     assert result.returncode == 0, result.stderr.decode()
     return arm.arrays(result.stdout)
+
+
+# ---- how it is built ------------------------------------------------------------------------------------------------
+
+# What setup.py would have compiled there.
+NINJA_OF_A_MACHINE = """
+import pathlib, platform, runpy, sys
+machine, folder = sys.argv[1:]
+platform.machine = lambda: machine
+sys.argv = ["setup.py", "--version"]
+of_setup = runpy.run_path("setup.py")
+of_setup["write_kernels_ninja"](pathlib.Path(folder), [], None)
+"""
+
+
+@pytest.mark.parametrize(
+    "machine, expected",
+    [
+        ("aarch64", ARM_FLAGS),
+        ("x86_64", X86_FLAGS),
+        ("riscv64", {"portable": []}),
+    ],
+)
+def test_a_build_compiles_the_kernels_of_its_architecture(
+    machine: str, expected: dict[str, list[str]], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", NINJA_OF_A_MACHINE, machine, str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "FUSED_RNN_ISAS"}
+    subprocess.run(command, cwd=arm.ROOT, check=True, capture_output=True, timeout=300, env=environment)
+    ninja = (tmp_path / "build.ninja").read_text()
+    assert dict(re.findall(r"isa_(\w+)\.cpp\n  isa = (.*)", ninja)) == {n: " ".join(f) for n, f in expected.items()}
+    assert "stack.cpp" in ninja and "team.cpp" in ninja
+
+
+def test_sets_that_are_asked_for_are_those_of_the_architecture() -> None:
+    assert list(choose_sets("aarch64", None, "sets")) == ["portable", "neon", "neon_bf16"]
+    assert list(choose_sets("arm64", "neon_bf16,neon", "sets")) == ["neon", "neon_bf16"]
+    assert list(choose_sets("aarch64", "portable", "sets")) == ["portable"]
+    assert list(choose_sets("x86_64", "avx2", "sets")) == ["portable", "avx2"]
+    assert list(choose_sets("armv7l", None, "sets")) == ["portable"]
+    with pytest.raises(ValueError, match="sets: expected some of portable,neon,neon_bf16, got avx2"):
+        choose_sets("aarch64", "avx2", "sets")
+    with pytest.raises(ValueError, match="sets: neon_bf16 has bfloat16 kernels alone and needs neon beside it"):
+        choose_sets("aarch64", "neon_bf16", "sets")
+    with pytest.raises(ValueError, match="sets: avx512_amx has bfloat16 kernels alone and needs avx512 beside it"):
+        choose_sets("x86_64", "avx512_amx", "sets")
 
 
 # ---- what the processor has instructions for ------------------------------------------------------------------------

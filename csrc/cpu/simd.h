@@ -298,6 +298,15 @@ struct Lanes<FRNN_ISA::VectorTypes<float>::Vector>
     const V residual = (a - q * b) + (a_low - q * b_low);
     return q + residual * reciprocal;
   }
+#elif defined(FRNN_NEON)
+  // As above; the first reciprocal has 8 bits, the next one 16.
+  static FRNN_INLINE V quotient(V a, V a_low, V b, V b_low) {
+    const V guess = (V)vrecpeq_f32((float32x4_t)b);
+    const V reciprocal = guess * (V)vrecpsq_f32((float32x4_t)guess, (float32x4_t)b);
+    const V q = a * reciprocal;
+    const V residual = (a - q * b) + (a_low - q * b_low);
+    return q + residual * reciprocal;
+  }
 #elif FRNN_VECTOR_BYTES == 64
   static constexpr bool own_activations = true;
   static FRNN_INLINE V tanh(V x) { return FRNN_ISA::tanh_by_table(x); }

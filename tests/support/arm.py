@@ -21,11 +21,13 @@ from .compiled import ROOT, Step
 sys.path.insert(0, str(ROOT / "tools"))
 
 from arm_products import PREFIX, Loop, loops_over_k
-from kernel_flags import ARM_FLAGS, MATH_FLAGS
+from get_arm_tools import PACKAGES
+from kernel_flags import ARM_FLAGS, MATH_FLAGS, X86_FLAGS, choose_sets
+
+__all__ = ["ARM_FLAGS", "X86_FLAGS", "choose_sets"]
 
 COMPILER, C_COMPILER, DISASSEMBLER = PREFIX + "g++", PREFIX + "gcc", PREFIX + "objdump"
 EMULATOR = "qemu-aarch64"
-PACKAGES = ("g++-aarch64-linux-gnu", "qemu-user")  # Debian's, of which the first brings the disassembler
 SOURCES, BUILD = ROOT / "tests" / "arm", compiled.BUILD / "arm"
 # As setup.py has them, but for the optimisation, which takes most of the time; with this much products are fused with
 # sums.
@@ -38,7 +40,9 @@ NEWEST, OLDEST = "max", "cortex-a53"
 def missing() -> str | None:
     """What keeps these programs from being made and run here, as a reason to skip a test; None: nothing."""
     lacking = [name for name in (COMPILER, EMULATOR, DISASSEMBLER) if not shutil.which(name)]
-    return f"no {', '.join(lacking)}: make arm-tools (apt-get install {' '.join(PACKAGES)})" if lacking else None
+    return (
+        f"no {', '.join(lacking)}: make arm-tools (apt-get install {' '.join(PACKAGES.values())})" if lacking else None
+    )
 
 
 @functools.cache
