@@ -333,6 +333,34 @@ def test_a_recurrent_bias_of_null_is_zeros(c: Library) -> None:
     c.c.fused_rnn_weights_destroy(weights)
 
 
+def test_steps_of_some_rows_are_those_of_a_pool(c: Library, tmp_path: Path) -> None:
+    module, rows = made("gru"), 100
+    fused_rnn.save_weights(module, tmp_path / "weights")
+    weights = c.load(tmp_path / "weights")
+    own, pool = c.stream(weights, rows), fused_rnn.StreamPool(module, rows)
+    slots = [pool.open() for _ in range(rows)]
+    assert slots == list(range(rows))
+
+    def step(chosen: list[int], x: Tensor, y: Tensor) -> int:
+        given = (ctypes.c_int64 * len(chosen))(*chosen)
+        return c.code("step_rows", own, ctypes.c_int64(len(chosen)), given, address(x), address(y))
+
+    for count in (1, 3, 90, 100):
+        for _ in range(3):
+            chosen, x, y = torch.randperm(rows)[:count].tolist(), torch.randn(count, F), torch.empty(count, H)
+            assert step(chosen, x, y) == 0
+            assert_same(y, pool.step(x, chosen))
+    x, y, last = torch.randn(rows, F), torch.empty(rows, H), torch.empty(rows, H)
+    for wrong in ([3, 3], [0, rows], [-1], list(range(rows)) + [0], []):
+        assert step(wrong, torch.randn(rows + 1, F), torch.empty(rows + 1, H)) == ERRORS["chosen"]
+    assert c.code("step_rows", own, ctypes.c_int64(1), None, address(x), address(y)) == ERRORS["chosen"]
+    assert step(slots, x, y) == 0 and c.code("step", own, address(x), address(last)) == 0
+    assert_same(y, pool.step(x, slots))
+    assert_same(last, pool.step(x, slots))
+    c.c.fused_rnn_stream_destroy(own)
+    c.c.fused_rnn_weights_destroy(weights)
+
+
 def test_streams_of_the_same_weights_know_nothing_of_each_other(c: Library, tmp_path: Path) -> None:
     module = fused_rnn.GRU(F, H)
     fused_rnn.save_weights(module, tmp_path / "weights")
@@ -982,7 +1010,7 @@ def symbols(*arguments: Any) -> set[str]:
 
 def test_the_library_exports_what_the_header_declares_and_nothing_else(library: Path) -> None:
     shared, archive = library / "lib/libfused_rnn.so", library / "lib/libfused_rnn.a"
-    assert len(declared()) == 16
+    assert len(declared()) == 17
     assert symbols("-D", "--defined-only", shared) == declared()
     assert symbols("-g", "--defined-only", archive) == declared()
     assert symbols("-u", archive) <= NEEDED

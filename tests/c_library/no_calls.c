@@ -97,11 +97,13 @@ static unsigned long mode(void) {
 
 static void every_call(fused_rnn_stream* stream, const fused_rnn_description* d) {
   static double x[steps * rows * most_features], y[steps * rows * most_features], h[most_features], c[most_features];
-  const int64_t lengths[rows] = {steps, 0, 7};
+  const int64_t lengths[rows] = {steps, 0, 7}, chosen[2] = {2, 0};
   const int is_lstm = d->cell == FUSED_RNN_CELL_LSTM;
   const unsigned long before = mode();
   check(fused_rnn_step(stream, x, y) == 0, "step failed");
   check(mode() == before, "step changed the mode");
+  check(fused_rnn_step_rows(stream, 2, chosen, x, y) == 0, "step_rows failed");
+  check(mode() == before, "step_rows changed the mode");
   check(fused_rnn_chunk(stream, steps, lengths, x, y) == 0, "chunk failed");
   check(fused_rnn_chunk(stream, steps, NULL, x, y) == 0, "chunk failed");
   check(mode() == before, "chunk changed the mode");
