@@ -985,6 +985,26 @@ def test_calls_allocate_nothing_take_no_lock_and_make_no_system_call(library: Pa
     assert run(program, tmp_path / name, "call").returncode == -signal.SIGKILL
 
 
+def test_code_of_the_page_runs(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/c-library.md").read_text()
+    python, program = (
+        re.findall(rf"^```{name}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) for name in ("python", "c")
+    )
+    assert len(python) == len(program) == 1
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"fused_rnn": fused_rnn}
+    exec(python[0], names)
+    Path("program.c").write_text(program[0])
+    compiled("gcc", *WARNINGS, "program.c", f"-I{library}/include", library / "lib/libfused_rnn.a", "-o", "program")
+    result = run(tmp_path / "program")
+    assert result.returncode == 0 and result.stdout
+    x = torch.zeros(1, 20)
+    x[0, 0] = 1
+    assert float(result.stdout) == pytest.approx(
+        Stream(names["layer"]).chunk(x.expand(100, 1, 20))[-1, 0, 0].item(), rel=1e-4
+    )
+
+
 # ---- what is installed ----------------------------------------------------------------------------------------------
 
 # Of the C library and of the compiler's own; nothing of threads or of C++.
