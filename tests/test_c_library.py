@@ -933,9 +933,37 @@ def wav(samples: Any, channels: int) -> bytes:
     return b"RIFF" + (4 + len(chunks)).to_bytes(4, "little") + b"WAVE" + chunks
 
 
-def test_the_example_under_the_sanitizers(library: Path, tmp_path: Path) -> None:
-    """The kernels are not instrumented here, which takes a minute to compile: they are where `make test-asan` runs the
-    streams' tests, and stay inside of their memory above."""
+def drive(program: Path, name: str, rows: int, dtype: torch.dtype, isa: str, folder: Path) -> None:
+    """Run tests/c_library/drive.c and compare all that it wrote with a stream."""
+    module = made(name)
+    fused_rnn.save_weights(module, folder / "weights", dtype)
+    x = torch.randn(9, rows, F).to(dtype)
+    (folder / "x").write_bytes(x.view(torch.uint8).numpy().tobytes())
+    result = run(program, folder / "weights", rows, folder / "x", folder / "y", env=os.environ | {"FUSED_RNN_ISA": isa})
+    assert result.returncode == 0 and result.stdout == f"{isa}\n" and not result.stderr, result.stderr
+    with instruction_set(isa):
+        stream = Stream(module, rows, dtype)
+        y = torch.cat([stream.chunk(x[:2]), stream.chunk(x[2:], [7] * (rows - 1) + [6])])
+        h, c = stream._states(None, True)
+    expected = [y.view(torch.uint8).flatten()]
+    for states in zip(h.flatten(0, 1), h.flatten(0, 1) if c is None else c.flatten(0, 1), strict=True):
+        expected += [state.view(torch.uint8) for state in states[: 1 if c is None else 2]]
+    assert_same(torch.frombuffer(bytearray((folder / "y").read_bytes()), dtype=torch.uint8), torch.cat(expected))
+
+
+@pytest.mark.parametrize("name, dtype", [("lstm options", torch.float32), ("gru", torch.bfloat16)])
+def test_a_program_in_c_says_bit_for_bit_what_the_stream_says(
+    name: str, dtype: torch.dtype, compiler: str, library: Path, tmp_path: Path
+) -> None:
+    program, source = tmp_path / "drive", SOURCES / "drive.c"
+    archive = library / "lib/libfused_rnn.a"
+    compiled(compiler, "-std=c11", *WARNINGS, source, f"-I{ROOT}/include", archive, "-o", program)
+    drive(program, name, 5, dtype, BEST, tmp_path)
+
+
+def test_programs_under_the_sanitizers(library: Path, tmp_path: Path) -> None:
+    """All but the kernels is instrumented; those would take most of a minute to compile (`make library
+    LIBRARY_ARGS="--sanitize address,undefined"`)."""
     sources = [ROOT / "csrc/stream/stack.cpp", *sorted((ROOT / "csrc/library").glob("*.cpp"))]
     sources += [ROOT / f"csrc/cpu/{name}.cpp" for name in ("dispatch", "memory")]
     kernels = library / "objects/isa_portable.o"
@@ -950,8 +978,13 @@ def test_the_example_under_the_sanitizers(library: Path, tmp_path: Path) -> None
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
     for source, result in zip(sources, objects, strict=True):
         compiled("g++", *SANITIZE, *flags, "-c", source, "-o", result)
-    program = realtime(tmp_path, "gcc", "-std=c11", *SANITIZE, *objects, kernels)
-    check_example(program, tmp_path, FUSED_RNN_ISA="portable")
+    check_example(
+        realtime(tmp_path, "gcc", "-std=c11", *SANITIZE, *objects, kernels), tmp_path, FUSED_RNN_ISA="portable"
+    )
+    program, source = tmp_path / "drive", SOURCES / "drive.c"
+    compiled("gcc", "-std=c11", *SANITIZE, source, f"-I{ROOT}/include", *objects, kernels, "-o", program)
+    for name in ("projection", "layer_norm, heads", "lstm options", "indrnn", "heads"):
+        drive(program, name, 70, torch.float64, "portable", tmp_path)
 
 
 WRAPPED = ("malloc", "calloc", "realloc", "aligned_alloc", "free", "pthread_mutex_lock")
