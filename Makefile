@@ -4,6 +4,7 @@
 #   PYTHON  the Python that .venv is made with          TORCH  what pip is asked for as PyTorch
 #   RESULT  where bench and programs write their results (out/bench.json, out/programs.json), and figures reads one
 #   ARGS    further arguments of the program that a target runs (demo, test, bench, check)
+#   LIBRARY_ARGS  of `make library` (--isas, --cxx, --out, --sanitize: tools/build_library.py)
 #   JOBS    processes that share the tests (test, test-asan): as many as there are processors; those of several threads
 #           follow, by themselves. JOBS=1: one after the other in one process, for debugging
 
@@ -33,7 +34,7 @@ PROGRAMS := $(PROGRAMS_VENV)/.installed-$(shell { echo '$(TORCH)'; cat benchmark
 
 PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirements.txt | cut -c1-12)
 
-.PHONY: demo test site build library lint format check bench programs figures browser arm-tools info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
+.PHONY: demo test site build library realtime fuzz lint format check bench programs figures browser arm-tools info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
 .DEFAULT_GOAL := help
 
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
@@ -112,12 +113,25 @@ gpu:  ## on a GPU machine: everything that only it can show, in runs/gpu (docs/o
 	$(GPU_PYTHON) tools/gpu.py $(ARGS)
 
 library:  ## build/library: the C library of streams, without PyTorch (PREFIX=/usr/local installs it; docs/c-library.md)
-	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/build_library.py $(if $(PREFIX),--prefix $(PREFIX)) $(ARGS)
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/build_library.py $(if $(PREFIX),--prefix $(PREFIX)) $(LIBRARY_ARGS)
+
+realtime: library  ## sound through a GRU in blocks, from C: deadlines missed, times (ARGS="--block 128 --seconds 5")
+	$(CC) -std=c11 -O2 examples/realtime.c -Ibuild/library/include build/library/lib/libfused_rnn.a -lm -o build/realtime
+	build/realtime $(ARGS)
+
+# The reader of files of weights, which come from anywhere, on files that were changed at random.
+FUZZ_SECONDS ?= 300
+fuzz:  ## changed files of weights for the C library under the sanitizers (FUZZ_SECONDS=300)
+	@mkdir -p build
+	$(CXX) -std=c++17 -g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -Iinclude -Icsrc \
+		tests/c_library/fuzz_file.cpp csrc/library/{file,description,errors}.cpp -o build/fuzz_file
+	build/fuzz_file $(FUZZ_SECONDS) $$(date +%s) tests/data/c_library/*.safetensors
 
 info: build  ## versions, how it was built, instruction sets, threads, CUDA
 	$(RUN) -m fused_rnn info $(ARGS)
 
-CXX_FILES = $(shell find csrc include examples/cpp tests/cuda_host tests/data tests/arm tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc include examples tests/arm tests/c_library tests/cuda_host tests/data tools benchmarks \
+	-name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format: report only
 	$(BIN)/ruff check .

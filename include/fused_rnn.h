@@ -114,6 +114,7 @@ enum {
   FUSED_RNN_ERROR_ROW = 67,
   FUSED_RNN_ERROR_STATE = 68,
   FUSED_RNN_ERROR_IN_USE = 69,
+  FUSED_RNN_ERROR_CHOSEN = 70,
   /* of a file */
   FUSED_RNN_ERROR_PATH_NULL = 80,
   FUSED_RNN_ERROR_FILE_OPEN = 81,
@@ -231,6 +232,12 @@ FUSED_RNN_API void fused_rnn_stream_destroy(fused_rnn_stream* stream);
 /* One step of all rows. x: (rows, I); y: (rows, P), h of the highest layer. They may share memory if there are no more
  * than 64 rows. */
 FUSED_RNN_API int fused_rnn_step(fused_rnn_stream* stream, const void* x, void* y);
+
+/* One step of some rows, the others stay as they are: of a program whose rows are sessions that come and go. chosen:
+ * (count) different rows in any order; rows that follow each other are a little faster. x: (count, I); y: (count, P),
+ * in that order. */
+FUSED_RNN_API int fused_rnn_step_rows(fused_rnn_stream* stream, int64_t count, const int64_t* chosen, const void* x,
+                                      void* y);
 
 /* `steps` steps, 1 or more: the same as one after the other, bit for bit, in less time. x: (T, rows, I); y: (T, rows,
  * P), in no part of the memory of x. lengths: (rows), the steps that each row has, from 0 to T, after which its state

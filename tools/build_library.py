@@ -75,7 +75,11 @@ class Library:
         flags = [*FLAGS, "-O3", "-g0"]
         if self.sanitize:
             flags = [*FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={self.sanitize}"]
-            flags += ["-fno-sanitize-recover=all"]
+            # As setup.py has them, for its reasons: without the checks that take longest to compile, others as calls.
+            flags += ["-fexpensive-optimizations", "-fno-sanitize-recover=all"]
+            flags += ["-fno-sanitize=null,object-size,alignment,pointer-overflow"]
+            if not self.is_clang:
+                flags.append("--param=asan-instrumentation-with-call-threshold=0")
         if self.is_clang:
             # As GCC does by itself: a product and a sum are one instruction where there is one.
             flags += ["-ffp-contract=fast", "-Wno-unknown-pragmas", "-Wno-psabi"]

@@ -64,6 +64,7 @@ const char* fused_rnn_error_text(int error) {
     case FUSED_RNN_ERROR_ROW: return "row: expected 0 to rows - 1, or for fused_rnn_reset -1";
     case FUSED_RNN_ERROR_STATE: return "c: expected null, for only an LSTM has a cell state";
     case FUSED_RNN_ERROR_IN_USE: return "stream: expected one thread at a time, got a call while another one is in one";
+    case FUSED_RNN_ERROR_CHOSEN: return "count, chosen: expected 1 to rows different numbers from 0 to rows - 1";
     case FUSED_RNN_ERROR_PATH_NULL: return "path: expected a text, got null";
     case FUSED_RNN_ERROR_FILE_OPEN: return "path: the file cannot be opened";
     case FUSED_RNN_ERROR_FILE_READ: return "path: the file cannot be read";

@@ -29,6 +29,8 @@ struct fused_rnn_stream {
   const fused_rnn_weights* weights;
   StackStates* states;
   int64_t rows, input_size, state_size, element_bytes;
+  uint64_t calls;     // of fused_rnn_step_rows
+  uint64_t* last_in;  // (rows) in which of them a row was chosen
 };
 
 namespace {
@@ -152,13 +154,19 @@ int take_memory(void*& memory, size_t size, size_t needed, bool& is_own) {
   return size < needed ? FUSED_RNN_ERROR_MEMORY_SIZE : FUSED_RNN_OK;
 }
 
-// Bytes of an object and, behind it, the states of its rows.
-size_t stream_bytes(const PackedStack& packed, int64_t rows, void* memory, void*& states) {
-  Layout layout(memory);
-  layout.take<fused_rnn_stream>(1);
-  states = layout.take<char>(int64_t(StackStates::bytes_for(packed, rows, rows)));
-  return layout.used();
-}
+// Parts of the memory of a stream, in this order.
+struct StreamParts {
+  void *object, *last_in, *states;
+  size_t bytes;
+
+  StreamParts(void* memory, const PackedStack& packed, int64_t rows) {
+    Layout layout(memory);
+    object = layout.take<fused_rnn_stream>(1);
+    last_in = layout.take<uint64_t>(rows);
+    states = layout.take<char>(int64_t(StackStates::bytes_for(packed, rows, rows)));
+    bytes = layout.used();
+  }
+};
 
 bool is_rows(int64_t rows) { return rows >= 1 && rows <= FUSED_RNN_MOST_ROWS; }
 
@@ -175,10 +183,11 @@ int advance(fused_rnn_stream* stream, const StreamRows& call) {
   return FUSED_RNN_OK;
 }
 
-int check_io(const fused_rnn_stream* stream, int64_t steps, const void* x, const void* y, bool may_share) {
+// rows: of all steps.
+int check_io(const fused_rnn_stream* stream, int64_t rows, const void* x, const void* y, bool may_share) {
   if (!x) return FUSED_RNN_ERROR_X_NULL;
   if (!y) return FUSED_RNN_ERROR_Y_NULL;
-  const int64_t element = stream->element_bytes, rows = steps * stream->rows;
+  const int64_t element = stream->element_bytes;
   if (!is_aligned(x, element) || !is_aligned(y, element)) return FUSED_RNN_ERROR_ALIGNMENT;
   if (!may_share && overlap(x, rows * stream->input_size * element, y, rows * stream->state_size * element))
     return FUSED_RNN_ERROR_OVERLAP;
@@ -247,8 +256,7 @@ int fused_rnn_stream_memory_size(const fused_rnn_weights* weights, int64_t rows,
   if (!is_weights(weights)) return FUSED_RNN_ERROR_WEIGHTS;
   if (!is_rows(rows)) return FUSED_RNN_ERROR_ROWS;
   if (!size) return FUSED_RNN_ERROR_RESULT_NULL;
-  void* states = nullptr;
-  *size = stream_bytes(*weights->packed, rows, nullptr, states);
+  *size = StreamParts(nullptr, *weights->packed, rows).bytes;
   return FUSED_RNN_OK;
 }
 
@@ -257,15 +265,16 @@ int fused_rnn_stream_create(const fused_rnn_weights* weights, int64_t rows, void
   if (!is_weights(weights)) return FUSED_RNN_ERROR_WEIGHTS;
   if (!is_rows(rows)) return FUSED_RNN_ERROR_ROWS;
   if (!stream) return FUSED_RNN_ERROR_RESULT_NULL;
-  void* states = nullptr;
   bool is_own = false;
-  const size_t needed = stream_bytes(*weights->packed, rows, nullptr, states);
-  if (const int error = take_memory(memory, size, needed, is_own)) return error;
-  stream_bytes(*weights->packed, rows, memory, states);
-  fused_rnn_stream* made = new (memory) fused_rnn_stream();
+  if (const int error = take_memory(memory, size, StreamParts(nullptr, *weights->packed, rows).bytes, is_own))
+    return error;
+  const StreamParts parts(memory, *weights->packed, rows);
+  fused_rnn_stream* made = new (parts.object) fused_rnn_stream();
   made->is_own = is_own;
   made->weights = weights;
-  made->states = StackStates::place(states, *weights->packed, rows, rows);
+  made->states = StackStates::place(parts.states, *weights->packed, rows, rows);
+  made->last_in = static_cast<uint64_t*>(parts.last_in);
+  std::memset(made->last_in, 0, size_t(rows) * sizeof(uint64_t));
   made->rows = rows;
   made->input_size = weights->description.input_size;
   made->state_size = state_size_of(weights->description);
@@ -283,12 +292,41 @@ void fused_rnn_stream_destroy(fused_rnn_stream* stream) {
 
 int fused_rnn_step(fused_rnn_stream* stream, const void* x, void* y) {
   if (!is_stream(stream)) return FUSED_RNN_ERROR_STREAM;
-  if (const int error = check_io(stream, 1, x, y, stream->rows <= stream->states->block_rows())) return error;
+  if (const int error = check_io(stream, stream->rows, x, y, stream->rows <= stream->states->block_rows()))
+    return error;
   StreamRows call;
   call.rows = stream->rows;
   call.x = {const_cast<void*>(x), 0, stream->input_size};
   call.y = {y, 0, stream->state_size};
   return advance(stream, call);
+}
+
+int fused_rnn_step_rows(fused_rnn_stream* stream, int64_t count, const int64_t* chosen, const void* x, void* y) {
+  if (!is_stream(stream)) return FUSED_RNN_ERROR_STREAM;
+  if (!chosen || count < 1 || count > stream->rows) return FUSED_RNN_ERROR_CHOSEN;
+  if (!is_aligned(chosen, alignof(int64_t))) return FUSED_RNN_ERROR_ALIGNMENT;
+  if (const int error = check_io(stream, count, x, y, count <= stream->states->block_rows())) return error;
+  if (!stream->states->enter()) return FUSED_RNN_ERROR_IN_USE;
+  int error = FUSED_RNN_OK;
+  const uint64_t call_number = ++stream->calls;
+  for (int64_t i = 0; i < count && !error; ++i) {
+    const int64_t row = chosen[i];
+    if (row < 0 || row >= stream->rows || stream->last_in[row] == call_number) {
+      error = FUSED_RNN_ERROR_CHOSEN;
+    } else {
+      stream->last_in[row] = call_number;
+    }
+  }
+  if (!error) {
+    StreamRows call;
+    call.rows = count;
+    call.slots = chosen;
+    call.x = {const_cast<void*>(x), 0, stream->input_size};
+    call.y = {y, 0, stream->state_size};
+    stream->states->advance(call);
+  }
+  stream->states->leave();
+  return error;
 }
 
 int fused_rnn_chunk(fused_rnn_stream* stream, int64_t steps, const int64_t* lengths, const void* x, void* y) {
@@ -298,7 +336,7 @@ int fused_rnn_chunk(fused_rnn_stream* stream, int64_t steps, const int64_t* leng
   constexpr int64_t most = int64_t(1) << 56;
   if (steps > most / (stream->rows * std::max(stream->input_size, stream->state_size) * stream->element_bytes))
     return FUSED_RNN_ERROR_STEPS;
-  if (const int error = check_io(stream, steps, x, y, false)) return error;
+  if (const int error = check_io(stream, steps * stream->rows, x, y, false)) return error;
   if (lengths) {
     if (!is_aligned(lengths, alignof(int64_t))) return FUSED_RNN_ERROR_ALIGNMENT;
     for (int64_t row = 0; row < stream->rows; ++row) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import os
 import re
 import shutil
 import struct
@@ -84,11 +85,13 @@ def loops_of_products(isa: str) -> list[Loop]:
 
 
 def run(
-    path: Path, *arguments: object, given: bytes = b"", processor: str = NEWEST
+    path: Path, *arguments: object, given: bytes = b"", processor: str = NEWEST, isa: str | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    """Lets the emulator run a program."""
-    command = [EMULATOR, "-cpu", processor, str(path), *map(str, arguments)]
-    return subprocess.run(command, input=given, capture_output=True, check=False, timeout=300)
+    """Lets the emulator run a program; isa: of the kernels that it asks for."""
+    wanted = [] if isa is None else ["-E", f"FUSED_RNN_ISA={isa}"]
+    command = [EMULATOR, "-cpu", processor, *wanted, str(path), *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name != "FUSED_RNN_ISA"}
+    return subprocess.run(command, input=given, capture_output=True, check=False, timeout=300, env=environment)
 
 
 def bytes_of(tensor: Tensor) -> bytes:
