@@ -37,19 +37,39 @@ namespace fused_rnn {
 
 namespace {
 
+void add_custom_cell_of(int64_t kind, int gates, int saved, int states) {
+  TORCH_CHECK_VALUE(is_custom(CellKind(kind)), "kind: expected the number of a custom cell, got ", kind);
+  TORCH_CHECK_VALUE(gates >= 1 && gates <= most_custom_gates, "gates: expected 1 to ", most_custom_gates, ", got ",
+                    gates);
+  TORCH_CHECK(add_custom_cell({CellKind(kind), gates, saved, states}),
+              "kind: there are too many custom cells in this process");
+}
+
 // The library stays in the process: its kernels may be called at any time.
-int64_t add_custom(const std::string& path) {
+void add_custom_library(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(library, "path: expected a library of a custom cell, got ", path, ": ", dlerror());
-  using Description = const CustomCell* (*)();
-  const auto describe = reinterpret_cast<Description>(dlsym(library, "fused_rnn_custom_cell"));
+  using Description = const CustomKernels* (*)();
+  const auto describe = reinterpret_cast<Description>(dlsym(library, "fused_rnn_custom_kernels"));
   TORCH_CHECK(describe, "path: expected a library of a custom cell, got ", path);
-  const CustomCell* cell = describe();
-  TORCH_CHECK(
-      cell->sizes == sizes_of_layers && is_custom(cell->kind) && cell->gates >= 1 && cell->gates <= most_custom_gates,
-      "path: expected a cell that was compiled for this build, got ", path);
-  TORCH_CHECK(add_custom_cell(cell), "path: there are too many custom cells in this process");
-  return int64_t(cell->kind);
+  const CustomKernels* added = describe();
+  TORCH_CHECK(added->sizes == sizes_of_layers && custom_cell(added->kind),
+              "path: expected kernels of a cell that is known here, compiled for this build, got ", path);
+  TORCH_CHECK(add_custom_kernels(added), "path: there are too many kernels of custom cells in this process");
+}
+
+// Never freed: the last call may come after Python has ended.
+py::function* custom_compiler = nullptr;
+
+void compile_custom(CellKind kind, DType dtype) {
+  const py::gil_scoped_acquire held;
+  const auto problem = (*custom_compiler)(int64_t(kind), int(dtype)).cast<std::string>();
+  TORCH_CHECK(problem.empty(), problem);
+}
+
+void set_compiler_of_custom_cells(const py::function& function) {
+  custom_compiler = new py::function(function);
+  set_custom_compiler(&compile_custom);
 }
 
 std::vector<std::string> instruction_sets(bool only_supported) {
@@ -298,8 +318,13 @@ py::dict allow(bool block, bool cluster, bool grid, bool none, bool counted, boo
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build and plan information of fused_rnn; the operators are torch.ops.fused_rnn.";
-  m.def("add_custom_cell", &add_custom, py::arg("path"),
-        "Adds the cell in the library at `path` to those of this process; returns its number.");
+  m.def("add_custom_cell", &add_custom_cell_of, py::arg("kind"), py::arg("gates"), py::arg("saved"), py::arg("states"),
+        "Tells this process of a custom cell.");
+  m.def("add_custom_kernels", &add_custom_library, py::arg("path"),
+        "Adds the kernels in the library at `path` to those of this process.");
+  m.def("set_custom_compiler", &set_compiler_of_custom_cells, py::arg("function"),
+        "Sets what adds the kernels of a custom cell where a call finds none: a function of its kind and a dtype that "
+        "returns what is wrong, or an empty text.");
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and PyTorch version of this build.");
   m.def(
       "has_derivative_kernels",

@@ -53,16 +53,19 @@ struct Cpu {
     }
   }
   void forward(const LayerForward& layer) {
-    const CustomCell* cell = custom_of(layer.sizes);
-    run_layer(layer, cell ? cell->forward : kernels().forward, false);
+    const CustomKernels* custom = custom_of(layer.sizes);
+    run_layer(layer, custom ? custom->forward : kernels().forward, false);
   }
   void backward(const LayerBackward& layer) {
-    const CustomCell* cell = custom_of(layer.sizes);
-    run_layer(layer, cell ? cell->backward : kernels().backward, true);
+    const CustomKernels* custom = custom_of(layer.sizes);
+    run_layer(layer, custom ? custom->backward : kernels().backward, true);
   }
   // Null: a cell of our own.
-  static const CustomCell* custom_of(const LayerSizes& sizes) {
-    return is_custom(sizes.kind) ? custom_cell(sizes.kind) : nullptr;
+  static const CustomKernels* custom_of(const LayerSizes& sizes) {
+    if (!is_custom(sizes.kind)) return nullptr;
+    const CustomKernels* found = custom_kernels(sizes.kind, sizes.dtype);
+    TORCH_CHECK(found, "kind: this custom cell has no kernels here, and without Python none are compiled");
+    return found;
   }
 };
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType, TracebackType
 from typing import Any
@@ -116,8 +117,13 @@ _check_name("environment variable FUSED_RNN_BACKEND", _name_at_start)
 use_backend(_name_at_start)
 
 
-# Of custom cells that came without kernels: fused_rnn/custom.py.
-why_no_kernels: dict[AnyCellKind, str] = {}
+def _no_custom_cells(number: int, dtype: torch.dtype) -> str | None:
+    return "no custom cell was loaded"
+
+
+# Why a custom cell, by the number of its kind, has no kernels for a dtype, None when it has: they are compiled when it
+# is first asked. fused_rnn/custom.py puts its function here.
+why_no_kernels: Callable[[int, torch.dtype], str | None] = _no_custom_cells
 
 
 def why_reference(
@@ -136,7 +142,8 @@ def why_reference(
 
     Raises:
         ImportError: the compiled extension is missing and the backend is not ``"reference"``.
-        RuntimeError: the backend is ``"fused"`` and the kernels cannot; the message has the reason.
+        RuntimeError: the backend is ``"fused"`` and the kernels cannot; the message has the reason. Or the kernels of a
+            custom cell cannot be compiled.
     """
     name = current_backend()
     if name == "reference":
@@ -151,8 +158,8 @@ def why_reference(
     if reason is None and custom is not None:
         if input.device.type == "cuda":
             reason = "no fused kernel for custom cells on cuda tensors: the CPU has them"
-        else:
-            reason = why_no_kernels.get(custom)
+        elif input.device.type == "cpu":
+            reason = why_no_kernels(custom.value, input.dtype)
     if reason is None and settings is not None and settings.within is not None:
         reason = ops.why_not_within(settings.kind, settings.within, input, recorded)
     if reason is not None and name == "fused":

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from . import backend
 from .expressions import Step
 
@@ -41,10 +43,19 @@ namespace fused_rnn {{
 {struct}
 }}  // namespace fused_rnn
 
-FRNN_CUSTOM_KERNELS({name}, {element})
+{passes}
 """
-_TABLE = '#include "cpu/custom_table.h"\n\nFRNN_CUSTOM_CELL({number}, "{isa}", {gates}, {saved}, {states})\n'
-_ELEMENTS = ("float", "double", "BFloat16", "Half")
+_PASSES = {
+    "forward": "FRNN_CUSTOM_FORWARD({name}, {element}, {number}, {dtype})",
+    "backward": "FRNN_CUSTOM_BACKWARD({name}, {element})",
+}
+# What a dtype is called in C++, as an element and in csrc/problem.h.
+_ELEMENTS = {
+    torch.float32: ("float", "float32"),
+    torch.float64: ("double", "float64"),
+    torch.bfloat16: ("BFloat16", "bfloat16"),
+    torch.float16: ("Half", "float16"),
+}
 
 # Bytes of a vector of each instruction set; what another has beside AVX-512 concerns products of our own cells.
 _VECTOR_BYTES = {"avx2": 32, "avx512": 64, "avx512_bf16": 64, "avx512_amx": 64}
@@ -119,8 +130,8 @@ def _trace(source: str, name: str, origin: str) -> str:
     return result.stdout
 
 
-def compile_kernels(step: Step, number: int, isa: str) -> Path:
-    """The library with the kernels of a cell for one instruction set: that of the cache, or a new one.
+def compile_kernels(step: Step, number: int, isa: str, dtype: torch.dtype) -> Path:
+    """The library with the kernels of a cell for one instruction set and dtype: that of the cache, or a new one.
 
     Args:
         number: the cell's kind.
@@ -135,26 +146,27 @@ def compile_kernels(step: Step, number: int, isa: str) -> Path:
     of_build = [flag for flag in shlex.split(backend.ops.build_flags()) if flag not in ("-O3", "-Wall", "-Wextra")]
     flags = [*of_build, "-O2", "-w", *of_set, *shlex.split(os.environ.get("FUSED_RNN_CELL_FLAGS", ""))]
     name = f"Cell{number}"  # so that the same cell by another name is the same library
-    given = {"isa": isa, "bytes": _VECTOR_BYTES.get(isa, 16), "struct": step.cpp(name), "name": name}
-    given["defined"] = "#define FRNN_NEON\n" if isa.startswith("neon") else ""
-    sources = {element: _KERNELS.format(element=element, **given) for element in _ELEMENTS}
-    sources["table"] = _TABLE.format(number=number, isa=isa, gates=step.gates, saved=step.saved, states=step.states)
+    element, dtype_name = _ELEMENTS[dtype]
+    given = {"name": name, "element": element, "number": number, "dtype": dtype_name}
+    of_cell = {"isa": isa, "bytes": _VECTOR_BYTES.get(isa, 16), "struct": step.cpp(name)}
+    of_cell["defined"] = "#define FRNN_NEON\n" if isa.startswith("neon") else ""
+    sources = {one: _KERNELS.format(passes=text.format(**given), **of_cell) for one, text in _PASSES.items()}
     kept = cache_folder() / f"{_key('kernels', *sources.values(), *flags)}.so"
     with _alone(kept):
         if not kept.is_file():
-            _compile_library(sources, flags, kept, isa)
+            _log.info("compiling a custom cell's kernels for %s and %s, once: some seconds", dtype_name, isa)
+            _compile_library(sources, flags, kept)
     return kept
 
 
-def _compile_library(sources: Mapping[str, str], flags: Sequence[str], kept: Path, isa: str) -> None:
+def _compile_library(sources: Mapping[str, str], flags: Sequence[str], kept: Path) -> None:
     assert backend.ops is not None
-    _log.info("compiling a custom cell's kernels for %s, once: a minute or less", isa)
     with tempfile.TemporaryDirectory() as folder:
         command = compiler()
 
-        def compile_one(element: str) -> str:
-            file = Path(folder) / f"{element}.cpp"
-            file.write_text(sources[element])
+        def compile_one(name: str) -> str:
+            file = Path(folder) / f"{name}.cpp"
+            file.write_text(sources[name])
             _compile([*command, *flags, f"-I{HEADERS}", "-c", str(file), "-o", f"{file}.o"], "load_cell")
             return f"{file}.o"
 
@@ -169,7 +181,7 @@ def add_kernels(library: Path) -> None:
     """Its kernels to those of the process."""
     _show_symbols()
     assert backend.ops is not None
-    backend.ops.add_custom_cell(str(library))
+    backend.ops.add_custom_kernels(str(library))
 
 
 @functools.cache

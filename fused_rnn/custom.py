@@ -85,7 +85,6 @@ class CustomLayer(Recurrent):
         **options: Unpack[LayerOptions],
     ) -> None:
         self._check_options(options)
-        self._find_kernels()
         super().__init__(
             self._custom.name,
             input_size,
@@ -100,10 +99,6 @@ class CustomLayer(Recurrent):
             dtype,
             options,
         )
-
-    @classmethod
-    def _find_kernels(cls) -> None:
-        """Before a layer is made: of a class that :func:`load_cell` has made they are there."""
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Those that concern gates have no meaning here."""
@@ -170,10 +165,6 @@ class CustomLayer(Recurrent):
                 raise RuntimeError(f"{name}[{index}]: expected {expected} as {name}[0] has, got {tuple(state.shape)}")
         return states[0], torch.cat(tuple(states[1:]), dim=-1)
 
-    def __setstate__(self, state: Any) -> None:
-        self._find_kernels()  # a copy, or one from a file, is not made by the constructor
-        super().__setstate__(state)
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """With its header instead of a class that no module has."""
         reduced = super().__reduce_ex__(protocol)
@@ -205,9 +196,9 @@ def load_cell(path: str | os.PathLike[str], name: str | None = None) -> type[Cus
           }
         };
 
-    The kernels are compiled once for this machine's processor, which takes a minute or less, and kept in the folder
-    ``FUSED_RNN_CACHE`` (``~/.cache/fused_rnn``) by content. The formulas run on every device, and the kernels on the
-    CPU.
+    The kernels for a dtype are compiled when a call first has it, for this machine's processor, which takes some
+    seconds, and kept in the folder ``FUSED_RNN_CACHE`` (``~/.cache/fused_rnn``) by content. The formulas run on every
+    device, and the kernels on the CPU.
 
     Args:
         path: of the header.
@@ -239,7 +230,6 @@ def load_cell_text(text: str, name: str, origin: str) -> type[CustomLayer]:
     if cls is None:
         trace = Trace(compiling.trace_of(text, name, origin))
         cls = _classes[text, name] = _make_class(text, name, trace)
-    _add_kernels(cls)
     return cls
 
 
@@ -257,7 +247,13 @@ def _members(name: str, trace: Trace) -> dict[str, Any]:
     number = _FIRST_NUMBER + int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") % span
     kind = add_kind(f"CUSTOM_{name}", number, CellShape(trace.gates, trace.states, step.saved))
     formulas.STEPS[kind] = _formula_of(trace)
+    _steps[number] = step
+    if backend.ops is not None:
+        backend.ops.add_custom_cell(number, trace.gates, step.saved, trace.states)
     return {"_custom": kind, "_step": step}
+
+
+_steps: dict[int, Step] = {}  # of custom cells, by the numbers of their kinds
 
 
 def _formula_of(trace: Trace) -> Any:
@@ -279,18 +275,41 @@ def _formula_of(trace: Trace) -> Any:
     return step
 
 
-def _add_kernels(cls: type[CustomLayer]) -> None:
-    """For the instruction set in use, if there is an extension whose kernels they join."""
-    if backend.ops is None:
-        return
+def _add_kernels(number: int, dtype: torch.dtype) -> None:
+    """Those of a cell, by its kind's number, for the instruction set in use: from the cache, or compiled now."""
+    assert backend.ops is not None
     isa = backend.ops.instruction_set()
-    if (cls._custom, isa) in _added:
+    if (number, isa, dtype) in _added:
         return
-    compiling.add_kernels(compiling.compile_kernels(cls._step, cls._custom.value, isa))
-    _added.add((cls._custom, isa))
+    compiling.add_kernels(compiling.compile_kernels(_steps[number], number, isa, dtype))
+    _added.add((number, isa, dtype))
 
 
-_added: set[tuple[AnyCellKind, str]] = set()
+_added: set[tuple[int, str, torch.dtype]] = set()
+
+
+def _why_no_kernels(number: int, dtype: torch.dtype) -> str | None:
+    """None when there are some after this: see :data:`fused_rnn.backend.why_no_kernels`."""
+    problem = _problems.get((number, dtype))
+    if problem is not None:
+        return problem
+    try:
+        _add_kernels(number, dtype)
+    except RuntimeError as error:
+        if number != SLSTM._custom.value:
+            raise
+        problem = _problems[number, dtype] = f"the kernels of SLSTM could not be compiled: {error}"
+        _log.warning("%s", problem)
+    return problem
+
+
+_problems: dict[tuple[int, torch.dtype], str] = {}
+# The compiler calls it once, when it traces the call, instead of looking into it.
+_why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+backend.why_no_kernels = _why_no_kernels
+if backend.ops is not None:
+    backend.ops.set_custom_compiler(_add_kernels)  # of a program that was compiled or exported
 
 
 _SLSTM = _members("SLSTM", Trace((Path(__file__).parent / "headers" / "slstm.trace").read_text()))
@@ -320,20 +339,10 @@ class SLSTM(CustomLayer):
 
     Parameters: as :class:`LSTM` without a projection, rows in the order z, i, f, o.
 
-    It is a custom cell (:func:`load_cell`) that comes with the package: the first layer on a machine has its kernels
-    compiled, which takes less than a minute and a C++ compiler. Without one it runs by the formulas, in PyTorch's
+    It is a custom cell (:func:`load_cell`) that comes with the package: the first call in a dtype on a machine has its
+    kernels compiled, which takes some seconds and a C++ compiler. Without one it runs by the formulas, in PyTorch's
     operations, and :func:`explain` says so.
     """
 
     _custom = _SLSTM["_custom"]
     _step = _SLSTM["_step"]
-
-    @classmethod
-    def _find_kernels(cls) -> None:
-        if cls._custom in backend.why_no_kernels:
-            return
-        try:
-            _add_kernels(SLSTM)
-        except RuntimeError as error:
-            backend.why_no_kernels[cls._custom] = f"the kernels of SLSTM could not be compiled: {error}"
-            _log.warning("%s", backend.why_no_kernels[cls._custom])

@@ -619,7 +619,8 @@ def call_layers(settings: Settings, input: Any, hx: Any, params: Sequence[Any], 
         kernels = backend.eager_kernels()
         if kernels is not None:
             results = kernels.try_stack(settings, input, hx, params)
-        elif (kernels := backend.traced_kernels()) is not None:
+        # (Of a custom cell the long way asks first whether there are kernels.)
+        elif settings.kind <= _GRU and (kernels := backend.traced_kernels()) is not None:
             results = kernels.trace_stack(settings, input, hx, params)
     if results is None:
         if steps is STATES_OF_EVERY_STEP:

@@ -53,8 +53,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import _C, _checks, batching, formulas
-from . import flops as _flops  # noqa: F401, which registers them for the operators that _C has
+# Before those that look for its operators: where it is missing, that is the error.
 from ._C import (
     StreamBase,
     StreamPoolBase,
@@ -64,6 +63,10 @@ from ._C import (
     packed_bytes_limit,
     set_packed_bytes_limit,
 )
+
+# isort: split
+from . import _C, _checks, batching, formulas
+from . import flops as _flops  # noqa: F401, which registers them for the operators that _C has
 from .settings import (
     NO_CONTROLS,
     NOTHING_WITHIN,
@@ -177,10 +180,28 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _HAS_CUDA: bool = _C.build_info()["cuda"]
 _OLDEST_CAPABILITY = (8, 0)
 
-# Custom cells: fused_rnn/compiling.py.
+# Custom cells: fused_rnn/compiling.py and custom.py.
 add_custom_cell = _C.add_custom_cell
+add_custom_kernels = _C.add_custom_kernels
 available_processors = _C.available_processors
 instruction_set = _C.isa_used
+
+
+def set_custom_compiler(add_kernels: Callable[[int, torch.dtype], None]) -> None:
+    """What an operator calls that finds no kernels of a custom cell, with the number of its kind.
+
+    It adds them or raises RuntimeError.
+    """
+    dtypes = {number: dtype for dtype, number in _DTYPES.items()}
+
+    def compile_for(kind: int, dtype: int) -> str:
+        try:
+            add_kernels(kind, dtypes[dtype])
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    _C.set_custom_compiler(compile_for)
 
 
 def extension_path() -> str:

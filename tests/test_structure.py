@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import graphlib
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +212,22 @@ def test_settings_of_modules_have_all_fields_in_their_places(module: Any) -> Non
         names = ("weight_ih", "weight_hh")
         expected = Settings(**sizes, state_size=4, kind=CellKind.GRU, bias=False, cell_names=names)
     assert found == expected and type(found) is Settings
+
+
+WITHOUT_THE_EXTENSION = """
+import sys
+sys.modules["fused_rnn._C"] = None
+import torch, fused_rnn
+layer, x = fused_rnn.LSTM(2, 3), torch.randn(4, 1, 2)
+with fused_rnn.use_backend("reference"):
+    print(tuple(layer(x)[0].shape))
+layer(x)
+"""
+
+
+def test_without_the_extension_the_formulas_run_and_other_calls_say_what_is_missing() -> None:
+    command = [sys.executable, "-c", WITHOUT_THE_EXTENSION]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert result.stdout == "(4, 1, 3)\n", result.stderr
+    assert "ImportError: fused_rnn's compiled extension is not built, or cannot be loaded: " in result.stderr
+    assert "fused_rnn._C" in result.stderr.splitlines()[-1]

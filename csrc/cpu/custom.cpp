@@ -10,34 +10,71 @@ namespace fused_rnn {
 
 namespace {
 
-constexpr int most_cells = 256;
-const CustomCell* cells[most_cells];
-std::atomic<int> count{0};
 std::mutex adding;
+
+// Grows under the lock and is read without it: what is in it stays where it is.
+template <class T, int most>
+class Table {
+ public:
+  template <class Wanted>
+  const T* find(Wanted wanted) const {
+    const int n = count_.load(std::memory_order_acquire);
+    for (int i = 0; i < n; ++i) {
+      if (wanted(items_[i])) return &items_[i];
+    }
+    return nullptr;
+  }
+
+  template <class Same>
+  bool add(const T& item, Same same) {
+    const std::lock_guard<std::mutex> lock(adding);
+    if (find(same)) return true;
+    const int n = count_.load(std::memory_order_relaxed);
+    if (n == most) return false;
+    items_[n] = item;
+    count_.store(n + 1, std::memory_order_release);
+    return true;
+  }
+
+ private:
+  T items_[most];
+  std::atomic<int> count_{0};
+};
+
+constexpr int most_cells = 256;
+Table<CustomCell, most_cells> cells;
+Table<const CustomKernels*, most_cells * 4> tables;  // of four dtypes
+std::atomic<CustomCompiler> compiler_in_use{nullptr};
+
+const CustomKernels* find_kernels(CellKind kind, DType dtype, const char* isa) {
+  const CustomKernels* const* found = tables.find([&](const CustomKernels* kernels) {
+    return kernels->kind == kind && kernels->dtype == dtype && std::strcmp(kernels->isa, isa) == 0;
+  });
+  return found ? *found : nullptr;
+}
 
 }  // namespace
 
-bool add_custom_cell(const CustomCell* cell) {
-  const std::lock_guard<std::mutex> lock(adding);
-  const int n = count.load(std::memory_order_relaxed);
-  for (int i = 0; i < n; ++i) {
-    if (cells[i]->kind == cell->kind && std::strcmp(cells[i]->isa, cell->isa) == 0) return true;
-  }
-  if (n == most_cells) return false;
-  cells[n] = cell;
-  count.store(n + 1, std::memory_order_release);
-  return true;
+bool add_custom_cell(const CustomCell& cell) {
+  return cells.add(cell, [&](const CustomCell& other) { return other.kind == cell.kind; });
+}
+
+bool add_custom_kernels(const CustomKernels* kernels) {
+  return tables.add(kernels, [&](const CustomKernels* other) {
+    return other->kind == kernels->kind && other->dtype == kernels->dtype && std::strcmp(other->isa, kernels->isa) == 0;
+  });
 }
 
 const CustomCell* custom_cell(CellKind kind) {
-  const CustomCell* found = nullptr;
-  const int n = count.load(std::memory_order_acquire);
-  for (int i = 0; i < n; ++i) {
-    if (cells[i]->kind != kind) continue;
-    if (std::strcmp(cells[i]->isa, kernels().isa) == 0) return cells[i];
-    found = cells[i];
-  }
-  return found;
+  return cells.find([&](const CustomCell& cell) { return cell.kind == kind; });
+}
+
+void set_custom_compiler(CustomCompiler compiler) { compiler_in_use.store(compiler, std::memory_order_release); }
+
+const CustomKernels* custom_kernels(CellKind kind, DType dtype) {
+  if (const CustomKernels* found = find_kernels(kind, dtype, kernels().isa)) return found;
+  if (const CustomCompiler compile = compiler_in_use.load(std::memory_order_acquire)) compile(kind, dtype);
+  return find_kernels(kind, dtype, kernels().isa);
 }
 
 }  // namespace fused_rnn
