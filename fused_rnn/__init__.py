@@ -5,7 +5,7 @@ model that exists, :class:`patch` in those that are being built. :class:`IndRNN`
 :mod:`fused_rnn.functional` has the same as functions, :mod:`fused_rnn.reference` in plain PyTorch; :func:`use_backend`
 chooses, :func:`explain` says what runs, :mod:`fused_rnn.packed_weights` what memory inference keeps,
 :mod:`fused_rnn.diagnostics` how gradients and gates fare. :class:`Stream` and :class:`StreamPool` serve a layer step by
-step.
+step, :func:`quantize` makes its weights smaller.
 """
 
 from . import diagnostics, functional, packed_weights, reference
@@ -17,6 +17,7 @@ from .explain import Explanation, explain
 from .indrnn import IndRNN
 from .layers import GRU, LSTM, RNN
 from .patching import patch, unpatch
+from .quantized import QuantizedCell, QuantizedLayer, quantize
 from .stream import Stream, StreamPool
 
 __version__ = "0.1.0"
@@ -29,6 +30,8 @@ __all__ = [
     "GRUCell",
     "IndRNN",
     "LSTMCell",
+    "QuantizedCell",
+    "QuantizedLayer",
     "RNNCell",
     "Stream",
     "StreamPool",
@@ -42,6 +45,7 @@ __all__ = [
     "load_cell",
     "packed_weights",
     "patch",
+    "quantize",
     "reference",
     "revert",
     "unpatch",

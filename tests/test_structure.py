@@ -33,7 +33,8 @@ LEVELS = [
     {"subclasses", "explain", "diagnostics"},
     {"class_tests"},
     {"convert"},
-    {"patching", "stream"},
+    {"patching", "quantized"},
+    {"stream"},
     {"opacus"},
     {"__init__"},
 ]

@@ -74,6 +74,7 @@ bool has_tiles() {
 #endif
 
 std::atomic<const KernelTable*> selected{nullptr};
+std::atomic<bool> byte_products_allowed{true};
 
 const KernelTable* find(const char* isa) {
   for (const KernelTable* const* t = tables; *t; ++t) {
@@ -120,6 +121,19 @@ const KernelTable& kernels() {
   }
   return *t;
 }
+
+bool multiplies_bytes() {
+#if defined(__x86_64__)
+  if (!byte_products_allowed.load(std::memory_order_relaxed)) return false;
+  switch (kernels().vector_bytes) {
+    case 64: return __builtin_cpu_supports("avx512vnni");
+    case 32: return __builtin_cpu_supports("avxvnni");
+  }
+#endif
+  return false;
+}
+
+void allow_byte_products(bool allowed) { byte_products_allowed.store(allowed, std::memory_order_relaxed); }
 
 bool select_kernels(const char* isa) {
   const KernelTable* t = find(isa);

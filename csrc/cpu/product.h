@@ -21,9 +21,12 @@
 namespace fused_rnn {
 namespace FRNN_ISA {
 
-// How elements of type E are multiplied. Specialised for float, double and, where the dot product exists, BFloat16.
+// How elements of type E are multiplied: rows of Row with panels of Stored. Specialised where the two differ from E, or
+// from what they are summed in.
 template <class E>
 struct Operand {
+  using Row = E;
+  using Stored = E;
   using Acc = E;
   using V = typename Simd<E>::V;
   using Columns = V;  // `group` k's of one vector of columns
@@ -37,6 +40,8 @@ struct Operand {
 #if defined(__AVX512BF16__)
 template <>
 struct Operand<BFloat16> {
+  using Row = BFloat16;
+  using Stored = BFloat16;
   using Acc = float;
   using V = Simd<float>::V;
   using Columns = __m512i;
@@ -153,7 +158,8 @@ struct Addend {
 
 // MR rows x NP panels. c: row r at c + r * c_stride, panel q at + q * NV * width.
 template <class E, int MR, int NV, int NP, int NA>
-__attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const E* b, int64_t panel_stride,
+__attribute__((noinline)) void product_tile(int64_t K, const typename Operand<E>::Row* const* a,
+                                            const typename Operand<E>::Stored* b, int64_t panel_stride,
                                             typename Operand<E>::Acc* c, int64_t c_stride,
                                             Addend<typename Operand<E>::Acc> addend, Ahead ahead) {
   using O = Operand<E>;
@@ -162,7 +168,7 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
   constexpr int width = Simd<A>::width;
   constexpr int group = O::group;
   V acc[MR][NP * NV];
-  const E* row[MR];
+  const typename O::Row* row[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
     row[i] = a[i];
@@ -205,9 +211,9 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
       __builtin_prefetch(next, 0, 2);
       next += ahead.step;
     }
-    multiply(k, [](const E* p) { return O::broadcast(p); });
+    multiply(k, [](const typename O::Row* p) { return O::broadcast(p); });
   }
-  if (group > 1 && whole < K) multiply(whole, [](const E* p) { return O::broadcast_last(p, 1); });
+  if (group > 1 && whole < K) multiply(whole, [](const typename O::Row* p) { return O::broadcast_last(p, 1); });
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
@@ -224,9 +230,9 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
 }
 
 template <class E, int NV, int NP, int NA>
-FRNN_INLINE void product_rows(int rows, int64_t K, const E* const* a, const E* b, int64_t panel_stride,
-                              typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend,
-                              Ahead ahead) {
+FRNN_INLINE void product_rows(int rows, int64_t K, const typename Operand<E>::Row* const* a,
+                              const typename Operand<E>::Stored* b, int64_t panel_stride, typename Operand<E>::Acc* c,
+                              int64_t c_stride, Addend<typename Operand<E>::Acc> addend, Ahead ahead) {
   constexpr int most = tile_rows<NV>();
 #define FRNN_ROWS(n)                                                                            \
   case n:                                                                                       \
@@ -259,10 +265,13 @@ inline constexpr int64_t panel_block_bytes = 192 * 1024;
 // next, fetched towards the end; null: not known, or at hand. descending: the last panel first. Weights that exceed a
 // cache somewhat are mostly found there when every second pass over them runs backwards.
 template <class E, int NV, int NA = 0>
-void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t panels, int64_t panel_stride,
-             typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend,
-             const E* then = nullptr, bool descending = false) {
+void product(int64_t rows, int64_t K, const typename Operand<E>::Row* const* a, const typename Operand<E>::Stored* b,
+             int64_t panels, int64_t panel_stride, typename Operand<E>::Acc* c, int64_t c_stride,
+             Addend<typename Operand<E>::Acc> addend, const typename Operand<E>::Stored* then = nullptr,
+             bool descending = false) {
   using A = typename Operand<E>::Acc;
+  using Row = typename Operand<E>::Row;
+  using Stored = typename Operand<E>::Stored;
   constexpr int64_t columns = NV * Simd<A>::width;
   constexpr int group = Operand<E>::group;
   if (rows <= 0 || panels <= 0) return;
@@ -278,13 +287,13 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
                      NA > 0 ? addend.apart + column : nullptr};
   };
   // The same blocks for any number of rows, so that a row's sums do not depend on how many there are.
-  constexpr int64_t block = panel_block_bytes / (columns * int64_t(sizeof(E)));
+  constexpr int64_t block = panel_block_bytes / (columns * int64_t(sizeof(Stored)));
   // One or two rows take several panels at once; what remains are single panels [singles, panels).
   constexpr int one = tile_panels<1, NV>(), two = tile_panels<2, NV>();
   const int64_t singles = rows == 1 && one > 1 ? panels / one * one : rows == 2 && two > 1 ? panels / two * two : 0;
   const auto together = [&] {
     const int64_t step = rows == 1 ? one : two;
-    const auto multiply = [&](auto na, int64_t depth, const E* const* first, const E* panel, A* target,
+    const auto multiply = [&](auto na, int64_t depth, const Row* const* first, const Stored* panel, A* target,
                               Addend<A> here) __attribute__((always_inline)) {
       constexpr int apart = decltype(na)::value;
       if (rows == 1) {
@@ -298,8 +307,8 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
       A* target = c + p * columns;
       for (int64_t k = 0; k < K; k += block) {
         const int64_t depth = K - k < block ? K - k : block;
-        const E* first[2] = {a[0] + k, a[rows - 1] + k};
-        const E* panel = b + p * panel_stride + k * columns;
+        const Row* first[2] = {a[0] + k, a[rows - 1] + k};
+        const Stored* panel = b + p * panel_stride + k * columns;
         if (k == 0) {
           multiply(std::integral_constant<int, NA>{}, depth, first, panel, target, addend_of(0, p));
         } else {
@@ -316,17 +325,17 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
     const int64_t p = descending ? panels - 1 - (q - singles) : q;
     for (int64_t k = 0; k < K; k += block) {
       const int64_t depth = K - k < block ? K - k : block;
-      const E* here = b + p * panel_stride + k * columns;
+      const Stored* here = b + p * panel_stride + k * columns;
       // What comes next: the next block, which follows this one in memory but for the padding of an odd K, or the
       // next panel. Every tile fetches its share of it.
-      const E* after = here + padded_depth<E>(depth) * columns;
+      const Stored* after = here + padded_depth<E>(depth) * columns;
       if (k + block >= K) after = q + 1 == panels ? then : b + (descending ? p - 1 : p + 1) * panel_stride;
       const char* next = reinterpret_cast<const char*>(after ? after : here);
-      const int64_t share = after ? depth * columns * int64_t(sizeof(E)) / tiles : 0;
+      const int64_t share = after ? depth * columns * int64_t(sizeof(Stored)) / tiles : 0;
       int64_t r = 0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t n = low + (tile < more);
-        const E* first[8];
+        const Row* first[8];
         for (int64_t i = 0; i < n; ++i) first[i] = a[r + i] + k;
         A* target = c + r * c_stride + p * columns;
         if (addend.stride != 0 && k == 0) {
