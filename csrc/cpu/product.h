@@ -31,9 +31,10 @@ struct Operand {
   using V = typename Simd<E>::V;
   using Columns = V;  // `group` k's of one vector of columns
   static constexpr int group = 1;
+  static constexpr bool whole_groups = true;  // K is always a multiple of `group`
+  static constexpr int work = 0;
   static FRNN_INLINE Columns columns(const E* b) { return Simd<E>::load(b); }
   static FRNN_INLINE Columns broadcast(const E* a) { return Simd<E>::splat(*a); }
-  static FRNN_INLINE Columns broadcast_last(const E* a, int64_t) { return broadcast(a); }
   static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) { return acc + a * b; }
 };
 
@@ -46,6 +47,8 @@ struct Operand<BFloat16> {
   using V = Simd<float>::V;
   using Columns = __m512i;
   static constexpr int group = 2;
+  static constexpr bool whole_groups = false;
+  static constexpr int work = 0;
   static FRNN_INLINE Columns columns(const BFloat16* b) { return load_bytes<__m512i>(b); }
   static FRNN_INLINE Columns broadcast(const BFloat16* a) {
     int32_t pair;
@@ -101,11 +104,12 @@ constexpr int tile_registers(int MR, int N, int held) { return MR * N + held + 1
 // many is stored and loaded for every k, and the tile takes twice the time. Their addresses stand in the general
 // registers, hence 8 at most, or 7 where the sum of an eighth was stored all the same. For 4, 3, 2 and 1 vectors: 6, 8,
 // 8, 8 where there are 32 registers; 3, 4, 6, 8 with AVX2; 2, 3, 6, 7 with SSE2.
-template <int NV>
+// `work`: registers that a multiplication of other elements needs besides.
+template <int NV, int work = 0>
 constexpr int tile_rows() {
   constexpr int most = product_registers == 0 ? 8 : 7;
   int rows = 1;
-  while (rows < most && tile_registers(rows + 1, NV, rows + 1 < NV ? rows + 1 : NV) <= vector_registers) ++rows;
+  while (rows < most && tile_registers(rows + 1, NV, rows + 1 < NV ? rows + 1 : NV) + work <= vector_registers) ++rows;
   return rows;
 }
 
@@ -115,7 +119,7 @@ constexpr int rows_at_once() {
 #if defined(FRNN_TILES)
   if (std::is_same_v<E, BFloat16>) return int(2 * tile_height);
 #endif
-  return tile_rows<NV>();
+  return tile_rows<NV, Operand<E>::work>();
 }
 
 // The depth, K or a little more, in which a product of packed operands is computed best: k past K hold zeros. A matrix
@@ -133,9 +137,10 @@ constexpr int64_t depth_of_product(int64_t K) {
 
 // Panels that a tile of few rows takes at once, so that there are accumulators enough (8 or more) to hide the latency
 // of the multiply-add.
-template <int MR, int NV>
+template <int MR, int NV, int work = 0>
 constexpr int tile_panels() {
-  constexpr int wanted = MR > 2 ? 1 : MR == 1 ? 8 / NV : 8 / NV / 2;
+  constexpr int sums = work > 4 && vector_registers == 16 ? 4 : 8;
+  constexpr int wanted = MR > 2 ? 1 : MR == 1 ? sums / NV : sums / NV / 2;
   return wanted < 1 ? 1 : wanted;
 }
 
@@ -213,7 +218,9 @@ __attribute__((noinline)) void product_tile(int64_t K, const typename Operand<E>
     }
     multiply(k, [](const typename O::Row* p) { return O::broadcast(p); });
   }
-  if (group > 1 && whole < K) multiply(whole, [](const typename O::Row* p) { return O::broadcast_last(p, 1); });
+  if constexpr (!O::whole_groups) {
+    if (whole < K) multiply(whole, [](const typename O::Row* p) { return O::broadcast_last(p, 1); });
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
@@ -233,7 +240,7 @@ template <class E, int NV, int NP, int NA>
 FRNN_INLINE void product_rows(int rows, int64_t K, const typename Operand<E>::Row* const* a,
                               const typename Operand<E>::Stored* b, int64_t panel_stride, typename Operand<E>::Acc* c,
                               int64_t c_stride, Addend<typename Operand<E>::Acc> addend, Ahead ahead) {
-  constexpr int most = tile_rows<NV>();
+  constexpr int most = tile_rows<NV, Operand<E>::work>();
 #define FRNN_ROWS(n)                                                                            \
   case n:                                                                                       \
     if constexpr (n <= most && (NP == 1 || n <= 2))                                             \
@@ -289,7 +296,7 @@ void product(int64_t rows, int64_t K, const typename Operand<E>::Row* const* a, 
   // The same blocks for any number of rows, so that a row's sums do not depend on how many there are.
   constexpr int64_t block = panel_block_bytes / (columns * int64_t(sizeof(Stored)));
   // One or two rows take several panels at once; what remains are single panels [singles, panels).
-  constexpr int one = tile_panels<1, NV>(), two = tile_panels<2, NV>();
+  constexpr int work = Operand<E>::work, one = tile_panels<1, NV, work>(), two = tile_panels<2, NV, work>();
   const int64_t singles = rows == 1 && one > 1 ? panels / one * one : rows == 2 && two > 1 ? panels / two * two : 0;
   const auto together = [&] {
     const int64_t step = rows == 1 ? one : two;
@@ -319,7 +326,8 @@ void product(int64_t rows, int64_t K, const typename Operand<E>::Row* const* a, 
   };
   if (!descending) together();
   // Even tiles: 32 rows are 5 + 5 + 5 + 5 + 6 + 6, not five of 6 and one of 2.
-  const int64_t tiles = (rows + tile_rows<NV>() - 1) / tile_rows<NV>();
+  constexpr int most_rows = tile_rows<NV, work>();
+  const int64_t tiles = (rows + most_rows - 1) / most_rows;
   const int64_t low = rows / tiles, more = rows % tiles;
   for (int64_t q = singles; q < panels; ++q) {
     const int64_t p = descending ? panels - 1 - (q - singles) : q;

@@ -30,7 +30,8 @@ struct Int8 {
 };
 struct Int8ByDots {};  // vpdpbusd
 
-template <class W>
+// work: what turns the format into float32 takes registers.
+template <class W, int registers>
 struct StoredOperand {
   using Row = float;
   using Stored = W;
@@ -38,15 +39,16 @@ struct StoredOperand {
   using V = Simd<float>::V;
   using Columns = V;
   static constexpr int group = 1;
+  static constexpr bool whole_groups = true;
+  static constexpr int work = registers;
   static FRNN_INLINE Columns columns(const W* b) { return Simd<float>::load(b); }
   static FRNN_INLINE Columns broadcast(const float* a) { return Simd<float>::splat(*a); }
-  static FRNN_INLINE Columns broadcast_last(const float* a, int64_t) { return broadcast(a); }
   static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) { return acc + a * b; }
 };
 template <>
-struct Operand<BFloat16Weights> : StoredOperand<BFloat16> {};
+struct Operand<BFloat16Weights> : StoredOperand<BFloat16, 1> {};
 template <>
-struct Operand<Float16Weights> : StoredOperand<Half> {};
+struct Operand<Float16Weights> : StoredOperand<Half, FRNN_VECTOR_BYTES == 16 ? 7 : 0> {};
 
 // Four k of each column side by side. K is a multiple of four, so that nothing is left over.
 struct Int8Operand {
@@ -56,18 +58,18 @@ struct Int8Operand {
   using V = Simd<int32_t>::V;
   using Columns = Bytes;
   static constexpr int group = 4;
+  static constexpr bool whole_groups = true;
   static FRNN_INLINE Columns columns(const Int8* b) { return load_bytes<Bytes>(b); }
   static FRNN_INLINE Columns broadcast(const Int8* a) {
     int32_t four;
     __builtin_memcpy(&four, a, sizeof four);
     return (Bytes)Simd<int32_t>::splat(four);
   }
-  static FRNN_INLINE Columns broadcast_last(const Int8* a, int64_t) { return broadcast(a); }
 };
 
 template <>
 struct Operand<Int8> : Int8Operand {
-  static constexpr uint8_t flipped = 0;  // bits of q that rows hold the other way round
+  static constexpr int work = FRNN_VECTOR_BYTES == 16 ? 6 : 4;  // of a row without its sign, ones, and what is between
   // Sums of two products in 16 bits: |a| <= 128 and |b| <= 127, so they are 32512 at most.
   static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) {
 #if FRNN_VECTOR_BYTES == 64
@@ -100,13 +102,16 @@ struct Operand<Int8> : Int8Operand {
 #if FRNN_VECTOR_BYTES >= 32
 template <>
 struct Operand<Int8ByDots> : Int8Operand {
-  static constexpr uint8_t flipped = 0x80;  // rows hold q + 128, without a sign
-  // The instruction alone is of a later processor than this instruction set; whoever calls this asks for it first.
+  // GCC keeps copies of the sums of a statement that it cannot look into; three rows of four vectors are enough to hide
+  // the latency.
+  static constexpr int work = FRNN_VECTOR_BYTES == 64 ? 14 : 0;
+  // Of rows that hold q + 128, without a sign. The instruction alone is of a later processor than this instruction set;
+  // whoever calls this asks for it first.
   static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) {
 #if FRNN_VECTOR_BYTES == 64
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 #else
-    __asm__("{vex} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
 #endif
     return acc;
   }
@@ -208,6 +213,7 @@ struct QuantizedRows {
   int64_t stride = 0;
   bool by_dots = false;  // the processor has the instruction
 
+  // Bits of q that rows hold the other way round: q + 128, without a sign.
   FRNN_INLINE uint8_t flipped() const { return by_dots ? 0x80 : 0; }
 
   FRNN_INLINE void quantize(int64_t count, int64_t K, const float* const* a) const {
