@@ -712,10 +712,14 @@ def _shorten(sizes: Sequence[int]) -> str:
 # Streams
 
 
-def check_stream_module(module: Any, reason: str | None) -> None:
-    """``module`` of a stream: one whose weights the kernels take; ``reason``: why they do not."""
+def check_stream_module(module: Any) -> None:
+    """``module`` of a stream."""
     if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         raise TypeError(f"module: expected a recurrent layer or cell, got {_describe(module)}")
+
+
+def check_stream_runs(module: Any, reason: str | None) -> None:
+    """That kernels take its weights; ``reason``: why they do not."""
     if reason is not None:
         raise ValueError(f"module: expected one that a stream can run, got {type(module).__name__}: {reason}")
 
@@ -845,21 +849,16 @@ def check_weight_dtype(dtype: Any, weights: Any, known: Mapping[str, torch.dtype
 def check_any_quantized(converted: Mapping[str, str], left_alone: Mapping[str, str]) -> None:
     if not converted:
         reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in left_alone.items())
-        raise ValueError(
-            f"model: expected a recurrent layer or cell that can be quantized, got none ({reasons or 'no such module'})"
-        )
+        reasons = reasons or "there is no recurrent module"
+        raise ValueError(f"model: expected a recurrent layer or cell that can be quantized, got none ({reasons})")
 
 
 def check_like_stored(settings: Settings, input: Tensor) -> None:
     """The input of quantized layers."""
     if input.dtype is not torch.float32:
-        raise ValueError(
-            f"input: expected torch.float32, as quantized layers have beside their weights, got {input.dtype}"
-        )
+        raise ValueError(f"input: expected torch.float32 for a quantized layer, got {input.dtype}")
     if input.device.type != "cpu":
-        raise RuntimeError(
-            f"input: expected a tensor on the CPU, where quantized layers run, got one on {input.device}"
-        )
+        raise RuntimeError(f"input: expected a tensor on the CPU for a quantized layer, got one on {input.device}")
 
 
 def check_quantized_call(training: bool, *tensors: Tensor | None) -> None:

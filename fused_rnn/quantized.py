@@ -66,13 +66,12 @@ class _Quantized(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves to a device; the dtypes stay: ``model.half()`` means other modules."""
-        dtypes = {name: t.dtype for name, t in self._buffers.items() if t is not None}
-        super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            t = self._buffers[name]
-            if t is not None and t.dtype is not dtype:
-                self._buffers[name] = t.to(dtype)
-        return self
+
+        def moved(t: Tensor) -> Tensor:
+            result: Tensor = fn(t)
+            return result if result.dtype is t.dtype else t.to(result.device)
+
+        return super()._apply(moved, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         """Weights of the module that this was made of are quantized as they are loaded."""

@@ -39,12 +39,12 @@ class _Description:
     def __init__(self, module: Any, dtype: torch.dtype | None) -> None:
         is_quantized = isinstance(module, (QuantizedLayer, QuantizedCell))
         if not is_quantized:
-            _checks.check_stream_module(module, None)
+            _checks.check_stream_module(module)
         fused = module if is_quantized else _fused(module)
         settings: Settings = fused._settings()
         params = fused._operator_params() if is_quantized else fused._params()
         within = None if settings.within is None else settings.within.in_mode(False)
-        _checks.check_stream_module(module, _why_no_stream(settings, within))
+        _checks.check_stream_runs(module, _why_no_stream(settings, within))
         if is_quantized:
             _checks.check_stream_dtype(dtype)
             self.dtype = torch.float32
@@ -98,7 +98,7 @@ def _fused(module: Any) -> Any:
         return module
     fused, report = convert(module, inplace=False, return_report=True)
     if not isinstance(fused, HasTwin):
-        _checks.check_stream_module(module, report.left_alone.get("", "it is none of torch.nn's LSTM, GRU and RNN"))
+        _checks.check_stream_runs(module, report.left_alone.get("", "it is none of torch.nn's LSTM, GRU and RNN"))
     return fused
 
 

@@ -386,11 +386,12 @@ def test_weights_that_change_are_seen() -> None:
     assert not torch.equal(small(x)[0], first)
     small.weight_ih_l0.copy_(kept)
     assert_same(small(x)[0], first)
-    small.bias_ih_l0 = small.bias_ih_l0 + 1
+    own_bias = small.bias_ih_l0
+    small.bias_ih_l0 = own_bias + 1
     assert not torch.equal(small(x)[0], first)
     stream = Stream(small)
     before = stream.step(x[0]).clone()
-    small.bias_ih_l0.sub_(1)
+    small.bias_ih_l0.copy_(own_bias)
     stream.reset()
     assert_same(stream.step(x[0]), before)
     stream.refresh()
@@ -449,28 +450,28 @@ def test_quantize_a_model() -> None:
 def test_what_is_left_alone() -> None:
     model = nn.ModuleDict(
         {
-            "good": fused_rnn.RNN(3, 4),
-            "half": fused_rnn.LSTM(3, 4, dtype=torch.bfloat16),
-            "before": fused_rnn.GRU(3, 4, reset_after=False),
-            "stateful": fused_rnn.LSTM(3, 4, stateful=True),
-            "normed": parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"),
-            "hooked": nn.LSTM(3, 4),
-            "spoiled": nn.GRU(3, 4),
-            "meta": nn.GRU(3, 4, device="meta"),
+            "a_good": fused_rnn.RNN(3, 4),
+            "a_half": fused_rnn.LSTM(3, 4, dtype=torch.bfloat16),
+            "a_before": fused_rnn.GRU(3, 4, reset_after=False),
+            "a_stateful": fused_rnn.LSTM(3, 4, stateful=True),
+            "a_normed": parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"),
+            "a_hooked": nn.LSTM(3, 4),
+            "a_spoiled": nn.GRU(3, 4),
+            "a_meta": nn.GRU(3, 4, device="meta"),
         }
     )
-    model["hooked"].register_forward_hook(lambda *_: None)
-    nn.init.constant_(model["spoiled"].weight_hh_l0, float("inf"))
+    model["a_hooked"].register_forward_hook(lambda *_: None)
+    nn.init.constant_(model["a_spoiled"].weight_hh_l0, float("inf"))
     small, report = quantize(model, return_report=True)
-    assert report.converted == {"good": "RNN"}
+    assert report.converted == {"a_good": "RNN"}
     reasons = {
-        "half": "torch.bfloat16 on cpu",
-        "before": "reset_after=False",
-        "stateful": "stateful=True",
-        "normed": "parametrizations",
-        "hooked": "hooks",
-        "spoiled": "not finite",
-        "meta": "torch.float32 on meta",
+        "a_half": "torch.bfloat16 on cpu",
+        "a_before": "reset_after=False",
+        "a_stateful": "stateful=True",
+        "a_normed": "parametrizations",
+        "a_hooked": "hooks",
+        "a_spoiled": "not finite",
+        "a_meta": "torch.float32 on meta",
     }
     assert report.left_alone.keys() == reasons.keys()
     for name, reason in reasons.items():
@@ -490,7 +491,7 @@ def test_float16_cannot_hold_every_weight() -> None:
     ("arguments", "options", "error", "message"),
     [
         ((3,), {}, TypeError, "model: expected a torch.nn.Module"),
-        ((nn.Linear(2, 2),), {}, ValueError, "model: expected a recurrent layer or cell .* there is no recurrent"),
+        ((nn.Linear(2, 2),), {}, ValueError, "model: expected a recurrent layer or cell .*there is no recurrent"),
         ((nn.GRU(2, 2), torch.float32), {}, ValueError, "dtype: expected one of torch.int8, torch.bfloat16"),
         ((nn.GRU(2, 2),), {"weights": "int4"}, ValueError, "weights: expected one of 'int8', 'bfloat16', 'float16'"),
         ((nn.GRU(2, 2),), {"inplace": 1}, TypeError, "inplace: expected a bool"),

@@ -294,7 +294,8 @@ void product(int64_t rows, int64_t K, const typename Operand<E>::Row* const* a, 
                      NA > 0 ? addend.apart + column : nullptr};
   };
   // The same blocks for any number of rows, so that a row's sums do not depend on how many there are.
-  constexpr int64_t block = panel_block_bytes / (columns * int64_t(sizeof(Stored)));
+  // Those of float32 where 16-bit weights are multiplied as such, whose sums are the same then.
+  constexpr int64_t block = panel_block_bytes / (columns * int64_t(group == 1 ? sizeof(A) : sizeof(Stored)));
   // One or two rows take several panels at once; what remains are single panels [singles, panels).
   constexpr int work = Operand<E>::work, one = tile_panels<1, NV, work>(), two = tile_panels<2, NV, work>();
   const int64_t singles = rows == 1 && one > 1 ? panels / one * one : rows == 2 && two > 1 ? panels / two * two : 0;
