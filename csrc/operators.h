@@ -123,7 +123,10 @@ struct Stack {
 
   CellKind kind() const { return settings.kind; }
   int64_t num_layers() const { return settings.num_layers; }
-  int64_t params_per_direction() const { return first_norm() + num_norms(); }
+  int64_t params_per_direction() const { return first_scale() + num_scales(); }
+  // Of int8 matrices: the scales of their rows, behind everything else of a direction.
+  int64_t num_scales() const { return format != WeightFormat::int8 ? 0 : projects() ? 3 : 2; }
+  int64_t first_scale() const { return first_norm() + num_norms(); }
   // Of layer normalisation: how many parameters, behind the others of a direction.
   int64_t num_norms() const {
     if (!settings.within.layer_norm) return 0;
@@ -133,8 +136,9 @@ struct Stack {
   int64_t peephole() const { return projection() + (projects() ? 1 : 0); }
   bool projects() const { return P != H; }
 
+  // stored: the matrices may be in another format than the rest, which is float32 then.
   Stack(const Tensor& input_, const OptionalTensor& h0_, const OptionalTensor& c0_, at::TensorList params_,
-        const Controls& controls, const Settings& settings_)
+        const Controls& controls, const Settings& settings_, bool stored = false)
       : settings(settings_),
         D(settings.num_directions()),
         batch_first(settings.batch_first && !controls.batch_sizes),
@@ -154,6 +158,7 @@ struct Stack {
 
     const int64_t layers = num_layers(), fewest = settings.has_biases ? 4 : 2, given = int64_t(params_.size());
     TORCH_CHECK(given >= fewest, "params: expected at least ", fewest, " tensors, got ", given);
+    if (stored && input_.scalar_type() == at::kFloat) read_format(params_[0]);
     TORCH_CHECK(params_[1].dim() == 2, "params[1]: expected 2 dimensions, got ", params_[1].dim());
     H = params_[1].size(0) / gate_count(kind());
     const int64_t heads = settings.within.num_heads;
@@ -281,26 +286,41 @@ struct Stack {
     return given.contiguous();
   }
 
+  void read_format(const Tensor& matrix) {
+    switch (matrix.scalar_type()) {
+      case at::kChar: format = WeightFormat::int8; break;
+      case at::kBFloat16: format = WeightFormat::bfloat16; break;
+      case at::kHalf: format = WeightFormat::float16; break;
+      default: return;
+    }
+    matrix_dtype = matrix.scalar_type();
+  }
+  WeightFormat format = WeightFormat::same;
+  std::optional<at::ScalarType> matrix_dtype;  // none: that of the input
+
   void read_params(at::TensorList given, int64_t layer) {
     const int64_t G = gate_count(kind());
     const int64_t width = layer == 0 ? I : D * P;
-    const auto read = [&](at::IntArrayRef shape) {
+    const auto read_as = [&](at::ScalarType dtype, at::IntArrayRef shape) {
       const Tensor& t = given[params.size()];
       TORCH_CHECK(has_memory(t), "params[", params.size(), "]", without_memory);
-      TORCH_CHECK(t.device() == input.device() && t.scalar_type() == input.scalar_type() && t.sizes() == shape,
-                  "params[", params.size(), "]: expected ", input.scalar_type(), " ", shape, " on ", input.device(),
-                  ", got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
+      TORCH_CHECK(t.device() == input.device() && t.scalar_type() == dtype && t.sizes() == shape, "params[",
+                  params.size(), "]: expected ", dtype, " ", shape, " on ", input.device(), ", got ", t.scalar_type(),
+                  " ", t.sizes(), " on ", t.device());
       params.push_back(t.contiguous());
     };
-    read({G * H, width});
-    read({G * H, P / settings.within.num_heads});
+    const auto read = [&](at::IntArrayRef shape) { read_as(input.scalar_type(), shape); };
+    const auto read_matrix = [&](at::IntArrayRef shape) { read_as(matrix_dtype.value_or(input.scalar_type()), shape); };
+    read_matrix({G * H, width});
+    read_matrix({G * H, P / settings.within.num_heads});
     if (settings.has_biases) {
       read({G * H});
       read({G * H});
     }
-    if (projects()) read({P, H});
+    if (projects()) read_matrix({P, H});
     if (settings.within.peephole) read({3 * H});
     for (int64_t k = 0; k < num_norms(); ++k) read({k < 2 ? G * H : H});
+    for (int64_t k = 0; k < num_scales(); ++k) read({k < 2 ? G * H : P});
   }
 
   Tensor initial(const OptionalTensor& state, int64_t size, const char* name) const {
@@ -319,6 +339,7 @@ struct Stack {
     s.heads = settings.within.num_heads / heads_in_block;
     s.layer_norm = settings.within.layer_norm;
     s.num_directions = int32_t(D);
+    s.format = format;
     return s;
   }
 
@@ -378,6 +399,8 @@ struct Stack {
     if (settings.within.peephole) w.peephole = p[peephole()].const_data_ptr();
     const void** norms[] = {&w.norm_ih, &w.norm_hh, &w.norm_c, &w.norm_c_bias};
     for (int64_t k = 0; k < num_norms(); ++k) *norms[k] = p[first_norm() + k].const_data_ptr();
+    const float** scales[] = {&w.scale_ih, &w.scale_hh, &w.scale_hr};
+    for (int64_t k = 0; k < num_scales(); ++k) *scales[k] = p[first_scale() + k].const_data_ptr<float>();
     return w;
   }
 

@@ -46,6 +46,9 @@ struct Within {
 
 enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
+// In what the matrices of a float32 layer are stored, where streams run it (stream/).
+enum class WeightFormat : int32_t { same = 0, int8 = 1, bfloat16 = 2, float16 = 3 };
+
 // A sequence of rows. Row b of step t begins at data + step(t) + b * batch_stride; features are contiguous.
 struct Sequence {
   void* data = nullptr;
@@ -93,6 +96,8 @@ struct Weights {
   const void* norm_hh = nullptr;
   const void* norm_c = nullptr;
   const void* norm_c_bias = nullptr;
+  // Of int8 matrices: what each row is multiplied with, (G * H), (G * H) and (P).
+  const float *scale_ih = nullptr, *scale_hh = nullptr, *scale_hr = nullptr;
 };
 
 // What options give a direction of a layer beside its weights. Null: nothing.
@@ -113,6 +118,7 @@ struct LayerSizes {
   int64_t heads = 1;       // w_hh is block-diagonal, of so many blocks: (G * H, P / heads)
   bool layer_norm = false;
   int32_t num_directions = 1;
+  WeightFormat format = WeightFormat::same;
 };
 
 // One direction of one layer, forward. Pointers without a word on null are never null.

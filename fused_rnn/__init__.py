@@ -5,7 +5,8 @@ model that exists, :class:`patch` in those that are being built. :class:`IndRNN`
 :mod:`fused_rnn.functional` has the same as functions, :mod:`fused_rnn.reference` in plain PyTorch; :func:`use_backend`
 chooses, :func:`explain` says what runs, :mod:`fused_rnn.packed_weights` what memory inference keeps,
 :mod:`fused_rnn.diagnostics` how gradients and gates fare. :class:`Stream` and :class:`StreamPool` serve a layer step by
-step, :func:`save_weights` writes it for the C library, which does so without Python.
+step, :func:`quantize` makes its weights smaller, :func:`save_weights` writes them for the C library, which does so
+without Python.
 """
 
 from . import diagnostics, functional, packed_weights, reference
@@ -17,6 +18,7 @@ from .explain import Explanation, explain
 from .indrnn import IndRNN
 from .layers import GRU, LSTM, RNN
 from .patching import patch, unpatch
+from .quantized import QuantizedCell, QuantizedLayer, quantize
 from .saving import save_weights
 from .stream import Stream, StreamPool
 
@@ -30,6 +32,8 @@ __all__ = [
     "GRUCell",
     "IndRNN",
     "LSTMCell",
+    "QuantizedCell",
+    "QuantizedLayer",
     "RNNCell",
     "Stream",
     "StreamPool",
@@ -43,6 +47,7 @@ __all__ = [
     "load_cell",
     "packed_weights",
     "patch",
+    "quantize",
     "reference",
     "revert",
     "save_weights",

@@ -712,10 +712,14 @@ def _shorten(sizes: Sequence[int]) -> str:
 # Streams
 
 
-def check_stream_module(module: Any, reason: str | None) -> None:
-    """``module`` of a stream: one whose weights the kernels take; ``reason``: why they do not."""
+def check_stream_module(module: Any) -> None:
+    """``module`` of a stream."""
     if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         raise TypeError(f"module: expected a recurrent layer or cell, got {_describe(module)}")
+
+
+def check_stream_runs(module: Any, reason: str | None) -> None:
+    """That kernels take its weights; ``reason``: why they do not."""
     if reason is not None:
         raise ValueError(f"module: expected one that a stream can run, got {type(module).__name__}: {reason}")
 
@@ -728,6 +732,12 @@ def check_stream_sizes(name: str, count: Any, dtype: Any, dtypes: Sequence[torch
         raise ValueError(f"{name}: expected at least 1, got {count}")
     if dtype not in dtypes:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, dtypes))}, got {dtype}")
+
+
+def check_stream_dtype(dtype: Any) -> None:
+    """``dtype`` of a stream of a quantized module."""
+    if dtype not in (None, torch.float32):
+        raise ValueError(f"dtype: expected None or torch.float32 for a quantized module, got {dtype}")
 
 
 def check_stream_tensor(name: str, value: Tensor, shape: Sequence[int | None], dtype: torch.dtype) -> None:
@@ -837,3 +847,58 @@ def check_lengths_of_chunk(lengths: Tensor, rows: int, num_steps: int) -> None:
     for value in lengths.tolist():
         if not 0 <= value <= num_steps:
             raise RuntimeError(f"lengths: expected 0 to {num_steps}, the steps of the input, got {value}")
+
+
+# Quantized layers
+
+
+def check_weight_dtype(dtype: Any, weights: Any, known: Mapping[str, torch.dtype]) -> torch.dtype:
+    """``dtype``, or ``weights`` by name in its place."""
+    names = ", ".join(map(repr, known))
+    if weights is not None:
+        if not isinstance(weights, str) or weights not in known:
+            raise ValueError(f"weights: expected one of {names}, got {weights!r}")
+        return known[weights]
+    if dtype not in known.values():
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, known.values()))}, got {dtype}")
+    found: torch.dtype = dtype
+    return found
+
+
+def check_any_quantized(converted: Mapping[str, str], left_alone: Mapping[str, str]) -> None:
+    if not converted:
+        reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in left_alone.items())
+        reasons = reasons or "there is no recurrent module"
+        raise ValueError(f"model: expected a recurrent layer or cell that can be quantized, got none ({reasons})")
+
+
+def check_like_stored(settings: Settings, input: Tensor) -> None:
+    """The input of quantized layers."""
+    if input.dtype is not torch.float32:
+        raise ValueError(f"input: expected torch.float32 for a quantized layer, got {input.dtype}")
+    if input.device.type != "cpu":
+        raise RuntimeError(f"input: expected a tensor on the CPU for a quantized layer, got one on {input.device}")
+
+
+def check_quantized_call(training: bool, *tensors: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    if training:
+        raise RuntimeError(
+            "training: expected eval mode, model.eval(), or torch.no_grad(): quantized layers have no gradients; "
+            "dequantize() gives a layer that has"
+        )
+    if any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "input, hx: expected tensors without a gradient, which quantized layers do not compute; use "
+            "torch.no_grad(), or dequantize()"
+        )
+
+
+def check_quantized_kernels(reason: str | None) -> None:
+    if reason is not None:
+        raise RuntimeError(f"quantized layers need the compiled kernels: {reason}")
+
+
+def wrong_stored_dtype(name: str, expected: torch.dtype, found: torch.dtype) -> str:
+    return f"{name}: expected {expected}, or torch.float32 without scales beside it, got {found}"

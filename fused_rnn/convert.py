@@ -122,7 +122,7 @@ def convert(model: Any, *, inplace: bool = True, return_report: bool = False, **
         TypeError, ValueError: ``model`` is no ``torch.nn.Module``; an option is unknown, out of range, or has no
             meaning for one of the layers, which is named. Nothing is changed then.
     """
-    _check_model(model)
+    check_model(model)
     if "num_heads" in options:
         raise TypeError(
             "num_heads: unexpected keyword argument of convert: with heads every weight_hh has another shape; make the "
@@ -139,7 +139,7 @@ def convert(model: Any, *, inplace: bool = True, return_report: bool = False, **
         if isinstance(module, nn.RNNBase) and not isinstance(module, HasTwin):
             _check_fit(name, module, options)
     if not inplace:
-        model = _copy_sharing_tensors(model)
+        model = copy_sharing_tensors(model)
     report = ConversionReport()
     replaced: dict[type, type] = {}
     for name, module in model.named_modules():
@@ -183,7 +183,7 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
         TypeError: ``model`` is no ``torch.nn.Module``.
         ValueError: ``torch.nn`` cannot express some of the modules; it names all of them, and nothing is changed.
     """
-    _check_model(model)
+    check_model(model)
     found = []
     refused = []
     for name, module in model.named_modules():
@@ -195,7 +195,7 @@ def revert(model: ModelT, *, inplace: bool = True) -> ModelT:
     if refused:
         raise ValueError("model: torch.nn cannot express " + "; ".join(refused))
     if not inplace:
-        model = _copy_sharing_tensors(model)
+        model = copy_sharing_tensors(model)
     for name in found:
         become_torch_nn(model.get_submodule(name))
     return model
@@ -212,7 +212,7 @@ def _quote(name: str) -> str:
     return f"'{name}'" if name else "the model itself"
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got an object of type {type(model).__name__}")
 
@@ -261,7 +261,7 @@ def _notes_on_class_tests(model: nn.Module, replaced: dict[type, type]) -> list[
     return notes
 
 
-def _copy_sharing_tensors(model: ModelT) -> ModelT:
+def copy_sharing_tensors(model: ModelT) -> ModelT:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):

@@ -735,7 +735,7 @@ def prepare_layers(settings: Settings, input: Tensor, hx: Any, params: Sequence[
             _checks.check_layer_states(settings, h, c, batch)
         _checks.check_states_like_input(input, h, c)
     _checks.check_steps(settings, steps, input, num_steps, batch)
-    mask = _live_steps(settings, steps, input, num_steps, batch)
+    mask = live_steps(settings, steps, input, num_steps, batch)
     reset = None if steps.reset is None else _in_time_order(settings, steps.reset, batch).contiguous()
     controls = Controls(steps.batch_sizes, mask, reset=reset)
     anew = _anew(settings, steps)
@@ -810,7 +810,7 @@ def _without_bptt_steps(settings: Settings) -> Settings:
     return settings._replace(within=None if within == NOTHING_WITHIN else within)
 
 
-def _live_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int, batch: int | None) -> Tensor | None:
+def live_steps(settings: Settings, steps: Steps, input: Tensor, num_steps: int, batch: int | None) -> Tensor | None:
     """``lengths`` and ``mask`` as one mask (T, B) in the order of memory."""
     lengths, mask = steps.lengths, steps.mask
     if mask is not None:

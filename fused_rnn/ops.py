@@ -34,6 +34,9 @@ step.
                           those of params are (groups, ...). For calls that ``rnn_tangent`` takes, without controls
 ``rnn_forward_stacked``,  ``rnn_forward`` and ``rnn_backward`` of models of one shape, without controls: tensors have
 ``rnn_backward_stacked``  the models as their first dimension
+``rnn_quantized``         ``rnn_forward`` of layers whose matrices are int8, bfloat16 or float16 and the rest float32,
+                          on the CPU, without derivatives. Behind the other params of a layer and direction stand the
+                          scales of the rows of int8 matrices, of w_ih, of w_hh and of w_hr
 ``draw_bits``             uint8 (entries, rows, ceil(units / 8)), each bit 1 with probability ``rate``, those behind the
                           last unit 0, from the int64 in ``seed`` alone, on whose device they are
 ========================= =============================================================================================
@@ -155,6 +158,7 @@ _rnn_backward = torch.ops.fused_rnn.rnn_backward.default
 _cell_forward = torch.ops.fused_rnn.cell_forward.default
 _cell_backward = torch.ops.fused_rnn.cell_backward.default
 _draw_bits = torch.ops.fused_rnn.draw_bits.default
+_rnn_quantized = torch.ops.fused_rnn.rnn_quantized.default
 _rnn_tangent = torch.ops.fused_rnn.rnn_tangent.default
 _rnn_backward_each = torch.ops.fused_rnn.rnn_backward_each.default
 _rnn_backward_stacked = torch.ops.fused_rnn.rnn_backward_stacked.default
@@ -414,6 +418,19 @@ def run_stack(
     result = _rnn_forward(input, h0, c0, list(params), *_lists(settings, controls, input), False)
     returns_states = settings.within is not None and settings.within.return_states
     return result[:3] + result[4:] if returns_states else result[:3]
+
+
+def run_quantized(
+    settings: Settings,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`run_stack` of layers whose matrices are stored in fewer bits; ``mask`` (T, B), or ``None``."""
+    result: tuple[Tensor, Tensor, Tensor] = _rnn_quantized(input, h0, c0, list(params), mask, *_lists_of_step(settings))
+    return result
 
 
 # --- A backward pass taken apart: fused_rnn/opacus.py -----------------------------------------------------------------
@@ -908,6 +925,20 @@ def _(  # type: ignore[no-untyped-def]
         _gradient_like(input, h0, needs[1]),
         _gradient_like(input, c0, needs[2]),
         [_gradient_like(input, p, needed) for p, needed in zip(params, needs[3:], strict=True)],
+    )
+
+
+@torch.library.register_fake("fused_rnn::rnn_quantized")
+def _(input, h0, c0, params, mask, integers, numbers):  # type: ignore[no-untyped-def]
+    settings = Settings.restore(integers, numbers, input, params)
+    _check_devices(input, h0=h0, c0=c0, params=params, mask=mask)
+    B, T = (input.shape[0], input.shape[1]) if settings.batch_first else (input.shape[1], input.shape[0])
+    output = input.new_empty(T, B, settings.num_directions * settings.state_size)
+    states = (settings.num_layers * settings.num_directions, B)
+    return (
+        output.transpose(0, 1) if settings.batch_first else output,
+        input.new_empty(*states, settings.state_size),
+        input.new_empty((*states, settings.hidden_size) if settings.kind.num_states else 0),
     )
 
 

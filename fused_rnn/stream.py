@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import _checks, backend, carried, functional
 from .convert import convert
+from .quantized import QuantizedCell, QuantizedLayer
 from .settings import NOTHING_WITHIN, Settings, Within
 from .twin import HasTwin
 
@@ -39,15 +40,22 @@ class StreamDescription:
     """
 
     def __init__(self, module: Any, dtype: torch.dtype | None) -> None:
-        _checks.check_stream_module(module, None)
-        fused = _fused(module)
+        is_quantized = isinstance(module, (QuantizedLayer, QuantizedCell))
+        if not is_quantized:
+            _checks.check_stream_module(module)
+        fused = module if is_quantized else _fused(module)
         settings: Settings = fused._settings()
-        params = fused._params()
+        params = fused._operator_params() if is_quantized else fused._params()
         within = None if settings.within is None else settings.within.in_mode(False)
-        _checks.check_stream_module(module, _why_no_stream(settings, within))
-        example = params[0] if params and isinstance(params[0], Tensor) else torch.empty(0, device="cpu")
-        _checks.check_params(settings, params, torch.empty(0, dtype=example.dtype, device="cpu"))
-        self.dtype = example.dtype if dtype is None else dtype
+        _checks.check_stream_runs(module, _why_no_stream(settings, within))
+        if is_quantized:
+            _checks.check_stream_dtype(dtype)
+            self.dtype = torch.float32
+        else:
+            example = params[0] if params and isinstance(params[0], Tensor) else torch.empty(0, device="cpu")
+            _checks.check_params(settings, params, torch.empty(0, dtype=example.dtype, device="cpu"))
+            self.dtype = example.dtype if dtype is None else dtype
+        self._is_quantized = is_quantized
         self.kind, self.is_cell = settings.kind, settings.is_cell
         self.input_size, self.hidden_size, self.state_size = settings[:3]
         self.num_layers = settings.num_layers
@@ -89,7 +97,7 @@ class StreamDescription:
         """The packed weights, of which there is one copy for all that are equal."""
         ops: Any = backend.ops
         with torch.no_grad():
-            params = [param.detach().to(self.dtype) for param in self._params]
+            params = self._params if self._is_quantized else [param.detach().to(self.dtype) for param in self._params]
             self._params = []  # that may be the last reference to them
             like = torch.empty(1, 1, self.input_size, dtype=self.dtype, device="cpu")
             packed: PackedStack = ops.pack_stack(like, params, self._integers, self._numbers)
@@ -114,7 +122,7 @@ def _fused(module: Any) -> Any:
         return module
     fused, report = convert(module, inplace=False, return_report=True)
     if not isinstance(fused, HasTwin):
-        _checks.check_stream_module(module, report.left_alone.get("", "it is none of torch.nn's LSTM, GRU and RNN"))
+        _checks.check_stream_runs(module, report.left_alone.get("", "it is none of torch.nn's LSTM, GRU and RNN"))
     return fused
 
 

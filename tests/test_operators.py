@@ -19,7 +19,7 @@ pytestmark = pytest.mark.kernels
 
 NAMES = (
     "rnn_forward", "rnn_backward", "cell_forward", "cell_backward", "draw_bits", "rnn_tangent", "rnn_backward_tangent",
-    "rnn_backward_each", "rnn_forward_stacked", "rnn_backward_stacked",
+    "rnn_backward_each", "rnn_forward_stacked", "rnn_backward_stacked", "rnn_quantized",
 )  # fmt: skip
 
 CASES = [
@@ -111,6 +111,19 @@ def test_inference_operator_passes_opcheck(case: Case) -> None:
         module(data.input, data.hx)
     assert len(recorder.calls) == 1
     operator, args, kwargs = recorder.calls[0]
+    torch.library.opcheck(operator, args, kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("cell", CELLS)
+def test_operator_of_quantized_layers_passes_opcheck(cell: str, dtype: torch.dtype) -> None:
+    case = Case(cell=cell, num_layers=2, bidirectional=True, hx=True, batch_first=True)
+    module, data = fused_rnn.quantize(case.build(fused_rnn).eval(), dtype), case.data()
+    mask = torch.rand(data.input.shape[:2]) > 0.3
+    with torch.no_grad(), _Recorder() as recorder:
+        module(data.input, data.hx, mask=mask)
+    ((operator, args, kwargs),) = recorder.calls
+    assert operator is torch.ops.fused_rnn.rnn_quantized.default
     torch.library.opcheck(operator, args, kwargs)
 
 

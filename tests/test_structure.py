@@ -35,7 +35,8 @@ LEVELS = [
     {"subclasses", "explain", "diagnostics"},
     {"class_tests"},
     {"convert"},
-    {"patching", "stream"},
+    {"patching", "quantized"},
+    {"stream"},
     {"opacus", "saving"},
     {"__init__"},
 ]

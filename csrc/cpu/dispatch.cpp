@@ -126,6 +126,7 @@ bool has_bfloat16() {
 #endif
 
 std::atomic<const KernelTable*> selected{nullptr};
+std::atomic<bool> byte_products_allowed{true};
 
 const KernelTable* first_choice() {
   if (const char* wanted = std::getenv("FUSED_RNN_ISA")) {
@@ -175,6 +176,22 @@ const KernelTable& kernels() {
   }
   return *t;
 }
+
+bool multiplies_bytes() {
+#if defined(__x86_64__)
+  if (!byte_products_allowed.load(std::memory_order_relaxed)) return false;
+  switch (kernels().vector_bytes) {
+    case 64: return __builtin_cpu_supports("avx512vnni");
+    case 32: return __builtin_cpu_supports("avxvnni");
+  }
+#elif defined(__linux__) && defined(HWCAP_ASIMDDP)
+  if (!byte_products_allowed.load(std::memory_order_relaxed)) return false;
+  return std::strncmp(kernels().isa, "neon", 4) == 0 && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#endif
+  return false;
+}
+
+void allow_byte_products(bool allowed) { byte_products_allowed.store(allowed, std::memory_order_relaxed); }
 
 bool select_kernels(const char* isa) {
   const KernelTable* t = find_kernels(isa);

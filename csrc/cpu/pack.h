@@ -146,7 +146,7 @@ template <class E>
 struct ColumnPanels {
   static constexpr int NV = 4;
   static constexpr int width = Simd<typename Operand<E>::Acc>::width;
-  const E* data;
+  const typename Operand<E>::Stored* data;
   int64_t K;
   int64_t N;
 
@@ -158,8 +158,9 @@ struct ColumnPanels {
 
 // C = A B over panels [first, last) of B, in this order or descending (product); c points at column 0.
 template <class E>
-void product_columns(int64_t rows, const E* const* a, const ColumnPanels<E>& b, int64_t first, int64_t last,
-                     typename Operand<E>::Acc* c, int64_t c_stride, bool accumulate, bool descending = false) {
+void product_columns(int64_t rows, const typename Operand<E>::Row* const* a, const ColumnPanels<E>& b, int64_t first,
+                     int64_t last, typename Operand<E>::Acc* c, int64_t c_stride, bool accumulate,
+                     bool descending = false) {
   using P = ColumnPanels<E>;
   constexpr int64_t columns = P::NV * P::width;
   const int64_t stride = P::panel_stride(b.K);
@@ -178,7 +179,7 @@ void product_columns(int64_t rows, const E* const* a, const ColumnPanels<E>& b, 
   };
   if (!descending) multiply_wide();
   if (last > wide) {
-    const E* narrow = b.data + wide * stride;
+    const typename Operand<E>::Stored* narrow = b.data + wide * stride;
     auto addend_here = addend;
     if (accumulate) addend_here.from += wide * columns;
     A* target = c + wide * columns;

@@ -21,66 +21,6 @@
 namespace fused_rnn {
 namespace FRNN_ISA {
 
-// How elements of type E are multiplied. Specialised for float, double and, where the dot product exists, BFloat16.
-template <class E>
-struct Operand {
-  using Acc = E;
-  using V = typename Simd<E>::V;
-  using Columns = V;  // `group` k's of one vector of columns
-  static constexpr int group = 1;
-  static FRNN_INLINE Columns columns(const E* b) { return Simd<E>::load(b); }
-  static FRNN_INLINE Columns broadcast(const E* a) { return Simd<E>::splat(*a); }
-  static FRNN_INLINE Columns broadcast_last(const E* a, int64_t) { return broadcast(a); }
-  static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) { return acc + a * b; }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Operand<BFloat16> {
-  using Acc = float;
-  using V = Simd<float>::V;
-  using Columns = __m512i;
-  static constexpr int group = 2;
-  static FRNN_INLINE Columns columns(const BFloat16* b) { return load_bytes<__m512i>(b); }
-  static FRNN_INLINE Columns broadcast(const BFloat16* a) {
-    int32_t pair;
-    __builtin_memcpy(&pair, a, sizeof pair);
-    return _mm512_set1_epi32(pair);
-  }
-  // The last k of an odd K has no partner.
-  static FRNN_INLINE Columns broadcast_last(const BFloat16* a, int64_t left) {
-    return left == 1 ? _mm512_set1_epi32(a->bits) : broadcast(a);
-  }
-  static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) {
-    return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-  }
-};
-#endif
-
-#if defined(FRNN_NEON_DOTS)
-// Of each lane both products are added to each other before they are to the sum; each of the two additions keeps the
-// bits that float32 holds and, where it drops any, sets the lowest (rounding to odd).
-template <>
-struct Operand<BFloat16> {
-  using Acc = float;
-  using V = Simd<float>::V;
-  using Columns = uint16x8_t;
-  static constexpr int group = 2;
-  static FRNN_INLINE Columns columns(const BFloat16* b) { return load_bytes<Columns>(b); }
-  static FRNN_INLINE Columns broadcast(const BFloat16* a) {
-    uint32_t pair;
-    __builtin_memcpy(&pair, a, sizeof pair);
-    return (Columns)vdupq_n_u32(pair);
-  }
-  static FRNN_INLINE Columns broadcast_last(const BFloat16* a, int64_t left) {
-    return left == 1 ? (Columns)vdupq_n_u32(a->bits) : broadcast(a);
-  }
-  static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) {
-    return (V)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)a, (bfloat16x8_t)b);
-  }
-};
-#endif
-
 #if defined(FRNN_NEON)
 // acc + columns * the lane of `row` that holds them. NEON multiplies by one lane: a row's numbers are loaded four k at
 // a time (float64: two, bfloat16: four pairs), and no instruction copies one to all lanes. From the intrinsics GCC
@@ -102,6 +42,93 @@ FRNN_INLINE Simd<float>::V multiply_add_lane(Simd<float>::V acc, uint16x8_t row,
   return acc;
 }
 #endif
+#endif
+
+// How elements of type E are multiplied: rows of Row with panels of Stored. Specialised where the two differ from E, or
+// from what they are summed in.
+template <class E>
+struct Operand {
+  using Row = E;
+  using Stored = E;
+  using Acc = E;
+  using V = typename Simd<E>::V;
+  using Columns = V;  // `group` k's of one vector of columns
+  static constexpr int group = 1;
+  static constexpr bool whole_groups = true;  // K is always a multiple of `group`
+  static constexpr int work = 0;
+  static FRNN_INLINE Columns columns(const E* b) { return Simd<E>::load(b); }
+  static FRNN_INLINE Columns broadcast(const E* a) { return Simd<E>::splat(*a); }
+  // Several k of a row, of which NEON multiplies by one lane.
+  static constexpr bool by_lanes = true;
+  static FRNN_INLINE Columns lanes(const E* a) { return columns(a); }
+#if defined(FRNN_NEON)
+  template <int lane>
+  static FRNN_INLINE V multiply_add_lane(V acc, Columns row, Columns b) {
+    return FRNN_ISA::multiply_add_lane<lane>(acc, row, b);
+  }
+#endif
+  static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) { return acc + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<BFloat16> {
+  using Row = BFloat16;
+  using Stored = BFloat16;
+  using Acc = float;
+  using V = Simd<float>::V;
+  using Columns = __m512i;
+  static constexpr int group = 2;
+  static constexpr bool whole_groups = false;
+  static constexpr int work = 0;
+  static FRNN_INLINE Columns columns(const BFloat16* b) { return load_bytes<__m512i>(b); }
+  static FRNN_INLINE Columns broadcast(const BFloat16* a) {
+    int32_t pair;
+    __builtin_memcpy(&pair, a, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+  // The last k of an odd K has no partner.
+  static FRNN_INLINE Columns broadcast_last(const BFloat16* a, int64_t left) {
+    return left == 1 ? _mm512_set1_epi32(a->bits) : broadcast(a);
+  }
+  static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) {
+    return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+#if defined(FRNN_NEON_DOTS)
+// Of each lane both products are added to each other before they are to the sum; each of the two additions keeps the
+// bits that float32 holds and, where it drops any, sets the lowest (rounding to odd).
+template <>
+struct Operand<BFloat16> {
+  using Row = BFloat16;
+  using Stored = BFloat16;
+  using Acc = float;
+  using V = Simd<float>::V;
+  using Columns = uint16x8_t;
+  static constexpr int group = 2;
+  static constexpr bool whole_groups = false;
+  static constexpr int work = 0;
+  static constexpr bool by_lanes = true;
+  static FRNN_INLINE Columns columns(const BFloat16* b) { return load_bytes<Columns>(b); }
+  static FRNN_INLINE Columns lanes(const BFloat16* a) { return columns(a); }
+  template <int lane>
+  static FRNN_INLINE V multiply_add_lane(V acc, Columns row, Columns b) {
+    return FRNN_ISA::multiply_add_lane<lane>(acc, row, b);
+  }
+  static FRNN_INLINE Columns broadcast(const BFloat16* a) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, a, sizeof pair);
+    return (Columns)vdupq_n_u32(pair);
+  }
+  static FRNN_INLINE Columns broadcast_last(const BFloat16* a, int64_t left) {
+    return left == 1 ? (Columns)vdupq_n_u32(a->bits) : broadcast(a);
+  }
+  static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) {
+    return (V)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)a, (bfloat16x8_t)b);
+  }
+};
 #endif
 
 // What the products of a layer stored as S are computed from: S itself where this instruction set multiplies it,
@@ -152,12 +179,13 @@ constexpr int tile_held(int MR, int N) {
 // Rows of a tile: as many as vector registers hold. One sum too many is stored and loaded for every k, and the tile
 // takes twice the time. Their addresses stand in the general registers, hence 8 at most, or 7 where the sum of an
 // eighth was stored all the same. For 4, 3, 2 and 1 vectors: 6, 8, 8, 8 where there are 32 registers; 6, 7, 8, 8 with
-// NEON; 3, 4, 6, 8 with AVX2; 2, 3, 6, 7 with SSE2.
-template <int NV>
+// NEON; 3, 4, 6, 8 with AVX2; 2, 3, 6, 7 with SSE2. `work`: registers that a multiplication of other elements needs
+// besides.
+template <int NV, int work = 0>
 constexpr int tile_rows() {
   constexpr int most = product_registers == 0 ? 8 : 7;
   int rows = 1;
-  while (rows < most && tile_registers(rows + 1, NV, tile_held(rows + 1, NV)) <= vector_registers) ++rows;
+  while (rows < most && tile_registers(rows + 1, NV, tile_held(rows + 1, NV)) + work <= vector_registers) ++rows;
   return rows;
 }
 
@@ -167,7 +195,7 @@ constexpr int rows_at_once() {
 #if defined(FRNN_TILES)
   if (std::is_same_v<E, BFloat16>) return int(2 * tile_height);
 #endif
-  return tile_rows<NV>();
+  return tile_rows<NV, Operand<E>::work>();
 }
 
 // The depth, K or a little more, in which a product of packed operands is computed best: k past K hold zeros. A matrix
@@ -191,9 +219,11 @@ inline constexpr int independent_sums = 8;
 #endif
 
 // Panels that a tile of few rows takes at once, so that it has as many sums.
-template <int MR, int NV>
+template <int MR, int NV, int work = 0>
 constexpr int tile_panels() {
-  constexpr int wanted = MR > 2 ? 1 : independent_sums / NV / MR;
+  constexpr bool fewer = work > 4 && (vector_registers == 16 || independent_sums > 8);
+  constexpr int sums = fewer ? independent_sums / 2 : independent_sums;
+  constexpr int wanted = MR > 2 ? 1 : sums / NV / MR;
   return wanted < 1 ? 1 : wanted;
 }
 
@@ -216,7 +246,8 @@ struct Addend {
 
 // MR rows x NP panels. c: row r at c + r * c_stride, panel q at + q * NV * width.
 template <class E, int MR, int NV, int NP, int NA>
-__attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const E* b, int64_t panel_stride,
+__attribute__((noinline)) void product_tile(int64_t K, const typename Operand<E>::Row* const* a,
+                                            const typename Operand<E>::Stored* b, int64_t panel_stride,
                                             typename Operand<E>::Acc* c, int64_t c_stride,
                                             Addend<typename Operand<E>::Acc> addend, Ahead ahead) {
   using O = Operand<E>;
@@ -225,7 +256,7 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
   constexpr int width = Simd<A>::width;
   constexpr int group = O::group;
   V acc[MR][NP * NV];
-  const E* row[MR];
+  const typename O::Row* row[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
     row[i] = a[i];
@@ -262,45 +293,48 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
   };
   const int64_t whole = K / group * group;
   const char* next = static_cast<const char*>(ahead.next);
+  int64_t done = 0;
 #if defined(FRNN_NEON)
-  constexpr int lanes = int(sizeof(V) / (sizeof(E) * group));
-  const int64_t in_lanes = K / (lanes * group) * (lanes * group);
-  for (int64_t k = 0; k < in_lanes; k += lanes * group) {
-    typename O::Columns rows[MR];
+  if constexpr (O::by_lanes) {
+    constexpr int lanes = int(sizeof(V) / (sizeof(typename O::Row) * group));
+    for (; K - done >= lanes * group; done += lanes * group) {
+      typename O::Columns rows[MR];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) rows[i] = O::columns(row[i] + k);
-    const auto multiply_lane = [&](auto which) __attribute__((always_inline)) {
-      constexpr int lane = decltype(which)::value;
-      if constexpr (lane < lanes) {
-        if (NP == 1) {
-          __builtin_prefetch(next, 0, 2);
-          next += ahead.step;
-        }
+      for (int i = 0; i < MR; ++i) rows[i] = O::lanes(row[i] + done);
+      const auto multiply_lane = [&](auto which) __attribute__((always_inline)) {
+        constexpr int lane = decltype(which)::value;
+        if constexpr (lane < lanes) {
+          if (NP == 1) {
+            __builtin_prefetch(next, 0, 2);
+            next += ahead.step;
+          }
 #pragma GCC unroll 16
-        for (int v = 0; v < NP * NV; ++v) {
-          const auto x = O::columns(b + v / NV * panel_stride + ((k + lane * group) * NV + v % NV * group) * width);
+          for (int v = 0; v < NP * NV; ++v) {
+            const auto x =
+                O::columns(b + v / NV * panel_stride + ((done + lane * group) * NV + v % NV * group) * width);
 #pragma GCC unroll 8
-          for (int i = 0; i < MR; ++i) acc[i][v] = multiply_add_lane<lane>(acc[i][v], rows[i], x);
+            for (int i = 0; i < MR; ++i) acc[i][v] = O::template multiply_add_lane<lane>(acc[i][v], rows[i], x);
+          }
         }
-      }
-    };
-    multiply_lane(std::integral_constant<int, 0>{});
-    multiply_lane(std::integral_constant<int, 1>{});
-    multiply_lane(std::integral_constant<int, 2>{});
-    multiply_lane(std::integral_constant<int, 3>{});
+      };
+      multiply_lane(std::integral_constant<int, 0>{});
+      multiply_lane(std::integral_constant<int, 1>{});
+      multiply_lane(std::integral_constant<int, 2>{});
+      multiply_lane(std::integral_constant<int, 3>{});
+    }
   }
-#else
-  constexpr int64_t in_lanes = 0;
 #endif
 #pragma GCC unroll 2
-  for (int64_t k = in_lanes; k < whole; k += group) {
+  for (int64_t k = done; k < whole; k += group) {
     if (NP == 1) {
       __builtin_prefetch(next, 0, 2);
       next += ahead.step;
     }
-    multiply(k, [](const E* p) { return O::broadcast(p); });
+    multiply(k, [](const typename O::Row* p) { return O::broadcast(p); });
   }
-  if (group > 1 && whole < K) multiply(whole, [](const E* p) { return O::broadcast_last(p, 1); });
+  if constexpr (!O::whole_groups) {
+    if (whole < K) multiply(whole, [](const typename O::Row* p) { return O::broadcast_last(p, 1); });
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 16
@@ -317,10 +351,10 @@ __attribute__((noinline)) void product_tile(int64_t K, const E* const* a, const 
 }
 
 template <class E, int NV, int NP, int NA>
-FRNN_INLINE void product_rows(int rows, int64_t K, const E* const* a, const E* b, int64_t panel_stride,
-                              typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend,
-                              Ahead ahead) {
-  constexpr int most = tile_rows<NV>();
+FRNN_INLINE void product_rows(int rows, int64_t K, const typename Operand<E>::Row* const* a,
+                              const typename Operand<E>::Stored* b, int64_t panel_stride, typename Operand<E>::Acc* c,
+                              int64_t c_stride, Addend<typename Operand<E>::Acc> addend, Ahead ahead) {
+  constexpr int most = tile_rows<NV, Operand<E>::work>();
 #define FRNN_ROWS(n)                                                                            \
   case n:                                                                                       \
     if constexpr (n <= most && (NP == 1 || n <= 2))                                             \
@@ -352,10 +386,13 @@ inline constexpr int64_t panel_block_bytes = 192 * 1024;
 // next, fetched towards the end; null: not known, or at hand. descending: the last panel first. Weights that exceed a
 // cache somewhat are mostly found there when every second pass over them runs backwards.
 template <class E, int NV, int NA = 0>
-void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t panels, int64_t panel_stride,
-             typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend,
-             const E* then = nullptr, bool descending = false) {
+void product(int64_t rows, int64_t K, const typename Operand<E>::Row* const* a, const typename Operand<E>::Stored* b,
+             int64_t panels, int64_t panel_stride, typename Operand<E>::Acc* c, int64_t c_stride,
+             Addend<typename Operand<E>::Acc> addend, const typename Operand<E>::Stored* then = nullptr,
+             bool descending = false) {
   using A = typename Operand<E>::Acc;
+  using Row = typename Operand<E>::Row;
+  using Stored = typename Operand<E>::Stored;
   constexpr int64_t columns = NV * Simd<A>::width;
   constexpr int group = Operand<E>::group;
   if (rows <= 0 || panels <= 0) return;
@@ -371,13 +408,14 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
                      NA > 0 ? addend.apart + column : nullptr};
   };
   // The same blocks for any number of rows, so that a row's sums do not depend on how many there are.
-  constexpr int64_t block = panel_block_bytes / (columns * int64_t(sizeof(E)));
+  // Those of float32 where 16-bit weights are multiplied as such, whose sums are the same then.
+  constexpr int64_t block = panel_block_bytes / (columns * int64_t(group == 1 ? sizeof(A) : sizeof(Stored)));
   // One or two rows take several panels at once; what remains are single panels [singles, panels).
-  constexpr int one = tile_panels<1, NV>(), two = tile_panels<2, NV>();
+  constexpr int work = Operand<E>::work, one = tile_panels<1, NV, work>(), two = tile_panels<2, NV, work>();
   const int64_t singles = rows == 1 && one > 1 ? panels / one * one : rows == 2 && two > 1 ? panels / two * two : 0;
   const auto together = [&] {
     const int64_t step = rows == 1 ? one : two;
-    const auto multiply = [&](auto na, int64_t depth, const E* const* first, const E* panel, A* target,
+    const auto multiply = [&](auto na, int64_t depth, const Row* const* first, const Stored* panel, A* target,
                               Addend<A> here) __attribute__((always_inline)) {
       constexpr int apart = decltype(na)::value;
       if (rows == 1) {
@@ -391,8 +429,8 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
       A* target = c + p * columns;
       for (int64_t k = 0; k < K; k += block) {
         const int64_t depth = K - k < block ? K - k : block;
-        const E* first[2] = {a[0] + k, a[rows - 1] + k};
-        const E* panel = b + p * panel_stride + k * columns;
+        const Row* first[2] = {a[0] + k, a[rows - 1] + k};
+        const Stored* panel = b + p * panel_stride + k * columns;
         if (k == 0) {
           multiply(std::integral_constant<int, NA>{}, depth, first, panel, target, addend_of(0, p));
         } else {
@@ -403,23 +441,24 @@ void product(int64_t rows, int64_t K, const E* const* a, const E* b, int64_t pan
   };
   if (!descending) together();
   // Even tiles: 32 rows are 5 + 5 + 5 + 5 + 6 + 6, not five of 6 and one of 2.
-  const int64_t tiles = (rows + tile_rows<NV>() - 1) / tile_rows<NV>();
+  constexpr int most_rows = tile_rows<NV, work>();
+  const int64_t tiles = (rows + most_rows - 1) / most_rows;
   const int64_t low = rows / tiles, more = rows % tiles;
   for (int64_t q = singles; q < panels; ++q) {
     const int64_t p = descending ? panels - 1 - (q - singles) : q;
     for (int64_t k = 0; k < K; k += block) {
       const int64_t depth = K - k < block ? K - k : block;
-      const E* here = b + p * panel_stride + k * columns;
+      const Stored* here = b + p * panel_stride + k * columns;
       // What comes next: the next block, which follows this one in memory but for the padding of an odd K, or the
       // next panel. Every tile fetches its share of it.
-      const E* after = here + padded_depth<E>(depth) * columns;
+      const Stored* after = here + padded_depth<E>(depth) * columns;
       if (k + block >= K) after = q + 1 == panels ? then : b + (descending ? p - 1 : p + 1) * panel_stride;
       const char* next = reinterpret_cast<const char*>(after ? after : here);
-      const int64_t share = after ? depth * columns * int64_t(sizeof(E)) / tiles : 0;
+      const int64_t share = after ? depth * columns * int64_t(sizeof(Stored)) / tiles : 0;
       int64_t r = 0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t n = low + (tile < more);
-        const E* first[8];
+        const Row* first[8];
         for (int64_t i = 0; i < n; ++i) first[i] = a[r + i] + k;
         A* target = c + r * c_stride + p * columns;
         if (addend.stride != 0 && k == 0) {

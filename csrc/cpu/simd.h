@@ -49,6 +49,7 @@ struct VectorTypes<double> {
 typedef uint16_t HalfLanes __attribute__((vector_size(FRNN_VECTOR_BYTES / 2)));
 typedef uint16_t HalfWords __attribute__((vector_size(FRNN_VECTOR_BYTES)));
 typedef uint32_t WordLanes __attribute__((vector_size(FRNN_VECTOR_BYTES)));
+typedef int32_t SignedWords __attribute__((vector_size(FRNN_VECTOR_BYTES)));
 
 template <class V>
 FRNN_INLINE V load_bytes(const void* p) {
@@ -89,9 +90,13 @@ struct Simd {
 #elif defined(FRNN_NEON)
     return (V)vcvt_f32_f16((float16x4_t)load_bytes<HalfLanes>(p));
 #else
-    V v;
-    for (int i = 0; i < width; ++i) v[i] = to_float(p[i]);
-    return v;
+    // to_float(), of all lanes at once.
+    const SignedWords half = __builtin_convertvector(load_bytes<HalfLanes>(p), SignedWords), magnitude = half & 0x7fff;
+    const SignedWords shifted = magnitude << 13;
+    const SignedWords subnormal = (SignedWords)(__builtin_convertvector(magnitude, V) * 5.9604644775390625e-8f);
+    const SignedWords finite = magnitude < 0x0400 ? subnormal : shifted + (112 << 23);
+    const SignedWords value = magnitude < 0x7c00 ? finite : shifted | 0x7f800000;
+    return (V)(value | (half & 0x8000) << 16);
 #endif
   }
   static FRNN_INLINE void store(Half* p, V v) {

@@ -48,6 +48,17 @@ struct Measures {
   int64_t padded(int64_t n) const { return units_of(n, shape.width) * shape.width; }
   int64_t depth(int64_t n) const { return units_of(n, shape.group) * shape.group; }
 
+  static bool is_int8(const LayerForward& layer) { return layer.sizes.format == WeightFormat::int8; }
+
+  // A matrix of so many columns with K numbers each.
+  char* take_matrix(Layout& layout, const LayerForward& layer, int64_t columns, int64_t k) const {
+    switch (layer.sizes.format) {
+      case WeightFormat::same: return take_elements(layout, columns * depth(k));
+      case WeightFormat::int8: return layout.take<char>(columns * units_of(k, 4) * 4);
+      default: return layout.take<char>(columns * k * 2);
+    }
+  }
+
   char* take_elements(Layout& layout, int64_t count) const { return layout.take<char>(count * shape.element_bytes); }
   char* take_sums(Layout& layout, int64_t count) const { return layout.take<char>(count * shape.sum_bytes); }
 
@@ -56,9 +67,9 @@ struct Measures {
     const int64_t stored = element_bytes(layer.sizes.dtype);
     const Weights& given = layer.direction[0].weights;
     StreamWeights w;
-    w.w_ih = take_elements(layout, columns * depth(I));
-    w.w_hh = take_elements(layout, columns * depth(K));
-    w.w_hr = take_elements(layout, projects ? depth(H) * padded(P) : 0);
+    w.w_ih = take_matrix(layout, layer, columns, I);
+    w.w_hh = take_matrix(layout, layer, columns, K);
+    w.w_hr = take_matrix(layout, layer, projects ? padded(P) : 0, H);
     w.input_bias = take_sums(layout, columns);
     w.hidden_bias = take_sums(layout, columns);
     w.gain_ih = take_sums(layout, of_norm);
@@ -67,6 +78,13 @@ struct Measures {
     w.peephole = layout.take<char>(given.peephole ? 3 * H * stored : 0);
     w.norm_c = layout.take<char>(given.norm_c ? H * stored : 0);
     w.norm_c_bias = layout.take<char>(given.norm_c_bias ? H * stored : 0);
+    const int64_t scaled = is_int8(layer) ? columns : 0, scaled_hr = is_int8(layer) && projects ? padded(P) : 0;
+    w.scale_ih = layout.take<float>(scaled);
+    w.scale_hh = layout.take<float>(scaled);
+    w.scale_hr = layout.take<float>(scaled_hr);
+    w.sum_ih = layout.take<int32_t>(scaled);
+    w.sum_hh = layout.take<int32_t>(scaled);
+    w.sum_hr = layout.take<int32_t>(scaled_hr);
     return w;
   }
 
@@ -78,7 +96,7 @@ struct Measures {
     return s;
   }
 
-  StreamWork work(Layout& layout, int64_t heads, int64_t rows, int64_t step_rows) const {
+  StreamWork work(Layout& layout, const LayerForward& layer, int64_t rows, int64_t step_rows) const {
     const int64_t of_norm = normalises && shape.states > 0 ? step_rows * unit_stride : 0;
     StreamWork w;
     w.projected = take_sums(layout, rows * panels * panel_columns);
@@ -89,10 +107,16 @@ struct Measures {
     w.output_gate = take_sums(layout, of_norm);
     w.new_cell = take_sums(layout, of_norm);
     w.x_rows = layout.take<void*>(rows);
-    w.state_rows = layout.take<void*>(heads * step_rows);
+    w.state_rows = layout.take<void*>(layer.sizes.heads * step_rows);
     w.hidden_rows = layout.take<void*>(projects ? step_rows : 0);
     w.rows = rows;
     w.step_rows = step_rows;
+    const int64_t quantized = is_int8(layer) ? rows : 0;
+    w.quantized_stride = padded(std::max({I, K, projects ? H : 0})) + 16;
+    w.quantized = layout.take<char>(quantized * w.quantized_stride);
+    w.quantized_rows = layout.take<void*>(quantized);
+    w.row_scales = layout.take<char>(quantized * shape.row_scale_bytes);
+    w.by_dots = multiplies_bytes();
     return w;
   }
 };
@@ -142,7 +166,7 @@ bool same_layer(const LayerForward& a, const LayerForward& b) {
   const LayerSizes &s = a.sizes, &z = b.sizes;
   const Within &v = a.within, &w = b.within;
   return s.kind == z.kind && s.dtype == z.dtype && s.input_size == z.input_size && s.hidden_size == z.hidden_size &&
-         s.state_size == z.state_size && s.heads == z.heads && s.layer_norm == z.layer_norm &&
+         s.state_size == z.state_size && s.heads == z.heads && s.layer_norm == z.layer_norm && s.format == z.format &&
          a.plain_gates == b.plain_gates && v.activation == w.activation &&
          v.recurrent_activation == w.recurrent_activation && v.peephole == w.peephole &&
          v.coupled_gates == w.coupled_gates && v.cell_clip == w.cell_clip && v.zoneout == w.zoneout &&
@@ -211,6 +235,7 @@ void PackedStack::pack(LayerForward& layer, const StreamKernel& kernel, const St
   keep(w.norm_c_bias, weights.norm_c_bias, of_units);
   // What was packed is not read again; w_hr says that there is a projection.
   w.w_ih = w.w_hh = w.b_ih = w.b_hh = w.norm_ih = w.norm_hh = nullptr;
+  w.scale_ih = w.scale_hh = w.scale_hr = nullptr;
   if (w.w_hr) w.w_hr = weights.w_hr;
 }
 
@@ -266,7 +291,7 @@ StackStates* StackStates::lay_out(void* memory, const PackedStack& packed, int64
   for (int64_t l = 0; l < count; ++l) {
     Layout shared = layout;  // each layer works where the others do
     const LayerForward& layer = packed.layers_[l];
-    const StreamWork work = Measures(layer, *packed.kernels_[l]).work(shared, layer.sizes.heads, all_rows, step_rows);
+    const StreamWork work = Measures(layer, *packed.kernels_[l]).work(shared, layer, all_rows, step_rows);
     end = std::max(end, shared.used());
     if (!states) continue;
     if (l == 0) std::memset(between[0], 0, begin - size_t(between[0] - static_cast<char*>(memory)));
@@ -320,6 +345,8 @@ void StackStates::advance_block(const StreamRows& call) {
     part.slots = call.slots ? call.slots + row : nullptr;
     part.first_slot = call.first_slot + row;
     part.lengths = call.lengths ? call.lengths + row : nullptr;
+    part.mask = call.mask ? call.mask + row : nullptr;
+    part.mask_stride = call.mask_stride;
     const int64_t steps_at_once = call.steps == 1 ? 1 : rows_ / part.rows;
     for (int64_t step = 0; step < call.steps; step += steps_at_once) {
       part.steps = std::min(call.steps - step, steps_at_once);

@@ -30,6 +30,7 @@ FEW: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (CellCase("LSTM"), {}),
     (CellCase("GRU"), {}),
     (Case("GRU", num_layers=2, bidirectional=True, hx=True), {"derivatives": True}),
+    (Case(num_layers=2, proj=True, hx=True), {"mask": True, "quantized": torch.int8}),
 ]
 MORE: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (Case(num_layers=2, bidirectional=True, hx=True, packing="sorted"), {}),
@@ -43,6 +44,7 @@ MORE: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (CellCase("LSTM", bias=False, dtype=torch.float16), {}),
     (Case(num_layers=2, hx=True, batch_first=True, dropout=0.5), {"derivatives": True}),
     (Case("RNN_RELU", dtype=torch.float64), {"derivatives": True}),
+    (Case("GRU", bidirectional=True, batch_first=True, bias=False), {"quantized": torch.bfloat16}),
     (CellCase("RNN_TANH"), {}),
     (CellCase("RNN_RELU", dtype=torch.float64), {}),
 ]
@@ -98,6 +100,9 @@ def recorded(case: Case | CellCase, options: dict[str, Any]) -> list[tuple[Any, 
             outputs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
             leaves = [*data.leaves.values(), *module.parameters()]
             torch.autograd.grad(outputs, leaves, incoming_gradients(outputs))
+        elif "quantized" in options:
+            with torch.no_grad():
+                fused_rnn.quantize(module.eval(), options["quantized"])(data.input, data.hx, **given)
         elif options.get("derivatives"):
             take_derivatives(module, case, data)
             return [call for call in recorder.calls if call[0].overloadpacket.__name__ in OF_DERIVATIVES]
