@@ -41,6 +41,7 @@ def save_weights(module: Any, path: str | os.PathLike[str], dtype: torch.dtype |
         OSError: the file cannot be written.
     """
     description = StreamDescription(module, dtype)
+    _checks.check_not_quantized(description.is_quantized)
     _checks.check_saved_dtype(description.dtype, list(_DTYPES))
     _checks.check_saved_sizes(description.num_layers, _MOST_LAYERS, description.largest_size, _MOST_FEATURES)
     tensors = description.named_weights()

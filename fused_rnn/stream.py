@@ -55,7 +55,7 @@ class StreamDescription:
             example = params[0] if params and isinstance(params[0], Tensor) else torch.empty(0, device="cpu")
             _checks.check_params(settings, params, torch.empty(0, dtype=example.dtype, device="cpu"))
             self.dtype = example.dtype if dtype is None else dtype
-        self._is_quantized = is_quantized
+        self.is_quantized = is_quantized
         self.kind, self.is_cell = settings.kind, settings.is_cell
         self.input_size, self.hidden_size, self.state_size = settings[:3]
         self.num_layers = settings.num_layers
@@ -97,7 +97,7 @@ class StreamDescription:
         """The packed weights, of which there is one copy for all that are equal."""
         ops: Any = backend.ops
         with torch.no_grad():
-            params = self._params if self._is_quantized else [param.detach().to(self.dtype) for param in self._params]
+            params = self._params if self.is_quantized else [param.detach().to(self.dtype) for param in self._params]
             self._params = []  # that may be the last reference to them
             like = torch.empty(1, 1, self.input_size, dtype=self.dtype, device="cpu")
             packed: PackedStack = ops.pack_stack(like, params, self._integers, self._numbers)
