@@ -54,7 +54,8 @@ struct Operand {
   using V = typename Simd<E>::V;
   using Columns = V;  // `group` k's of one vector of columns
   static constexpr int group = 1;
-  static constexpr bool whole_groups = true;  // K is always a multiple of `group`
+  static constexpr bool whole_groups = true;   // K is always a multiple of `group`
+  static constexpr bool is_statement = false;  // of the assembler, which GCC cannot look into
   static constexpr int work = 0;
   static FRNN_INLINE Columns columns(const E* b) { return Simd<E>::load(b); }
   static FRNN_INLINE Columns broadcast(const E* a) { return Simd<E>::splat(*a); }
@@ -80,6 +81,7 @@ struct Operand<BFloat16> {
   using Columns = __m512i;
   static constexpr int group = 2;
   static constexpr bool whole_groups = false;
+  static constexpr bool is_statement = false;
   static constexpr int work = 0;
   static FRNN_INLINE Columns columns(const BFloat16* b) { return load_bytes<__m512i>(b); }
   static FRNN_INLINE Columns broadcast(const BFloat16* a) {
@@ -109,6 +111,7 @@ struct Operand<BFloat16> {
   using Columns = uint16x8_t;
   static constexpr int group = 2;
   static constexpr bool whole_groups = false;
+  static constexpr bool is_statement = false;
   static constexpr int work = 0;
   static constexpr bool by_lanes = true;
   static FRNN_INLINE Columns columns(const BFloat16* b) { return load_bytes<Columns>(b); }
@@ -324,13 +327,25 @@ __attribute__((noinline)) void product_tile(int64_t K, const typename Operand<E>
     }
   }
 #endif
-#pragma GCC unroll 2
-  for (int64_t k = done; k < whole; k += group) {
-    if (NP == 1) {
-      __builtin_prefetch(next, 0, 2);
-      next += ahead.step;
+  if constexpr (O::is_statement) {
+    // GCC keeps copies of the sums, which do not fit the registers then, where such a loop is unrolled.
+#pragma GCC unroll 1
+    for (int64_t k = done; k < whole; k += group) {
+      if (NP == 1) {
+        __builtin_prefetch(next, 0, 2);
+        next += ahead.step;
+      }
+      multiply(k, [](const typename O::Row* p) { return O::broadcast(p); });
     }
-    multiply(k, [](const typename O::Row* p) { return O::broadcast(p); });
+  } else {
+#pragma GCC unroll 2
+    for (int64_t k = done; k < whole; k += group) {
+      if (NP == 1) {
+        __builtin_prefetch(next, 0, 2);
+        next += ahead.step;
+      }
+      multiply(k, [](const typename O::Row* p) { return O::broadcast(p); });
+    }
   }
   if constexpr (!O::whole_groups) {
     if (whole < K) multiply(whole, [](const typename O::Row* p) { return O::broadcast_last(p, 1); });

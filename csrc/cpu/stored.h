@@ -34,9 +34,7 @@ struct Int8ByDots {};  // vpdpbusd
 #if defined(FRNN_NEON)
 inline constexpr int work_of_bfloat16 = 5, work_of_float16 = 7, work_of_int8 = 17, work_of_dots = 5;
 #elif FRNN_VECTOR_BYTES == 64
-// GCC keeps copies of the sums of a statement that it cannot look into, as the dots are; three rows of four vectors are
-// enough to hide their latency.
-inline constexpr int work_of_bfloat16 = 1, work_of_float16 = 0, work_of_int8 = 4, work_of_dots = 14;
+inline constexpr int work_of_bfloat16 = 1, work_of_float16 = 0, work_of_int8 = 4, work_of_dots = 0;
 #elif FRNN_VECTOR_BYTES == 32
 inline constexpr int work_of_bfloat16 = 1, work_of_float16 = 0, work_of_int8 = 4, work_of_dots = 0;
 #else
@@ -52,6 +50,7 @@ struct StoredOperand {
   using Columns = V;
   static constexpr int group = 1;
   static constexpr bool whole_groups = true;
+  static constexpr bool is_statement = false;
   static constexpr int work = registers;
   static FRNN_INLINE Columns columns(const W* b) { return Simd<float>::load(b); }
   static FRNN_INLINE Columns broadcast(const float* a) { return Simd<float>::splat(*a); }
@@ -82,6 +81,7 @@ struct Int8Operand {
 
 template <>
 struct Operand<Int8> : Int8Operand {
+  static constexpr bool is_statement = false;
   static constexpr bool by_lanes = false;
   static constexpr int work = work_of_int8;
   // Sums of two products in 16 bits: |a| <= 128 and |b| <= 127, so they are 32512 at most.
@@ -132,6 +132,7 @@ inline constexpr uint8_t flipped_by_dots = 0;
 #if defined(FRNN_BYTE_DOTS)
 template <>
 struct Operand<Int8ByDots> : Int8Operand {
+  static constexpr bool is_statement = true;
   static constexpr int work = work_of_dots;
   static constexpr bool by_lanes = true;
   static FRNN_INLINE Columns lanes(const Int8* a) { return columns(a); }
