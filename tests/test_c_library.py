@@ -829,7 +829,7 @@ def test_modules_and_dtypes_that_cannot_be_saved_are_refused(tmp_path: Path, mon
         with pytest.raises(ValueError, match=message):
             fused_rnn.save_weights(module, tmp_path / "file", dtype)
     with pytest.raises(TypeError, match="module"):
-        fused_rnn.save_weights(nn.Linear(2, 3), tmp_path / "file")  # type: ignore[arg-type]
+        fused_rnn.save_weights(nn.Linear(2, 3), tmp_path / "file")
     with pytest.raises(OSError):
         fused_rnn.save_weights(fused_rnn.LSTM(2, 3), tmp_path / "no" / "file")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
@@ -845,7 +845,7 @@ def test_changed_files_are_refused_or_right(tmp_path: Path) -> None:
     result = run(program, 10, 1, *CORPUS)
     assert result.returncode == 0, result.stdout + result.stderr
     found = {int(number): int(count) for number, count in re.findall(r"^(\d+) (\d+) ", result.stdout, re.MULTILINE)}
-    tried = int(re.search(r"tried (\d+)", result.stdout)[1])  # type: ignore[index]
+    tried = int(re.search(r"tried (\d+)", result.stdout)[1])
     assert tried == sum(found.values()) and tried > 10000
     # Some stay right, and each kind of fault of a file is met.
     names = ("size", "header", "metadata", "tensor_name", "tensor_twice", "tensor_missing", "tensor_dtype", "offsets")
@@ -891,6 +891,22 @@ def test_the_header_is_c_and_cpp_by_itself(compiler: str, tmp_path: Path) -> Non
         if language[0] == "-xc++":
             wanted = [flag for flag in wanted if flag != "-pedantic"]
         compiled(compiler, *wanted, source)
+
+
+def test_clang_compiles_the_library() -> None:
+    """To the end of what is checked; code it makes in a minute (`make library CXX=clang++`)."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from build_library import SOURCES as sources
+        from build_library import Library as Build
+    finally:
+        sys.path.pop(0)
+    of_clang = Build([is_there("clang++")], ROOT / "build/library-clang", ",".join(SETS), "")
+    assert of_clang.is_clang and set(of_clang.sets) == set(SETS)
+    for source in sources:
+        compiled("clang++", *of_clang.flags(), "-fsyntax-only", ROOT / source)
+    for name, flags in of_clang.sets.items():
+        compiled("clang++", *of_clang.flags(), *flags, "-fsyntax-only", ROOT / f"csrc/cpu/isa_{name}.cpp")
 
 
 def test_the_example_says_bit_for_bit_what_the_stream_says(compiler: str, library: Path, tmp_path: Path) -> None:
