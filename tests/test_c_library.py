@@ -487,6 +487,35 @@ def test_a_description_of_a_newer_program_is_read_if_its_new_fields_are_zero(c: 
     assert c.code("weights_memory_size", longer, ctypes.byref(size)) == ERRORS["newer"]
 
 
+@pytest.mark.parametrize("dtype", [1, 2, 3])
+@pytest.mark.parametrize("cell", [1, 2, 3])
+@pytest.mark.parametrize("heads", [1, 1 << 20])
+def test_sizes_of_the_largest_layers_do_not_overflow(heads: int, cell: int, dtype: int, c: Library) -> None:
+    most = 1 << 20
+    one = torch.zeros(8, dtype=torch.float64)
+    layers = (Layer * 64)(*[Layer(weight_ih=one.data_ptr(), weight_hh=one.data_ptr())] * 64)
+    description = Description(
+        cell=cell, dtype=dtype, num_layers=64, input_size=most, hidden_size=most, num_heads=heads, layers=layers
+    )
+    size, weights = ctypes.c_size_t(), ctypes.c_void_p()
+    c.call("weights_memory_size", ctypes.byref(description), ctypes.byref(size))
+    elements = 64 * {1: 1, 2: 4, 3: 3}[cell] * most * (most + most // heads)
+    least = elements * {1: 4, 2: 8, 3: 2}[dtype]
+    assert least < size.value < 4 * least
+    asked = c.code("weights_create", ctypes.byref(description), None, ctypes.c_size_t(0), ctypes.byref(weights))
+    assert asked == ERRORS["out_of_memory"] and not weights.value
+
+
+def test_a_prime_number_of_heads_is_one_block(c: Library, tmp_path: Path) -> None:
+    module = fused_rnn.RNN(1, 1009, num_heads=1009)
+    fused_rnn.save_weights(module, tmp_path / "weights")
+    weights = c.load(tmp_path / "weights")
+    own, x = c.stream(weights), torch.randn(1, 1)
+    assert_same(c.step(own, x, 1009), Stream(module).step(x))
+    c.c.fused_rnn_stream_destroy(own)
+    c.c.fused_rnn_weights_destroy(weights)
+
+
 def test_memory_that_is_missing_misaligned_or_too_small_is_an_error(c: Library) -> None:
     description, held = described(fused_rnn.GRU(F, H))
     size = ctypes.c_size_t()
