@@ -1032,6 +1032,15 @@ def test_programs_under_the_sanitizers(library: Path, tmp_path: Path) -> None:
         drive(program, name, 70, torch.float64, "portable", tmp_path)
 
 
+def test_the_program_that_is_timed_runs(library: Path, tmp_path: Path) -> None:
+    fused_rnn.save_weights(fused_rnn.LSTM(8, 8), tmp_path / "weights")
+    source, archive = ROOT / "benchmarks/c_step.c", library / "lib/libfused_rnn.a"
+    compiled("gcc", "-std=c11", "-O2", *WARNINGS, source, f"-I{ROOT}/include", archive, "-o", tmp_path / "c_step")
+    result = run(tmp_path / "c_step", tmp_path / "weights", "0.01")
+    isa, step, chunk, refused = result.stdout.split()
+    assert isa == BEST and float(step) > float(refused) > 0 and float(chunk) > 0
+
+
 WRAPPED = ("malloc", "calloc", "realloc", "aligned_alloc", "free", "pthread_mutex_lock")
 
 
@@ -1114,6 +1123,26 @@ def test_the_library_exports_what_the_header_declares_and_nothing_else(library: 
     assert symbols("-u", archive) <= NEEDED
     result = run(is_there("readelf"), "-d", shared)
     assert re.findall(r"NEEDED.*\[(.*)\]", result.stdout) == ["libc.so.6"]
+
+
+def test_what_has_not_changed_is_not_compiled_again_and_what_is_built_is_installed(
+    library: Path, tmp_path: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (library / "objects").glob("*.o")}
+    build("library-tests", "--isas", ",".join(SETS), "--prefix", str(tmp_path))
+    assert before == {path: path.stat().st_mtime_ns for path in (library / "objects").glob("*.o")}
+    assert (tmp_path / "include/fused_rnn.h").read_text() == (ROOT / "include/fused_rnn.h").read_text()
+    found = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    cmake = {f"cmake/fused_rnn/fused_rnnConfig{part}.cmake" for part in ("", "Version")}
+    assert found == {"libfused_rnn.so", "libfused_rnn.a", "pkgconfig/fused_rnn.pc", *cmake}
+
+
+def test_instruction_sets_that_there_are_not_are_refused(tmp_path: Path) -> None:
+    for isas, message in (("sse9", "expected some of portable,"), ("avx512_bf16", "need avx512 beside them")):
+        result = run(sys.executable, ROOT / "tools/build_library.py", "--isas", isas, "--out", tmp_path)
+        assert result.returncode == 1 and result.stderr.startswith("error: --isas") and message in result.stderr
+    result = run(sys.executable, ROOT / "tools/build_library.py", "--cxx", "no-such-compiler", "--out", tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith("error: no-such-compiler")
 
 
 @pytest.mark.parametrize("kind", ["static", "shared"])
