@@ -1066,6 +1066,8 @@ def test_calls_allocate_nothing_take_no_lock_and_make_no_system_call(library: Pa
     for name, dtype in (("projection", None), ("layer_norm, heads", None), ("lstm options", torch.bfloat16)):
         fused_rnn.save_weights(made(name), tmp_path / name, dtype)
         result = run(program, tmp_path / name, "nothing")
+        if result.returncode == 5:
+            pytest.skip("this system has no seccomp, by which system calls are caught")
         assert result.returncode == 0, (name, result.returncode, result.stderr)
     # What such a mistake would look like.
     for mistake, function in (("allocate", "malloc"), ("free", "free"), ("lock", "pthread_mutex_lock")):
