@@ -275,7 +275,6 @@ struct Metadata {
     return read_real(value, d.zoneout_cell);
   }
 };
-constexpr const char* Metadata::keys[];
 
 // ---- the tensors ----
 
