@@ -174,8 +174,8 @@ typedef struct fused_rnn_description {
   double zoneout;   /* the part of h (c) that a step keeps of the one before, from 0 to 1 */
   double zoneout_cell;
   const fused_rnn_layer* layers; /* (num_layers), the lowest first */
-  /* "portable", "avx2", "avx512", "avx512_bf16", "avx512_amx", "neon": one that was compiled and runs here. Null: the
-   * best that does, or the one that the environment variable FUSED_RNN_ISA names. */
+  /* "portable", "avx2", "avx512", "avx512_bf16", "avx512_amx", "neon", "neon_bf16": one that was compiled and runs
+   * here. Null: the best that does, or the one that the environment variable FUSED_RNN_ISA names. */
   const char* instruction_set;
 } fused_rnn_description;
 
