@@ -16,6 +16,8 @@ from .crowded import Crowding
 from .memory import Saved
 from .peers import FUSED, TORCH_NN
 from .runner import Plan, Result, Spread, geometric_means
+from .serving import Outcome, record_of
+from .serving_cases import GROUPS as SERVING_GROUPS
 
 SCHEMA = 2  # raised when a field of the JSON changes its meaning
 
@@ -172,7 +174,48 @@ def crowded_section(found: Sequence[Crowding]) -> Section:
     return Section("Crowded: mean time of a call; over what the processors lost explain", rows, 2)
 
 
-def bars_section(verdicts: Sequence[Verdict]) -> Section:
+def serving_line(outcome: Outcome) -> str:
+    """Return one line: our time and by how much the others take longer; if numbers were wrong, whose."""
+    name = f"  {outcome.contest.name}"
+    if not outcome.passed:
+        wrong = [
+            f"{who} is off by {outcome.errors[who]:.2e} of the largest value, allowed {outcome.tolerances[who]:.0e}"
+            for who in outcome.wrong
+        ]
+        return _paint(f"{name}  PARITY FAILED: {'; '.join(wrong)}", _RED)
+    ratios = [f"{rival} {outcome.ratio(rival).median:.2f}x" for rival in outcome.rivals]
+    line = "  ".join([f"{name:<44}", f"{_short_time(outcome):>8}", *ratios])
+    worst = min((outcome.ratio(rival).median for rival in outcome.rivals), default=math.inf)
+    return _paint(line, _GREEN if worst >= 1 else _YELLOW if worst >= 0.95 else _RED)
+
+
+def _short_time(outcome: Outcome) -> str:
+    """Our time, to three digits: a step may take less than a microsecond."""
+    return f"{outcome.time(FUSED.name).median * 1e6:.3g} us"
+
+
+def serving_sections(outcomes: Sequence[Outcome]) -> list[Section]:
+    """Return a table for each group of contests, with those that took part in any of them."""
+    sections = []
+    for group in SERVING_GROUPS:
+        found = [outcome for outcome in outcomes if outcome.contest.group == group and outcome.passed]
+        rivals = list(dict.fromkeys(rival for outcome in found for rival in outcome.rivals))
+        rows = [[group, FUSED.name, *(f"{rival}/{FUSED.name}" for rival in rivals), "spread", "error"]]
+        rows[0] += [f"error of {rival}" for rival in rivals if group == "int8"]
+        for outcome in found:
+            ratios = {rival: outcome.ratio(rival) for rival in outcome.rivals}
+            row = [outcome.contest.name, _short_time(outcome)]
+            row += [f"{ratios[rival].median:.2f}x" if rival in ratios else "-" for rival in rivals]
+            row.append(f"±{100 * min(ratios.values(), key=lambda r: r.median).relative:.1f}%" if ratios else "-")
+            shown = [FUSED.name, *(rivals if group == "int8" else [])]
+            row += [f"{outcome.errors[name]:.1g}" if name in outcome.errors else "-" for name in shown]
+            rows.append(row)
+        if found:
+            sections.append(Section(f"Serving, {group}: time of one; 1 thread", rows, 1))
+    return sections
+
+
+def bars_section(verdicts: Sequence[Verdict], title: str = "Bars") -> Section:
     rows = [["bar", "threads", "required", "measured", "at the peak", "met", "cases", "furthest from it"]]
     for verdict in verdicts:
         bar = verdict.bar
@@ -192,7 +235,7 @@ def bars_section(verdicts: Sequence[Verdict]) -> Section:
             ]
         )
     met = sum(verdict.met for verdict in verdicts)
-    return Section(f"Bars: {met} of {len(verdicts)} met", rows, 1)
+    return Section(f"{title}: {met} of {len(verdicts)} met", rows, 1)
 
 
 def aligned(section: Section) -> str:
@@ -252,6 +295,7 @@ def to_json(
     rivals: Sequence[str],
     saved: Sequence[Saved] = (),
     crowdings: Sequence[Crowding] = (),
+    outcomes: Sequence[Outcome] = (),
 ) -> dict[str, Any]:
     """Return everything that was measured, as JSON values; the fields are described in docs/benchmarks.md."""
     return {
@@ -262,6 +306,7 @@ def to_json(
         "geometric_means": {rival: geometric_means(results, rival) for rival in rivals},
         "memory": [_identity_record(found.case) | {"bytes_saved": found.bytes_saved} for found in saved],
         "crowded": [significant(_crowded_record(found)) for found in crowdings],
+        "serving": [significant(record_of(outcome)) for outcome in outcomes],
     }
 
 
@@ -288,7 +333,7 @@ def significant(value: Any) -> Any:
 
 def _identity_record(case: Case) -> dict[str, Any]:
     shape = dataclasses.asdict(case.shape)
-    for irrelevant in ("part", "group", "cells", "dtypes", "quick"):
+    for irrelevant in ("part", "group", "cells", "modes", "dtypes", "quick"):
         del shape[irrelevant]
     return {
         "name": case.name,
