@@ -353,6 +353,22 @@ def test_a_wrong_number_fails_the_command(capsys: pytest.CaptureFixture[str], mo
     assert "PARITY FAILED: fused is off by 1.00e-01" in capsys.readouterr().out
 
 
+def test_without_kernels_contests_are_left_out_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with fused_rnn.use_backend("reference"):
+        assert bench.main(["--parts", "serving", "--cases", "step"]) == 2
+    assert "there are no streams without kernels" in capsys.readouterr().err
+
+
+def test_disturbed_rounds_of_contests_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.OtherProcesses, "disturbed", lambda self: True)
+    others = runner.OtherProcesses(patience=1e-9)
+    exactly = dataclasses.replace(ONCE, min_rounds=4, max_rounds=4)
+    outcome = serving.measure(made({"fused": 1.0, "other": 1.0}), exactly, others)
+    assert (outcome.disturbed_rounds, outcome.disturbed_rounds_kept) == (1, 4)
+    (note,) = report.footnotes([], [outcome])
+    assert "in 5 of 5 rounds, of which 1 were repeated and 4 count" in note
+
+
 def test_list_has_contests_where_serving_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--list", "--parts", "serving"]) == 0
     listed = capsys.readouterr().out.splitlines()

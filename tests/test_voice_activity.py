@@ -67,7 +67,7 @@ def heard(example: Any, recording: Tensor) -> Tensor:
 def of_no_package(example: Any) -> Any:
     """A detector with weights that are no one's."""
     torch.manual_seed(0)
-    return example.silero.Detector().eval().requires_grad_(False)._prepared()
+    return example.silero.Detector().eval().requires_grad_(False)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")

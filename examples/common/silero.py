@@ -80,6 +80,7 @@ class Detector(nn.Module):
         self.conv4 = nn.Conv1d(64, FEATURES, 3, padding=1)
         self.lstm_cell = fused_rnn.LSTMCell(FEATURES, FEATURES)
         self.final_conv = nn.Conv1d(FEATURES, 1, 1)
+        self.prepare()
 
     @classmethod
     def load(cls, path: Path) -> Detector:
@@ -98,10 +99,12 @@ class Detector(nn.Module):
         except (KeyError, RuntimeError) as error:
             words = f"expected {' or '.join(WEIGHTS)} of silero-vad, got {path}"
             raise ValueError(f"{words}: {str(error).strip().splitlines()[0]}") from None
-        return detector.eval().requires_grad_(False)._prepared()
+        detector.prepare()
+        return detector.eval().requires_grad_(False)
 
-    def _prepared(self) -> Detector:
-        """Write the convolutions as matrices: over the four frames of a chunk each is one small product."""
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Take over changed weights: over the four frames of a chunk each convolution is one product with a matrix."""
         frames, self._matrices = _FRAMES, []
         for convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
             channels = convolution.in_channels
@@ -111,7 +114,6 @@ class Detector(nn.Module):
             frames = columns.shape[1]
             self._matrices.append((columns.flatten(1).t().contiguous(), bias.transpose(1, 2).flatten()))
         self._waves, self._of_head = self.stft_conv.weight.squeeze(1), self.final_conv.weight.squeeze(-1)
-        return self
 
     def encode(self, samples: Tensor) -> Tensor:
         """Return what the LSTM reads, (N, 128), of N chunks, each behind its context: (N, 576)."""

@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     contests: list[serving.Contest] = []
     if SERVING in parts and "inference" in arguments.mode and "float32" in (arguments.dtype or ("float32",)):
         contests = serving_cases.select(pattern=arguments.cases, cells=arguments.cells, quick=arguments.quick)
+        if backend.ops is None or backend.current_backend() == "reference":
+            print("bench: there are no streams without kernels; their contests are left out", file=sys.stderr)
+            contests = []
     if not selected and not contests and not {"memory", "crowded"} & set(parts):
         print("bench: no case is left by these options; --list without them shows all", file=sys.stderr)
         return 2
@@ -118,14 +121,17 @@ class _Run:
             if SERVING in self.parts:
                 sections.append(_serving_bars(result))
 
-        for note in report.footnotes(self.results):
+        for note in report.footnotes(self.results, self.outcomes):
             print(note)
         for section in sections:
             print(f"\n{section.title}\n{report.aligned(section)}")
         if self.arguments.json:
             _write(self.arguments.json, report.json_text(result))
         if self.arguments.markdown:
-            _write(self.arguments.markdown, report.to_markdown(self.where, self.table, self.results, sections))
+            _write(
+                self.arguments.markdown,
+                report.to_markdown(self.where, self.table, self.results, sections, self.outcomes),
+            )
         failed = [not found.passed for found in self.results] + [not found.passed for found in self.outcomes]
         ending = f"in {time.perf_counter() - begin:.0f} s" + (", interrupted" if interrupted else "")
         planned = len(self.selected) * len(self.thread_counts) + len(self.contests)

@@ -96,14 +96,15 @@ def failure_text(result: Result) -> str:
     )
 
 
-def footnotes(results: Sequence[Result]) -> list[str]:
+def footnotes(results: Sequence[Result], outcomes: Sequence[Outcome] = ()) -> list[str]:
     """Explain the asterisks of the table, why the reference ran and no kernel; say how calm the machine was."""
     reasons = dict.fromkeys(result.reference_reason for result in results if result.reference_reason)
     notes = [f"* ran on the reference, not on a kernel: {reason}" for reason in reasons]
-    thrown = sum(result.disturbed_rounds for result in results)
-    kept = sum(result.disturbed_rounds_kept for result in results)
+    timed = [*results, *outcomes]
+    thrown = sum(found.disturbed_rounds for found in timed)
+    kept = sum(found.disturbed_rounds_kept for found in timed)
     if thrown or kept:
-        rounds = thrown + sum(len(result.seconds[FUSED.name]) for result in results if result.passed)
+        rounds = thrown + sum(len(found.seconds.get(FUSED.name, ())) for found in timed)
         notes.append(
             f"Other processes were at work in {thrown + kept} of {rounds} rounds, of which {thrown} were repeated and "
             f"{kept} count all the same."
@@ -273,7 +274,11 @@ def heading(environment: dict[str, Any]) -> str:
 
 
 def to_markdown(
-    environment: dict[str, Any], table: Table, results: Sequence[Result], sections: Sequence[Section]
+    environment: dict[str, Any],
+    table: Table,
+    results: Sequence[Result],
+    sections: Sequence[Section],
+    outcomes: Sequence[Outcome] = (),
 ) -> str:
     """Return the whole report as Markdown; of the sweeps, their summary."""
     shown = [result for result in results if result.case.shape.part != "sweeps"]
@@ -281,10 +286,11 @@ def to_markdown(
     for section in reversed(sections):  # the bars first
         parts += [f"{section.title}:", markdown_table(section.rows[0], section.rows[1:], section.numbers_from)]
     parts += ["All cases but those of the sweeps:", table.markdown(shown)]
-    parts += [note.replace("*", "\\*", 1) for note in footnotes(results)]
-    failed = [result for result in results if not result.passed]
+    parts += [note.replace("*", "\\*", 1) for note in footnotes(results, outcomes)]
+    failed = [result.case.name for result in results if not result.passed]
+    failed += [outcome.contest.name for outcome in outcomes if not outcome.passed]
     if failed:
-        parts.append("Parity failed, not timed: " + ", ".join(result.case.name for result in failed))
+        parts.append("Parity failed, not timed: " + ", ".join(failed))
     return "\n\n".join(parts) + "\n"
 
 
