@@ -1,4 +1,4 @@
-/* What a step of the C library takes, for benchmarks/serving.py:
+/* What a step of the C library takes, for benchmarks/c_library.py:
  *
  *     c_step FILE SECONDS
  *

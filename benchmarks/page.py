@@ -70,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def kept_results() -> list[Path]:
-    """Return the results of layers in benchmarks/results. (Those of programs and options are tables in the docs.)"""
-    return sorted(
-        p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith(("programs-", "options-"))
-    )
+    """Return the results of layers in benchmarks/results. (Those of other kinds are tables in the docs.)"""
+    others = ("programs-", "options-", "serving-")
+    return sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith(others))
 
 
 def page(paths: Sequence[Path]) -> str:

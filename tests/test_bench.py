@@ -532,7 +532,7 @@ def test_json_text_reads_back() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "tables"], "of table, workloads, sweeps, memory, crowded, got 'tables'"),
+        (["--parts", "tables"], "of table, workloads, sweeps, memory, crowded, serving, got 'tables'"),
         (["--threads", "2,0"], "expected a whole number of at least 1, got '0'"),
         (["--cases", "("], "expected a regular expression, got '('"),
     ],

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.kernels
 
 # product_tile<E, rows, vectors, panels, ...> of one instruction set, as the compiler writes its name.
 TILE = re.compile(r"isa_(?P<isa>\w+?)12product_tileI(?P<element>\w+?)Li(\d+)ELi(\d+)ELi(\d+)E(?!.*\.cold)")
-INSTRUCTION = re.compile(r"\s*([0-9a-f]+):\t(\S+)\s*(.*)")
+INSTRUCTION = re.compile(r"\s*([0-9a-f]+):\t(?:\{vex\} )?(\S+)\s*(.*)")
 MULTIPLICATION = re.compile(r"v?mulp[sd]|vfn?m(add|sub)\d+p[sd]|vdpbf16ps|vpdpbusd|v?pmaddwd")
 
 

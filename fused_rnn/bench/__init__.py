@@ -6,14 +6,14 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import backend
-from . import bars, cases, crowded, environment, memory, report, runner
+from . import bars, cases, crowded, environment, memory, report, runner, serving, serving_cases
 from .arguments import choices, counts, pattern, positive
 from .peers import FUSED, PEERS, TORCH_NN, Peer
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _PATIENCE_SECONDS = 40.0
 
 PARTS = (*cases.PARTS, "memory", "crowded")
+# Measured only where it is named: it has several hundred cases, and bars of its own.
+SERVING = "serving"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,14 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtypes=arguments.dtype,
         quick=arguments.quick,
     )
-    if not selected and not {"memory", "crowded"} & set(parts):
+    contests: list[serving.Contest] = []
+    if SERVING in parts and "inference" in arguments.mode and "float32" in (arguments.dtype or ("float32",)):
+        contests = serving_cases.select(pattern=arguments.cases, cells=arguments.cells, quick=arguments.quick)
+        if backend.ops is None or backend.current_backend() == "reference":
+            print("bench: there are no streams without kernels; their contests are left out", file=sys.stderr)
+            contests = []
+    if not selected and not contests and not {"memory", "crowded"} & set(parts):
         print("bench: no case is left by these options; --list without them shows all", file=sys.stderr)
         return 2
     if arguments.list:
-        print("\n".join(case.name for case in selected))
+        print("\n".join([case.name for case in selected] + [contest.name for contest in contests]))
         return 0
     try:
-        return _Run(arguments, parts, selected).report()
+        return _Run(arguments, parts, selected, contests).report()
     except ImportError as error:  # the extension is not built
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -61,10 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Run:
     """One run of the benchmark: what was asked for and what was found."""
 
-    def __init__(self, arguments: argparse.Namespace, parts: Sequence[str], selected: Sequence[cases.Case]) -> None:
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        parts: Sequence[str],
+        selected: Sequence[cases.Case],
+        contests: Sequence[serving.Contest],
+    ) -> None:
         self.arguments = arguments
         self.parts = parts
         self.selected = selected
+        self.contests = contests
         self.thread_counts = arguments.threads or _default_threads(arguments)
         self.plans = _plans(arguments)
         self.peers = [peer for peer in PEERS if peer.available()]
@@ -79,6 +94,7 @@ class _Run:
         self.results: list[runner.Result] = []
         self.saved: list[memory.Saved] = []
         self.crowdings: list[crowded.Crowding] = []
+        self.outcomes: list[serving.Outcome] = []
 
     def report(self) -> int:
         """Measure, print and write everything; return the exit status."""
@@ -94,29 +110,39 @@ class _Run:
             sections.append(report.memory_section(self.saved))
         if self.crowdings:
             sections.append(report.crowded_section(self.crowdings))
-        result = report.to_json(self.where, self.plans, self.results, self.rivals, self.saved, self.crowdings)
+        sections += report.serving_sections(self.outcomes)
+        result = report.to_json(
+            self.where, self.plans, self.results, self.rivals, self.saved, self.crowdings, self.outcomes
+        )
         # A bar that is met by a choice of its cases is not met.
-        if set(self.parts) == set(PARTS) and not _chosen(self.arguments) and not interrupted:
-            sections.append(report.bars_section(bars.evaluate(result)))
+        if not _chosen(self.arguments) and not interrupted:
+            if set(PARTS) <= set(self.parts):
+                sections.append(report.bars_section(bars.evaluate(result)))
+            if SERVING in self.parts:
+                sections.append(_serving_bars(result))
 
-        for note in report.footnotes(self.results):
+        for note in report.footnotes(self.results, self.outcomes):
             print(note)
         for section in sections:
             print(f"\n{section.title}\n{report.aligned(section)}")
         if self.arguments.json:
             _write(self.arguments.json, report.json_text(result))
         if self.arguments.markdown:
-            _write(self.arguments.markdown, report.to_markdown(self.where, self.table, self.results, sections))
-        failed = [found for found in self.results if not found.passed]
+            _write(
+                self.arguments.markdown,
+                report.to_markdown(self.where, self.table, self.results, sections, self.outcomes),
+            )
+        failed = [not found.passed for found in self.results] + [not found.passed for found in self.outcomes]
         ending = f"in {time.perf_counter() - begin:.0f} s" + (", interrupted" if interrupted else "")
-        planned = len(self.selected) * len(self.thread_counts)
-        print(f"\n{len(self.results)} of {planned} cases {ending}; parity failed in {len(failed)}")
-        return 130 if interrupted else 1 if failed else 0
+        planned = len(self.selected) * len(self.thread_counts) + len(self.contests)
+        measured = len(self.results) + len(self.outcomes)
+        print(f"\n{measured} of {planned} cases {ending}; parity failed in {sum(failed)}")
+        return 130 if interrupted else 1 if any(failed) else 0
 
     def _measure(self) -> None:
         everything = [(threads, case) for threads in self.thread_counts for case in self.selected]
         heading = None
-        with _progress(len(everything)) as progress:
+        with _progress(len(everything) + len(self.contests)) as progress:
             for threads, case in everything:
                 if heading != (threads, case.shape.part):
                     heading = (threads, case.shape.part)
@@ -133,6 +159,12 @@ class _Run:
                 if case.shape.part != "sweeps" or worst is None or worst < 1:
                     progress.write(self.table.line(self.results[-1]))
             torch.set_num_threads(self.thread_counts[0])
+            if self.contests:
+                progress.write("\nserving, 1 thread: time of one, and of the others over it")
+            for contest in self.contests:
+                progress.step(contest.name)
+                self.outcomes.append(serving.measure(contest, self.plans["contests"], self.others))
+                progress.write(report.serving_line(self.outcomes[-1]))
             if "memory" in self.parts:
                 progress.write("\nmemory")
                 self.saved = [memory.measure(case) for case in memory.CASES]
@@ -145,6 +177,8 @@ class _Run:
         if case.shape.part == "sweeps":
             contestants: list[Peer] = [FUSED, TORCH_NN]
             return runner.measure(case, contestants, plan, others=self.others)
+        if case.shape.part == SERVING:  # its bars are about times alone
+            return runner.measure(case, self.peers, plan, others=self.others)
         return runner.measure(case, self.peers, plan, peak=_peak if backend.ops else None, others=self.others)
 
 
@@ -155,7 +189,13 @@ def _peak(dtype: str) -> float:
 
 
 def _plans(arguments: argparse.Namespace) -> dict[str, runner.Plan]:
-    plans = {"table": runner.TABLE, "workloads": runner.WORKLOAD, "sweeps": runner.SWEEP}
+    plans = {
+        "table": runner.TABLE,
+        "workloads": runner.WORKLOAD,
+        "sweeps": runner.SWEEP,
+        SERVING: runner.SERVING,
+        "contests": serving.PLAN,
+    }
     if arguments.quick:
         plans = dict.fromkeys(plans, runner.QUICK)
     if arguments.rounds:
@@ -183,9 +223,19 @@ def _default_threads(arguments: argparse.Namespace) -> Sequence[int]:
 
 def _judge(path: Path) -> int:
     result = json.loads(path.read_text(encoding="utf-8"))
-    section = report.bars_section(bars.evaluate(result))
-    print(f"{report.heading(result['environment'])}\n\n{section.title}\n{report.aligned(section)}")
+    sections = []
+    if result.get(SERVING):
+        sections.append(_serving_bars(result))
+    if not sections or any(record["part"] in cases.PARTS for record in result["cases"]):
+        sections.insert(0, report.bars_section(bars.evaluate(result)))
+    print(report.heading(result["environment"]))
+    for section in sections:
+        print(f"\n{section.title}\n{report.aligned(section)}")
     return 0
+
+
+def _serving_bars(result: Mapping[str, Any]) -> report.Section:
+    return report.bars_section(bars.evaluate(result, bars.SERVING), "Bars of serving")
 
 
 class _Progress:
@@ -244,10 +294,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: under a minute on 2 cores")
     parser.add_argument(
         "--parts",
-        type=choices(PARTS),
+        type=choices((*PARTS, SERVING)),
         metavar="NAMES",
         help=f"of {','.join(PARTS)}; by default all of them and the bars, with --quick the table, and with a choice "
-        "of cases these in the first three",
+        f"of cases these in the first three; or {SERVING}, with bars of its own",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the selected cases and stop")
     parser.add_argument("--cases", type=pattern, default="", metavar="REGEX", help="only cases whose name matches")

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .peers import FUSED, ONNX_RUNTIME, OPENVINO, TORCH_NN
+from .cases import CELLS
+from .peers import FUSED, ONNX_RUNTIME, ONNX_RUNTIME_INT8, OPENVINO, TORCH_NN
+from .serving import FUSED_FLOAT32, LOOP
+from .serving_cases import POOL_SIZE, pool_name
 
 Record = Mapping[str, Any]
 
@@ -30,6 +33,29 @@ def time_share_of_torch(record: Record) -> float | None:
     """Our time over that of `torch.nn`."""
     ratio = ratio_to_torch(record)
     return None if ratio is None else 1 / ratio
+
+
+def time_share_of_best(record: Record) -> float | None:
+    """Our time over that of the fastest of `ENGINES`; `None` if one of them was not measured."""
+    ratio = ratio_to_best(record)
+    return None if ratio is None else 1 / ratio
+
+
+def time_share_of_int8(record: Record) -> float | None:
+    """Our time over that of ONNX Runtime's int8."""
+    ratio = _ratio(record, ONNX_RUNTIME_INT8.name)
+    return None if ratio is None else 1 / ratio
+
+
+def time_share_of_float32(record: Record) -> float | None:
+    """Time of our int8 over that of our own float32."""
+    ratio = _ratio(record, FUSED_FLOAT32)
+    return None if ratio is None else 1 / ratio
+
+
+def ratio_to_loop(record: Record) -> float | None:
+    """Time of as many streams in a loop over that of a pool."""
+    return _ratio(record, LOOP)
 
 
 def share_of_peak(record: Record) -> float | None:
@@ -196,13 +222,64 @@ BARS: tuple[Bar, ...] = (
     ),
 )
 
+# Of the part "serving", which has bars of its own; each is judged by the case that is furthest from it.
+SERVING: tuple[Bar, ...] = (
+    Bar(
+        "a Stream's step, fused / best peer",
+        0.7,
+        time_share_of_best,
+        {"group": ("step",)},
+        table="serving",
+        at_most=True,
+    ),
+    Bar(
+        "StreamPool, 256 sessions of H128, loop of Streams / pool",
+        4.0,
+        ratio_to_loop,
+        {"name": tuple(pool_name(cell, POOL_SIZE) for cell in CELLS)},
+        table="serving",
+    ),
+    *(
+        Bar(
+            f"few rows, large weights, {mode}, fused / {of}",
+            1.0,
+            quantity,
+            _cases(part="serving", group="weights", mode=mode),
+            at_most=True,
+        )
+        for mode, of, quantity in (
+            ("inference", "best peer", time_share_of_best),
+            ("training", "torch.nn", time_share_of_torch),
+        )
+    ),
+    Bar(
+        "int8, LSTM, fused / ONNX Runtime int8",
+        0.8,
+        time_share_of_int8,
+        {"group": ("int8",), "cell": ("lstm",)},
+        table="serving",
+        at_most=True,
+    ),
+    *(
+        Bar(
+            f"int8, {cell.upper()}, fused / fused float32",
+            0.5,
+            time_share_of_float32,
+            {"group": ("int8",), "cell": (cell,)},
+            table="serving",
+            at_most=True,
+        )
+        for cell in ("gru", "rnn")
+    ),
+)
+
 
 def evaluate(result: Mapping[str, Any], bars: Sequence[Bar] = BARS) -> list[Verdict]:
     """Judge a result, bar by bar, and each for every thread count that was measured.
 
     Args:
         result: as `report.to_json` returns it. Lists that it lacks count as not measured.
-        bars: which to judge.
+        bars: which to judge, `BARS` or `SERVING`.
     """
     counts = sorted({record["threads"] for record in result.get("cases", ())}, reverse=True)
     verdicts = []

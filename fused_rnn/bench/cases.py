@@ -18,7 +18,8 @@ DTYPES = {
 }
 NUM_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
-# The table that results are summed up by; shapes of workloads; one size varied, the others held.
+# The table that results are summed up by; shapes of workloads; one size varied, the others held. (A part of its own,
+# which is measured where it is asked for, are the shapes of `SERVING`.)
 PARTS = ("table", "workloads", "sweeps")
 
 # The table's groups, in the order of summaries. "large": one LSTM forward is 1 GFLOP or more, so the floating-point
@@ -31,7 +32,8 @@ GROUPS = ("large", "small", "call")
 class Shape:
     """Sizes of one problem. A single step (`seq_length` 1) with `single_step` is a cell's call, on 2-D input.
 
-    `group` is one of `GROUPS`; of a workload its name; of a sweep the size that is varied.
+    `group` is one of `GROUPS`; of a workload its name; of a sweep the size that is varied; of what is served what
+    limits it or what it is.
     """
 
     group: str
@@ -44,6 +46,7 @@ class Shape:
     single_step: bool = False
     part: str = "table"
     cells: tuple[str, ...] = CELLS
+    modes: tuple[str, ...] = MODES
     dtypes: tuple[str, ...] = ("float32",)
     quick: bool = False
 
@@ -111,7 +114,27 @@ SWEEPS = tuple(
     dataclasses.replace(shape_of(size), part="sweeps") for sizes, shape_of in _SWEPT.values() for size in sizes
 )
 
-SHAPES = (*TABLE, *WORKLOADS, *SWEEPS)
+# Layers as those who serve them call them. "weights": reading the weights is the limit, because few rows use each; in
+# the order B, T, then I, H of both products large, of one, and of more than caches keep. "text line": a line of 80
+# columns of a page is read in both directions.
+_WEIGHT_BOUND = ((96, 1024), (1024, 96), (1024, 1024), (1536, 1024), (2048, 2048))
+SERVING = (
+    *(
+        Shape("weights", B, T, inputs, H, part="serving", quick=(B, T, inputs) == (6, 4, 96))
+        for inputs, H in _WEIGHT_BOUND
+        for B in (1, 2, 6)
+        for T in (1, 4, 8)
+    ),
+    dataclasses.replace(
+        Shape("text line", 1, 80, 512, 256, num_layers=2, bidirectional=True),
+        part="serving",
+        cells=("lstm",),
+        modes=("inference",),
+        quick=True,
+    ),
+)
+
+SHAPES = (*TABLE, *WORKLOADS, *SWEEPS, *SERVING)
 
 
 @dataclass(frozen=True)
@@ -170,7 +193,9 @@ def select(
     wanted = re.compile(pattern, re.IGNORECASE)
     cases = []
     for shape, cell, mode in itertools.product(SHAPES, cells, modes):
-        if shape.part not in parts or cell not in shape.cells or (quick and not shape.quick):
+        if shape.part not in parts or cell not in shape.cells or mode not in shape.modes:
+            continue
+        if quick and not shape.quick:
             continue
         for dtype in dtypes or (("float32",) if quick else shape.dtypes):
             case = Case(shape, cell, mode, dtype)

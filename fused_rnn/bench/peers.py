@@ -8,7 +8,10 @@ import copy
 import functools
 import importlib.metadata
 import importlib.util
+import logging
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -245,18 +248,28 @@ class OnnxEngine:
         return not case.training and case.dtype == "float32"
 
 
+def onnx_session(model: bytes) -> Any:
+    """Return the `onnxruntime.InferenceSession` of a model on the threads that PyTorch is set to."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxRuntime(OnnxEngine):
     name = pool = "ONNX Runtime"
     package = "onnxruntime"
 
-    def make(self, problem: Problem) -> Run:
-        import onnxruntime
+    def model(self, problem: Problem) -> bytes:
+        """Return the file of the ONNX model that is run."""
+        model: bytes = onnx_model.build(problem.case, problem.module).SerializeToString()
+        return model
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        model = onnx_model.build(problem.case, problem.module).SerializeToString()
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    def make(self, problem: Problem) -> Run:
+        session = onnx_session(self.model(problem))
         buffers = Buffers(problem)
         binding = session.io_binding()
         for bind, tensors in ((binding.bind_input, buffers.inputs), (binding.bind_output, buffers.outputs)):
@@ -268,6 +281,29 @@ class OnnxRuntime(OnnxEngine):
             return buffers.results
 
         return forward
+
+
+class OnnxRuntimeInt8(OnnxRuntime):
+    """The same with int8 weights, and activations that are quantized as they come. It has that for LSTMs alone."""
+
+    name = "ONNX Runtime int8"
+
+    def supports(self, case: Case) -> bool:
+        return super().supports(case) and case.cell == "lstm"
+
+    def model(self, problem: Problem) -> bytes:
+        from onnxruntime.quantization import quantize_dynamic
+
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # that a model could be prepared, which has one node
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "int8.onnx"
+                model = onnx_model.build(problem.case, problem.module)
+                quantize_dynamic(model, path, op_types_to_quantize=["LSTM"])
+                return path.read_bytes()
+        finally:
+            logging.disable(before)
 
 
 class OpenVINO(OnnxEngine):
@@ -301,5 +337,6 @@ class OpenVINO(OnnxEngine):
 FUSED = FusedRNN()
 TORCH_NN = TorchNN()
 ONNX_RUNTIME = OnnxRuntime()
+ONNX_RUNTIME_INT8 = OnnxRuntimeInt8()
 OPENVINO = OpenVINO()
 PEERS: tuple[Peer, ...] = (FUSED, TORCH_NN, ONNX_RUNTIME, OPENVINO)

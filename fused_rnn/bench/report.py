@@ -16,6 +16,8 @@ from .crowded import Crowding
 from .memory import Saved
 from .peers import FUSED, TORCH_NN
 from .runner import Plan, Result, Spread, geometric_means
+from .serving import Outcome, record_of
+from .serving_cases import GROUPS as SERVING_GROUPS
 
 SCHEMA = 2  # raised when a field of the JSON changes its meaning
 
@@ -94,14 +96,15 @@ def failure_text(result: Result) -> str:
     )
 
 
-def footnotes(results: Sequence[Result]) -> list[str]:
+def footnotes(results: Sequence[Result], outcomes: Sequence[Outcome] = ()) -> list[str]:
     """Explain the asterisks of the table, why the reference ran and no kernel; say how calm the machine was."""
     reasons = dict.fromkeys(result.reference_reason for result in results if result.reference_reason)
     notes = [f"* ran on the reference, not on a kernel: {reason}" for reason in reasons]
-    thrown = sum(result.disturbed_rounds for result in results)
-    kept = sum(result.disturbed_rounds_kept for result in results)
+    timed = [*results, *outcomes]
+    thrown = sum(found.disturbed_rounds for found in timed)
+    kept = sum(found.disturbed_rounds_kept for found in timed)
     if thrown or kept:
-        rounds = thrown + sum(len(result.seconds[FUSED.name]) for result in results if result.passed)
+        rounds = thrown + sum(len(found.seconds.get(FUSED.name, ())) for found in timed)
         notes.append(
             f"Other processes were at work in {thrown + kept} of {rounds} rounds, of which {thrown} were repeated and "
             f"{kept} count all the same."
@@ -172,7 +175,48 @@ def crowded_section(found: Sequence[Crowding]) -> Section:
     return Section("Crowded: mean time of a call; over what the processors lost explain", rows, 2)
 
 
-def bars_section(verdicts: Sequence[Verdict]) -> Section:
+def serving_line(outcome: Outcome) -> str:
+    """Return one line: our time and by how much the others take longer; if numbers were wrong, whose."""
+    name = f"  {outcome.contest.name}"
+    if not outcome.passed:
+        wrong = [
+            f"{who} is off by {outcome.errors[who]:.2e} of the largest value, allowed {outcome.tolerances[who]:.0e}"
+            for who in outcome.wrong
+        ]
+        return _paint(f"{name}  PARITY FAILED: {'; '.join(wrong)}", _RED)
+    ratios = [f"{rival} {outcome.ratio(rival).median:.2f}x" for rival in outcome.rivals]
+    line = "  ".join([f"{name:<44}", f"{_short_time(outcome):>8}", *ratios])
+    worst = min((outcome.ratio(rival).median for rival in outcome.rivals), default=math.inf)
+    return _paint(line, _GREEN if worst >= 1 else _YELLOW if worst >= 0.95 else _RED)
+
+
+def _short_time(outcome: Outcome) -> str:
+    """Our time, to three digits: a step may take less than a microsecond."""
+    return f"{outcome.time(FUSED.name).median * 1e6:.3g} us"
+
+
+def serving_sections(outcomes: Sequence[Outcome]) -> list[Section]:
+    """Return a table for each group of contests, with those that took part in any of them."""
+    sections = []
+    for group in SERVING_GROUPS:
+        found = [outcome for outcome in outcomes if outcome.contest.group == group and outcome.passed]
+        rivals = list(dict.fromkeys(rival for outcome in found for rival in outcome.rivals))
+        rows = [[group, FUSED.name, *(f"{rival}/{FUSED.name}" for rival in rivals), "spread", "error"]]
+        rows[0] += [f"error of {rival}" for rival in rivals if group == "int8"]
+        for outcome in found:
+            ratios = {rival: outcome.ratio(rival) for rival in outcome.rivals}
+            row = [outcome.contest.name, _short_time(outcome)]
+            row += [f"{ratios[rival].median:.2f}x" if rival in ratios else "-" for rival in rivals]
+            row.append(f"±{100 * min(ratios.values(), key=lambda r: r.median).relative:.1f}%" if ratios else "-")
+            shown = [FUSED.name, *(rivals if group == "int8" else [])]
+            row += [f"{outcome.errors[name]:.1g}" if name in outcome.errors else "-" for name in shown]
+            rows.append(row)
+        if found:
+            sections.append(Section(f"Serving, {group}: time of one; 1 thread", rows, 1))
+    return sections
+
+
+def bars_section(verdicts: Sequence[Verdict], title: str = "Bars") -> Section:
     rows = [["bar", "threads", "required", "measured", "at the peak", "met", "cases", "furthest from it"]]
     for verdict in verdicts:
         bar = verdict.bar
@@ -192,7 +236,7 @@ def bars_section(verdicts: Sequence[Verdict]) -> Section:
             ]
         )
     met = sum(verdict.met for verdict in verdicts)
-    return Section(f"Bars: {met} of {len(verdicts)} met", rows, 1)
+    return Section(f"{title}: {met} of {len(verdicts)} met", rows, 1)
 
 
 def aligned(section: Section) -> str:
@@ -230,7 +274,11 @@ def heading(environment: dict[str, Any]) -> str:
 
 
 def to_markdown(
-    environment: dict[str, Any], table: Table, results: Sequence[Result], sections: Sequence[Section]
+    environment: dict[str, Any],
+    table: Table,
+    results: Sequence[Result],
+    sections: Sequence[Section],
+    outcomes: Sequence[Outcome] = (),
 ) -> str:
     """Return the whole report as Markdown; of the sweeps, their summary."""
     shown = [result for result in results if result.case.shape.part != "sweeps"]
@@ -238,10 +286,11 @@ def to_markdown(
     for section in reversed(sections):  # the bars first
         parts += [f"{section.title}:", markdown_table(section.rows[0], section.rows[1:], section.numbers_from)]
     parts += ["All cases but those of the sweeps:", table.markdown(shown)]
-    parts += [note.replace("*", "\\*", 1) for note in footnotes(results)]
-    failed = [result for result in results if not result.passed]
+    parts += [note.replace("*", "\\*", 1) for note in footnotes(results, outcomes)]
+    failed = [result.case.name for result in results if not result.passed]
+    failed += [outcome.contest.name for outcome in outcomes if not outcome.passed]
     if failed:
-        parts.append("Parity failed, not timed: " + ", ".join(result.case.name for result in failed))
+        parts.append("Parity failed, not timed: " + ", ".join(failed))
     return "\n\n".join(parts) + "\n"
 
 
@@ -252,6 +301,7 @@ def to_json(
     rivals: Sequence[str],
     saved: Sequence[Saved] = (),
     crowdings: Sequence[Crowding] = (),
+    outcomes: Sequence[Outcome] = (),
 ) -> dict[str, Any]:
     """Return everything that was measured, as JSON values; the fields are described in docs/benchmarks.md."""
     return {
@@ -262,6 +312,7 @@ def to_json(
         "geometric_means": {rival: geometric_means(results, rival) for rival in rivals},
         "memory": [_identity_record(found.case) | {"bytes_saved": found.bytes_saved} for found in saved],
         "crowded": [significant(_crowded_record(found)) for found in crowdings],
+        "serving": [significant(record_of(outcome)) for outcome in outcomes],
     }
 
 
@@ -288,7 +339,7 @@ def significant(value: Any) -> Any:
 
 def _identity_record(case: Case) -> dict[str, Any]:
     shape = dataclasses.asdict(case.shape)
-    for irrelevant in ("part", "group", "cells", "dtypes", "quick"):
+    for irrelevant in ("part", "group", "cells", "modes", "dtypes", "quick"):
         del shape[irrelevant]
     return {
         "name": case.name,

@@ -62,6 +62,16 @@ SWEEP = Plan(
     doubtful_ratio=1.02,
     doubtful_seconds=1.5,
 )
+# Of many cases with large weights the worst decides.
+SERVING = Plan(
+    min_rounds=3,
+    max_rounds=30,
+    seconds=0.4,
+    precision=0.01,
+    sample_seconds=0.008,
+    doubtful_ratio=1.05,
+    doubtful_seconds=2.0,
+)
 QUICK = Plan(min_rounds=3, max_rounds=9, seconds=0.5, precision=0.02, sample_seconds=0.005)
 
 # Precision is not judged by fewer rounds.
