@@ -72,6 +72,7 @@ def test_all_pages_with_code_are_run_here() -> None:
         "options.md",
         "private-training.md",  # tests/test_opacus.py
         "resets.md",
+        "quantization.md",
         "serving.md",
         "state-sequences.md",
         "variable-lengths.md",
@@ -124,6 +125,13 @@ def test_code_of_the_first_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: py
     page = run_page(DOCS / "index.md", monkeypatch)
     assert page.x.grad is not None and type(page.model.recurrent) is fused_rnn.GRU
     assert "LSTM" in capsys.readouterr().out
+
+
+def test_code_of_the_page_on_quantization(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # it saves a state dict
+    page = run_page(DOCS / "quantization.md", monkeypatch, torch=torch, fused_rnn=fused_rnn)
+    assert list(page.report.converted) == ["recurrent"]
+    assert "torch.float64" in page.report.left_alone["other"]
 
 
 def test_code_of_the_page_on_serving_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,13 +44,16 @@ MORE: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (CellCase("LSTM", bias=False, dtype=torch.float16), {}),
     (Case(num_layers=2, hx=True, batch_first=True, dropout=0.5), {"derivatives": True}),
     (Case("RNN_RELU", dtype=torch.float64), {"derivatives": True}),
-    (Case("GRU", bidirectional=True, batch_first=True, bias=False), {"quantized": torch.bfloat16}),
+    (
+        Case("GRU", bidirectional=True, batch_first=True, bias=False, hx=True),
+        {"quantized": torch.bfloat16, "mask": True},
+    ),
     (CellCase("RNN_TANH"), {}),
     (CellCase("RNN_RELU", dtype=torch.float64), {}),
 ]
 # May be left out, or empty for none: as good as given.
 OPTIONAL = ("h0", "c0", "grad_output", "grad_h_n", "grad_c_n", "grad_cells", "grad_hidden", "grad_h", "grad_c")
-OPTIONAL += ("input_t", "h0_t", "c0_t", "grad_output_t", "grad_h_n_t", "grad_c_n_t")
+OPTIONAL += ("input_t", "h0_t", "c0_t", "grad_output_t", "grad_h_n_t", "grad_c_n_t", "mask")
 # Lists in which (0,) stands for none.
 LISTS_WITH_NONE = ("controls", "params_t")
 OF_DERIVATIVES = ("rnn_tangent", "rnn_backward_tangent", "rnn_backward_each", "rnn_backward_stacked")
