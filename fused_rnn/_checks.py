@@ -807,14 +807,6 @@ def check_saved_sizes(num_layers: int, most_layers: int, size: int, most_feature
         raise ValueError(f"module: expected at most {most_features} features, got {size}")
 
 
-def check_not_quantized(is_quantized: bool) -> None:
-    if is_quantized:
-        raise ValueError(
-            "module: expected one whose weights are not quantized, for which files have no place yet; save "
-            "module.dequantize()"
-        )
-
-
 def raise_no_safetensors(error: ImportError) -> NoReturn:
     raise ImportError(
         "save_weights: expected the package safetensors, which is not installed: pip install safetensors"

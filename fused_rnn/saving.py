@@ -18,6 +18,7 @@ FORMAT, FORMAT_VERSION = "fused_rnn.weights", 1
 _MOST_LAYERS, _MOST_FEATURES = 64, 1 << 20
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+_MATRICES = {torch.int8: "int8", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _CELLS = {0: "rnn", 1: "rnn", 2: "lstm", 3: "gru"}
 
 
@@ -26,11 +27,13 @@ def save_weights(module: Any, path: str | os.PathLike[str], dtype: torch.dtype |
 
     The file is one of safetensors: tensors ``weight_ih_l{k}``, ``weight_hh_l{k}`` (G*H, P / ``num_heads``) and so on,
     of the shapes that :class:`LSTM` describes, and metadata with the cell, sizes, options and the version of the format
-    (docs/c-library.md). It needs the package ``safetensors``.
+    (docs/c-library.md). Of a module that :func:`quantize` has made the matrices are written as they are stored, with
+    ``scale_ih_l{k}``, ``scale_hh_l{k}`` (G*H) and ``scale_hr_l{k}`` (P) beside those of int8. It needs the package
+    ``safetensors``.
 
     Args:
-        module: what a :class:`Stream` takes: a layer of one direction or a cell, of :mod:`fused_rnn` or
-            :mod:`torch.nn`, of up to 64 layers and 1048576 features. Saved is what it computes in eval mode.
+        module: what a :class:`Stream` takes: a layer of one direction or a cell, of :mod:`fused_rnn`, quantized or
+            not, or :mod:`torch.nn`, of up to 64 layers and 1048576 features. Saved is what it computes in eval mode.
         path: of the file, which is replaced.
         dtype: float32, float64 or bfloat16, to which the weights are rounded; ``None`` for that of the module.
 
@@ -41,7 +44,6 @@ def save_weights(module: Any, path: str | os.PathLike[str], dtype: torch.dtype |
         OSError: the file cannot be written.
     """
     description = StreamDescription(module, dtype)
-    _checks.check_not_quantized(description.is_quantized)
     _checks.check_saved_dtype(description.dtype, list(_DTYPES))
     _checks.check_saved_sizes(description.num_layers, _MOST_LAYERS, description.largest_size, _MOST_FEATURES)
     tensors = description.named_weights()
@@ -78,5 +80,6 @@ def _metadata(description: StreamDescription) -> dict[str, str]:
         "cell_clip": float(within.cell_clip or 0.0),
         "zoneout": float(within.zoneout),
         "zoneout_cell": float(within.zoneout_cell),
+        "matrices": "same" if description.matrix_dtype is None else _MATRICES[description.matrix_dtype],
     }
     return {name: value.hex() if isinstance(value, float) else str(value) for name, value in values.items()}

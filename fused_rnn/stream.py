@@ -56,6 +56,7 @@ class StreamDescription:
             _checks.check_params(settings, params, torch.empty(0, dtype=example.dtype, device="cpu"))
             self.dtype = example.dtype if dtype is None else dtype
         self.is_quantized = is_quantized
+        self.matrix_dtype: torch.dtype | None = module.weight_dtype if is_quantized else None
         self.kind, self.is_cell = settings.kind, settings.is_cell
         self.input_size, self.hidden_size, self.state_size = settings[:3]
         self.num_layers = settings.num_layers
@@ -89,8 +90,11 @@ class StreamDescription:
         if self.within.peephole:
             names.append("weight_peephole")
         names += ["weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c"][: self.num_norms]
+        if self.matrix_dtype is torch.int8:
+            names += ["scale_ih", "scale_hh", *(["scale_hr"] if "weight_hr" in names else [])]
         all_names = [f"{name}_l{layer}" for layer in range(self.num_layers) for name in names]
-        params = [param.detach().to(self.dtype).clone().contiguous() for param in self._params]
+        kept = self._params if self.is_quantized else [param.detach().to(self.dtype) for param in self._params]
+        params = [param.detach().clone(memory_format=torch.contiguous_format) for param in kept]
         return dict(zip(all_names, params, strict=True))
 
     def pack(self) -> PackedStack:

@@ -65,6 +65,12 @@ enum {
 };
 
 enum {
+  FUSED_RNN_MATRIX_INT8 = 1,     /* -127 to 127, with scales; x and h are rounded to 256 values at every step */
+  FUSED_RNN_MATRIX_BFLOAT16 = 2, /* computed in float32 */
+  FUSED_RNN_MATRIX_FLOAT16 = 3
+};
+
+enum {
   FUSED_RNN_OK = 0,
   /* of a description */
   FUSED_RNN_ERROR_DESCRIPTION_NULL = 1,
@@ -94,6 +100,8 @@ enum {
   FUSED_RNN_ERROR_WEIGHT_PEEPHOLE = 25,
   FUSED_RNN_ERROR_NORM = 26,
   FUSED_RNN_ERROR_WEIGHT_ALIGNMENT = 27,
+  FUSED_RNN_ERROR_MATRIX_FORMAT = 28,
+  FUSED_RNN_ERROR_SCALES = 29,
   /* of memory and objects */
   FUSED_RNN_ERROR_RESULT_NULL = 40,
   FUSED_RNN_ERROR_MEMORY_NULL = 41,
@@ -149,6 +157,10 @@ typedef struct fused_rnn_layer {
   const void* weight_norm_hh; /* (G * H) */
   const void* weight_norm_c;  /* (H) */
   const void* bias_norm_c;    /* (H) */
+  /* With FUSED_RNN_MATRIX_INT8: what each row of a matrix is multiplied with. Else null. */
+  const float* scale_ih; /* (G * H) */
+  const float* scale_hh; /* (G * H) */
+  const float* scale_hr; /* (P), where there is a projection */
 } fused_rnn_layer;
 
 /* Layers on top of each other, each with the same cell and options. Set all of it to zero, then struct_size and
@@ -169,7 +181,9 @@ typedef struct fused_rnn_description {
   int32_t peephole;             /* 1: of an LSTM alone, as the next */
   int32_t coupled_gates;
   int32_t layer_norm;
-  int32_t reserved; /* 0 */
+  /* FUSED_RNN_MATRIX_...: in what weight_ih, weight_hh and weight_hr are stored, where all else is float32, as
+   * fused_rnn.quantize makes them; 0: of the dtype of all. */
+  int32_t matrix_format;
   double cell_clip; /* of an LSTM alone; 0: none */
   double zoneout;   /* the part of h (c) that a step keeps of the one before, from 0 to 1 */
   double zoneout_cell;

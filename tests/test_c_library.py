@@ -80,7 +80,8 @@ def library() -> Path:
 class Layer(ctypes.Structure):
     NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_peephole")
     NORMS = ("weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c")
-    _fields_ = [(name, ctypes.c_void_p) for name in NAMES + NORMS]
+    SCALES = ("scale_ih", "scale_hh", "scale_hr")
+    _fields_ = [(name, ctypes.c_void_p) for name in NAMES + NORMS + SCALES]
 
 
 class Description(ctypes.Structure):
@@ -89,7 +90,7 @@ class Description(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("cell", "dtype")),
         *((name, ctypes.c_int64) for name in ("num_layers", "input_size", "hidden_size", "proj_size", "num_heads")),
         *((name, ctypes.c_int32) for name in ("activation", "recurrent_activation", "peephole", "coupled_gates")),
-        *((name, ctypes.c_int32) for name in ("layer_norm", "reserved")),
+        *((name, ctypes.c_int32) for name in ("layer_norm", "matrix_format")),
         *((name, ctypes.c_double) for name in ("cell_clip", "zoneout", "zoneout_cell")),
         ("layers", ctypes.POINTER(Layer)),
         ("instruction_set", ctypes.c_char_p),
@@ -232,6 +233,53 @@ def test_a_saved_layer_says_bit_for_bit_what_its_stream_says(
     for one in (own, twin):
         c.c.fused_rnn_stream_destroy(one)
     c.c.fused_rnn_weights_destroy(weights)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("isa", TESTED)
+@pytest.mark.parametrize("weights", ["int8", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name", ["lstm", "gru", "rnn", "projection", "lstm options", "heads", "layer_norm", "cell", "wide"]
+)
+def test_a_saved_quantized_layer_says_what_its_stream_says(
+    name: str, weights: str, isa: str, c: Library, tmp_path: Path
+) -> None:
+    module = fused_rnn.quantize(made(name).eval(), weights=weights)
+    fused_rnn.save_weights(module, tmp_path / "weights")
+    held = c.load(tmp_path / "weights", isa)
+    own, x = c.stream(held, B), torch.randn(STEPS, B, F)
+    with instruction_set(isa):
+        stream = Stream(module, B)
+        assert_same(c.step(own, x[0], stream.output_size), stream.step(x[0]))
+        assert_same(c.chunk(own, x[1:], stream.output_size), stream.chunk(x[1:]))
+    c.c.fused_rnn_stream_destroy(own)
+    c.c.fused_rnn_weights_destroy(held)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda tensors, metadata: tensors.pop("scale_hh_l0"), "file_tensor_missing"),
+        (lambda tensors, metadata: tensors.update(scale_ih_l0=torch.ones(3)), "file_tensor_shape"),
+        (lambda tensors, metadata: tensors.update(scale_hr_l0=torch.ones(3)), "file_tensor_name"),
+        (lambda tensors, metadata: tensors.update(weight_ih_l0=tensors["weight_ih_l0"].float()), "file_tensor_dtype"),
+        (lambda tensors, metadata: metadata.update(matrices="same"), "file_tensor_dtype"),
+        (lambda tensors, metadata: metadata.update(matrices="int4"), "file_metadata"),
+        (lambda tensors, metadata: metadata.pop("matrices"), "file_metadata"),
+        (lambda tensors, metadata: metadata.update(dtype="bfloat16"), "matrix_format"),
+    ],
+)
+def test_files_of_quantized_layers_that_are_wrong(change: Any, error: str, c: Library, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    fused_rnn.save_weights(fused_rnn.quantize(made("gru").eval()), tmp_path / "weights")
+    with safe_open(tmp_path / "weights", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())
+    change(tensors, metadata)
+    save_file(tensors, tmp_path / "changed", metadata)
+    with pytest.raises(RuntimeError, match="^" + re.escape(c.text(ERRORS[error])) + "$"):
+        c.load(tmp_path / "changed")
 
 
 @pytest.mark.parametrize("isa", TESTED)
@@ -399,7 +447,9 @@ def wrong_fields() -> list[tuple[str, Any, str]]:
         ("struct_size", 1 << 31, "struct_size"),
         ("layer_size", 72, "struct_size"),
         ("layer_size", 84, "struct_size"),
-        ("reserved", 1, "newer"),
+        ("matrix_format", 1, "scales"),
+        ("matrix_format", 4, "matrix_format"),
+        ("matrix_format", -1, "matrix_format"),
         ("layers", None, "layers_null"),
         ("instruction_set", b"sse9", "instruction_set"),
         ("zoneout", float("nan"), "zoneout"),

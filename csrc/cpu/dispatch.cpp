@@ -177,16 +177,15 @@ const KernelTable& kernels() {
   return *t;
 }
 
-bool multiplies_bytes() {
+bool multiplies_bytes(const char* isa) {
+  if (!byte_products_allowed.load(std::memory_order_relaxed)) return false;
 #if defined(__x86_64__)
-  if (!byte_products_allowed.load(std::memory_order_relaxed)) return false;
-  switch (kernels().vector_bytes) {
-    case 64: return __builtin_cpu_supports("avx512vnni");
-    case 32: return __builtin_cpu_supports("avxvnni");
-  }
+  if (std::strncmp(isa, "avx512", 6) == 0) return __builtin_cpu_supports("avx512vnni");
+  if (std::strcmp(isa, "avx2") == 0) return __builtin_cpu_supports("avxvnni");
 #elif defined(__linux__) && defined(HWCAP_ASIMDDP)
-  if (!byte_products_allowed.load(std::memory_order_relaxed)) return false;
-  return std::strncmp(kernels().isa, "neon", 4) == 0 && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+  if (std::strncmp(isa, "neon", 4) == 0) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  (void)isa;
 #endif
   return false;
 }

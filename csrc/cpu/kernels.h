@@ -60,9 +60,9 @@ const KernelTable& kernels();
 // Switches to the table called `isa`; false when it was not compiled or does not run here.
 bool select_kernels(const char* isa);
 
-// Whether the processor has the instructions of the table in use that multiply bytes (stored.h); and whether to use
-// them where it has, for tests.
-bool multiplies_bytes();
+// Whether the processor has instructions that multiply bytes, which not all have that run this instruction set
+// (stored.h); and whether to use them where it has, for tests.
+bool multiplies_bytes(const char* isa);
 void allow_byte_products(bool allowed);
 
 }  // namespace fused_rnn

@@ -19,7 +19,7 @@ int copy_record(void* to, size_t known, size_t first_version, const void* from, 
 }
 
 // Bytes of the records of version 1.
-constexpr size_t first_description = 120, first_layer = 80;
+constexpr size_t first_description = 120, first_layer = 104;
 static_assert(sizeof(fused_rnn_description) == first_description && sizeof(fused_rnn_layer) == first_layer,
               "a field was added: the first version's sizes stay as they are");
 static_assert(sizeof(void*) == 8, "the limits of fused_rnn.h keep sizes of 64 bits from overflowing");
@@ -43,7 +43,6 @@ int read_description(const fused_rnn_description* given, fused_rnn_description& 
   if (const int error = copy_record(&d, sizeof d, first_description, given, given->struct_size)) return error;
   if (d.layer_size < first_layer || d.layer_size > 4096 || d.layer_size % alignof(fused_rnn_layer) != 0)
     return FUSED_RNN_ERROR_STRUCT_SIZE;
-  if (d.reserved != 0) return FUSED_RNN_ERROR_NEWER;
   if (d.cell < FUSED_RNN_CELL_RNN || d.cell > FUSED_RNN_CELL_GRU) return FUSED_RNN_ERROR_CELL;
   if (d.dtype < FUSED_RNN_FLOAT32 || d.dtype > FUSED_RNN_BFLOAT16) return FUSED_RNN_ERROR_DTYPE;
   if (d.num_layers < 1 || d.num_layers > FUSED_RNN_MOST_LAYERS) return FUSED_RNN_ERROR_NUM_LAYERS;
@@ -62,6 +61,13 @@ int read_description(const fused_rnn_description* given, fused_rnn_description& 
   if (!is_flag(d.coupled_gates) || (d.coupled_gates && !is_lstm)) return FUSED_RNN_ERROR_COUPLED_GATES;
   if (!is_flag(d.layer_norm)) return FUSED_RNN_ERROR_LAYER_NORM;
   if (!(d.cell_clip >= 0) || (d.cell_clip > 0 && !is_lstm)) return FUSED_RNN_ERROR_CELL_CLIP;
+  // Sums of 255 * 127 times as many products fit 32 bits.
+  constexpr int64_t most_int8_features = 65536;
+  if (d.matrix_format < 0 || d.matrix_format > FUSED_RNN_MATRIX_FLOAT16 ||
+      (d.matrix_format != 0 && d.dtype != FUSED_RNN_FLOAT32) ||
+      (d.matrix_format == FUSED_RNN_MATRIX_INT8 &&
+       (d.input_size > most_int8_features || d.hidden_size > most_int8_features)))
+    return FUSED_RNN_ERROR_MATRIX_FORMAT;
   if (!is_part(d.zoneout)) return FUSED_RNN_ERROR_ZONEOUT;
   if (!is_part(d.zoneout_cell) || (d.zoneout_cell > 0 && !is_lstm)) return FUSED_RNN_ERROR_ZONEOUT_CELL;
   return FUSED_RNN_OK;
@@ -89,9 +95,19 @@ int read_layers(const fused_rnn_description& d, fused_rnn_layer* layers) {
         (w.weight_norm_c != nullptr) != (normalises && is_lstm) ||
         (w.bias_norm_c != nullptr) != (normalises && is_lstm && has_biases))
       return FUSED_RNN_ERROR_NORM;
-    for (const void* p : {w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh, w.weight_hr, w.weight_peephole,
-                          w.weight_norm_ih, w.weight_norm_hh, w.weight_norm_c, w.bias_norm_c}) {
+    for (const void* p : {w.bias_ih, w.bias_hh, w.weight_peephole, w.weight_norm_ih, w.weight_norm_hh, w.weight_norm_c,
+                          w.bias_norm_c}) {
       if (reinterpret_cast<uintptr_t>(p) & misaligned) return FUSED_RNN_ERROR_WEIGHT_ALIGNMENT;
+    }
+    for (const void* p : {w.weight_ih, w.weight_hh, w.weight_hr}) {
+      if (reinterpret_cast<uintptr_t>(p) & (uintptr_t(matrix_bytes_of(d)) - 1)) return FUSED_RNN_ERROR_WEIGHT_ALIGNMENT;
+    }
+    const bool scaled = d.matrix_format == FUSED_RNN_MATRIX_INT8;
+    if ((w.scale_ih != nullptr) != scaled || (w.scale_hh != nullptr) != scaled ||
+        (w.scale_hr != nullptr) != (scaled && d.proj_size > 0))
+      return FUSED_RNN_ERROR_SCALES;
+    for (const void* p : {w.scale_ih, w.scale_hh, w.scale_hr}) {
+      if (reinterpret_cast<uintptr_t>(p) % alignof(float) != 0) return FUSED_RNN_ERROR_SCALES;
     }
   }
   return FUSED_RNN_OK;
@@ -111,6 +127,7 @@ LayerForward layer_of(const fused_rnn_description& d, int64_t index) {
   s.state_size = state_size_of(d);
   s.heads = heads_of(d);
   s.layer_norm = d.layer_norm != 0;
+  s.format = WeightFormat(d.matrix_format);
   Within& w = layer.within;
   w.activation = activation_of(d.activation, Activation::tanh);
   w.recurrent_activation = activation_of(d.recurrent_activation, Activation::sigmoid);

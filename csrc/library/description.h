@@ -11,6 +11,11 @@ inline int64_t gates_of(int32_t cell) { return cell == FUSED_RNN_CELL_LSTM ? 4 :
 
 inline int64_t bytes_of(int32_t dtype) { return dtype == FUSED_RNN_FLOAT64 ? 8 : dtype == FUSED_RNN_FLOAT32 ? 4 : 2; }
 
+// Of an element of weight_ih, weight_hh and weight_hr.
+inline int64_t matrix_bytes_of(const fused_rnn_description& d) {
+  return d.matrix_format == 0 ? bytes_of(d.dtype) : d.matrix_format == FUSED_RNN_MATRIX_INT8 ? 1 : 2;
+}
+
 inline int64_t heads_of(const fused_rnn_description& d) { return d.num_heads > 1 ? d.num_heads : 1; }
 
 inline int64_t state_size_of(const fused_rnn_description& d) { return d.proj_size ? d.proj_size : d.hidden_size; }

@@ -41,6 +41,11 @@ const char* fused_rnn_error_text(int error) {
       return "weight_norm_ih, weight_norm_hh, weight_norm_c, bias_norm_c: expected with layer_norm the first two, "
              "those "
              "of c for an LSTM, and the last where there are biases; else null";
+    case FUSED_RNN_ERROR_MATRIX_FORMAT:
+      return "matrix_format: expected 0, or with float32 FUSED_RNN_MATRIX_INT8, ..._BFLOAT16 or ..._FLOAT16 and, for "
+             "int8, at most 65536 features";
+    case FUSED_RNN_ERROR_SCALES:
+      return "scale_ih, scale_hh, scale_hr: expected those of int8 matrices, aligned, and none of others";
     case FUSED_RNN_ERROR_WEIGHT_ALIGNMENT: return "layers: expected weights that are aligned to their elements";
     case FUSED_RNN_ERROR_RESULT_NULL: return "the argument that takes the result: expected an address, got null";
     case FUSED_RNN_ERROR_MEMORY_NULL: return "memory: expected an address with this size; null goes with size 0";

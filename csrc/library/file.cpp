@@ -209,6 +209,10 @@ struct Name {
 constexpr Name cells[] = {{"rnn", FUSED_RNN_CELL_RNN}, {"lstm", FUSED_RNN_CELL_LSTM}, {"gru", FUSED_RNN_CELL_GRU}};
 constexpr Name dtypes[] = {
     {"float32", FUSED_RNN_FLOAT32}, {"float64", FUSED_RNN_FLOAT64}, {"bfloat16", FUSED_RNN_BFLOAT16}};
+constexpr Name matrix_formats[] = {{"int8", FUSED_RNN_MATRIX_INT8},
+                                   {"bfloat16", FUSED_RNN_MATRIX_BFLOAT16},
+                                   {"float16", FUSED_RNN_MATRIX_FLOAT16},
+                                   {"same", 0}};
 constexpr Name activations[] = {{"tanh", FUSED_RNN_TANH},         {"sigmoid", FUSED_RNN_SIGMOID},
                                 {"relu", FUSED_RNN_RELU},         {"hard_sigmoid", FUSED_RNN_HARD_SIGMOID},
                                 {"softsign", FUSED_RNN_SOFTSIGN}, {"identity", FUSED_RNN_IDENTITY}};
@@ -235,9 +239,10 @@ struct Metadata {
 
   // Every key once, and no other.
   static constexpr const char* keys[] = {
-      "format",      "format_version", "cell",      "dtype",   "num_layers",    "input_size",
-      "hidden_size", "proj_size",      "num_heads", "biases",  "activation",    "recurrent_activation",
-      "layer_norm",  "peephole",       "cell_clip", "zoneout", "coupled_gates", "zoneout_cell",
+      "format",     "format_version",       "cell",         "dtype",     "num_layers",
+      "input_size", "hidden_size",          "proj_size",    "num_heads", "biases",
+      "activation", "recurrent_activation", "layer_norm",   "peephole",  "cell_clip",
+      "zoneout",    "coupled_gates",        "zoneout_cell", "matrices",
   };
   static constexpr uint32_t all_keys = (uint32_t(1) << sizeof(keys) / sizeof(keys[0])) - 1;
   uint32_t seen = 0;
@@ -270,6 +275,7 @@ struct Metadata {
     if (key == "peephole") return read_flag(value, d.peephole);
     if (key == "coupled_gates") return read_flag(value, d.coupled_gates);
     if (key == "layer_norm") return read_flag(value, d.layer_norm);
+    if (key == "matrices") return read_name(matrix_formats, value, d.matrix_format);
     if (key == "cell_clip") return read_real(value, d.cell_clip);
     if (key == "zoneout") return read_real(value, d.zoneout);
     return read_real(value, d.zoneout_cell);
@@ -278,16 +284,37 @@ struct Metadata {
 
 // ---- the tensors ----
 
-// One of a layer: its name but for the number of the layer, where it goes, and its shape in layer l.
+// One of a layer: its name but for the number of the layer, where it goes, and its shape in layer l. Of the three of
+// scales the place is one of floats.
 struct Kind {
   const char* name;
   const void* fused_rnn_layer::* place;
+  const float* fused_rnn_layer::* scale;
   bool wanted;
   int64_t rows, columns;  // columns 0: of one dimension
+
+  const void* find(const fused_rnn_layer& layer) const { return place ? layer.*place : layer.*scale; }
+  void put(fused_rnn_layer& layer, const char* data) const {
+    if (place) {
+      layer.*place = data;
+    } else {
+      layer.*scale = reinterpret_cast<const float*>(data);
+    }
+  }
+  // A matrix, which may be stored in another format than the rest.
+  bool is_matrix() const { return columns > 0; }
+  int64_t element_bytes(const fused_rnn_description& d) const {
+    return is_matrix() ? matrix_bytes_of(d) : bytes_of(d.dtype);
+  }
+  const char* dtype(const fused_rnn_description& d) const {
+    constexpr const char* stored[] = {nullptr, "I8", "BF16", "F16"};
+    if (is_matrix() && d.matrix_format != 0) return stored[d.matrix_format];
+    return d.dtype == FUSED_RNN_FLOAT64 ? "F64" : d.dtype == FUSED_RNN_FLOAT32 ? "F32" : "BF16";
+  }
 };
 
 struct Kinds {
-  static constexpr int count = 10;
+  static constexpr int count = 13;
   Kind all[count];
 
   Kinds(const Metadata& metadata, int64_t layer) {
@@ -295,17 +322,21 @@ struct Kinds {
     const int64_t H = d.hidden_size, P = state_size_of(d), GH = gates_of(d.cell) * H;
     const int64_t I = layer == 0 ? d.input_size : P;
     const bool normalises = d.layer_norm != 0, of_cell = normalises && d.cell == FUSED_RNN_CELL_LSTM;
+    const bool scaled = d.matrix_format == FUSED_RNN_MATRIX_INT8;
     const Kind kinds[count] = {
-        {"weight_ih_l", &fused_rnn_layer::weight_ih, true, GH, I},
-        {"weight_hh_l", &fused_rnn_layer::weight_hh, true, GH, P / heads_of(d)},
-        {"bias_ih_l", &fused_rnn_layer::bias_ih, metadata.biases > 0, GH, 0},
-        {"bias_hh_l", &fused_rnn_layer::bias_hh, metadata.biases > 1, GH, 0},
-        {"weight_hr_l", &fused_rnn_layer::weight_hr, d.proj_size > 0, P, H},
-        {"weight_peephole_l", &fused_rnn_layer::weight_peephole, d.peephole != 0, 3 * H, 0},
-        {"weight_norm_ih_l", &fused_rnn_layer::weight_norm_ih, normalises, GH, 0},
-        {"weight_norm_hh_l", &fused_rnn_layer::weight_norm_hh, normalises, GH, 0},
-        {"weight_norm_c_l", &fused_rnn_layer::weight_norm_c, of_cell, H, 0},
-        {"bias_norm_c_l", &fused_rnn_layer::bias_norm_c, of_cell && metadata.biases > 0, H, 0},
+        {"weight_ih_l", &fused_rnn_layer::weight_ih, nullptr, true, GH, I},
+        {"weight_hh_l", &fused_rnn_layer::weight_hh, nullptr, true, GH, P / heads_of(d)},
+        {"bias_ih_l", &fused_rnn_layer::bias_ih, nullptr, metadata.biases > 0, GH, 0},
+        {"bias_hh_l", &fused_rnn_layer::bias_hh, nullptr, metadata.biases > 1, GH, 0},
+        {"weight_hr_l", &fused_rnn_layer::weight_hr, nullptr, d.proj_size > 0, P, H},
+        {"weight_peephole_l", &fused_rnn_layer::weight_peephole, nullptr, d.peephole != 0, 3 * H, 0},
+        {"weight_norm_ih_l", &fused_rnn_layer::weight_norm_ih, nullptr, normalises, GH, 0},
+        {"weight_norm_hh_l", &fused_rnn_layer::weight_norm_hh, nullptr, normalises, GH, 0},
+        {"weight_norm_c_l", &fused_rnn_layer::weight_norm_c, nullptr, of_cell, H, 0},
+        {"bias_norm_c_l", &fused_rnn_layer::bias_norm_c, nullptr, of_cell && metadata.biases > 0, H, 0},
+        {"scale_ih_l", nullptr, &fused_rnn_layer::scale_ih, scaled, GH, 0},
+        {"scale_hh_l", nullptr, &fused_rnn_layer::scale_hh, scaled, GH, 0},
+        {"scale_hr_l", nullptr, &fused_rnn_layer::scale_hr, scaled && d.proj_size > 0, P, 0},
     };
     std::memcpy(all, kinds, sizeof all);
   }
@@ -330,18 +361,17 @@ int place_tensor(const Metadata& metadata, const Tensor& tensor, Data data, fuse
     const Kinds kinds(metadata, layer);
     const Kind& kind = kinds.all[i];
     if (!kind.wanted) break;
-    const void*& place = layers[layer].*kind.place;
-    if (place) return FUSED_RNN_ERROR_FILE_TENSOR_TWICE;
-    const char* dtype = d.dtype == FUSED_RNN_FLOAT64 ? "F64" : d.dtype == FUSED_RNN_FLOAT32 ? "F32" : "BF16";
-    if (!(tensor.dtype == dtype)) return FUSED_RNN_ERROR_FILE_TENSOR_DTYPE;
+    if (kind.find(layers[layer])) return FUSED_RNN_ERROR_FILE_TENSOR_TWICE;
+    if (!(tensor.dtype == kind.dtype(d))) return FUSED_RNN_ERROR_FILE_TENSOR_DTYPE;
     if (tensor.dimensions != (kind.columns ? 2 : 1) || tensor.shape[0] != uint64_t(kind.rows) ||
         (kind.columns && tensor.shape[1] != uint64_t(kind.columns)))
       return FUSED_RNN_ERROR_FILE_TENSOR_SHAPE;
-    const uint64_t bytes = Kinds::elements(kind) * uint64_t(bytes_of(d.dtype));
+    const uint64_t bytes = Kinds::elements(kind) * uint64_t(kind.element_bytes(d));
     if (tensor.end > data.bytes || tensor.begin > tensor.end || tensor.end - tensor.begin != bytes)
       return FUSED_RNN_ERROR_FILE_OFFSETS;
-    place = data.begin + tensor.begin;
-    if (reinterpret_cast<uintptr_t>(place) % uintptr_t(bytes_of(d.dtype)) != 0) return FUSED_RNN_ERROR_FILE_OFFSETS;
+    const char* place = data.begin + tensor.begin;
+    if (reinterpret_cast<uintptr_t>(place) % uintptr_t(kind.element_bytes(d)) != 0) return FUSED_RNN_ERROR_FILE_OFFSETS;
+    kind.put(layers[layer], place);
     return FUSED_RNN_OK;
   }
   return FUSED_RNN_ERROR_FILE_TENSOR_NAME;
@@ -354,8 +384,8 @@ bool each_tensor(const Metadata& metadata, const fused_rnn_layer* layers, F f) {
     const Kinds kinds(metadata, l);
     for (const Kind& kind : kinds.all) {
       if (!kind.wanted) continue;
-      const uint64_t bytes = Kinds::elements(kind) * uint64_t(bytes_of(metadata.description.dtype));
-      if (!f(static_cast<const char*>(layers[l].*kind.place), bytes)) return false;
+      const uint64_t bytes = Kinds::elements(kind) * uint64_t(kind.element_bytes(metadata.description));
+      if (!f(static_cast<const char*>(kind.find(layers[l])), bytes)) return false;
     }
   }
   return true;

@@ -99,7 +99,7 @@ struct Request {
     parts.object = layout.take<fused_rnn_weights>(1);
     parts.packed = layout.take<char>(int64_t(packed_bytes));
     const int64_t of_blocks = heads_in_block > 1 ? count() * gate_rows() * block_columns() : 0;
-    parts.blocks = layout.take<char>(of_blocks * int64_t(element));
+    parts.blocks = layout.take<char>(of_blocks * matrix_bytes_of(description));
     parts.zeros = layout.take<char>(gate_rows() * int64_t(element));
     parts.bytes = layout.used();
     return parts;
@@ -116,8 +116,9 @@ struct Request {
       w.w_ih = from.weight_ih;
       w.w_hh = from.weight_hh;
       if (heads_in_block > 1) {
-        char* blocks = parts.blocks + l * gate_rows() * block_columns() * element;
-        spread_heads(static_cast<const char*>(from.weight_hh), blocks, element);
+        const int64_t stored = matrix_bytes_of(description);
+        char* blocks = parts.blocks + l * gate_rows() * block_columns() * stored;
+        spread_heads(static_cast<const char*>(from.weight_hh), blocks, stored);
         w.w_hh = blocks;
       }
       w.b_ih = from.bias_ih;
@@ -128,6 +129,9 @@ struct Request {
       w.norm_hh = from.weight_norm_hh;
       w.norm_c = from.weight_norm_c;
       w.norm_c_bias = from.bias_norm_c;
+      w.scale_ih = from.scale_ih;
+      w.scale_hh = from.scale_hh;
+      w.scale_hr = from.scale_hr;
     }
   }
 

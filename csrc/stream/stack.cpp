@@ -24,12 +24,14 @@ int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype 
 // Sizes as ForwardPass (../cpu/forward.h) has them.
 struct Measures {
   const StreamShape& shape;
+  const char* isa;
   int64_t I, H, P, K;
   bool projects, normalises, keeps_h;
   int64_t panels, panel_columns, state_stride, unit_stride, cell_stride, x_stride;
 
   Measures(const LayerForward& layer, const StreamKernel& kernel)
       : shape(kernel.shape),
+        isa(kernel.isa),
         I(layer.sizes.input_size),
         H(layer.sizes.hidden_size),
         P(layer.sizes.state_size),
@@ -116,7 +118,7 @@ struct Measures {
     w.quantized = layout.take<char>(quantized * w.quantized_stride);
     w.quantized_rows = layout.take<void*>(quantized);
     w.row_scales = layout.take<char>(quantized * shape.row_scale_bytes);
-    w.by_dots = multiplies_bytes();
+    w.by_dots = multiplies_bytes(isa);
     return w;
   }
 };
