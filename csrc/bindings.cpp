@@ -339,7 +339,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa_used", [] { return std::string(kernels().isa); }, "The instruction set that runs.");
   m.def("set_isa", &set_isa, py::arg("name"), "Switches the instruction set; returns the name of the one before.");
   m.def(
-      "multiplies_bytes", [] { return multiplies_bytes(kernels().isa); },
+      "multiplies_bytes", [] { return multiplies_bytes(kernels().stream(LayerSizes()).isa); },
       "Whether int8 products are made of instructions that multiply bytes, which a processor may lack.");
   m.def("allow_byte_products", &allow_byte_products, py::arg("allowed"), "For tests: whether such are to be used.");
   m.def("integer_settings", &Settings::integer_names, "Names of the settings that operators take, in their order.");

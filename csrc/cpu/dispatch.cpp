@@ -180,10 +180,12 @@ const KernelTable& kernels() {
 bool multiplies_bytes(const char* isa) {
   if (!byte_products_allowed.load(std::memory_order_relaxed)) return false;
 #if defined(__x86_64__)
-  if (std::strncmp(isa, "avx512", 6) == 0) return __builtin_cpu_supports("avx512vnni");
-  if (std::strcmp(isa, "avx2") == 0) return __builtin_cpu_supports("avxvnni");
+  if (std::strcmp(isa, "avx512") == 0) return __builtin_cpu_supports("avx512vnni");
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned avx_vnni = 1u << 4;  // a name that not every compiler knows
+  if (std::strcmp(isa, "avx2") == 0) return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx_vnni) != 0;
 #elif defined(__linux__) && defined(HWCAP_ASIMDDP)
-  if (std::strncmp(isa, "neon", 4) == 0) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+  if (std::strcmp(isa, "neon") == 0) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #else
   (void)isa;
 #endif

@@ -60,8 +60,8 @@ const KernelTable& kernels();
 // Switches to the table called `isa`; false when it was not compiled or does not run here.
 bool select_kernels(const char* isa);
 
-// Whether the processor has instructions that multiply bytes, which not all have that run this instruction set
-// (stored.h); and whether to use them where it has, for tests.
+// Whether the processor has instructions that multiply bytes, which not all have that run this instruction set, one
+// that has float32 kernels (stored.h); and whether to use them where it has, for tests.
 bool multiplies_bytes(const char* isa);
 void allow_byte_products(bool allowed);
 

@@ -83,6 +83,9 @@ const char* const pieces[] = {
     "0x1.fffffffffffffp+1023",
     "lstm",
     "gru",
+    "\"I8\"",
+    "\"int8\"",
+    "scale_ih_l0",
 };
 
 void change(Bytes& file, const std::vector<Bytes>& corpus) {
@@ -153,7 +156,8 @@ void read_all(const fused_rnn_description& d, const char* begin, const char* end
   const int64_t H = d.hidden_size, P = d.proj_size ? d.proj_size : H, GH = gates_of(d) * H;
   unsigned sum = 0;
   int64_t all = 0;
-  const auto read = [&](const void* from, int64_t count) {
+  const int64_t of_matrix = d.matrix_format == 0 ? element : d.matrix_format == FUSED_RNN_MATRIX_INT8 ? 1 : 2;
+  const auto read_as = [&](const void* from, int64_t count, int64_t element) {
     if (!from) return;
     const char* p = static_cast<const char*>(from);
     if (p < begin || end - p < count * element || reinterpret_cast<uintptr_t>(p) % uintptr_t(element) != 0) {
@@ -163,22 +167,31 @@ void read_all(const fused_rnn_description& d, const char* begin, const char* end
     for (int64_t i = 0; i < count * element; ++i) sum += unsigned(p[i]);
     all += count * element;
   };
+  const auto read = [&](const void* from, int64_t count) { read_as(from, count, element); };
+  const auto read_matrix = [&](const void* from, int64_t count) { read_as(from, count, of_matrix); };
   for (int64_t l = 0; l < d.num_layers; ++l) {
     const fused_rnn_layer& w = d.layers[l];
     if (!w.weight_ih || !w.weight_hh) {
       std::puts("a weight is missing");
       std::abort();
     }
-    read(w.weight_ih, GH * (l == 0 ? d.input_size : P));
-    read(w.weight_hh, GH * (P / (d.num_heads > 1 ? d.num_heads : 1)));
+    read_matrix(w.weight_ih, GH * (l == 0 ? d.input_size : P));
+    read_matrix(w.weight_hh, GH * (P / (d.num_heads > 1 ? d.num_heads : 1)));
     read(w.bias_ih, GH);
     read(w.bias_hh, GH);
-    read(w.weight_hr, P * H);
+    read_matrix(w.weight_hr, P * H);
     read(w.weight_peephole, 3 * H);
     read(w.weight_norm_ih, GH);
     read(w.weight_norm_hh, GH);
     read(w.weight_norm_c, H);
     read(w.bias_norm_c, H);
+    read(w.scale_ih, GH);
+    read(w.scale_hh, GH);
+    read(w.scale_hr, P);
+    if ((w.scale_ih != nullptr) != (d.matrix_format == FUSED_RNN_MATRIX_INT8)) {
+      std::puts("scales are missing, or too many");
+      std::abort();
+    }
   }
   if (all > end - begin) {
     std::puts("weights are longer than the file");
