@@ -45,7 +45,8 @@ const char* fused_rnn_error_text(int error) {
       return "matrix_format: expected 0, or with float32 FUSED_RNN_MATRIX_INT8, ..._BFLOAT16 or ..._FLOAT16 and, for "
              "int8, at most 65536 features";
     case FUSED_RNN_ERROR_SCALES:
-      return "scale_ih, scale_hh, scale_hr: expected those of int8 matrices, aligned, and none of others";
+      return "scales: expected scale_ih, scale_hh and, with a projection, scale_hr of int8 matrices, aligned, and none "
+             "of others";
     case FUSED_RNN_ERROR_WEIGHT_ALIGNMENT: return "layers: expected weights that are aligned to their elements";
     case FUSED_RNN_ERROR_RESULT_NULL: return "the argument that takes the result: expected an address, got null";
     case FUSED_RNN_ERROR_MEMORY_NULL: return "memory: expected an address with this size; null goes with size 0";
