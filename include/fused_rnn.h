@@ -222,9 +222,9 @@ FUSED_RNN_API int fused_rnn_weights_describe(const fused_rnn_weights* weights, f
 
 /* ---- files that fused_rnn.save_weights has written (safetensors) ---- */
 
-/* Reads a file that is in memory, aligned to 8 bytes, without a copy and without memory of its own: the description,
- * whose layers are `layers`, points into it. capacity: of layers, which an error leaves with nothing of use in them.
- * Every file that is not wholly what save_weights writes is an error. */
+/* Reads a file that is in memory, aligned to 8 bytes, without a copy and without memory of its own: the description, of
+ * which struct_size and layer_size must be set, and its layers, which are `layers`, an array of `capacity` of them,
+ * point into it. Every file that is not wholly what save_weights writes is an error. */
 FUSED_RNN_API int fused_rnn_describe_file(const void* data, size_t size, fused_rnn_layer* layers, int64_t capacity,
                                           fused_rnn_description* description);
 

@@ -568,6 +568,33 @@ def test_a_prime_number_of_heads_is_one_block(c: Library, tmp_path: Path) -> Non
     c.c.fused_rnn_weights_destroy(weights)
 
 
+def test_descriptions_are_written_as_long_as_a_program_has_them(c: Library, tmp_path: Path) -> None:
+    """A program of a later header has longer records: what it knows beyond the library's is zero."""
+    file = GRU_FILE.read_bytes()
+    held = ctypes.create_string_buffer(file, len(file) + 8)
+    at = (ctypes.addressof(held) + 7) // 8 * 8
+    ctypes.memmove(at, file, len(file))
+    own, layer_size = ctypes.sizeof(Description), ctypes.sizeof(Layer)
+    longer, layers = ctypes.create_string_buffer(b"\xff" * (own + 24)), (ctypes.c_uint64 * 24)(*[7] * 24)
+    description = Description.from_buffer(longer)
+    description.struct_size, description.layer_size = own + 16, layer_size + 8
+    given = ctypes.c_void_p(at), ctypes.c_size_t(len(file)), layers, ctypes.c_int64(2)
+    c.call("describe_file", *given, longer)
+    assert (description.struct_size, description.layer_size, description.num_layers) == (own + 16, layer_size + 8, 2)
+    assert longer.raw[own : own + 24] == bytes(16) + b"\xff" * 8
+    assert layers[0] and layers[10] == 0 and layers[11] and layers[21] == 0 and layers[22] == 7
+    size, weights = ctypes.c_size_t(), ctypes.c_void_p()
+    c.call("weights_memory_size", longer, ctypes.byref(size))
+    c.call("weights_create", longer, None, ctypes.c_size_t(0), ctypes.byref(weights))
+    c.call("weights_describe", weights, longer)
+    assert longer.raw[own : own + 24] == bytes(16) + b"\xff" * 8 and not description.layers
+    for short in (0, own - 8):
+        description.struct_size = short
+        assert c.code("weights_describe", weights, longer) == ERRORS["struct_size"]
+        assert c.code("describe_file", *given, longer) == ERRORS["struct_size"]
+    c.c.fused_rnn_weights_destroy(weights)
+
+
 def test_memory_that_is_missing_misaligned_or_too_small_is_an_error(c: Library) -> None:
     description, held = described(fused_rnn.GRU(F, H))
     size = ctypes.c_size_t()

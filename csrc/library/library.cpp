@@ -246,14 +246,7 @@ void fused_rnn_weights_destroy(fused_rnn_weights* weights) {
 
 int fused_rnn_weights_describe(const fused_rnn_weights* weights, fused_rnn_description* description) {
   if (!is_weights(weights)) return FUSED_RNN_ERROR_WEIGHTS;
-  if (!description) return FUSED_RNN_ERROR_RESULT_NULL;
-  if (!is_aligned(description, alignof(fused_rnn_description))) return FUSED_RNN_ERROR_ALIGNMENT;
-  const uint32_t known = description->struct_size, layer_size = description->layer_size;
-  if (known < sizeof(fused_rnn_description) || layer_size < sizeof(fused_rnn_layer)) return FUSED_RNN_ERROR_STRUCT_SIZE;
-  *description = weights->description;
-  description->struct_size = known;
-  description->layer_size = layer_size;
-  return FUSED_RNN_OK;
+  return write_description(weights->description, description);
 }
 
 int fused_rnn_stream_memory_size(const fused_rnn_weights* weights, int64_t rows, size_t* size) {
