@@ -9,10 +9,10 @@
  *   while (!error && next(x)) error = fused_rnn_step(stream, x, y);           // x: (rows, I), y: (rows, P)
  *   if (error) puts(fused_rnn_error_text(error));
  *
- * fused_rnn_step, fused_rnn_chunk, fused_rnn_reset, fused_rnn_read_state and fused_rnn_write_state allocate nothing,
- * take no lock, make no system call, start no thread and throw nothing. Numbers below the smallest normal one are zero
- * during a call; afterwards the thread's floating-point mode is what it was. Numbers are those of fused_rnn.Stream, bit
- * for bit on the same instruction set.
+ * fused_rnn_step, fused_rnn_step_rows, fused_rnn_chunk, fused_rnn_reset, fused_rnn_read_state and fused_rnn_write_state
+ * allocate nothing, take no lock, make no system call, start no thread and throw nothing. Numbers below the smallest
+ * normal one are zero during a call; afterwards the thread's floating-point mode is what it was. Numbers are those of
+ * fused_rnn.Stream, bit for bit on the same instruction set (docs/c-library.md).
  *
  * Letters in shapes: T steps, I input_size, H hidden_size, P proj_size, or H without a projection, G gates (LSTM 4, GRU
  * 3, RNN 1). Arrays are contiguous, the last index fastest, aligned to their elements, of the dtype of the weights
@@ -208,9 +208,9 @@ FUSED_RNN_API int fused_rnn_weights_describe(const fused_rnn_weights* weights, f
 
 /* ---- files that fused_rnn.save_weights has written (safetensors) ---- */
 
-/* Reads a file that is in memory, aligned to 8 bytes, without a copy and without memory of its own: the description,
- * whose layers are `layers`, points into it. capacity: of layers. Every file that is not wholly what save_weights
- * writes is an error. */
+/* Reads a file that is in memory, aligned to 8 bytes, without a copy and without memory of its own: the description, of
+ * which struct_size and layer_size must be set, and its layers, which are `layers`, an array of `capacity` of them,
+ * point into it. Every file that is not wholly what save_weights writes is an error. */
 FUSED_RNN_API int fused_rnn_describe_file(const void* data, size_t size, fused_rnn_layer* layers, int64_t capacity,
                                           fused_rnn_description* description);
 

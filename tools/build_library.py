@@ -89,6 +89,9 @@ class Library:
         macros = [f"-DFRNN_ISA_{name.upper()}=1" for name in self.sets]
         return [*flags, *macros, f"-I{ROOT / 'include'}", f"-I{ROOT / 'csrc'}"]
 
+    def tool(self, name: str) -> str:
+        return output([*self.cxx, f"-print-prog-name={name}"])
+
     def build(self, jobs: int) -> None:
         folder = self.out / "objects"
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,17 +123,25 @@ class Library:
         shutil.copy2(ROOT / "include/fused_rnn.h", include / "fused_rnn.h")
         objects = [str(result) for result in self.objects]
         archive, shared = lib / "libfused_rnn.a", lib / "libfused_rnn.so"
-        if any(older(result, self.objects) for result in (archive, shared)):
-            # One object of which the library's functions alone are seen: other programs' names are nothing to it.
-            whole, objcopy = self.out / "objects/fused_rnn.o", output([*self.cxx, "-print-prog-name=objcopy"])
-            run([*self.cxx, "-r", "-nostdlib", "-o", str(whole), *objects])
-            run([objcopy, "--localize-hidden", str(whole)])
+        # One object of which the library's functions alone are seen: other programs' names are nothing to it.
+        whole = self.out / "objects/fused_rnn.o"
+        # The C++ compiler as a linker would add libstdc++, of which nothing is used.
+        libraries = ["-nodefaultlibs", "-lc", "-lgcc"] if not self.sanitize else [f"-fsanitize={self.sanitize}"]
+        # Nothing is left to be looked up in the first call of a function.
+        libraries += [] if self.sanitize else ["-Wl,--strip-debug", "-Wl,--no-undefined", "-Wl,-z,now"]
+        commands = [
+            [*self.cxx, "-r", "-nostdlib", "-o", str(whole), *objects],
+            [self.tool("objcopy"), "--localize-hidden", str(whole)],
+            [self.tool("ar"), "rcs", str(archive), str(whole)],
+            [*self.cxx, "-shared", "-o", str(shared), *objects, "-Wl,-soname,libfused_rnn.so", *libraries],
+        ]
+        record, text = self.out / "objects/link.command", "\n".join(map(shlex.join, commands))
+        is_linked = record.exists() and record.read_text() == text
+        if not is_linked or any(older(result, self.objects) for result in (archive, shared)):
             archive.unlink(missing_ok=True)
-            run([output([*self.cxx, "-print-prog-name=ar"]), "rcs", str(archive), str(whole)])
-            # The C++ compiler as a linker would add libstdc++, of which nothing is used.
-            libraries = ["-nodefaultlibs", "-lc", "-lgcc"] if not self.sanitize else [f"-fsanitize={self.sanitize}"]
-            strip = [] if self.sanitize else ["-Wl,--strip-debug", "-Wl,--no-undefined"]
-            run([*self.cxx, "-shared", "-o", str(shared), *objects, "-Wl,-soname,libfused_rnn.so", *strip, *libraries])
+            for command in commands:
+                run(command)
+            record.write_text(text)
         (lib / "pkgconfig/fused_rnn.pc").write_text(PKG_CONFIG.format(version=version()))
         (lib / "cmake/fused_rnn/fused_rnnConfig.cmake").write_text(CMAKE)
         (lib / "cmake/fused_rnn/fused_rnnConfigVersion.cmake").write_text(CMAKE_VERSION.format(version=version()))

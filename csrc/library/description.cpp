@@ -7,9 +7,16 @@ namespace fused_rnn {
 
 namespace {
 
+// Bytes of the records of version 1.
+constexpr size_t first_description = 120, first_layer = 80;
+// No record will be as long; a program that says so has not set its size.
+constexpr size_t longest_record = 4096;
+static_assert(sizeof(fused_rnn_description) == first_description && sizeof(fused_rnn_layer) == first_layer,
+              "a field was added: the first version's sizes stay as they are");
+
 // Copies a record of which a program knows `given` bytes; what the library does not know of it must be zero.
 int copy_record(void* to, size_t known, size_t first_version, const void* from, uint32_t given) {
-  if (given < first_version || given > 4096) return FUSED_RNN_ERROR_STRUCT_SIZE;
+  if (given < first_version || given > longest_record) return FUSED_RNN_ERROR_STRUCT_SIZE;
   std::memset(to, 0, known);
   std::memcpy(to, from, given < known ? given : known);
   for (size_t i = known; i < given; ++i) {
@@ -18,11 +25,17 @@ int copy_record(void* to, size_t known, size_t first_version, const void* from, 
   return FUSED_RNN_OK;
 }
 
-// Bytes of the records of version 1.
-constexpr size_t first_description = 120, first_layer = 80;
-static_assert(sizeof(fused_rnn_description) == first_description && sizeof(fused_rnn_layer) == first_layer,
-              "a field was added: the first version's sizes stay as they are");
 static_assert(sizeof(void*) == 8, "the limits of fused_rnn.h keep sizes of 64 bits from overflowing");
+
+bool are_sizes(uint32_t struct_size, uint32_t layer_size) {
+  return struct_size >= first_description && struct_size <= longest_record && layer_size >= first_layer &&
+         layer_size <= longest_record && layer_size % alignof(fused_rnn_layer) == 0;
+}
+
+void write_record(const void* from, size_t known, void* to, uint32_t wanted) {
+  std::memset(to, 0, wanted);
+  std::memcpy(to, from, wanted < known ? wanted : known);
+}
 
 bool is_flag(int32_t value) { return value == 0 || value == 1; }
 
@@ -37,12 +50,28 @@ Activation activation_of(int32_t value, Activation own) { return value == 0 ? ow
 
 }  // namespace
 
+int write_description(const fused_rnn_description& description, fused_rnn_description* to) {
+  if (!to) return FUSED_RNN_ERROR_RESULT_NULL;
+  if (reinterpret_cast<uintptr_t>(to) % alignof(fused_rnn_description) != 0) return FUSED_RNN_ERROR_ALIGNMENT;
+  const uint32_t struct_size = to->struct_size, layer_size = to->layer_size;
+  if (!are_sizes(struct_size, layer_size)) return FUSED_RNN_ERROR_STRUCT_SIZE;
+  fused_rnn_description own = description;
+  own.struct_size = struct_size;
+  own.layer_size = layer_size;
+  write_record(&own, sizeof own, to, struct_size);
+  return FUSED_RNN_OK;
+}
+
+void write_layers(const fused_rnn_layer* layers, int64_t count, uint32_t layer_size, fused_rnn_layer* to) {
+  for (int64_t l = 0; l < count; ++l)
+    write_record(layers + l, sizeof *layers, reinterpret_cast<char*>(to) + l * int64_t(layer_size), layer_size);
+}
+
 int read_description(const fused_rnn_description* given, fused_rnn_description& d) {
   if (!given) return FUSED_RNN_ERROR_DESCRIPTION_NULL;
   if (reinterpret_cast<uintptr_t>(given) % alignof(fused_rnn_description) != 0) return FUSED_RNN_ERROR_ALIGNMENT;
   if (const int error = copy_record(&d, sizeof d, first_description, given, given->struct_size)) return error;
-  if (d.layer_size < first_layer || d.layer_size > 4096 || d.layer_size % alignof(fused_rnn_layer) != 0)
-    return FUSED_RNN_ERROR_STRUCT_SIZE;
+  if (!are_sizes(d.struct_size, d.layer_size)) return FUSED_RNN_ERROR_STRUCT_SIZE;
   if (d.reserved != 0) return FUSED_RNN_ERROR_NEWER;
   if (d.cell < FUSED_RNN_CELL_RNN || d.cell > FUSED_RNN_CELL_GRU) return FUSED_RNN_ERROR_CELL;
   if (d.dtype < FUSED_RNN_FLOAT32 || d.dtype > FUSED_RNN_BFLOAT16) return FUSED_RNN_ERROR_DTYPE;

@@ -15,6 +15,13 @@ inline int64_t heads_of(const fused_rnn_description& d) { return d.num_heads > 1
 
 inline int64_t state_size_of(const fused_rnn_description& d) { return d.proj_size ? d.proj_size : d.hidden_size; }
 
+// Writes a description into that of a program, which has set its struct_size and layer_size: as much of it as the
+// program knows; what it knows beyond that is zero. An error, or 0: nothing is written.
+int write_description(const fused_rnn_description& description, fused_rnn_description* to);
+
+// The same of layers, for an array of records of layer_size bytes each.
+void write_layers(const fused_rnn_layer* layers, int64_t count, uint32_t layer_size, fused_rnn_layer* to);
+
 // A description of a program that may be older or newer than the library, as this version has it. Its sizes and options
 // are checked, its layers and their weights are not. An error, or 0.
 int read_description(const fused_rnn_description* given, fused_rnn_description& description);

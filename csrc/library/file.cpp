@@ -275,7 +275,6 @@ struct Metadata {
     return read_real(value, d.zoneout_cell);
   }
 };
-constexpr const char* Metadata::keys[];
 
 // ---- the tensors ----
 
@@ -390,9 +389,7 @@ int fused_rnn_describe_file(const void* data, size_t size, fused_rnn_layer* laye
   if (reinterpret_cast<uintptr_t>(data) % 8 != 0) return FUSED_RNN_ERROR_DATA_ALIGNMENT;
   if (!layers || capacity < 1) return FUSED_RNN_ERROR_CAPACITY;
   if (!description) return FUSED_RNN_ERROR_RESULT_NULL;
-  if (reinterpret_cast<uintptr_t>(layers) % alignof(fused_rnn_layer) != 0 ||
-      reinterpret_cast<uintptr_t>(description) % alignof(fused_rnn_description) != 0)
-    return FUSED_RNN_ERROR_ALIGNMENT;
+  if (reinterpret_cast<uintptr_t>(layers) % alignof(fused_rnn_layer) != 0) return FUSED_RNN_ERROR_ALIGNMENT;
   if (size < 8) return FUSED_RNN_ERROR_FILE_SIZE;
   uint64_t header_bytes = 0;
   for (int i = 7; i >= 0; --i) header_bytes = header_bytes << 8 | static_cast<const unsigned char*>(data)[i];
@@ -420,14 +417,15 @@ int fused_rnn_describe_file(const void* data, size_t size, fused_rnn_layer* laye
   if (own.cell == FUSED_RNN_CELL_GRU && metadata.biases == 1) return FUSED_RNN_ERROR_BIAS;
   if (capacity < own.num_layers) return FUSED_RNN_ERROR_CAPACITY;
 
-  std::memset(layers, 0, size_t(own.num_layers) * sizeof *layers);
+  fused_rnn_layer found[FUSED_RNN_MOST_LAYERS] = {};
   if (const int error = walk(
           header, end, [](Text, Text) { return 0; },
-          [&](const Tensor& tensor) { return place_tensor(metadata, tensor, tensors, layers); }))
+          [&](const Tensor& tensor) { return place_tensor(metadata, tensor, tensors, found); }))
     return error;
-  if (const int error = check_tensors(metadata, tensors, layers)) return error;
+  if (const int error = check_tensors(metadata, tensors, found)) return error;
   own.layers = layers;
-  *description = own;
+  if (const int error = write_description(own, description)) return error;
+  write_layers(found, own.num_layers, description->layer_size, layers);
   return FUSED_RNN_OK;
 }
 
@@ -463,7 +461,9 @@ int fused_rnn_weights_load(const char* path, const char* instruction_set, fused_
   size_t size = 0;
   if (const int error = read_file(path, data, size)) return error;
   fused_rnn_layer layers[FUSED_RNN_MOST_LAYERS];
-  fused_rnn_description description;
+  fused_rnn_description description = {};
+  description.struct_size = uint32_t(sizeof description);
+  description.layer_size = uint32_t(sizeof *layers);
   int error = fused_rnn_describe_file(data, size, layers, FUSED_RNN_MOST_LAYERS, &description);
   description.instruction_set = instruction_set;
   if (!error) error = fused_rnn_weights_create(&description, nullptr, 0, weights);

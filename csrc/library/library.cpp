@@ -53,6 +53,8 @@ struct Request {
   fused_rnn_layer weights[FUSED_RNN_MOST_LAYERS];
   LayerForward layers[FUSED_RNN_MOST_LAYERS];
   const KernelTable* kernels;
+  // Where heads are no whole vectors of units, kernels get w_hh in larger blocks, with zeros between the heads in each.
+  int64_t heads_in_block;
 
   int64_t count() const { return description.num_layers; }
 
@@ -63,10 +65,13 @@ struct Request {
     }
     kernels = description.instruction_set ? find_kernels(description.instruction_set) : &fused_rnn::kernels();
     if (!kernels) return FUSED_RNN_ERROR_INSTRUCTION_SET;
+    const int64_t accumulated = description.dtype == FUSED_RNN_FLOAT64 ? 8 : 4;
+    heads_in_block =
+        heads_together(description.hidden_size, heads_of(description), kernels->vector_bytes / accumulated);
     for (int64_t l = 0; l < count(); ++l) {
       layers[l] = layer_of(description, l);
       LayerSizes& s = layers[l].sizes;
-      s.heads /= heads_in_block();
+      s.heads /= heads_in_block;
       // Whether there is a projection is what sizes need to know of the weights, and of options whose vectors are kept.
       Weights& w = layers[l].direction[0].weights;
       w.w_hr = description.proj_size ? &description : nullptr;
@@ -76,12 +81,7 @@ struct Request {
     return FUSED_RNN_OK;
   }
 
-  // Where heads are no whole vectors of units, kernels get w_hh in larger blocks, with zeros between the heads in each.
-  int64_t heads_in_block() const {
-    const int64_t accumulated = description.dtype == FUSED_RNN_FLOAT64 ? 8 : 4;
-    return heads_together(description.hidden_size, heads_of(description), kernels->vector_bytes / accumulated);
-  }
-  int64_t block_columns() const { return state_size_of(description) / heads_of(description) * heads_in_block(); }
+  int64_t block_columns() const { return state_size_of(description) / heads_of(description) * heads_in_block; }
   int64_t gate_rows() const { return gates_of(description.cell) * description.hidden_size; }
 
   // Parts of the memory of weights, in this order.
@@ -98,7 +98,7 @@ struct Request {
     Parts parts;
     parts.object = layout.take<fused_rnn_weights>(1);
     parts.packed = layout.take<char>(int64_t(packed_bytes));
-    const int64_t of_blocks = heads_in_block() > 1 ? count() * gate_rows() * block_columns() : 0;
+    const int64_t of_blocks = heads_in_block > 1 ? count() * gate_rows() * block_columns() : 0;
     parts.blocks = layout.take<char>(of_blocks * int64_t(element));
     parts.zeros = layout.take<char>(gate_rows() * int64_t(element));
     parts.bytes = layout.used();
@@ -115,7 +115,7 @@ struct Request {
       w = Weights();
       w.w_ih = from.weight_ih;
       w.w_hh = from.weight_hh;
-      if (heads_in_block() > 1) {
+      if (heads_in_block > 1) {
         char* blocks = parts.blocks + l * gate_rows() * block_columns() * element;
         spread_heads(static_cast<const char*>(from.weight_hh), blocks, element);
         w.w_hh = blocks;
@@ -136,7 +136,7 @@ struct Request {
     const int64_t K = state_size_of(description) / heads_of(description), columns = block_columns();
     std::memset(to, 0, size_t(gate_rows() * columns * element));
     for (int64_t row = 0; row < gate_rows(); ++row) {
-      const int64_t head = row % description.hidden_size / K % heads_in_block();
+      const int64_t head = row % description.hidden_size / K % heads_in_block;
       std::memcpy(to + (row * columns + head * K) * element, from + row * K * element, size_t(K * element));
     }
   }
@@ -242,14 +242,7 @@ void fused_rnn_weights_destroy(fused_rnn_weights* weights) {
 
 int fused_rnn_weights_describe(const fused_rnn_weights* weights, fused_rnn_description* description) {
   if (!is_weights(weights)) return FUSED_RNN_ERROR_WEIGHTS;
-  if (!description) return FUSED_RNN_ERROR_RESULT_NULL;
-  if (!is_aligned(description, alignof(fused_rnn_description))) return FUSED_RNN_ERROR_ALIGNMENT;
-  const uint32_t known = description->struct_size, layer_size = description->layer_size;
-  if (known < sizeof(fused_rnn_description) || layer_size < sizeof(fused_rnn_layer)) return FUSED_RNN_ERROR_STRUCT_SIZE;
-  *description = weights->description;
-  description->struct_size = known;
-  description->layer_size = layer_size;
-  return FUSED_RNN_OK;
+  return write_description(weights->description, description);
 }
 
 int fused_rnn_stream_memory_size(const fused_rnn_weights* weights, int64_t rows, size_t* size) {

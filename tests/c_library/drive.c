@@ -61,14 +61,15 @@ int main(int argc, char** argv) {
   fused_rnn_layer layers[FUSED_RNN_MOST_LAYERS];
   fused_rnn_description d;
   fused_rnn_weights* weights = NULL;
+  memset(&d, 0, sizeof d);
+  d.struct_size = sizeof d;
+  d.layer_size = sizeof *layers;
   check(fused_rnn_describe_file(file, file_size, layers, FUSED_RNN_MOST_LAYERS, &d), argv[1]);
   check(fused_rnn_weights_memory_size(&d, &size), "weights_memory_size");
   void *memory = aligned(&size), *of_stream = NULL, *of_twin = NULL;
   check(fused_rnn_weights_create(&d, memory, size, &weights), "weights_create");
   memset(file, 0, file_size); /* nobody needs it any more */
   free(file);
-  d.struct_size = sizeof d;
-  d.layer_size = sizeof *layers;
   check(fused_rnn_weights_describe(weights, &d), "weights_describe");
   fused_rnn_stream* stream = make_stream(weights, rows, &of_stream);
   fused_rnn_stream* twin = make_stream(weights, rows, &of_twin);

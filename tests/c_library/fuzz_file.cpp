@@ -193,7 +193,9 @@ int describe(const Bytes& file, int64_t capacity = FUSED_RNN_MOST_LAYERS) {
   void* copy = std::malloc(file.size());  // aligned to 16
   if (!file.empty()) std::memcpy(copy, file.data(), file.size());
   fused_rnn_layer layers[FUSED_RNN_MOST_LAYERS];
-  fused_rnn_description description;
+  fused_rnn_description description = {};
+  description.struct_size = uint32_t(sizeof description);
+  description.layer_size = uint32_t(sizeof *layers);
   const int error = fused_rnn_describe_file(copy, file.size(), layers, capacity, &description);
   if (!error) {
     const char* begin = static_cast<const char*>(copy);
