@@ -1171,7 +1171,7 @@ def test_what_has_not_changed_is_not_compiled_again_and_what_is_built_is_install
 def test_instruction_sets_that_there_are_not_are_refused(tmp_path: Path) -> None:
     wrong = [("sse9", "expected some of portable")]
     if platform.machine() == "x86_64":
-        wrong.append(("avx512_bf16", "need avx512 beside them"))
+        wrong.append(("avx512_bf16", "needs avx512 beside it"))
     for isas, message in wrong:
         result = run(sys.executable, ROOT / "tools/build_library.py", "--isas", isas, "--out", tmp_path)
         assert result.returncode == 1 and result.stderr.startswith("error: --isas") and message in result.stderr
