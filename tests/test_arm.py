@@ -282,6 +282,20 @@ def test_no_loop_over_k_keeps_sums_on_the_stack() -> None:
         assert loop.multiplications == 4 * loop.sums and loop.loads <= rows + 4 * vectors
 
 
+@needs_tools
+@pytest.mark.usefixtures("streams")
+def test_a_steps_instructions_are_about_those_of_its_products(tmp_path: Path) -> None:
+    program = tmp_path / "steps"
+    arm.compile_program(arm.library(), program)
+    found = {}
+    for processor in (arm.NEWEST, arm.OLDEST):
+        fused_rnn.save_weights(fused_rnn.LSTM(64, 64), tmp_path / "weights", torch.bfloat16)
+        found[processor] = arm.instructions_of_a_step(program, tmp_path / "weights", 1, processor)
+    # 8192 multiply-adds of four numbers, each with a load of the weights; half as many dot products of bfloat16.
+    assert 2 * 8192 < found[arm.OLDEST] < 4 * 8192
+    assert 2 * 4096 < found[arm.NEWEST] < 0.75 * found[arm.OLDEST]
+
+
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
 LAYER_KERNELS = [

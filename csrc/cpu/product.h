@@ -221,6 +221,9 @@ inline constexpr int independent_sums = 16;
 inline constexpr int independent_sums = 8;
 #endif
 
+// So many are not there in the smallest layers.
+inline constexpr bool has_half_tiles = independent_sums > 8;
+
 // Panels that a tile of few rows takes at once, so that it has as many sums.
 template <int MR, int NV, int work = 0>
 constexpr int tile_panels() {
@@ -425,21 +428,35 @@ void product(int64_t rows, int64_t K, const typename Operand<E>::Row* const* a, 
   // The same blocks for any number of rows, so that a row's sums do not depend on how many there are.
   // Those of float32 where 16-bit weights are multiplied as such, whose sums are the same then.
   constexpr int64_t block = panel_block_bytes / (columns * int64_t(group == 1 ? sizeof(A) : sizeof(Stored)));
-  // One or two rows take several panels at once; what remains are single panels [singles, panels).
+  // One or two rows take several panels at once, half as many where that is still two and fewer are left; what remains
+  // are single panels [singles, panels).
   constexpr int work = Operand<E>::work, one = tile_panels<1, NV, work>(), two = tile_panels<2, NV, work>();
-  const int64_t singles = rows == 1 && one > 1 ? panels / one * one : rows == 2 && two > 1 ? panels / two * two : 0;
+  constexpr int half_of_one = has_half_tiles ? one / 2 : 0, half_of_two = has_half_tiles ? two / 2 : 0;
+  const int64_t most = rows == 1 ? one : two, half = rows == 1 ? half_of_one : half_of_two;
+  int64_t singles = rows <= 2 && most > 1 ? panels / most * most : 0;
+  if (rows <= 2 && half > 1) singles += (panels - singles) / half * half;
   const auto together = [&] {
-    const int64_t step = rows == 1 ? one : two;
-    const auto multiply = [&](auto na, int64_t depth, const Row* const* first, const Stored* panel, A* target,
-                              Addend<A> here) __attribute__((always_inline)) {
+    const auto multiply = [&](auto na, int64_t step, int64_t depth, const Row* const* first, const Stored* panel,
+                              A* target, Addend<A> here) __attribute__((always_inline)) {
       constexpr int apart = decltype(na)::value;
+      if constexpr (half_of_one > 1) {
+        if (rows == 1 && step < one)
+          return product_rows<E, NV, half_of_one, apart>(1, depth, first, panel, panel_stride, target, c_stride, here,
+                                                         {b, 0});
+      }
+      if constexpr (half_of_two > 1) {
+        if (rows == 2 && step < two)
+          return product_rows<E, NV, half_of_two, apart>(2, depth, first, panel, panel_stride, target, c_stride, here,
+                                                         {b, 0});
+      }
       if (rows == 1) {
         product_rows<E, NV, one, apart>(1, depth, first, panel, panel_stride, target, c_stride, here, {b, 0});
       } else {
         product_rows<E, NV, two, apart>(2, depth, first, panel, panel_stride, target, c_stride, here, {b, 0});
       }
     };
-    for (int64_t q = 0; q < singles; q += step) {
+    for (int64_t q = 0, step = most; q < singles; q += step) {
+      if (half > 1 && singles - q < most) step = half;
       const int64_t p = descending ? singles - step - q : q;
       A* target = c + p * columns;
       for (int64_t k = 0; k < K; k += block) {
@@ -447,9 +464,9 @@ void product(int64_t rows, int64_t K, const typename Operand<E>::Row* const* a, 
         const Row* first[2] = {a[0] + k, a[rows - 1] + k};
         const Stored* panel = b + p * panel_stride + k * columns;
         if (k == 0) {
-          multiply(std::integral_constant<int, NA>{}, depth, first, panel, target, addend_of(0, p));
+          multiply(std::integral_constant<int, NA>{}, step, depth, first, panel, target, addend_of(0, p));
         } else {
-          multiply(std::integral_constant<int, 0>{}, depth, first, panel, target, {target, c_stride, nullptr});
+          multiply(std::integral_constant<int, 0>{}, step, depth, first, panel, target, {target, c_stride, nullptr});
         }
       }
     }

@@ -22,10 +22,11 @@ from .compiled import ROOT, Step
 sys.path.insert(0, str(ROOT / "tools"))
 
 from arm_products import PREFIX, Loop, loops_over_k
+from arm_steps import compile_program, instructions_of_a_step
 from get_arm_tools import PACKAGES
 from kernel_flags import ARM_FLAGS, MATH_FLAGS, X86_FLAGS, choose_sets
 
-__all__ = ["ARM_FLAGS", "X86_FLAGS", "choose_sets"]
+__all__ = ["ARM_FLAGS", "X86_FLAGS", "choose_sets", "compile_program", "instructions_of_a_step"]
 
 COMPILER, C_COMPILER, DISASSEMBLER = PREFIX + "g++", PREFIX + "gcc", PREFIX + "objdump"
 EMULATOR = "qemu-aarch64"
