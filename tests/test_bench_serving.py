@@ -292,6 +292,12 @@ def test_without_int8_its_bars_are_not_met(quantizes_not: None) -> None:
     assert all(row[3] == "not measured" and row[5] == "NO" for row in section.rows[1:])
 
 
+def test_without_any_case_each_bar_is_said_to_be_unmeasured(quantizes: None) -> None:
+    verdicts = bars.evaluate(whole_result(9.0, serving_cases.contests()) | {"cases": []}, bars.SERVING)
+    assert len(verdicts) == len(bars.SERVING) == 7
+    assert [verdict.measured for verdict in verdicts if verdict.bar.table == "cases"] == [None, None]
+
+
 def test_other_bars_do_not_look_at_cases_of_serving(quantizes: None) -> None:
     others = bars.evaluate(whole_result(9.0, serving_cases.contests()))
     assert all(verdict.count == 0 for verdict in others)

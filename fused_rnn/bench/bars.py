@@ -286,7 +286,7 @@ def evaluate(result: Mapping[str, Any], bars: Sequence[Bar] = BARS) -> list[Verd
     for bar in bars:
         records = [record for record in result.get(bar.table, ()) if _belongs(record, bar)]
         if bar.table == "cases":
-            for threads in counts:
+            for threads in counts or (None,):  # where no case was measured, that is said of each bar
                 verdicts.append(_judge(bar, threads, [record for record in records if record["threads"] == threads]))
         else:
             verdicts.append(_judge(bar, None, records))
