@@ -246,12 +246,12 @@ py::dict cuda_plan_for(int kind, int64_t T, int64_t B, int64_t input_size, int64
 
 #if defined(FRNN_CUDA)
 py::dict cuda_plan_here(int kind, int64_t T, int64_t B, int64_t input_size, int64_t hidden_size, int64_t state_size,
-                        int directions, int dtype, bool backward, int device, int64_t layers) {
+                        int directions, int dtype, bool backward, int device, int64_t layers, bool options) {
   const LayerSizes sizes = layer_sizes(kind, input_size, hidden_size, state_size, directions, dtype);
   const c10::cuda::CUDAGuard guard{c10::DeviceIndex(device)};
   const Steps steps = dense_steps(T, B);
   return describe(layers > 1 ? cuda_wavefront(sizes, layers, steps, device, backward, tf32_allowed())
-                             : cuda_plan(sizes, steps, device, backward, tf32_allowed()));
+                             : cuda_plan(sizes, steps, device, backward, tf32_allowed(), options));
 }
 
 py::dict cuda_device(int index) {
@@ -374,10 +374,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "How one layer would run on a GPU of these properties, or so many, each the input of the next, in wavefronts "
         "(`layers` of the result: of how many; 1: of none). Needs no GPU.");
 #if defined(FRNN_CUDA)
-  m.def("cuda_plan", &cuda_plan_here, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"),
-        py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
-        py::arg("device"), py::arg("layers") = 1,
-        "How one layer would run on the CUDA device of this index, or so many, as cuda_plan_for.");
+  m.def(
+      "cuda_plan", &cuda_plan_here, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("input_size"),
+      py::arg("hidden_size"), py::arg("state_size"), py::arg("directions"), py::arg("dtype"), py::arg("backward"),
+      py::arg("device"), py::arg("layers") = 1, py::arg("options") = false,
+      "How one layer would run on the CUDA device of this index, or so many, as cuda_plan_for; `options`: a layer with "
+      "options that kernels of all steps may have.");
   m.def("cuda_device", &cuda_device, py::arg("index"), "What the planner knows of a CUDA device.");
   m.def("cuda_barrier", &cuda_barriers, py::arg("kind"), py::arg("rounds"),
         "So many barriers of one \"cluster\" or of the whole \"grid\", or \"exchange\"s of a word between all blocks "

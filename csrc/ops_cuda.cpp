@@ -33,13 +33,19 @@ cuda::Allowed allowed_now;
 int allowed_version = 0;
 
 // All that a plan depends on; the layers are those of a stack, 0 for a layer by itself.
-using PlanKey = std::tuple<int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, bool, bool, int64_t>;
+using PlanKey = std::tuple<int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, bool, bool, int64_t, bool>;
 
 cuda::Plan make_resident_plan(const LayerSizes& sizes, const Steps& steps, const cuda::DeviceInfo& device,
-                              bool backward, bool tf32, cuda::Allowed allowed) {
+                              bool backward, bool tf32, cuda::Allowed allowed, bool options) {
   for (;;) {
     cuda::Plan plan = cuda::make_plan(sizes, steps, device, backward, tf32, allowed);
-    if (plan.variant == cuda::Variant::none || cuda::persistent_fits(sizes, plan, device)) return plan;
+    if (plan.variant == cuda::Variant::none) return plan;
+    if (options && !cuda::persistent_has_options(sizes, plan, device)) {
+      cuda::Plan none;
+      none.reason = "kernels of all steps have options where warps can hand registers to others (sm_90a) alone";
+      return none;
+    }
+    if (cuda::persistent_fits(sizes, plan, device)) return plan;
     switch (plan.variant) {
       case cuda::Variant::block: allowed.block = false; break;
       case cuda::Variant::cluster: allowed.cluster = false; break;
@@ -89,7 +95,7 @@ static int64_t most_steps() {
 }
 
 static const cuda::Plan& find_plan(const LayerSizes& sizes, int64_t layers, const Steps& steps, int device,
-                                   bool backward, bool tf32) {
+                                   bool backward, bool tf32, bool options) {
   // A call asks for its plan each time, and planning costs as much as some launches.
   static thread_local std::map<PlanKey, cuda::Plan> plans;
   static thread_local int version = -1;
@@ -101,21 +107,22 @@ static const cuda::Plan& find_plan(const LayerSizes& sizes, int64_t layers, cons
     version = allowed_version;
   }
   const PlanKey key(int(sizes.kind), int(sizes.dtype), sizes.input_size, sizes.hidden_size, sizes.state_size, steps.T,
-                    steps.B, sizes.num_directions, device, backward, tf32, layers);
+                    steps.B, sizes.num_directions, device, backward, tf32, layers, options);
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   const cuda::DeviceInfo& info = device_info(device);
-  return plans[key] = layers == 0 ? make_resident_plan(sizes, steps, info, backward, tf32, allowed)
+  return plans[key] = layers == 0 ? make_resident_plan(sizes, steps, info, backward, tf32, allowed, options)
                                   : make_resident_wavefront(sizes, layers, steps, info, backward, tf32, allowed);
 }
 
-const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int device, bool backward, bool tf32) {
-  return find_plan(sizes, 0, steps, device, backward, tf32);
+const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int device, bool backward, bool tf32,
+                            bool options) {
+  return find_plan(sizes, 0, steps, device, backward, tf32, options);
 }
 
 const cuda::Plan& cuda_wavefront(const LayerSizes& sizes, int64_t layers, const Steps& steps, int device, bool backward,
                                  bool tf32) {
-  return find_plan(sizes, layers, steps, device, backward, tf32);
+  return find_plan(sizes, layers, steps, device, backward, tf32, false);
 }
 
 namespace {
@@ -177,6 +184,9 @@ T* advance(T* data, int64_t count, int64_t element_size) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return data ? static_cast<Byte*>(data) + count * element_size : nullptr;
 }
+
+// What steps do beside the plain cell: nothing, what kernels of all steps in one launch may have as well, or more.
+enum class Options { none, in_launches, in_steps };
 
 class Cuda {
  public:
@@ -266,14 +276,21 @@ class Cuda {
     Tensor buffers[2];
   };
 
-  // Of so many layers at once; `options`: steps do what persistent kernels have not.
-  cuda::Plan plan(const LayerSizes& sizes, int64_t layers, const Steps& steps, bool backward, bool options) const {
-    if (layers == 1 && options) return {};
-    if (layers == 1) return cuda_plan(sizes, steps, stream_.device(), backward, tf32_);
+  // Of so many layers at once.
+  cuda::Plan plan(const LayerSizes& sizes, int64_t layers, const Steps& steps, bool backward, Options options) const {
+    if (layers == 1 && options == Options::in_steps) return {};
+    if (layers == 1) return cuda_plan(sizes, steps, stream_.device(), backward, tf32_, options == Options::in_launches);
     cuda::Plan plan = cuda_wavefront(sizes, layers, steps, stream_.device(), backward, tf32_);
     TORCH_CHECK(plan.layers == layers, "fused_rnn: no plan for ", layers, " layers at once: ", plan.reason);
     return plan;
   }
+
+  // What a direction begins from: the caller's states, or for rows that begin anew before the first step theirs.
+  struct FirstStates {
+    const void *h = nullptr, *c = nullptr;
+    Tensor h_made, c_made;
+  };
+  FirstStates first_states(const LayerForward& layer, const Cell& cell, int d) const;
 
   Projections make_projections(const LayerForward& layer, const Cell& cell) const;
   void project(const LayerForward& layer, const Cell& cell, const Products& product, int64_t k, Projections& to) const;
@@ -303,6 +320,38 @@ bool has_options(const LayerBackward& layer) {
   const Within& within = layer.within;
   return !layer.plain_gates || layer.steps.reset || within.bptt_steps > 0 || within.recurrent_grad_clip > 0 ||
          layer.grad_h.data || layer.direction[0].grad_cells;
+}
+
+// Whether the functions of its gates are the cell's own.
+bool has_own_gates(const LayerSizes& sizes, const Within& w) {
+  const Activation own = sizes.kind == CellKind::rnn_relu ? Activation::relu : Activation::tanh;
+  return w.activation == own && w.recurrent_activation == Activation::sigmoid && !w.peephole && !w.coupled_gates &&
+         !w.layer_norm && w.cell_clip == 0;
+}
+Options options_of(const LayerForward& layer) {
+  if (!has_options(layer)) return Options::none;
+  return layer.plain_gates || has_own_gates(layer.sizes, layer.within) ? Options::in_launches : Options::in_steps;
+}
+Options options_of(const LayerBackward& layer) {
+  if (!has_options(layer)) return Options::none;
+  const Within& within = layer.within;
+  const bool in_launches = (layer.plain_gates || has_own_gates(layer.sizes, within)) && within.bptt_steps == 0 &&
+                           within.recurrent_grad_clip == 0 && !layer.grad_h.data && !layer.direction[0].grad_cells;
+  return in_launches ? Options::in_launches : Options::in_steps;
+}
+
+// Those of a direction, for a kernel of all steps.
+cuda::PersistentOptions persistent_options(const Extras& extras, const Within& within) {
+  cuda::PersistentOptions o;
+  o.any = 1;
+  o.zoneout = extras.zoneout;
+  o.zoneout_cell = extras.zoneout_cell;
+  o.rate = float(within.zoneout);
+  o.cell_rate = float(within.zoneout_cell);
+  o.reset_h = extras.reset_h;
+  o.reset_c = extras.reset_c;
+  o.dropout = extras.dropout;
+  return o;
 }
 
 // Of the rows of a step, the k-th in direction d: which begin anew before it. Null: none.
@@ -337,7 +386,7 @@ void Cuda::forward(const LayerForward* layers, int64_t count) {
   const Cell cell = cell_of(lowest.sizes);
   const Products product(lowest.sizes.dtype, tf32_);
   Projections projections = make_projections(lowest, cell);
-  const cuda::Plan chosen = plan(layers[count - 1].sizes, count, lowest.steps, false, has_options(lowest));
+  const cuda::Plan chosen = plan(layers[count - 1].sizes, count, lowest.steps, false, options_of(lowest));
   const Range range([&] { return describe(lowest.sizes, lowest.steps, chosen, false); });
   if (chosen.variant == cuda::Variant::none) {
     steps_forward(lowest, cell, product, projections);
@@ -383,6 +432,22 @@ void Cuda::project(const LayerForward& layer, const Cell& cell, const Products& 
   }
 }
 
+Cuda::FirstStates Cuda::first_states(const LayerForward& layer, const Cell& cell, int d) const {
+  const DirectionForward& dir = layer.direction[d];
+  const int64_t B = layer.steps.B;
+  FirstStates first;
+  first.h = dir.h0;
+  first.c = dir.c0;
+  const uint8_t* const anew = rows_anew(layer.steps, d, 0);
+  if (!anew) return first;
+  first.h_made = begun(anew, dir.extras.reset_h, dir.h0, {B, layer.sizes.state_size});
+  first.h = first.h_made.const_data_ptr();
+  if (!cell.has_cell) return first;
+  first.c_made = begun(anew, dir.extras.reset_c, dir.c0, {B, layer.sizes.hidden_size});
+  first.c = first.c_made.const_data_ptr();
+  return first;
+}
+
 void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, const Products& product,
                               const cuda::Plan& chosen, Projections& projections) {
   const LayerForward& layer = layers[0];
@@ -398,11 +463,21 @@ void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, cons
   const auto part_of = [&](int p) -> const DirectionForward& {
     return chosen.layers > 1 ? layers[p].direction[0] : layer.direction[p];
   };
+  const bool options = chosen.layers == 1 && has_options(layer);
+  FirstStates first[cuda::most_layers];
+  for (int p = 0; p < chosen.parts(); ++p) {
+    if (options) {
+      first[p] = first_states(layer, cell, p);
+    } else {
+      first[p].h = part_of(p).h0;
+      first[p].c = part_of(p).c0;
+    }
+  }
   for (int p = 0; p < chosen.parts() && several; ++p) {
     between[p] = buffer({2, B, H});
     if (!cell.has_cell) continue;
     cells[p] = sum_buffer({B, H});
-    widen(cells[p], part_of(p).c0);
+    widen(cells[p], first[p].c);
   }
   int64_t part = 0;
   for (int64_t k = 0; k < T; k += projections.steps, ++part) {
@@ -424,8 +499,8 @@ void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, cons
       } else {
         to.w_ih = from.weights.w_ih;
       }
-      to.h0 = k == 0 ? from.h0 : const_slice(between[p], (part + 1) % 2);
-      to.c0 = from.c0;
+      to.h0 = k == 0 ? first[p].h : const_slice(between[p], (part + 1) % 2);
+      to.c0 = first[p].c;
       to.c = mutable_data_or_null(cells[p]);
       to.h_n = last ? from.h_n : mutable_slice(between[p], part % 2);
       to.c_n = from.c_n;
@@ -435,6 +510,7 @@ void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, cons
       to.factors_stride = layers[l].factors.batch_stride;
       to.gates = from.gates;
       to.cells = from.cells;
+      if (options) to.options = persistent_options(from.extras, layer.within);
     }
     check(cuda::persistent_forward(s, steps, parts, chosen, device_info(stream_.device()), workspace.mutable_data_ptr(),
                                    stream_.handle()));
@@ -450,7 +526,8 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
   const bool projects = P != H, options = has_options(layer);
   const Within within = within_of_units(layer.within, projects);
 
-  Tensor products[2], running_h[2], running_c[2], unprojected[2], projected[2], multiplied[2], first_h[2], first_c[2];
+  Tensor products[2], running_h[2], running_c[2], unprojected[2], projected[2], multiplied[2];
+  FirstStates first[2];
   Tensor of_cell[2];
   cuda::ForwardNorm norms[2];
   void* h[2] = {};
@@ -476,16 +553,9 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
         norms[d].new_cell = mutable_slice(of_cell[d], 1);
       }
     }
-    h0[d] = dir.h0;
-    c0[d] = dir.c0;
-    if (const uint8_t* anew = rows_anew(steps, d, 0)) {
-      first_h[d] = begun(anew, dir.extras.reset_h, dir.h0, {B, P});
-      h0[d] = first_h[d].const_data_ptr();
-      if (cell.has_cell) {
-        first_c[d] = begun(anew, dir.extras.reset_c, dir.c0, {B, H});
-        c0[d] = first_c[d].const_data_ptr();
-      }
-    }
+    first[d] = first_states(layer, cell, d);
+    h0[d] = first[d].h;
+    c0[d] = first[d].c;
     if (dir.extras.dropout) {
       const auto dtype = options_.dtype().toScalarType();
       multiplied[d] = buffer({B, P});
@@ -603,7 +673,8 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
   const Products product(s.dtype, tf32_);
   const int64_t H = s.hidden_size, P = s.state_size, N = given[0].steps.total_rows(), width = cell.grad_gates * H;
   const int D = s.num_directions;
-  const cuda::Plan chosen = plan(s, count, given[0].steps, true, has_options(given[0]));
+  const Options options = options_of(given[0]);
+  const cuda::Plan chosen = plan(s, count, given[0].steps, true, options);
   const Range range([&] { return describe(given[0].sizes, given[0].steps, chosen, true); });
 
   LayerBackward recomputed;
@@ -652,8 +723,27 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
 
   if (chosen.variant != cuda::Variant::none) {
     const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
+    const int64_t B = given[0].steps.B;
+    // Gradients of what rows began anew from, in the sum type; with them that of h0 is made, if nobody wants it.
+    Tensor grad_reset_h[2], grad_reset_c[2], grad_h0[2];
+    for (int d = 0; d < D && options != Options::none; ++d) {
+      const DirectionBackward& dir = layers[0].direction[d];
+      cuda::PersistentBackward& to = parts[d];
+      to.options = persistent_options(dir.extras, layers[0].within);
+      if (dir.grad_reset_h) {
+        to.options.grad_reset_h = (grad_reset_h[d] = sum_buffer({B, H}).zero_()).mutable_data_ptr();
+        if (!to.grad_h0) to.grad_h0 = (grad_h0[d] = buffer({B, H})).mutable_data_ptr();
+      }
+      if (dir.grad_reset_c) to.options.grad_reset_c = (grad_reset_c[d] = sum_buffer({B, H}).zero_()).mutable_data_ptr();
+    }
     check(cuda::persistent_backward(s, device_steps(given[0].steps), parts, chosen, device_info(stream_.device()),
                                     workspace.mutable_data_ptr(), stream_.handle()));
+    const at::ScalarType dtype = options_.dtype().toScalarType();
+    for (int d = 0; d < D; ++d) {
+      const DirectionBackward& dir = layers[0].direction[d];
+      if (grad_reset_h[d].defined()) view(dir.grad_reset_h, {B, H}, {H, 1}, dtype).copy_(grad_reset_h[d]);
+      if (grad_reset_c[d].defined()) view(dir.grad_reset_c, {B, H}, {H, 1}, dtype).copy_(grad_reset_c[d]);
+    }
   } else {
     for (int d = 0; d < D && P != H; ++d) {
       grad_projected[d] = buffer({N, P});

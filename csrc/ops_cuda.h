@@ -11,8 +11,10 @@ const cuda::DeviceInfo& device_info(int index);
 // Whether torch's flags let float32 RNNs compute in TF32.
 bool tf32_allowed();
 
-// The plan that a call follows on this device, Variant::none for a launch a step.
-const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int device, bool backward, bool tf32);
+// The plan that a call follows on this device, Variant::none for a launch a step; `options`: with those that kernels of
+// all steps may have.
+const cuda::Plan& cuda_plan(const LayerSizes& sizes, const Steps& steps, int device, bool backward, bool tf32,
+                            bool options);
 
 // How such layers, each the input of the next, run in wavefronts; Plan::layers is 1 where they do not.
 const cuda::Plan& cuda_wavefront(const LayerSizes& sizes, int64_t layers, const Steps& steps, int device, bool backward,

@@ -273,13 +273,20 @@ def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: b
 # concerns the backward pass alone is nothing to the forward pass.
 _NOTHING_TO_LAUNCHES = {"num_heads", "training"}
 _NOTHING_TO_FORWARD = _NOTHING_TO_LAUNCHES | {"bptt_steps", "recurrent_grad_clip", "return_states"}
+# What these kernels have where warps can hand registers to others, besides resets.
+_IN_LAUNCHES = {"zoneout", "zoneout_cell", "recurrent_dropout", "reset_state"}
 
 
-def why_step_by_step(settings: Settings, has_reset: bool, backward: bool) -> str | None:
+def _has_options_in_launches(settings: Settings, has_reset: bool) -> bool:
+    within = settings.within or NOTHING_WITHIN
+    return has_reset or any(getattr(within, name) != getattr(NOTHING_WITHIN, name) for name in _IN_LAUNCHES)
+
+
+def why_step_by_step(settings: Settings, backward: bool) -> str | None:
     """What of a call on a CUDA device only the kernels of one step have; None where all of it has others, too."""
     within, known = settings.within or NOTHING_WITHIN, _NOTHING_TO_LAUNCHES if backward else _NOTHING_TO_FORWARD
     names = [name for name, value in within._asdict().items() if value != getattr(NOTHING_WITHIN, name)]
-    names = [name for name in names if name not in known] + (["reset"] if has_reset else [])
+    names = [name for name in names if name not in known and name not in _IN_LAUNCHES]
     if backward and names == ["return_states"]:
         return "gradients of return_states, where any come, are for the kernels of one step alone"
     return f"{', '.join(names)}: for the kernels of one step alone" if names else None
@@ -337,19 +344,22 @@ def plan(
     sizes = None if batch_sizes is None else list(batch_sizes)
 
     def one_layer(size: int, backward: bool) -> dict[str, Any]:
-        if device.type == "cuda" and (why := why_step_by_step(settings, has_reset, backward)):
+        if device.type == "cuda" and (why := why_step_by_step(settings, backward)):
             return {"variant": "none", "layers": 1, "reason": why}
         layer = (size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         if device.type == "cuda":
-            return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device))
+            options = _has_options_in_launches(settings, has_reset)
+            return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device), options=options)
         return _C.plan(kind, T, B, sizes, *layer, settings.num_heads, settings.num_norms > 0)
 
     def wavefronts(backward: bool) -> tuple[list[dict[str, Any]], str]:
         """Of the groups of layers that run at once; none, and why, where each runs by itself."""
         if device.type != "cuda" or num_layers == 1:
             return [], ""
-        if why_step_by_step(settings, has_reset, backward):
+        if why_step_by_step(settings, backward):
             return [], ""
+        if _has_options_in_launches(settings, has_reset):
+            return [], "layers with options within the recurrence run one by one"
         if settings.recompute and training:
             return [], "layers whose gates are computed again run one by one"
         layer = (directions * state_size, hidden_size, state_size, directions, _DTYPES[dtype], backward)

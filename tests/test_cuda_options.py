@@ -19,6 +19,7 @@ from support.compare import assert_close_to_twin, assert_same, assert_within
 from support.pairwise import Row, pairwise
 from support.values import data
 from test_cuda_ops import (
+    PERSISTENT,
     _allow,
     _cuda_operators,  # noqa: F401  (a fixture)
 )
@@ -71,6 +72,71 @@ def test_each_option_matches_the_float64_formulas(call: check.Call) -> None:
     with fused_rnn.use_backend("fused"):
         found = call.run(call.build())
     assert_within(found, call.reference())
+
+
+# ---- in one launch for all steps -------------------------------------------------------------------------------------
+
+IN_LAUNCHES = [
+    dataclasses.replace(call, steps=5, batch=9, input_size=5, hidden_size=16)
+    for call in check.calls()
+    if call.option in ("recurrent_dropout", "zoneout", "reset") and call.dtype == torch.float32
+]
+
+
+def _expect_launches(variant: str, dtype: torch.dtype) -> None:
+    kernels = f"{variant} {str(dtype).removeprefix('torch.')}"
+    assert torch.ops.fused_rnn_host.launches() == [f"{kernels} forward"] * 2 + [f"{kernels} backward"] * 2
+
+
+@pytest.mark.parametrize(("variant", "team_blocks", "dtype"), PERSISTENT, ids=str)
+@pytest.mark.parametrize("call", IN_LAUNCHES, ids=str)
+def test_options_of_one_launch_match_the_float64_formulas(
+    call: check.Call, variant: str, team_blocks: int, dtype: torch.dtype
+) -> None:
+    call = dataclasses.replace(call, dtype=dtype)
+    _allow(variant, team_blocks=team_blocks)
+    with fused_rnn.use_backend("fused"):
+        found = call.run(call.build())
+    _expect_launches(variant, dtype)
+    assert_within(found, call.reference())
+
+
+@pytest.mark.parametrize(("variant", "team_blocks", "dtype"), PERSISTENT, ids=str)
+@pytest.mark.parametrize(("cell", "pattern"), [("LSTM", "some"), ("GRU", "first"), ("RNN_TANH", "ends")])
+def test_resets_of_one_launch_match_the_float64_definition(
+    cell: str, pattern: str, variant: str, team_blocks: int, dtype: torch.dtype
+) -> None:
+    case = Case(
+        cell=cell, hidden_size=16, num_layers=2, bidirectional=True, batch=9, steps=5, hx=True, dtype=dtype
+    )  # fmt: skip
+    call = test_resets.Call(case, pattern, counts="mask")
+    _allow(variant, team_blocks=team_blocks)
+    with fused_rnn.use_backend("fused"):
+        found = test_resets.run_call(call)
+    _expect_launches(variant, dtype)
+    assert_within(found, test_resets.by_hand(call))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_options_go_on_from_launch_to_launch_without_gradients(cell: str) -> None:
+    """The steps of several launches, each of which begins from what the one before has left."""
+    torch.manual_seed(0)
+    layer = getattr(fused_rnn, cell)(
+        5, 16, bidirectional=True, recurrent_dropout=0.3, zoneout=0.3, dtype=torch.bfloat16
+    )
+    x = torch.randn(7, 3, 5, dtype=torch.bfloat16)
+    reset = torch.rand(7, 3) < 0.3
+
+    def result(most_steps: int) -> Tensor:
+        _allow("cluster", team_blocks=2, most_steps=most_steps)
+        torch.manual_seed(1)
+        with torch.no_grad(), fused_rnn.use_backend("fused"):
+            output: Tensor = layer(x, reset=reset)[0]
+        assert len(torch.ops.fused_rnn_host.launches()) == (1 if most_steps == 0 else -(-7 // most_steps))
+        return output
+
+    for most_steps in (1, 3):
+        assert_same([result(most_steps)], [result(0)])
 
 
 # ---- several together -----------------------------------------------------------------------------------------------
@@ -245,11 +311,11 @@ def _launches_of(**options: Any) -> list[str]:
     return list(torch.ops.fused_rnn_host.launches())
 
 
-def _expected_launches(settings: Settings, has_reset: bool = False) -> list[str]:
+def _expected_launches(settings: Settings) -> list[str]:
     return [
         f"cluster bfloat16 {which}"
         for which in ("forward", "backward")
-        if ops.why_step_by_step(settings, has_reset, which == "backward") is None
+        if ops.why_step_by_step(settings, which == "backward") is None
         for _ in range(2)
     ]
 
@@ -265,6 +331,8 @@ def _expected_launches(settings: Settings, has_reset: bool = False) -> list[str]
         {"zoneout": 0.1, "zoneout_cell": 0.1},
         {"recurrent_dropout": 0.2},
         {"reset": torch.zeros(4, 9, dtype=torch.bool)},
+        {"zoneout": 0.1, "recurrent_grad_clip": 1.0, "reset": torch.zeros(4, 9, dtype=torch.bool)},
+        {"recurrent_dropout": 0.2, "cell_clip": 1.0},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -273,7 +341,7 @@ def test_one_launch_for_all_steps_is_taken_where_explain_says_so(options: dict[s
     steps = Steps(return_states=options.get("return_states", False))
     settings = functional.settings_of_operator(layer._settings(), steps, 4)
     with fused_rnn.use_backend("fused"):
-        assert _launches_of(**options) == _expected_launches(settings, "reset" in options)
+        assert _launches_of(**options) == _expected_launches(settings)
 
 
 def test_states_without_gradients_come_from_the_kernels_of_all_steps() -> None:
@@ -290,7 +358,7 @@ def test_states_without_gradients_come_from_the_kernels_of_all_steps() -> None:
 
 def test_the_plan_names_what_runs_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {"variant": "cluster", "layers": 1, "reason": "", "predicted_us": 1.0}
-    monkeypatch.setattr(ops._C, "cuda_plan", lambda *_: dict(chosen), raising=False)
+    monkeypatch.setattr(ops._C, "cuda_plan", lambda *_, options=False: dict(chosen, options=options), raising=False)
 
     def plan(layer: Any, **more: Any) -> dict[str, Any]:
         device = torch.device("cuda", 0)
@@ -300,15 +368,19 @@ def test_the_plan_names_what_runs_step_by_step(monkeypatch: pytest.MonkeyPatch) 
     both = plan(fused_rnn.LSTM(3, 4, num_heads=2))
     assert both["variant"] == both["backward"]["variant"] == "cluster"
     both = plan(fused_rnn.LSTM(3, 4, num_layers=2, zoneout=0.1, peephole=True), has_reset=True)
-    reason = "peephole, zoneout, reset: for the kernels of one step alone"
+    reason = "peephole: for the kernels of one step alone"
     assert both["variant"] == both["backward"]["variant"] == "none"
     assert both["reason"] == both["backward"]["reason"] == reason
+    both = plan(fused_rnn.LSTM(3, 4, num_layers=2, zoneout=0.1), has_reset=True)
+    assert both["variant"] == both["backward"]["variant"] == "cluster" and both["options"]
+    assert "layers with options within the recurrence run one by one" in both["reason"]
+    assert not plan(fused_rnn.LSTM(3, 4))["options"]
     both = plan(fused_rnn.GRU(3, 4, recurrent_grad_clip=1.0))
     assert both["variant"] == "cluster" and both["backward"]["variant"] == "none"
     assert "recurrent_grad_clip" in both["backward"]["reason"]
     within = Within(return_states=True)
-    assert ops.why_step_by_step(Settings(3, 4, 4, CellKind.GRU, within=within), False, False) is None
-    reason = ops.why_step_by_step(Settings(3, 4, 4, CellKind.GRU, within=within), False, True)
+    assert ops.why_step_by_step(Settings(3, 4, 4, CellKind.GRU, within=within), False) is None
+    reason = ops.why_step_by_step(Settings(3, 4, 4, CellKind.GRU, within=within), True)
     assert reason is not None and "gradients of return_states" in reason
 
 

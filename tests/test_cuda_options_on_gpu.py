@@ -112,7 +112,7 @@ def test_explain_says_what_runs_step_by_step() -> None:
     x = torch.zeros(50, 8, 64, dtype=torch.bfloat16, device="cuda")
     layer = fused_rnn.LSTM(64, 128, zoneout=0.1, peephole=True, dtype=torch.bfloat16, device="cuda")
     text = str(fused_rnn.explain(layer, x))
-    assert "peephole, zoneout: for the kernels of one step alone" in text
+    assert "peephole: for the kernels of one step alone" in text
     assert "runs on: the fused kernels" in text
     gru = fused_rnn.GRU(64, 128, reset_after=False, dtype=torch.bfloat16, device="cuda")
     assert "because: no fused kernel has reset_after=False" in str(fused_rnn.explain(gru, x))

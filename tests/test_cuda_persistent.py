@@ -51,6 +51,22 @@ SHAPES = {
     "a mask, several column tiles, barriers": "exchange=barriers blocks=2 sms=4 directions=2 masked=1 T=6 B=20 H=16",
     "a mask through memory, idle warps": "exchange=memory sms=4 directions=2 masked=1 initial=0 T=6 B=20 H=13",
     "a mask, nothing saved": "exchange=counted blocks=2 masked=1 save=0 in_place=0 T=6 B=9 H=16",
+    "resets, in one block": "exchange=none options=ra T=5 B=3 H=24",
+    "resets, both directions": "exchange=counted blocks=2 options=ra directions=2 T=6 B=9 H=24",
+    "resets to zeros, several column tiles, barriers": (
+        "exchange=barriers blocks=2 sms=4 options=r directions=2 T=6 B=20 H=16"
+    ),
+    "resets through memory, a mask": "exchange=memory sms=4 options=ra masked=1 directions=2 T=6 B=20 H=13",
+    "all options that draw": "exchange=counted blocks=4 options=radzc masked=1 directions=2 T=6 B=9 H=44",
+    "all options, several column tiles": "exchange=counted blocks=2 sms=2 options=radzc T=5 B=20 H=40",
+    "all options in one block": "exchange=none sms=1 options=radzc masked=1 T=4 B=20 H=8",
+    "all options, idle blocks that meet at barriers": "exchange=barriers blocks=4 options=radzc T=4 B=3 H=24",
+    "all options through memory": "exchange=memory sms=3 options=radzc T=4 B=20 H=24",
+    "zoneout on average": "exchange=counted blocks=2 options=m T=5 B=3 H=24",
+    "options with falling lengths": "exchange=counted blocks=2 sms=4 options=dzc directions=2 ragged=1 T=6 B=20 H=16",
+    "options, nothing saved, no initial state": (
+        "exchange=counted blocks=2 options=radzc save=0 initial=0 in_place=0 T=4 B=3 H=16"
+    ),
     "no initial state": "exchange=counted blocks=2 initial=0 T=3 B=3 H=16",
     "nothing saved, no biases": "exchange=counted blocks=2 save=0 bias=0 in_place=0 T=3 B=3 H=16",
     "no gradient of the output": "exchange=counted blocks=2 output=0 T=3 B=3 H=16",
@@ -101,12 +117,21 @@ def test_every_shape_agrees_with_float64(direction: str, name: str) -> None:
 @pytest.mark.parametrize("direction", PASSES)
 def test_one_kind_of_warps_computes_the_same(direction: str, exchange: str) -> None:
     """The same sources for a GPU whose warps cannot hand registers to others; in every shape."""
-    shapes = [shape for shape in SHAPES.values() if f"exchange={exchange} " in shape + " "]
+    # Warps that do everything have no registers for options, and are never asked for them (persistent_has_options).
+    shapes = [s for s in SHAPES.values() if f"exchange={exchange} " in s + " " and "options=" not in s]
     assert len(shapes) >= 3
     for number, shape in enumerate(shapes):
         float32 = "tf32" if "layers" in shape else "float32"
         kind, dtype = (("lstm", "bfloat16"), ("gru", float32))[number % 2]
         _run(f"persistent_{direction}", f"{shape} kind={kind} dtype={dtype}", "plain_one_role")
+
+
+@pytest.mark.parametrize("letter", "radzcm")
+@pytest.mark.parametrize("direction", PASSES)
+def test_an_option_that_a_kernel_is_not_given_is_missed(direction: str, letter: str) -> None:
+    case = f"exchange=counted blocks=2 options={'m' if letter == 'm' else 'radzc'} without={letter} T=5 B=3 H=24"
+    result = cuda_host.run(cuda_host.build(f"persistent_{direction}"), *case.split())
+    assert result.returncode == 1 and "WRONG" in result.stdout
 
 
 # The sizes that the shapes of plan.h are made for, and a tail.
@@ -154,6 +179,9 @@ def _drawn(direction: str, kind: str, dtype: str, exchange: str, layers: int = 1
     for flag in ("ragged", "in_place", "save", "initial", "bias", "final", "output"):
         case[flag] = draw.choice([0, 1])
     case["masked"] = 1 - case["ragged"]
+    if layers == 1:
+        # Resets are of padded batches.
+        case["options"] = draw.choice(["", "", "zc", "d", "m", "dzc"] + ["r", "ra", "radzc"] * case["masked"])
     if layers > 1:
         case |= {
             "layers": layers,
@@ -204,6 +232,8 @@ def test_no_thread_races_with_another(direction: str, exchange: str) -> None:
         _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} kind={kind} dtype={dtype} seed={seed}", "thread")
     _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} ragged=1 seed=4", "thread")
     _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} masked=1 kind=gru seed=5", "thread")
+    if exchange != "wavefront":
+        _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} options=radzc seed=6", "thread")
 
 
 @needs_setarch

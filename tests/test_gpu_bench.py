@@ -15,7 +15,7 @@ import pytest
 import torch
 from support import stand_in
 
-from fused_rnn import ops
+from fused_rnn import check, ops
 from fused_rnn.bench import gpu, gpu_cases, gpu_peers
 
 pytestmark = pytest.mark.kernels
@@ -206,6 +206,23 @@ def test_the_first_calls_have_every_variant() -> None:
     everything = gpu_sanitized.calls()
     assert len({str(watched) for watched in everything}) == len(everything)
     assert [watched.variant for watched in everything[:6]] == list(gpu_cases.VARIANTS)
+
+
+def test_calls_of_each_variant_have_the_options_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_sanitized
+
+    def found() -> dict[str, set[str]]:
+        calls = gpu_sanitized.calls()
+        return {v: {w.call.option for w in calls if w.variant == v} - {""} for v in gpu_cases.VARIANTS}
+
+    in_launches = {"reset", "zoneout"}
+    on_hopper = found()
+    assert on_hopper["none"] == set(check.OPTIONS) - {"recurrent_dropout"}  # which draws
+    assert on_hopper["wavefront"] == set()
+    assert all(on_hopper[variant] == in_launches for variant in ("block", "barriers", "counted", "grid"))
+    # With one kind of warps those kernels have no options.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
+    assert {variant for variant, options in found().items() if options} == {"none"}
 
 
 def test_calls_for_the_sanitizer_are_compared_with_the_reference(

@@ -13,7 +13,8 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from gpu_phases import FAULT, WRONG
@@ -22,11 +23,15 @@ import fused_rnn
 from fused_rnn import _C
 from fused_rnn.bench.gpu_cases import VARIANTS, allowed_only, variant_of
 from fused_rnn.check import ERROR_LIMITS, Call, scaled_errors
+from fused_rnn.check import calls as calls_of_check
 
 CELLS = ("LSTM", "GRU", "RNN_TANH")
 # And whether float32 may be rounded to TF32.
 NUMBERS = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False), (torch.float16, False))
 OPTIONS: tuple[dict[str, bool], ...] = ({}, {"packed": True}, {"masked": True})
+# Options within the recurrence that kernels of all steps have, where warps can hand registers to others. (What is drawn
+# differs from the CPU's draws: means stand in.)
+IN_LAUNCHES = ("reset", "zoneout")
 # Epsilons of float32: 8 times what TF32 rounds a product by at most.
 TF32_LIMIT = 8 * 2.0**13
 # Exit status: calls raised, the CUDA context is there.
@@ -52,8 +57,16 @@ class Watched:
 def calls() -> list[Watched]:
     """Every variant with every cell, dtype and option that it has."""
     factors = itertools.product(enumerate(CELLS), enumerate(NUMBERS), enumerate(OPTIONS))
-    found = []
-    for (_, cell), (_, (dtype, tf32)), (_, options) in sorted(factors, key=lambda row: sum(index for index, _ in row)):
+    found: list[Watched] = []
+    within: list[Watched] | None = calls_within()
+
+    def order(row: tuple[tuple[int, object], ...]) -> int:
+        return sum(index for index, _ in row)
+
+    for row in sorted(factors, key=order):
+        (_, cell), (_, (dtype, tf32)), (_, options) = row
+        if order(row) > 1 and within is not None:
+            found, within = found + within, None
         # Rows that end on 16 bytes, and rows that do not.
         sizes = {"steps": 4, "batch": 9, "input_size": 16, "hidden_size": 27 if options.get("packed") else 32}
         for variant in VARIANTS:
@@ -64,10 +77,28 @@ def calls() -> list[Watched]:
     return found
 
 
+def calls_within() -> list[Watched]:
+    """Calls with an option within the recurrence: all of them a launch a step, some in all variants."""
+    all_variants = torch.cuda.get_device_capability() == (9, 0)
+    found = []
+    for call in calls_of_check():
+        if not call.option or not call.runs_on("cuda") or call.dtype not in (torch.bfloat16, torch.float32):
+            continue
+        call = replace(call, steps=4, batch=9, input_size=16, hidden_size=48 if call.option == "IndRNN" else 32)
+        for variant in VARIANTS:
+            in_launches = all_variants and call.option in IN_LAUNCHES and variant != "wavefront"
+            if variant == "none" or (in_launches and call.dtype == torch.bfloat16):
+                found.append(Watched(variant, call, False))
+    return found
+
+
 def variants_of(call: Call) -> set[str]:
     """What the forward and the backward pass of the call run in."""
     sequence = torch.empty(call.steps, call.batch, call.input_size, dtype=call.dtype, device="cuda")
-    plan = fused_rnn.explain(call.build().to("cuda"), sequence).plan
+    given: dict[str, Any] = {}
+    if call.option == "reset":
+        given["reset"] = torch.zeros(call.steps, call.batch, dtype=torch.bool, device="cuda")
+    plan = fused_rnn.explain(call.build().to("cuda"), sequence, **given).plan
     assert plan is not None
     return {variant_of(plan), variant_of(plan["backward"])}
 

@@ -240,6 +240,24 @@ const char* draw_bits(const int64_t* seed, int64_t rows, int64_t units, double r
 
 // All steps in one launch
 
+// What options do in the steps of one direction, beside its PersistentForward or PersistentBackward. Null: nothing.
+struct PersistentOptions {
+  int32_t any = 0;  // 0: nothing of this is looked at, nor Steps::reset
+  // (N, ceil(H / 8)): bit u % 8 of byte u / 8 says whether unit u keeps its h, or c; without those bits every unit
+  // keeps so much of it.
+  const uint8_t* zoneout = nullptr;
+  const uint8_t* zoneout_cell = nullptr;
+  float rate = 0, cell_rate = 0;
+  // (B, H), the layer's dtype: what rows begin anew from (null: zeros), and factors of h before W_hh.
+  const void* reset_h = nullptr;
+  const void* reset_c = nullptr;
+  const void* dropout = nullptr;
+  // Backward. (B, H), sum type: the gradients of what rows began anew from are added; null: not wanted. With the first,
+  // grad_h0 is wanted, too.
+  void* grad_reset_h = nullptr;
+  void* grad_reset_c = nullptr;
+};
+
 struct PersistentForward {
   // The steps of this launch, in order of time: from first_step to before end_step. Everything that belongs to a row or
   // a step is where it is for all steps.
@@ -262,6 +280,8 @@ struct PersistentForward {
   int64_t factors_stride = 0;
   void* gates = nullptr;  // (N, saved * H), or null
   void* cells = nullptr;  // (N, H), sum type, or null
+  // Of a layer that runs by itself. h0 and c0 are what rows that begin anew before the first of all steps begin from.
+  PersistentOptions options;
 };
 
 struct PersistentBackward {
@@ -282,7 +302,12 @@ struct PersistentBackward {
   void* grad_gates = nullptr;  // (N, grad_gates * H); may be where gates is
   void* grad_h0 = nullptr;     // (B, H), null: not wanted
   void* grad_c0 = nullptr;
+  PersistentOptions options;  // as forward, but that h0 and c0 are those of the caller
 };
+
+// Whether the kernel of this plan has the options above: where its warps have two roles, those of the gates have
+// registers for them.
+bool persistent_has_options(const LayerSizes& sizes, const Plan& plan, const DeviceInfo& device);
 
 // Whether all blocks that wait for each other can be resident together, as the driver says of this device (not whether
 // the plan is a good one). What cannot is not launched: the caller plans again without the variant.

@@ -70,6 +70,8 @@ FRNN_HOST_DEVICE float approximate_reciprocal(float x) {
 #define FRNN_DEVICE __device__ __forceinline__
 #define FRNN_UNROLL _Pragma("unroll")
 #define FRNN_NO_UNROLL _Pragma("unroll 1")
+#define FRNN_PRAGMA(text) _Pragma(#text)
+#define FRNN_UNROLL_BY(count) FRNN_PRAGMA(unroll count)
 // Of host execution, which reports where in a kernel its threads wait: a function's last parameter, and what is passed
 // on for it.
 #define FRNN_PLACE

@@ -149,6 +149,13 @@ const char* launch(const LayerSizes& sizes, const Steps& steps, const Part* part
 
 }  // namespace
 
+bool persistent_has_options(const LayerSizes& sizes, const Plan& plan, const DeviceInfo& device) {
+  int threads = 0;
+  if (prepare(kernel_of(plan, sizes.kind), device, threads) == cudaSuccess) return threads > multiply_threads;
+  cudaGetLastError();  // persistent_fits says so, too
+  return false;
+}
+
 bool persistent_fits(const LayerSizes& sizes, const Plan& plan, const DeviceInfo& device) {
   const int count = resident(kernel_of(plan, sizes.kind), plan, device);
   return plan.variant == Variant::grid ? count * device.sms >= plan.blocks : count >= 1;

@@ -6,6 +6,7 @@
 #include "../cells/rnn.h"
 #include "plan.h"
 #include "tile.cuh"
+#include "zone.cuh"
 
 namespace fused_rnn {
 namespace cuda {
@@ -204,7 +205,8 @@ FRNN_DEVICE void meet_gate_warps(FRNN_PLACE) {
 // chunk of h.
 //
 // One column a thread where there are threads enough; else two that are neighbours, whose sums are read together, or
-// two such pairs.
+// two such pairs. With options (a count of 0) all that fall to it, one after the other in a loop: there are no
+// registers for more beside the other variants.
 struct GateThread {
   int index;  // among those that do gates
   int unit, group, groups;
@@ -224,19 +226,23 @@ struct GateThread {
 
   // Of column tiles of so many columns: how many a thread takes, 1, 2 or 4.
   FRNN_DEVICE int columns_a_thread(int columns) const { return columns <= groups ? 1 : columns <= 2 * groups ? 2 : 4; }
+  FRNN_DEVICE int columns_with_options(int columns) const { return (columns + groups - 1) / groups; }
+  static constexpr int most_columns = two_roles ? 4 : 2;
   template <int count>
   FRNN_DEVICE int column(int i) const {
-    return count == 1 ? group : 2 * (group + i / 2 * groups) + i % 2;
+    return count == 0 ? group + i * groups : count == 1 ? group : 2 * (group + i / 2 * groups) + i % 2;
   }
 };
 
-// f(Count<n>{}) with n = columns_a_thread.
+// f(Count<n>{}) with n = columns_a_thread, or 0 with options, for which warps of both roles have no registers.
 template <int n>
 struct Count {
   static constexpr int value = n;
 };
-template <class F>
-FRNN_DEVICE void with_count(int count, const F& f) {
+template <bool wavefront, class F>
+FRNN_DEVICE void with_count(int count, bool options, const F& f) {
+  if constexpr (two_roles && !wavefront)
+    if (options) return f(Count<0>{});
   if (count == 1) {
     f(Count<1>{});
   } else if (count == 2) {
@@ -331,6 +337,9 @@ template <class S>
 FRNN_DEVICE S* typed(void* p) {
   return static_cast<S*>(p);
 }
+
+// Unit u's bit among those of a row that begin at its byte.
+FRNN_DEVICE bool bit_of(uint8_t byte, int unit) { return byte >> (unit % 8) & 1; }
 
 template <class S>
 FRNN_DEVICE float value_or_zero(const void* p, int64_t index) {

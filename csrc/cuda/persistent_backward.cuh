@@ -399,6 +399,9 @@ class BackwardGates {
   static constexpr bool reads_h = saved == 0, reads_previous_h = saved > 0 && !Cell::has_cell;
   // Columns whose arithmetic overlaps: as many as there are registers for.
   static constexpr int together = count > 1 && counted && !wavefront ? 2 : 1;
+  static constexpr bool at_once = count > 0 && count <= together;
+  static constexpr bool options = count == 0;
+  static constexpr int unrolled = options ? 1 : count, most_columns = options ? GateThread::most_columns : count;
 
  public:
   // Gate gradients that W_hh^T and W_ih^T multiply: where they differ, the second have an operand of their own.
@@ -418,8 +421,8 @@ class BackwardGates {
   // The gradients of the last states, and what the first step wants from memory.
   FRNN_DEVICE void begin() {
     for (int j = 0; j < place_.column_tiles; ++j) {
-      FRNN_UNROLL
-      for (int i = 0; i < count; ++i) {
+      FRNN_UNROLL_BY(unrolled)
+      for (int i = 0; i < columns(); ++i) {
         float dh = 0, dc = 0;
         if (owns(j, i)) {
           const int64_t index = batch_row(j, i) * int64_t(H_) + thread_.global_unit;
@@ -440,27 +443,33 @@ class BackwardGates {
     Columns work;
     wait_until_free(turn);
     uint8_t mask[together];
+    Handed handed_back[together];
     look_up(mask, 0, j);
-    if (two_roles && count <= together) prepare(work, j, 0);
+    if constexpr (options) look_up(handed_back, s, 0, j);
+    if (two_roles && at_once) prepare(work, j, 0);
     // phase: wait
     if (exchange_.exists(s)) {
       exchange_.wait(s, j, thread_.index);
       exchange_.split_sum(s, j, thread_.index);
     }
     // phase: gates
-    FRNN_UNROLL
-    for (int first = 0; first < count; first += together) {
-      if (!two_roles || count > together) prepare(work, j, first);
+    FRNN_UNROLL_BY(unrolled)
+    for (int first = 0; first < columns(); first += together) {
+      if (!two_roles || !at_once) prepare(work, j, first);
       FRNN_UNROLL
-      for (int i = 0; i < together; ++i) work.keeps[i] = has_mask() && !opaque(mask[i]);
-      if (first + together < count) {
+      for (int i = 0; i < together; ++i) {
+        work.keeps[i] = has_mask() && !opaque(mask[i]);
+        if constexpr (options) work.handed_back[i] = handed_back[i];
+      }
+      if (first + together < columns()) {
         look_up(mask, first + together, j);
+        if constexpr (options) look_up(handed_back, s, first + together, j);
         fetch(first + together, j);
       }
       compute(work, s, j, first);
       write_operand(work, j, first, turn);
       // phase: stores
-      if (count > together) store(work, j, first);
+      if (!at_once) store(work, j, first);
     }
     // phase: barrier
     hand_over(filled + (turn & 1));
@@ -473,7 +482,7 @@ class BackwardGates {
     if (last_tile) go_to_step(s + 1);
     fetch(0, last_tile ? 0 : j + 1);
     // phase: stores
-    if (count <= together) store(work, j, 0);
+    if (at_once) store(work, j, 0);
   }
 
   // phase: end
@@ -484,16 +493,23 @@ class BackwardGates {
         exchange_.wait(range_.count, j, thread_.index);
         exchange_.split_sum(range_.count, j, thread_.index);
       }
-      FRNN_UNROLL
-      for (int i = 0; i < count; ++i) {
+      FRNN_UNROLL_BY(unrolled)
+      for (int i = 0; i < columns(); ++i) {
         const bool mine = owns(j, i);
         float received = 0, above = 0;
         if (layer_.grad_h0 && range_.count > 0)
           exchange_.sum(range_.count, j, thread_.column<count>(i), thread_.unit, mine, received, above);
         if (!mine) continue;
         const int64_t index = batch_row(j, i) * int64_t(H_) + thread_.global_unit;
-        if (layer_.grad_h0) typed<S>(layer_.grad_h0)[index] = narrow<S>(states_[state(j, 0, i)] + received);
-        if (Cell::has_cell && layer_.grad_c0) typed<S>(layer_.grad_c0)[index] = narrow<S>(states_[state(j, 1, i)]);
+        float dh = states_[state(j, 0, i)] + received, dc = Cell::has_cell ? states_[state(j, 1, i)] : 0.0f;
+        if constexpr (options) {
+          dh = states_[state(j, 0, i)] + received * dropout(j, i);
+          // Marks before the first step are those of time 0; there are none after the last.
+          const uint8_t* const marks = arguments_.steps.reset;
+          if (marks && !range_.reverse && marks[batch_row(j, i)]) end_gradients(index, dh, dc);
+        }
+        if (layer_.grad_h0) typed<S>(layer_.grad_h0)[index] = narrow<S>(dh);
+        if (Cell::has_cell && layer_.grad_c0) typed<S>(layer_.grad_c0)[index] = narrow<S>(dc);
       }
     }
   }
@@ -501,8 +517,10 @@ class BackwardGates {
  private:
   FRNN_DEVICE const PersistentBackward& layer_now() const {
     const int part = place_.part();
-    return arguments_.part[count == 4 ? int(opaque(uint32_t(part))) : part];
+    return arguments_.part[count == 4 || options ? int(opaque(uint32_t(part))) : part];
   }
+  FRNN_DEVICE const PersistentOptions& options_now() const { return layer_now().options; }
+  FRNN_DEVICE int columns() const { return options ? thread_.columns_with_options(place_.columns_of(0)) : count; }
   FRNN_DEVICE bool has_mask() const { return arguments_.steps.mask != nullptr; }
   FRNN_DEVICE int batch_row(int j, int i) const {
     return place_.first_column + j * tile_columns + thread_.column<count>(i);
@@ -517,7 +535,7 @@ class BackwardGates {
   }
 
   // What of the gradients of h and c stays in the block, of the thread's columns, per column tile.
-  FRNN_DEVICE int state(int j, int which, int i) const { return ((2 * j + which) * count + i) * gate_threads; }
+  FRNN_DEVICE int state(int j, int which, int i) const { return ((2 * j + which) * most_columns + i) * gate_threads; }
   FRNN_DEVICE void keep_state(int j, int i, float dh, float dc) const {
     states_[state(j, 0, i)] = dh;
     if (Cell::has_cell) states_[state(j, 1, i)] = dc;
@@ -543,8 +561,9 @@ class BackwardGates {
   FRNN_DEVICE void fetch(int first, int j) {
     const PersistentBackward& tensors = layer_now();
     const int unit = thread_.global_unit;
-    FRNN_UNROLL
-    for (int i = first; i < (first == 0 ? count : first + together); ++i) {
+    FRNN_UNROLL_BY(unrolled)
+    for (int i = first; i < (first == 0 ? columns() : first + together); ++i) {
+      const int slot = together == 1 ? 0 : i - first;
       if (!is_live(j, i)) continue;
       const int at = j * tile_columns + thread_.column<count>(i);
       const int row = first_row_ + at, previous_row = previous_.first + place_.first_column + at;
@@ -555,7 +574,7 @@ class BackwardGates {
         if (Cell::has_cell) prefetch_l2(row_at(typed<float>(tensors.cells), row, H_) + unit);
         continue;
       }
-      Saved& to = saved_[i - first];
+      Saved& to = saved_[slot];
       const bool begins = at >= limit_of(previous_.live);
       const int64_t initial = int64_t(place_.first_column + at) * H_ + unit;
       FRNN_UNROLL
@@ -565,6 +584,7 @@ class BackwardGates {
         to.previous_cell = begins ? value_or_zero<S>(tensors.c0, initial)
                                   : row_at(typed<float>(tensors.cells), previous_row, H_)[unit];
       }
+      if constexpr (options) look_up(to, row);
       if (reads_h) to.hidden = row_at(typed<S>(tensors.y), row, int(tensors.y_stride))[unit];
       if (reads_previous_h) {
         to.hidden = S{};
@@ -592,14 +612,69 @@ class BackwardGates {
     S values[saved > 0 ? saved : 1] = {}, hidden = {}, grad_y = {};
     float cell = 0, previous_cell = 0;
     float factor = 1;  // of what comes from the layer above
+    // Of options: whether the row began anew before the step, and bytes of bits of zoneout.
+    uint8_t anew = 0, zoneout = 0, zoneout_cell = 0;
+  };
+  // Of options, of what the step after this one hands back: whether its row began anew before it, and the factor of
+  // what has come through W_hh.
+  struct Handed {
+    uint8_t anew;
+    S dropout;
   };
   // Of the columns that are computed together.
   struct Columns {
     Real values[together][saved > 0 ? saved : 1], hidden[together], grads[together][grad_gates];
     float cell[together], previous_cell[together], grad_y[together], factor[together], dh[together], dc[together];
-    bool lives[together], keeps[together];
+    bool lives[together], keeps[together], kept_h[together], kept_c[together];
+    Handed handed_back[together];
     int row;  // in which column 0 of the team stands
   };
+
+  FRNN_DEVICE float dropout(int j, int i) const {
+    const void* const factors = options_now().dropout;
+    if (!factors || !owns(j, i)) return 1;
+    return widen(typed<S>(factors)[batch_row(j, i) * int64_t(H_) + thread_.global_unit]);
+  }
+  FRNN_DEVICE void look_up(Handed (&from)[together], int s, int first, int j) const {
+    const uint8_t* const marks = arguments_.steps.reset;
+    FRNN_UNROLL
+    for (int i = 0; i < together; ++i) {
+      const int row = first_row_ + j * tile_columns + thread_.column<count>(first + i);
+      from[i] = {0, narrow<S>(dropout(j, first + i))};
+      if (marks && s > 0 && is_live(j, first + i))
+        from[i].anew = load_streaming(marks + (range_.reverse ? row : row + int(arguments_.steps.B)));
+    }
+  }
+  FRNN_DEVICE void look_up(Saved& to, int row) const {
+    const PersistentOptions& from = options_now();
+    const uint8_t* const marks = arguments_.steps.reset;
+    const int B = int(arguments_.steps.B), rows = int(arguments_.steps.T) * B;
+    const int byte = thread_.global_unit / 8, bytes = (H_ + 7) / 8;
+    if (marks && !range_.reverse) to.anew = load_streaming(marks + row);
+    if (marks && range_.reverse) to.anew = row + B < rows ? load_streaming(marks + row + B) : 0;
+    if (from.zoneout) to.zoneout = load_streaming(row_at(from.zoneout, row, bytes) + byte);
+    if (Cell::has_cell && from.zoneout_cell)
+      to.zoneout_cell = load_streaming(row_at(from.zoneout_cell, row, bytes) + byte);
+  }
+  // The gradients of what a row began anew from: no earlier step gets them.
+  FRNN_DEVICE void end_gradients(int64_t index, float& dh, float& dc) const {
+    const PersistentOptions& to = options_now();
+    if (to.grad_reset_h) typed<float>(to.grad_reset_h)[index] += dh;
+    if (Cell::has_cell && to.grad_reset_c) typed<float>(to.grad_reset_c)[index] += dc;
+    dh = dc = 0;
+  }
+  FRNN_DEVICE void begin_anew(Columns& work, int j, int first) const {
+    const PersistentOptions& from = options_now();
+    FRNN_UNROLL
+    for (int i = 0; i < together; ++i) {
+      work.kept_h[i] = bit_of(saved_[i].zoneout, thread_.global_unit);
+      work.kept_c[i] = bit_of(saved_[i].zoneout_cell, thread_.global_unit);
+      if (!work.lives[i] || !opaque(saved_[i].anew)) continue;
+      const int64_t index = batch_row(j, first + i) * int64_t(H_) + thread_.global_unit;
+      if (Cell::has_cell) work.previous_cell[i] = value_or_zero<S>(from.reset_c, index);
+      if (reads_previous_h) work.hidden[i] = value_or_zero<S>(from.reset_h, index);
+    }
+  }
 
   // What is there before the sums are.
   FRNN_DEVICE void prepare(Columns& work, int j, int first) const {
@@ -618,6 +693,7 @@ class BackwardGates {
       work.dc[i] = Cell::has_cell ? states_[state(j, 1, first + i)] : 0.0f;
       work.lives[i] = is_live(j, first + i);
     }
+    if constexpr (options) begin_anew(work, j, first);
   }
 
   FRNN_DEVICE void compute(Columns& work, int s, int j, int first) const {
@@ -639,11 +715,21 @@ class BackwardGates {
     }
     FRNN_UNROLL
     for (int i = 0; i < together; ++i) {
-      const float dh_own = work.dh[i] + received[i];
+      float dh_own = work.dh[i] + received[i];
+      if constexpr (options) {
+        const Handed& from = work.handed_back[i];
+        dh_own = work.dh[i] + received[i] * widen(from.dropout);
+        if (work.lives[i] && opaque(from.anew))
+          end_gradients(batch_row(j, first + i) * int64_t(H_) + thread_.global_unit, dh_own, work.dc[i]);
+      }
       const float dh = (wavefront ? dh_own + above[i] * work.factor[i] : dh_own) + work.grad_y[i];
       Real dh_previous, dc_previous;
-      Cell::template backward<Real>(work.values[i], work.hidden[i], work.hidden[i], work.cell[i], work.previous_cell[i],
-                                    dh, work.dc[i], work.grads[i], dh_previous, dc_previous);
+      if constexpr (options) {
+        backward_with_options(work, i, dh, dh_previous, dc_previous);
+      } else {
+        Cell::template backward<Real>(work.values[i], work.hidden[i], work.hidden[i], work.cell[i],
+                                      work.previous_cell[i], dh, work.dc[i], work.grads[i], dh_previous, dc_previous);
+      }
       if (work.keeps[i]) {
         FRNN_UNROLL
         for (int k = 0; k < grad_gates; ++k) work.grads[i][k] = 0.0f;
@@ -657,6 +743,26 @@ class BackwardGates {
         work.dh[i] = wavefront ? dh_own + above[i] * work.factor[i] : dh_own;
       }
     }
+  }
+
+  FRNN_DEVICE void backward_with_options(Columns& work, int i, float dh, Real& dh_previous, Real& dc_previous) const {
+    const PersistentOptions& from = options_now();
+    // Past the cell, by zoneout, and to it.
+    float h_to_before = 0, c_to_before = 0, own_h = dh, own_c = work.dc[i];
+    Zone<float>(from.zoneout, work.kept_h[i], from.rate).divide(own_h, h_to_before);
+    Real cell = work.cell[i];
+    if constexpr (Cell::has_cell) {
+      const Zone<float> zone(from.zoneout_cell, work.kept_c[i], from.cell_rate);
+      zone.divide(own_c, c_to_before);
+      // What is saved is c after zoneout.
+      const Real* const v = work.values[i];
+      if (zone.drawn || zone.rate > 0)
+        cell = Cell::template new_cell<Real>(v[0], v[1], v[2], work.previous_cell[i], PlainGates{});
+    }
+    Cell::template backward<Real>(work.values[i], work.hidden[i], work.hidden[i], cell, work.previous_cell[i], own_h,
+                                  own_c, work.grads[i], dh_previous, dc_previous);
+    dh_previous = dh_previous + Real(h_to_before);
+    if (Cell::has_cell) dc_previous = dc_previous + Real(c_to_before);
   }
 
   FRNN_DEVICE void write_operand(const Columns& work, int j, int first, int turn) const {
@@ -918,7 +1024,8 @@ __global__ void __launch_bounds__(kernel_threads, 1)
   };
   const auto do_gates = [&](auto counted, const auto& f) {
     const int columns = place.columns_of(0);
-    with_count(GateThread(place, arguments.hidden_size).columns_a_thread(columns), [&](auto count) {
+    const int a_thread = GateThread(place, arguments.hidden_size).columns_a_thread(columns);
+    with_count<wavefront>(a_thread, layer.options.any, [&](auto count) {
       const GateThread thread(place, arguments.hidden_size);
       f(BackwardGates<Product, Cell, wavefront, decltype(counted)::value, decltype(count)::value>(
           arguments, layer, place, thread, range, exchanges));

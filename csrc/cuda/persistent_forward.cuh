@@ -362,6 +362,9 @@ class ForwardGates {
   static constexpr int gates = Cell::gates, saved = Cell::saved;
   // Columns whose arithmetic overlaps: as many as there are registers for.
   static constexpr int together = two_roles && count == 2 ? 2 : 1;
+  static constexpr bool at_once = count > 0 && count <= together;
+  static constexpr bool options = count == 0;
+  static constexpr int unrolled = options ? 1 : count, most_columns = options ? GateThread::most_columns : count;
 
  public:
   FRNN_DEVICE ForwardGates(const ForwardArguments& arguments, const PersistentForward& layer, const Place& place,
@@ -396,8 +399,8 @@ class ForwardGates {
     }
     *biases_ = biases;
     for (int j = 0; j < place_.column_tiles; ++j) {
-      FRNN_UNROLL
-      for (int i = 0; i < count; ++i) {
+      FRNN_UNROLL_BY(unrolled)
+      for (int i = 0; i < columns(); ++i) {
         S h = {};
         float c = 0;
         if (owns(j, i)) {
@@ -415,11 +418,12 @@ class ForwardGates {
   // After all have met that send and receive.
   FRNN_DEVICE void send_initial() {
     for (int j = 0; j < place_.column_tiles && num_steps_ > 0; ++j) {
-      FRNN_UNROLL
-      for (int i = 0; i < count; ++i) {
+      FRNN_UNROLL_BY(unrolled)
+      for (int i = 0; i < columns(); ++i) {
         const int column = thread_.column<count>(i);
-        exchange_.send(-1, j, column, thread_.has_unit && column < place_.columns_of(j),
-                       from_word(states_[state(j, 0, i)]), S{}, false, false);
+        S h = from_word(states_[state(j, 0, i)]);
+        if constexpr (options) h = multiplied(h, dropout(j, i));
+        exchange_.send(-1, j, column, thread_.has_unit && column < place_.columns_of(j), h, S{}, false, false);
       }
       exchange_.sent(-1, j, false);
     }
@@ -432,38 +436,44 @@ class ForwardGates {
     Columns work;
     uint8_t mask[together];
     S factor[together];
+    Draws draws[together];
     if (two_roles) exchange_.begin_step(j);
     look_up(mask, factor, 0, j);
-    if (two_roles && count <= together) prepare(work, 0, j);
+    if constexpr (options) look_up(draws, 0, j);
+    if (two_roles && at_once) prepare(work, 0, j);
     // phase: barrier
     take_over(filled + (turn & 1));
     // phase: gates
-    FRNN_UNROLL
-    for (int first = 0; first < count; first += together) {
-      if (!two_roles || count > together) prepare(work, first, j);
+    FRNN_UNROLL_BY(unrolled)
+    for (int first = 0; first < columns(); first += together) {
+      if (!two_roles || !at_once) prepare(work, first, j);
       FRNN_UNROLL
       for (int i = 0; i < together; ++i) {
         work.keeps[i] = has_mask() && !opaque(mask[i]);
         work.factor[i] = factor[i];
+        if constexpr (options) work.draws[i] = draws[i];
       }
-      if (first + together < count) {
+      if (first + together < columns()) {
         look_up(mask, factor, first + together, j);
+        if constexpr (options) look_up(draws, first + together, j);
         fetch(first + together, j);
       }
-      compute(work, first, turn);
+      compute(work, first, j, turn);
       // phase: sends
       // The team waits for h; memory does not.
       if (wavefront || !last) {
         FRNN_UNROLL
         for (int i = 0; i < together; ++i) {
           const int column = thread_.column<count>(first + i);
-          exchange_.send(s, j, column, thread_.has_unit && column < place_.columns_of(j), work.h[i], work.factor[i],
+          S h = work.h[i];
+          if constexpr (options) h = multiplied(h, work.draws[i].dropout);
+          exchange_.send(s, j, column, thread_.has_unit && column < place_.columns_of(j), h, work.factor[i],
                          wavefront && layer_.factors, last);
         }
       }
       // phase: stores
       // What does not fit beside the others' registers is stored before they are computed.
-      if (count > together) store(work, first, j);
+      if (!at_once) store(work, first, j);
     }
     // phase: sends
     free_buffer(turn);
@@ -475,15 +485,15 @@ class ForwardGates {
     if (last_tile) go_to_step(s + 1);
     fetch(0, last_tile ? 0 : j + 1);
     // phase: stores
-    if (count <= together) store(work, 0, j);
+    if (at_once) store(work, 0, j);
   }
 
   // phase: end
   // The states after the last step.
   FRNN_DEVICE void end() {
     for (int j = 0; j < place_.column_tiles; ++j) {
-      FRNN_UNROLL
-      for (int i = 0; i < count; ++i) {
+      FRNN_UNROLL_BY(unrolled)
+      for (int i = 0; i < columns(); ++i) {
         if (!owns(j, i)) continue;
         const int64_t index = batch_row(j, i) * int64_t(H_) + thread_.global_unit;
         const float c = as_float(states_[state(j, 1, i)]);
@@ -498,8 +508,10 @@ class ForwardGates {
   // Where the tensors are: read again each time where registers are few.
   FRNN_DEVICE const PersistentForward& layer_now() const {
     const int part = place_.part();
-    return arguments_.part[count == 4 ? int(opaque(uint32_t(part))) : part];
+    return arguments_.part[count == 4 || options ? int(opaque(uint32_t(part))) : part];
   }
+  FRNN_DEVICE const PersistentOptions& options_now() const { return layer_now().options; }
+  FRNN_DEVICE int columns() const { return options ? thread_.columns_with_options(place_.columns_of(0)) : count; }
   FRNN_DEVICE bool has_mask() const { return arguments_.steps.mask != nullptr; }
   FRNN_DEVICE int batch_row(int j, int i) const {
     return place_.first_column + j * tile_columns + thread_.column<count>(i);
@@ -513,10 +525,17 @@ class ForwardGates {
     return thread_.exists && thread_.column<count>(i) < place_.columns_of(j);
   }
 
-  // Of the columns that are computed together.
+  // What options have of a unit and a row: bytes of marks and of bits, which are waited for where they are used alone,
+  // and the factor of h before W_hh.
+  struct Draws {
+    uint8_t anew, zoneout, zoneout_cell;
+    S dropout;
+  };
+  // Of the columns that are computed together. h and c go on from the step; cell is that of the step.
   struct Columns {
     S h[together], output[together], factor[together];
-    float c[together];
+    float c[together], cell[together];
+    Draws draws[together];
     Real x[together][gates], bias_apart, values[together][saved > 0 ? saved : 1];
     bool lives[together], keeps[together];
     int row;  // in which column 0 of the team stands
@@ -537,6 +556,50 @@ class ForwardGates {
     }
   }
 
+  FRNN_DEVICE S dropout(int j, int i) const {
+    const void* const factors = options_now().dropout;
+    if (!factors || !owns(j, i)) return narrow<S>(1.0f);
+    return typed<S>(factors)[batch_row(j, i) * int64_t(H_) + thread_.global_unit];
+  }
+  static FRNN_DEVICE S multiplied(S h, S factor) { return narrow<S>(widen(h) * widen(factor)); }
+
+  FRNN_DEVICE void look_up(Draws (&draws)[together], int first, int j) const {
+    const PersistentOptions& from = options_now();
+    const uint8_t* const marks = arguments_.steps.reset;
+    const int B = int(arguments_.steps.B), rows = int(arguments_.steps.T) * B;
+    const int byte = thread_.global_unit / 8, bytes = (H_ + 7) / 8;
+    FRNN_UNROLL
+    for (int i = 0; i < together; ++i) {
+      const int row = first_row_ + j * tile_columns + thread_.column<count>(first + i);
+      draws[i] = {0, 0, 0, dropout(j, first + i)};
+      if (!is_live(j, first + i)) continue;
+      // Whether the row begins anew before the step that follows: what goes on from a step is written by it.
+      if (marks && (range_.reverse ? row >= B : row + B < rows))
+        draws[i].anew = load_streaming(marks + (range_.reverse ? row : row + B));
+      if (from.zoneout) draws[i].zoneout = load_streaming(row_at(from.zoneout, row, bytes) + byte);
+      if (Cell::has_cell && from.zoneout_cell)
+        draws[i].zoneout_cell = load_streaming(row_at(from.zoneout_cell, row, bytes) + byte);
+    }
+  }
+
+  // h and c of the step, of column first + i, by zoneout.
+  FRNN_DEVICE void zone_out(const Columns& work, int i, float& h, float& c) const {
+    const PersistentOptions& from = options_now();
+    const Draws& draws = work.draws[i];
+    const int unit = thread_.global_unit;
+    h = Zone<float>(from.zoneout, bit_of(draws.zoneout, unit), from.rate).applied(h, widen(work.h[i]));
+    if (Cell::has_cell)
+      c = Zone<float>(from.zoneout_cell, bit_of(draws.zoneout_cell, unit), from.cell_rate).applied(c, work.c[i]);
+  }
+  // What goes on from it.
+  FRNN_DEVICE void begin_anew(Columns& work, int i, int j, int first) const {
+    work.cell[i] = work.c[i];
+    if (!work.lives[i] || !opaque(work.draws[i].anew)) return;
+    const int64_t index = batch_row(j, first + i) * int64_t(H_) + thread_.global_unit;
+    work.h[i] = options_now().reset_h ? typed<S>(options_now().reset_h)[index] : S{};
+    if (Cell::has_cell) work.c[i] = value_or_zero<S>(options_now().reset_c, index);
+  }
+
   // What is there before the products are.
   FRNN_DEVICE void prepare(Columns& work, int first, int j) const {
     const Biases bias = *biases_;
@@ -552,7 +615,7 @@ class ForwardGates {
     }
   }
 
-  FRNN_DEVICE void compute(Columns& work, int first, int turn) const {
+  FRNN_DEVICE void compute(Columns& work, int first, [[maybe_unused]] int j, int turn) const {
     const char* const part = part_ + (turn & 1) * arguments_.tiling.warps_k * warp_bytes_;
     float product[together][gates], below[together][gates];
     read_sums(product, part, first);
@@ -566,11 +629,15 @@ class ForwardGates {
         r[gate] = Cell::hidden_bias_apart(gate) ? Real(product[i][gate]) + work.bias_apart : Real(product[i][gate]);
       }
       Cell::template forward<Real>(x, r, widen(work.h[i]), work.c[i], h, c, work.values[i]);
+      float next_h = float(h), next_c = Cell::has_cell ? float(c) : 0.0f;
+      if constexpr (options) zone_out(work, i, next_h, next_c);
       // With a mask the output is the state that is kept.
-      work.output[i] = work.keeps[i] ? work.h[i] : narrow<S>(float(h));
-      if (!work.lives[i] || work.keeps[i]) continue;
-      work.h[i] = work.output[i];
-      if (Cell::has_cell) work.c[i] = float(c);
+      work.output[i] = work.keeps[i] ? work.h[i] : narrow<S>(next_h);
+      if (work.lives[i] && !work.keeps[i]) {
+        work.h[i] = work.output[i];
+        if (Cell::has_cell) work.c[i] = next_c;
+      }
+      if constexpr (options) begin_anew(work, i, j, first);
     }
   }
 
@@ -584,7 +651,7 @@ class ForwardGates {
       const int unit = thread_.global_unit;
       if (!wavefront || tensors.y) row_at(typed<S>(tensors.y), row, int(tensors.y_stride))[unit] = work.output[i];
       if (Cell::has_cell && tensors.cells)
-        store_streaming(row_at(typed<float>(tensors.cells), row, H_) + unit, work.c[i]);
+        store_streaming(row_at(typed<float>(tensors.cells), row, H_) + unit, options ? work.cell[i] : work.c[i]);
       if (saved > 0 && tensors.gates) {
         S* const to = row_at(typed<S>(tensors.gates), row, saved * H_) + unit;
         FRNN_UNROLL
@@ -595,7 +662,7 @@ class ForwardGates {
   }
 
   // Running h and c of the thread's columns, per column tile.
-  FRNN_DEVICE int state(int j, int which, int i) const { return ((2 * j + which) * count + i) * gate_threads; }
+  FRNN_DEVICE int state(int j, int which, int i) const { return ((2 * j + which) * most_columns + i) * gate_threads; }
   FRNN_DEVICE void keep_state(int j, int i, S h, float c) const {
     states_[state(j, 0, i)] = to_word(h);
     if (Cell::has_cell) states_[state(j, 1, i)] = as_word(c);
@@ -646,8 +713,9 @@ class ForwardGates {
   FRNN_DEVICE void fetch(int first, int j) {
     const PersistentForward& tensors = layer_now();
     if (wavefront && !tensors.projection) return;
-    FRNN_UNROLL
-    for (int i = first; i < (first == 0 ? count : first + together); ++i) {
+    FRNN_UNROLL_BY(unrolled)
+    for (int i = first; i < (first == 0 ? columns() : first + together); ++i) {
+      const int slot = together == 1 ? 0 : i - first;
       if (!is_live(j, i)) continue;
       const int row = first_row_ + j * tile_columns + thread_.column<count>(i);
       const S* const from =
@@ -655,7 +723,7 @@ class ForwardGates {
       FRNN_UNROLL
       for (int gate = 0; gate < gates; ++gate) {
         if (i - first < together)
-          projected_[i - first][gate] = load_streaming(from + gate * H_);
+          projected_[slot][gate] = load_streaming(from + gate * H_);
         else
           prefetch_l2(from + gate * H_);
       }
@@ -867,7 +935,8 @@ __global__ void __launch_bounds__(kernel_threads, 1)
   };
   const auto do_gates = [&](auto counted, const auto& f) {
     const int columns = place.columns_of(0);
-    with_count(GateThread(place, arguments.hidden_size).columns_a_thread(columns), [&](auto count) {
+    const int a_thread = GateThread(place, arguments.hidden_size).columns_a_thread(columns);
+    with_count<wavefront>(a_thread, layer.options.any, [&](auto count) {
       const GateThread thread(place, arguments.hidden_size);
       f(ForwardGates<Product, Cell, wavefront, decltype(counted)::value, decltype(count)::value>(arguments, layer,
                                                                                                  place, thread, range));

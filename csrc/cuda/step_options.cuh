@@ -8,6 +8,7 @@
 
 #include "../cells/options.h"
 #include "step.cuh"
+#include "zone.cuh"
 
 namespace fused_rnn {
 namespace cuda {
@@ -54,32 +55,6 @@ FRNN_DEVICE auto options_of(const Within& within, const void* peephole, int64_t 
   }
   return options;
 }
-
-// Zoneout (Krueger et al. 2017) of one unit: by a bit that was drawn, or all units to the extent of a rate.
-template <class A>
-struct Zone {
-  bool drawn, kept;
-  A rate;
-
-  FRNN_DEVICE Zone(const uint8_t* bits, double rate, int64_t row, int64_t unit, int64_t units)
-      : drawn(bits), kept(bits && (bits[row * ((units + 7) / 8) + unit / 8] >> (unit % 8) & 1)), rate(A(rate)) {}
-
-  FRNN_DEVICE A applied(A next, A before) const {
-    if (drawn) return kept ? before : next;
-    return rate > 0 ? (A(1) - rate) * next + rate * before : next;
-  }
-  // A gradient's part that goes to the step's own result, and the rest, which goes to the state before.
-  FRNN_DEVICE void divide(A& own, A& before) const {
-    const A all = own;
-    if (drawn) {
-      own = kept ? A(0) : all;
-      before = kept ? all : A(0);
-    } else {
-      own = rate > 0 ? (A(1) - rate) * all : all;
-      before = rate * all;
-    }
-  }
-};
 
 template <class Cell, class S>
 __global__ void __launch_bounds__(step_threads)

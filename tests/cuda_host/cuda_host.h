@@ -18,6 +18,7 @@
 #define FRNN_DEVICE inline
 #define FRNN_UNROLL
 #define FRNN_NO_UNROLL
+#define FRNN_UNROLL_BY(count)
 #define FRNN_PLACE FRNN_CALLER
 #define FRNN_AND_PLACE , FRNN_CALLER
 #define FRNN_GIVE_PLACE file, line

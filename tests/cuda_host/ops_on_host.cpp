@@ -146,6 +146,7 @@ const char* draw_bits(const int64_t* seed, int64_t rows, int64_t units, double r
 static std::vector<std::string> launched;
 
 bool persistent_fits(const LayerSizes&, const Plan&, const DeviceInfo&) { return true; }
+bool persistent_has_options(const LayerSizes&, const Plan&, const DeviceInfo&) { return two_roles; }
 
 template <class Arguments, class Kernel, class Part>
 const char* launch_persistent(Kernel kernel, const LayerSizes& sizes, const Steps& steps, const Part* parts,

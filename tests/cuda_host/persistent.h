@@ -88,6 +88,68 @@ inline double product_input(Multiply multiply, double x) {
   return y;
 }
 
+// Options of one direction: argument `options` with any of the letters
+//   r (resets, half of the steps marked), a (what rows begin anew from), d (factors of h before W_hh), z, c (bits of
+//   zoneout, of h and of c), m (zoneout of all units to the extent of a rate)
+template <class S>
+struct DrawnOptions {
+  std::vector<uint8_t> zoneout, zoneout_cell;
+  std::vector<S> reset_h, reset_c, dropout;
+  std::vector<float> grad_reset_h, grad_reset_c;
+  PersistentOptions options;
+
+  void draw(const std::string& letters, bool has_cell, int64_t rows, int64_t B, int64_t H, int seed) {
+    const auto has = [&](char letter) { return letters.find(letter) != std::string::npos; };
+    std::mt19937 engine(unsigned(seed) + 23);
+    Random<S> random(unsigned(seed) + 24);
+    const auto bits = [&](std::vector<uint8_t>& of) {
+      of.resize(size_t(rows * ((H + 7) / 8)));
+      for (uint8_t& byte : of) byte = uint8_t(engine());
+      return of.data();
+    };
+    options.any = !letters.empty();
+    if (has('z')) options.zoneout = bits(zoneout);
+    if (has('c') && has_cell) options.zoneout_cell = bits(zoneout_cell);
+    if (has('m')) options.rate = 0.25f;
+    if (has('m') && has_cell) options.cell_rate = 0.125f;
+    if (has('a')) {
+      options.reset_h = (reset_h = random(B * H, 1)).data();
+      if (has_cell) options.reset_c = (reset_c = random(B * H, 1)).data();
+    }
+    if (has('d')) options.dropout = (dropout = dropout_factors<S>(B * H, seed)).data();
+  }
+  void want_gradients(bool has_cell, int64_t states) {
+    options.grad_reset_h = (grad_reset_h = std::vector<float>(size_t(states), 0.0f)).data();
+    if (has_cell) options.grad_reset_c = (grad_reset_c = std::vector<float>(size_t(states), 0.0f)).data();
+  }
+
+  // How much of a unit's old h, or c, is kept.
+  double keeps_h(int64_t row, int64_t unit, int64_t H) const { return keeps(zoneout, options.rate, row, unit, H); }
+  double keeps_c(int64_t row, int64_t unit, int64_t H) const {
+    return keeps(zoneout_cell, options.cell_rate, row, unit, H);
+  }
+  double factor(int64_t state) const { return dropout.empty() ? 1 : double(widen(dropout[size_t(state)])); }
+  double anew_h(int64_t state) const { return reset_h.empty() ? 0 : double(widen(reset_h[size_t(state)])); }
+  double anew_c(int64_t state) const { return reset_c.empty() ? 0 : double(widen(reset_c[size_t(state)])); }
+
+ private:
+  static double keeps(const std::vector<uint8_t>& bits, double rate, int64_t row, int64_t unit, int64_t H) {
+    if (bits.empty()) return rate;
+    return bits[size_t(row * ((H + 7) / 8) + unit / 8)] >> (unit % 8) & 1;
+  }
+};
+
+// Argument `without`: letters that the kernel is not told of, which must be noticed.
+inline void hide_options(PersistentOptions& options, const std::string& without) {
+  for (const char letter : without) {
+    if (letter == 'z') options.zoneout = nullptr;
+    if (letter == 'c') options.zoneout_cell = nullptr;
+    if (letter == 'a') options.reset_h = options.reset_c = nullptr;
+    if (letter == 'd') options.dropout = nullptr;
+    if (letter == 'm') options.any = 0;
+  }
+}
+
 // ||a - b|| / ||b||; more than anything where a number of a was never written.
 struct Error {
   double difference = 0, size = 0;
@@ -126,7 +188,7 @@ inline DType dtype_named(const std::string& name) {
 // any steps, one none and one all.
 struct Batch {
   std::vector<int64_t> sizes, offsets;
-  std::vector<uint8_t> mask;
+  std::vector<uint8_t> mask, reset;
   Steps steps;
 
   explicit Batch(const Case& arguments) {
@@ -134,6 +196,10 @@ struct Batch {
     std::mt19937 engine(unsigned(arguments.number("seed", 0)));
     steps.T = T;
     steps.B = B;
+    if (arguments.text("options", "").find('r') != std::string::npos) {
+      for (int n = 0; n < T * B; ++n) reset.push_back(uint8_t(engine() % 2 * 3));
+      steps.reset = reset.data();
+    }
     if (arguments.number("masked", 0)) {
       for (int n = 0; n < T * B; ++n) mask.push_back(n % B % 3 == 0 ? engine() % 2 : n % B % 3 == 2);
       steps.mask = mask.data();
@@ -153,6 +219,9 @@ struct Batch {
   }
 
   bool keeps(int64_t n) const { return !mask.empty() && !mask[size_t(n)]; }
+  bool begins_anew(int64_t t, int64_t b, bool reverse) const {
+    return steps.reset && t >= 0 && t < steps.T && steps.begins_anew(t, b, reverse);
+  }
 };
 
 // A GPU that holds a few blocks: argument `sms`; clusters of up to 16.

@@ -2,8 +2,8 @@
 // wrong.
 //   kind dtype (tf32: float32 with its product in TF32) T B H directions layers (in a wavefront) ragged masked
 //   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
-//   dropout (between layers) in_place (gradients of the gates go where the gates are) initial (h0, c0 and their
-//   gradients) final (gradients of h_n, c_n) output (gradients of y)
+//   options without (letters: persistent.h) dropout (between layers) in_place (gradients of the gates go where the
+//   gates are) initial (h0, c0 and their gradients) final (gradients of h_n, c_n) output (gradients of y)
 #include "cuda/persistent.cuh"
 #include "cuda/plan.cpp"
 #include "persistent.h"
@@ -28,6 +28,7 @@ struct Backward {
     sizes.hidden_size = sizes.state_size = H;
     sizes.num_directions = D;
     const Batch batch(arguments);
+    const std::string without = arguments.text("without", "");
     const Plan plan = plan_of(arguments, sizes, batch.steps, true, multiply == Multiply::tf32);
     print(plan);
     if (plan.variant == Variant::none || plan.layers != layers) return printf("no plan: %s\n", plan.reason.c_str()), 2;
@@ -41,11 +42,13 @@ struct Backward {
       struct Part {
         std::vector<S> w_hh, w_ih, factors, h0, c0, gates, grad_h_n, grad_c_n, grad_gates, grad_h0, grad_c0;
         std::vector<float> cells;
+        DrawnOptions<S> drawn;
       } part[most_layers];
       const std::vector<S> y = random(N * parts * H, 1), grad_y = random(N * parts * H, 1);
       BackwardArguments a = {};
       a.hidden_size = H;
       a.steps = batch.steps;
+      if (without.find('r') != std::string::npos) a.steps.reset = nullptr;
       a.tiling = plan.tiling;
       std::vector<std::vector<S>> gates;
       for (int d = 0; d < parts; ++d) {
@@ -87,6 +90,10 @@ struct Backward {
         p.grad_gates = replaces ? m.gates.data() : m.grad_gates.data();
         p.grad_h0 = initial ? m.grad_h0.data() : nullptr;
         p.grad_c0 = initial && Cell::has_cell ? m.grad_c0.data() : nullptr;
+        m.drawn.draw(arguments.text("options", ""), Cell::has_cell, N, B, H, seed + d);
+        if (batch.steps.reset && initial) m.drawn.want_gradients(Cell::has_cell, states);
+        p.options = m.drawn.options;
+        hide_options(p.options, without);
       }
       std::vector<char> workspace = unwritten<char>(plan.workspace_bytes);
       for (int64_t i = 0; i < plan.counters * 4; ++i) workspace[size_t(i)] = 0;
@@ -96,7 +103,7 @@ struct Backward {
         if (layers > 1) kernel = backward_kernel<multiply, true>(sizes.kind, plan.shape);
       launch(launch_of(arguments, plan, seed), [&] { kernel(a); });
 
-      Error gates_error, h_error, c_error;
+      Error gates_error, h_error, c_error, anew_h_error, anew_c_error;
       bool zeros = true;
       std::vector<double> from_above;  // gradient of h, of all rows
       for (int d = parts - 1; d >= 0; --d) {
@@ -111,7 +118,7 @@ struct Backward {
           return output ? as_double(grad_y[size_t((n * parts + d) * H + u)]) : 0;
         };
         const S* const results = typed<S>(a.part[d].grad_gates);
-        std::vector<double> dh(size_t(states), 0.0), dc(size_t(states), 0.0);
+        std::vector<double> dh(size_t(states), 0.0), dc(size_t(states), 0.0), anew_dh = dh, anew_dc = dc;
         for (int64_t i = 0; i < states && final; ++i) {
           dh[size_t(i)] = number(m.grad_h_n, i);
           dc[size_t(i)] = number(m.grad_c_n, i);
@@ -125,25 +132,45 @@ struct Backward {
               dh[size_t(b * H + u)] += gradient_of_y(n, u);
               for (int i = 0; i < grad_gates; ++i) zeros = zeros && widen(results[(n * grad_gates + i) * H + u]) == 0;
             }
-            if (batch.keeps(n)) continue;
+            const bool anew = batch.begins_anew(t, b, reverse);
+            const auto end_gradients = [&] {
+              for (int u = 0; u < H && anew; ++u) {
+                const size_t state = size_t(b * H + u);
+                anew_dh[state] += dh[state];
+                anew_dc[state] += dc[state];
+                dh[state] = dc[state] = 0;
+              }
+            };
+            if (batch.keeps(n)) {
+              end_gradients();
+              continue;
+            }
             std::vector<double> product(size_t(G) * H), input_product = product;
             for (int u = 0; u < H; ++u) {
               const bool begins = b >= previous_rows;
               const int64_t state = b * H + u, before = begins ? 0 : batch.steps.first_row(previous) + b;
               double values[saved > 0 ? saved : 1] = {}, grads[grad_gates], dh_previous, dc_previous = 0;
               for (int i = 0; i < saved; ++i) values[i] = number(gates[size_t(d)], (n * saved + i) * H + u);
-              const double h_previous =
-                  begins ? (initial ? number(m.h0, state) : 0) : number(y, (before * parts + d) * H + u);
+              const double h_previous = anew     ? m.drawn.anew_h(state)
+                                        : begins ? (initial ? number(m.h0, state) : 0)
+                                                 : number(y, (before * parts + d) * H + u);
+              const double keeps_h = m.drawn.keeps_h(n, u, H), keeps_c = m.drawn.keeps_c(n, u, H);
+              const double all_h = dh[size_t(state)] + gradient_of_y(n, u), all_c = dc[size_t(state)];
               double c = 0, c_previous = 0;
               if (Cell::has_cell) {
                 c = m.cells[size_t(n * H + u)];
-                c_previous = begins ? (initial ? number(m.c0, state) : 0) : double(m.cells[size_t(before * H + u)]);
+                c_previous = anew     ? m.drawn.anew_c(state)
+                             : begins ? (initial ? number(m.c0, state) : 0)
+                                      : double(m.cells[size_t(before * H + u)]);
+                // What is saved is c after zoneout.
+                if (m.drawn.options.zoneout_cell || m.drawn.options.cell_rate > 0)
+                  c = values[1] * c_previous + values[0] * values[2];
               }
               Cell::template backward<double>(values, number(y, (n * parts + d) * H + u), h_previous, c, c_previous,
-                                              dh[size_t(state)] + gradient_of_y(n, u), dc[size_t(state)], grads,
-                                              dh_previous, dc_previous);
-              dh[size_t(state)] = dh_previous;
-              if (Cell::has_cell) dc[size_t(state)] = dc_previous;
+                                              (1 - keeps_h) * all_h, (1 - keeps_c) * all_c, grads, dh_previous,
+                                              dc_previous);
+              dh[size_t(state)] = dh_previous + keeps_h * all_h;
+              if (Cell::has_cell) dc[size_t(state)] = dc_previous + keeps_c * all_c;
               for (int i = 0; i < grad_gates; ++i)
                 gates_error.add(as_double(results[(n * grad_gates + i) * H + u]), grads[i]);
               for (int g = 0; g < G; ++g) {
@@ -156,16 +183,22 @@ struct Backward {
             for (int u = 0; u < H; ++u) {
               for (int k = 0; k < G * H; ++k) {
                 const int64_t at = int64_t(k) * H + u;
-                dh[size_t(b * H + u)] += product_input(multiply, number(m.w_hh, at)) * product[size_t(k)];
+                dh[size_t(b * H + u)] +=
+                    m.drawn.factor(b * H + u) * product_input(multiply, number(m.w_hh, at)) * product[size_t(k)];
                 if (above)
                   to_below[size_t(n * H + u)] += product_input(multiply, number(m.w_ih, at)) * input_product[size_t(k)];
               }
             }
+            end_gradients();
           }
         }
         for (int64_t i = 0; i < states && initial; ++i) {
           h_error.add(number(m.grad_h0, i), dh[size_t(i)]);
           if (Cell::has_cell) c_error.add(number(m.grad_c0, i), dc[size_t(i)]);
+        }
+        for (int64_t i = 0; i < int64_t(m.drawn.grad_reset_h.size()); ++i) {
+          anew_h_error.add(m.drawn.grad_reset_h[size_t(i)], anew_dh[size_t(i)]);
+          if (Cell::has_cell) anew_c_error.add(m.drawn.grad_reset_c[size_t(i)], anew_dc[size_t(i)]);
         }
         from_above = to_below;
       }
@@ -177,6 +210,8 @@ struct Backward {
       verdict.expect("grad_gates", gates_error, bound);
       verdict.expect("grad_h0", h_error, bound);
       verdict.expect("grad_c0", c_error, bound);
+      verdict.expect("grad_reset_h", anew_h_error, bound);
+      verdict.expect("grad_reset_c", anew_c_error, bound);
       if (!zeros) printf("grad_gates of masked rows are not zeros  WRONG\n");
       return verdict.wrong() > 0 || !zeros ? 1 : 0;
     });

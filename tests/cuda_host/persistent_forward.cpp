@@ -2,7 +2,8 @@
 //   sites (prints the waits that were met)
 //   kind dtype (tf32: float32 with its product in TF32) T B H directions layers (in a wavefront) ragged masked
 //   exchange (none, counted, barriers, memory) blocks (of a team) columns (of a team, at most) sms seed
-//   dropout (between layers) in_place (the projections are where the gates go, or y) save initial bias
+//   options without (letters: persistent.h) dropout (between layers) in_place (the projections are where the gates go,
+//   or y) save initial bias
 #include "cuda/persistent.cuh"
 #include "cuda/plan.cpp"
 #include "persistent.h"
@@ -27,6 +28,7 @@ struct Forward {
     sizes.hidden_size = sizes.state_size = H;
     sizes.num_directions = D;
     const Batch batch(arguments);
+    const std::string without = arguments.text("without", "");
     const Plan plan = plan_of(arguments, sizes, batch.steps, false, multiply == Multiply::tf32);
     print(plan);
     if (plan.variant == Variant::none || plan.layers != layers) return printf("no plan: %s\n", plan.reason.c_str()), 2;
@@ -39,11 +41,13 @@ struct Forward {
       struct Part {
         std::vector<S> w_hh, w_ih, factors, b_ih, b_hh, h0, c0, projection, h_n, c_n, gates;
         std::vector<float> cells;
+        DrawnOptions<S> drawn;
       } part[most_layers];
       std::vector<S> y = unwritten<S>(N * parts * H);
       ForwardArguments a = {};
       a.hidden_size = H;
       a.steps = batch.steps;
+      if (without.find('r') != std::string::npos) a.steps.reset = nullptr;
       a.tiling = plan.tiling;
       std::vector<std::vector<S>> projections;
       for (int d = 0; d < parts; ++d) {
@@ -81,6 +85,9 @@ struct Forward {
         }
         p.gates = save && saved > 0 ? m.gates.data() : nullptr;
         p.cells = save && Cell::has_cell ? m.cells.data() : nullptr;
+        m.drawn.draw(arguments.text("options", ""), Cell::has_cell, N, B, H, seed + d);
+        p.options = m.drawn.options;
+        hide_options(p.options, without);
         if (above) continue;
         // Where the projections stand: on their own, in the gates, or in y.
         S* to;
@@ -129,7 +136,9 @@ struct Forward {
               const size_t state = size_t(b * H + u);
               const double found = as_double(y[size_t((n * parts + d) * H + u)]);
               const int64_t before = reverse ? n + B : n - B;
-              const double previous = s > 0     ? as_double(y[size_t((before * parts + d) * H + u)])
+              const bool anew = s > 0 && batch.begins_anew(t, b, reverse);
+              const double previous = anew      ? m.drawn.anew_h(int64_t(state))
+                                      : s > 0   ? as_double(y[size_t((before * parts + d) * H + u)])
                                       : initial ? number(m.h0, b * H + u)
                                                 : 0;
               if (has_y) carried = carried && found == previous;
@@ -150,9 +159,12 @@ struct Forward {
                 r[g] = apart ? b_hh : 0;
                 for (int k = 0; k < H; ++k)
                   r[g] += product_input(multiply, number(m.w_hh, (int64_t(g) * H + u) * H + k)) *
-                          product_input(multiply, h[size_t(b * H + k)]);
+                          product_input(multiply, h[size_t(b * H + k)] * m.drawn.factor(b * H + k));
               }
               Cell::template forward<double>(x, r, h[size_t(b * H + u)], c[size_t(b * H + u)], h_next, c_next, values);
+              const double keeps_h = m.drawn.keeps_h(n, u, H), keeps_c = m.drawn.keeps_c(n, u, H);
+              h_next = (1 - keeps_h) * h_next + keeps_h * h[size_t(b * H + u)];
+              c_next = (1 - keeps_c) * c_next + keeps_c * c[size_t(b * H + u)];
               const double rounded = as_double(narrow<S>(float(h_next)));
               next[size_t(b * H + u)] = rounded;
               c[size_t(b * H + u)] = c_next;
@@ -164,6 +176,11 @@ struct Forward {
             }
           }
           h = next;
+          for (int64_t i = 0; i < int64_t(B) * H; ++i) {
+            if (!batch.begins_anew(reverse ? t - 1 : t + 1, i / H, reverse)) continue;
+            h[size_t(i)] = m.drawn.anew_h(i);
+            c[size_t(i)] = m.drawn.anew_c(i);
+          }
         }
         for (int64_t i = 0; i < int64_t(B) * H; ++i) {
           h_error.add(number(m.h_n, i), h[size_t(i)]);
