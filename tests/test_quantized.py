@@ -518,11 +518,6 @@ def test_wrong_calls() -> None:
         (lambda: small.train()(torch.randn(2, 1, 3)), RuntimeError, "training: expected eval mode"),
         (lambda: Stream(small, dtype=torch.bfloat16), ValueError, "dtype: expected None or torch.float32"),
         (lambda: Stream(quantize(fused_rnn.GRU(3, 4, bidirectional=True))), ValueError, "bidirectional"),
-        (
-            lambda: fused_rnn.save_weights(small, "nowhere"),
-            ValueError,
-            "module: expected one whose weights",
-        ),
         (lambda: small(pack_sequence([torch.randn(2, 3)]), lengths=torch.tensor([1])), RuntimeError, "lengths"),
     ):
         with pytest.raises(error, match=message):
