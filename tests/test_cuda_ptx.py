@@ -89,6 +89,21 @@ def test_persistent_kernels_agree_with_float64(direction: str, dtype: str) -> No
             assert result.returncode == 0, f"{case}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 
+@pytest.mark.parametrize("direction", PASSES)
+def test_options_of_persistent_kernels_agree_with_float64(direction: str) -> None:
+    ptx = cuda_host.translate(KERNELS / f"persistent_{direction}_bfloat16.cu")
+    names = (
+        "all options that draw",
+        "resets through memory, a mask",
+        "options with falling lengths",
+        "zoneout on average",
+    )
+    for name, kind in zip(names, ("lstm", "gru", "lstm", "rnn_tanh"), strict=True):
+        case = f"{SHAPES[name]} kind={kind} dtype=bfloat16"
+        result = cuda_host.run(cuda_host.build(f"ptx_{direction}"), *case.split(), ptx=ptx)
+        assert result.returncode == 0, f"{case}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+
+
 # float16 is what bfloat16 is but for the functions of device.h, which are compared one by one above.
 @pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
 @pytest.mark.parametrize("direction", PASSES)
