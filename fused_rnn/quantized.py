@@ -216,7 +216,7 @@ class QuantizedCell(_Quantized):
         _checks.check_state_memory((input, *(state for state in (h, c) if state is not None)), "input, hx")
 
         def as_layer(state: Tensor | None) -> Tensor | None:
-            return None if state is None else state.view(1, *(sizes or (1,)), -1)
+            return None if state is None else state.reshape(1, *(sizes or (1,)), -1)
 
         _, h, c = self._run(settings, input.reshape(1, *(sizes or (1,)), -1), as_layer(h), as_layer(c), None)
         assert h is not None and c is not None
@@ -229,9 +229,8 @@ def _original_attribute(name: str) -> property:
 
 
 # What programs read of a layer or cell.
-for (
-    _name
-) in "input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size mode nonlinearity".split():
+_OF_SIZES = ("input_size", "hidden_size", "num_layers", "proj_size", "bidirectional", "batch_first")
+for _name in (*_OF_SIZES, "bias", "dropout", "mode", "nonlinearity"):
     setattr(_Quantized, _name, _original_attribute(_name))
 
 
@@ -286,7 +285,7 @@ def quantize(
         dtype: ``torch.int8``, ``torch.bfloat16`` or ``torch.float16``.
         weights: the same by name, ``"int8"``, ``"bfloat16"`` or ``"float16"``, in place of ``dtype``.
         inplace: whether ``model`` itself is changed; otherwise a copy, which shares the tensors of modules that are
-            not quantized.
+            not quantized. A layer that is the model itself stays what it is, and another one is returned.
         return_report: return a :class:`fused_rnn.ConversionReport` as well.
 
     Returns:
@@ -311,12 +310,13 @@ def quantize(
     if not inplace:
         model = copy_sharing_tensors(model)
     report = ConversionReport()
-    made: dict[int, _Quantized | str] = {}
+    made: dict[int, _Quantized | str] = {}  # a module that stands in two places is one module afterwards, too
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             continue
-        result = made.setdefault(id(module), "") or _quantized(module, weight_dtype)
-        made[id(module)] = result
+        if id(module) not in made:
+            made[id(module)] = _quantized(module, weight_dtype)
+        result = made[id(module)]
         if isinstance(result, str):
             report.left_alone[name] = result
             _log.info("not quantized: %s: %s", name or "the model itself", result)

@@ -274,6 +274,8 @@ def test_cells(name: str, format: torch.dtype) -> None:
         wanted, found = flat(cell(x, given)), flat(small(x, given))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0.05)
+    apart = small(x.T.contiguous().T, tuple(s.T.contiguous().T for s in hx) if len(hx) == 2 else given.T.contiguous().T)
+    assert_same(flat(apart), found)
     alone = flat(small(x[1], tuple(s[1] for s in hx) if len(hx) == 2 else hx[0][1]))
     assert_same(alone, tuple(state[1] for state in found))
     stream = Stream(small, batch_size=3)
