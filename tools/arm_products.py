@@ -23,11 +23,14 @@ PREFIX = "aarch64-linux-gnu-"
 # product_tile<E, rows, vectors, panels, ...> of one instruction set, as the compiler writes its name.
 TILE = re.compile(r"isa_(?P<isa>\w+?)12product_tileI(?P<element>\w+?)Li(\d+)ELi(\d+)ELi(\d+)E(?!.*\.cold)")
 ELEMENTS = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16"}
+# float32 with weights that are stored in fewer bits (csrc/cpu/stored.h).
+ELEMENTS |= {"NS0_15BFloat16WeightsE": "bfloat16 weights", "NS0_14Float16WeightsE": "float16 weights"}
+ELEMENTS |= {"NS0_4Int8E": "int8", "NS0_10Int8ByDotsE": "int8, sdot"}
 INSTRUCTION = re.compile(r"\s*([0-9a-f]+):\t(\S+)\s*(.*)")
-MULTIPLICATIONS = {"fmla", "bfdot"}
+MULTIPLICATIONS = {"fmla", "bfdot", "sdot", "sadalp"}  # sadalp: sums what two others have multiplied
 # A vector register, or a pair of them, to or from what is addressed by the stack's or the frame's pointer.
 STACK = re.compile(r"\bq\d+.*\[(sp|x29)\b")
-K_OF_A_MULTIPLICATION = {"fmla": 1, "bfdot": 2}
+K_OF_A_MULTIPLICATION = {"fmla": 1, "bfdot": 2, "sdot": 4, "sadalp": 4}
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,11 @@ struct Simd {
   static FRNN_INLINE void store(A* p, V v) { store_bytes(p, v); }
 
   static FRNN_INLINE V load(const BFloat16* p) {
+#if defined(FRNN_NEON)
+    return (V)vshll_n_u16(load_bytes<uint16x4_t>(p), 16);
+#else
     return (V)(__builtin_convertvector(load_bytes<HalfLanes>(p), WordLanes) << 16);
+#endif
   }
   static FRNN_INLINE void store(BFloat16* p, V v) { store_bytes(p, to_bfloat16(v)); }
 

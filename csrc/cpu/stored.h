@@ -30,9 +30,9 @@ struct Int8 {
 };
 struct Int8ByDots {};  // vpdpbusd
 
-// NEON: GCC begins more than one column's conversion, or product, before the last one's end.
+// Registers that what turns a format into products takes (Operand::work).
 #if defined(FRNN_NEON)
-inline constexpr int work_of_bfloat16 = 5, work_of_float16 = 7, work_of_int8 = 17, work_of_dots = 5;
+inline constexpr int work_of_bfloat16 = 1, work_of_float16 = 1, work_of_int8 = 3, work_of_dots = 0;
 #elif FRNN_VECTOR_BYTES == 64
 inline constexpr int work_of_bfloat16 = 1, work_of_float16 = 0, work_of_int8 = 4, work_of_dots = 0;
 #elif FRNN_VECTOR_BYTES == 32
@@ -54,7 +54,14 @@ struct StoredOperand {
   static constexpr int work = registers;
   static FRNN_INLINE Columns columns(const W* b) { return Simd<float>::load(b); }
   static FRNN_INLINE Columns broadcast(const float* a) { return Simd<float>::splat(*a); }
-  static constexpr bool by_lanes = false;
+  static constexpr bool by_lanes = true;
+  static FRNN_INLINE Columns lanes(const float* a) { return Simd<float>::load(a); }
+#if defined(FRNN_NEON)
+  template <int lane>
+  static FRNN_INLINE V multiply_add_lane(V acc, Columns row, Columns b) {
+    return FRNN_ISA::multiply_add_lane<lane>(acc, row, b);
+  }
+#endif
   static FRNN_INLINE V multiply_add(V acc, Columns a, Columns b) { return acc + a * b; }
 };
 template <>
