@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -25,21 +24,10 @@ pytestmark = pytest.mark.kernels
 ONCE = runner.Plan(min_rounds=1, max_rounds=1, seconds=0.1, precision=1.0, sample_seconds=1e-4)
 
 
-@pytest.fixture
-def quantizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were int8: its numbers are those of float32."""
-    monkeypatch.setattr(fused_rnn, "quantize", lambda module, dtype: copy.deepcopy(module), raising=False)
-
-
-@pytest.fixture
-def quantizes_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(fused_rnn, "quantize", raising=False)
-
-
 # Contests
 
 
-def test_every_contest_has_a_name_of_its_own_and_a_group(quantizes: None) -> None:
+def test_every_contest_has_a_name_of_its_own_and_a_group() -> None:
     found = serving_cases.contests()
     names = [contest.name for contest in found]
     assert len(set(names)) == len(names)
@@ -53,12 +41,6 @@ def test_contests_are_chosen_by_name_and_cell() -> None:
     assert [contest.name for contest in chosen] == [f"gru step B1 H{size}" for size in (8, 32, 64, 128, 256)]
     quick = serving_cases.select(quick=True)
     assert 0 < len(quick) < 15 and all(contest.quick for contest in quick)
-
-
-def test_int8_takes_part_where_it_is_there(quantizes_not: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not [contest for contest in serving_cases.contests() if contest.group == "int8"]
-    monkeypatch.setattr(fused_rnn, "quantize", lambda module, dtype: module, raising=False)
-    assert len([contest for contest in serving_cases.contests() if contest.group == "int8"]) == 30
 
 
 def rivals_of(field: Field) -> list[str]:
@@ -85,10 +67,10 @@ def test_a_pool_has_the_numbers_of_a_loop_of_streams(cell: str) -> None:
 
 @pytest.mark.parametrize("shape", [Shape("int8", 1, 1, 24, 16), Shape("int8", 3, 7, 12, 16)], ids=lambda s: s.name)
 @pytest.mark.parametrize("cell", cases.CELLS)
-def test_int8_is_measured_beside_onnx_runtime_and_our_float32(cell: str, shape: Shape, quantizes: None) -> None:
+def test_int8_is_measured_beside_onnx_runtime_and_our_float32(cell: str, shape: Shape) -> None:
     contest = Contest("int8", "int8", cell, {}, lambda: serving_cases.int8_field(cell, shape))
     outcome = serving.measure(contest, ONCE)
-    assert outcome.passed and outcome.errors["fused"] < 1e-5
+    assert outcome.passed and 1e-4 < outcome.errors["fused"] < 0.1
     theirs = ["ONNX Runtime int8"] if cell == "lstm" and peers.ONNX_RUNTIME_INT8.available() else []
     assert outcome.rivals == ["fused layer", "fused float32", *theirs]
     if theirs:  # it is int8, and no more wrong than that
@@ -240,7 +222,7 @@ def verdicts_at(ratio: float) -> list[bars.Verdict]:
     return bars.evaluate(whole_result(ratio, serving_cases.contests()), bars.SERVING)
 
 
-def test_every_bar_of_serving_finds_its_cases_in_a_whole_result(quantizes: None) -> None:
+def test_every_bar_of_serving_finds_its_cases_in_a_whole_result() -> None:
     verdicts = verdicts_at(4.1)
     assert [verdict.bar.name for verdict in verdicts if not verdict.met] == []
     counts = {verdict.bar.name: verdict.count for verdict in verdicts}
@@ -256,7 +238,7 @@ def test_every_bar_of_serving_finds_its_cases_in_a_whole_result(quantizes: None)
     assert {verdict.threads for verdict in verdicts if verdict.bar.table == "cases"} == {2, 1}
 
 
-def test_bars_of_serving_that_are_missed_are_said_to_be(quantizes: None) -> None:
+def test_bars_of_serving_that_are_missed_are_said_to_be() -> None:
     assert not any(verdict.met for verdict in verdicts_at(0.9))
     section = report.bars_section(verdicts_at(1.3), "Bars of serving")
     rows = {(row[0], row[1]): row for row in section.rows[1:]}
@@ -285,20 +267,21 @@ def test_a_bar_is_judged_by_the_fastest_of_the_peers_and_by_the_worst_case() -> 
     assert (verdict.measured, verdict.worst, verdict.met) == (None, "gru step B1 H64", False)
 
 
-def test_without_int8_its_bars_are_not_met(quantizes_not: None) -> None:
-    of_int8 = [verdict for verdict in verdicts_at(9.0) if verdict.bar.name.startswith("int8")]
+def test_without_int8_its_bars_are_not_met() -> None:
+    result = whole_result(9.0, [contest for contest in serving_cases.contests() if contest.group != "int8"])
+    of_int8 = [v for v in bars.evaluate(result, bars.SERVING) if v.bar.name.startswith("int8")]
     assert [(verdict.met, verdict.measured, verdict.count) for verdict in of_int8] == [(False, None, 0)] * 3
     section = report.bars_section(of_int8)
     assert all(row[3] == "not measured" and row[5] == "NO" for row in section.rows[1:])
 
 
-def test_without_any_case_each_bar_is_said_to_be_unmeasured(quantizes: None) -> None:
+def test_without_any_case_each_bar_is_said_to_be_unmeasured() -> None:
     verdicts = bars.evaluate(whole_result(9.0, serving_cases.contests()) | {"cases": []}, bars.SERVING)
     assert len(verdicts) == len(bars.SERVING) == 7
     assert [verdict.measured for verdict in verdicts if verdict.bar.table == "cases"] == [None, None]
 
 
-def test_other_bars_do_not_look_at_cases_of_serving(quantizes: None) -> None:
+def test_other_bars_do_not_look_at_cases_of_serving() -> None:
     others = bars.evaluate(whole_result(9.0, serving_cases.contests()))
     assert all(verdict.count == 0 for verdict in others)
 

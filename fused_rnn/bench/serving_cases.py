@@ -1,6 +1,6 @@
 """What is measured of serving: contests, and who takes part in each.
 
-A contestant whose library is not there is left out. There is int8 where there is `fused_rnn.quantize`.
+A contestant whose library is not there is left out.
 """
 
 from __future__ import annotations
@@ -70,20 +70,19 @@ def contests() -> list[Contest]:
         )
         for cell, size in itertools.product(CELLS, STEP_SIZES)
     ]
-    if hasattr(fused_rnn, "quantize"):
-        shapes = [("lstm", sizes) for sizes in dict.fromkeys(INT8_TABLE + INT8_GRID)]
-        shapes += [(cell, sizes) for cell in ("gru", "rnn") for sizes in INT8_OWN]
-        found += [
-            Contest(
-                "int8",
-                f"{cell} int8 {Shape('int8', B, T, inputs, H).name}",
-                cell,
-                {"B": B, "T": T, "I": inputs, "H": H},
-                functools.partial(int8_field, cell, Shape("int8", B, T, inputs, H)),
-                quick=(T, H) in ((1, 512), (30, 128)),
-            )
-            for cell, (T, B, inputs, H) in shapes
-        ]
+    shapes = [("lstm", sizes) for sizes in dict.fromkeys(INT8_TABLE + INT8_GRID)]
+    shapes += [(cell, sizes) for cell in ("gru", "rnn") for sizes in INT8_OWN]
+    found += [
+        Contest(
+            "int8",
+            f"{cell} int8 {Shape('int8', B, T, inputs, H).name}",
+            cell,
+            {"B": B, "T": T, "I": inputs, "H": H},
+            functools.partial(int8_field, cell, Shape("int8", B, T, inputs, H)),
+            quick=(T, H) in ((1, 512), (30, 128)),
+        )
+        for cell, (T, B, inputs, H) in shapes
+    ]
     if silero() is not None:
         sizes = {"B": 1, "I": 128, "H": 128}
         name = "lstm voice activity, a chunk of 32 ms"
@@ -160,7 +159,7 @@ def int8_field(cell: str, shape: Shape) -> Field:
     """A call of T steps in int8, ours on a `Stream`, beside ONNX Runtime's int8, and our own float32."""
     case = Case(shape, cell, "inference", "float32")
     problem = Problem(case)
-    quantized = vars(fused_rnn)["quantize"](problem.module, dtype=torch.int8)
+    quantized = fused_rnn.quantize(problem.module)
     x = problem.inputs[0]
     output = problem.module(x)[0]
     contestants = [
