@@ -575,14 +575,18 @@ def test_descriptions_are_written_as_long_as_a_program_has_them(c: Library, tmp_
     at = (ctypes.addressof(held) + 7) // 8 * 8
     ctypes.memmove(at, file, len(file))
     own, layer_size = ctypes.sizeof(Description), ctypes.sizeof(Layer)
-    longer, layers = ctypes.create_string_buffer(b"\xff" * (own + 24)), (ctypes.c_uint64 * 24)(*[7] * 24)
+    n = layer_size // 8 + 1  # words of a longer record
+    longer, layers = (
+        ctypes.create_string_buffer(b"\xff" * (own + 24)),
+        (ctypes.c_uint64 * (2 * n + 1))(*[7] * (2 * n + 1)),
+    )
     description = Description.from_buffer(longer)
     description.struct_size, description.layer_size = own + 16, layer_size + 8
     given = ctypes.c_void_p(at), ctypes.c_size_t(len(file)), layers, ctypes.c_int64(2)
     c.call("describe_file", *given, longer)
     assert (description.struct_size, description.layer_size, description.num_layers) == (own + 16, layer_size + 8, 2)
     assert longer.raw[own : own + 24] == bytes(16) + b"\xff" * 8
-    assert layers[0] and layers[10] == 0 and layers[11] and layers[21] == 0 and layers[22] == 7
+    assert layers[0] and layers[n - 1] == 0 and layers[n] and layers[2 * n - 1] == 0 and layers[2 * n] == 7
     size, weights = ctypes.c_size_t(), ctypes.c_void_p()
     c.call("weights_memory_size", longer, ctypes.byref(size))
     c.call("weights_create", longer, None, ctypes.c_size_t(0), ctypes.byref(weights))

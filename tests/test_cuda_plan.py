@@ -195,7 +195,8 @@ def test_layers_that_run_one_by_one_say_why(case: dict[str, Any], reason: str) -
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_explanation_of_a_stack_names_its_wavefronts(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cuda_plan(*arguments: Any) -> dict[str, Any]:
+    def cuda_plan(*arguments: Any, options: bool = False) -> dict[str, Any]:
+        assert not options
         kind, T, B, input_size, hidden_size, state_size, directions, dtype, backward, _, *layers = arguments
         d = fields_of("H200")
         sizes = (kind, T, B, input_size, hidden_size, state_size, directions, dtype, backward)

@@ -93,9 +93,9 @@ class Memory:
 
 def _plan_of_h200(
     kind: int, T: int, B: int, input_size: int, hidden_size: int, state_size: int, directions: int, dtype: int,
-    backward: bool, device: int, layers: int = 1,
+    backward: bool, device: int, layers: int = 1, options: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    assert device == 0
+    assert device == 0 and not options
     return _C.cuda_plan_for(
         kind, T, B, input_size, hidden_size, state_size, directions, dtype, backward, H200,
         torch.backends.cudnn.allow_tf32, layers,
