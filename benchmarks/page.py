@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def kept_results() -> list[Path]:
     """Return the results of layers in benchmarks/results. (Those of other kinds are tables in the docs.)"""
-    others = ("programs-", "options-", "serving-")
+    others = ("programs-", "options-", "serving-", "quantization-")
     return sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith(others))
 
 

@@ -4,6 +4,7 @@
 #include "stream_bindings.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -126,6 +127,55 @@ class InUse {
   StackStates& states_;
 };
 
+// Whether it is a plain tensor of so many dimensions, of the states' dtype, on the CPU, whose features stand side by
+// side and want no gradient.
+bool is_usual(const Tensor& t, const Held& held, int64_t dimensions, int64_t columns) {
+  const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
+  // Nothing that PyTorch sees calls by: transforms, lazy negation, tensors without memory.
+  constexpr c10::DispatchKeySet usual =
+      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView}) |
+      c10::autocast_dispatch_keyset;
+  if ((impl->key_set().raw_repr() & ~usual.raw_repr()) != 0 || impl->dim() != dimensions || !t.has_storage())
+    return false;
+  if (t.scalar_type() != held.dtype || t.size(-1) != columns) return false;
+  if (impl->autograd_meta() && ((t.requires_grad() && at::GradMode::is_enabled()) || t._fw_grad(0).defined()))
+    return false;
+  return columns == 1 || t.stride(-1) == 1;
+}
+
+// Where its first element stands, if `elements` from there on are in its memory; else null.
+char* memory_of(const Tensor& t, const Held& held, int64_t elements) {
+  const c10::Storage& storage = t.unsafeGetTensorImpl()->unsafe_storage();
+  if (size_t(t.storage_offset() + elements) * held.bytes > storage.nbytes()) return nullptr;
+  return static_cast<char*>(storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get()) +
+         size_t(t.storage_offset()) * held.bytes;
+}
+
+// The steps (T, slots, columns) of a tensor of the usual kind.
+struct UsualSteps {
+  char* data = nullptr;
+  int64_t steps = 0, time_stride = 0, batch_stride = 0, elements = 0;
+
+  bool read(PyObject* object, const Held& held, int64_t columns, bool writable) {
+    if (!THPVariable_CheckExact(object)) return false;
+    const Tensor& t = THPVariable_Unpack(object);
+    if (!is_usual(t, held, 3, columns) || t.size(1) != held.slots) return false;
+    steps = t.size(0);
+    time_stride = t.stride(0);
+    batch_stride = t.stride(1);
+    if (steps < 1 || time_stride < 0 || batch_stride < 0) return false;
+    if (writable && ((held.slots > 1 && batch_stride < columns) || (steps > 1 && time_stride < held.slots * columns)))
+      return false;
+    elements = (steps - 1) * time_stride + (held.slots - 1) * batch_stride + columns;
+    data = memory_of(t, held, elements);
+    return data != nullptr;
+  }
+
+  bool overlaps(const UsualSteps& other, size_t bytes) const {
+    return data < other.data + other.elements * int64_t(bytes) && other.data < data + elements * int64_t(bytes);
+  }
+};
+
 // A matrix of rows as a caller gave it: a tensor, or an object with a buffer.
 struct Matrix {
   void* data = nullptr;
@@ -162,24 +212,12 @@ struct Matrix {
   }
 
   bool read_tensor(const Tensor& t, const Held& held, int64_t columns, bool writable) {
-    const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
-    // Nothing that PyTorch sees calls by: transforms, lazy negation, tensors without memory.
-    constexpr c10::DispatchKeySet usual =
-        c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView}) |
-        c10::autocast_dispatch_keyset;
-    if ((impl->key_set().raw_repr() & ~usual.raw_repr()) != 0 || impl->dim() != 2 || !t.has_storage()) return false;
-    if (t.scalar_type() != held.dtype || t.size(1) != columns) return false;
-    if (impl->autograd_meta() && ((t.requires_grad() && at::GradMode::is_enabled()) || t._fw_grad(0).defined()))
-      return false;
+    if (!is_usual(t, held, 2, columns)) return false;
     rows = t.size(0);
     stride = t.stride(0);
-    if (columns > 1 && t.stride(1) != 1) return false;
-    const int64_t last = t.storage_offset() + (rows - 1) * stride + columns;
-    if (rows < 1 || stride < 0 || size_t(last) * held.bytes > impl->unsafe_storage().nbytes()) return false;
-    if (writable && rows > 1 && stride < columns) return false;
-    data = static_cast<char*>(impl->unsafe_storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get()) +
-           size_t(t.storage_offset()) * held.bytes;
-    return true;
+    if (rows < 1 || stride < 0 || (writable && rows > 1 && stride < columns)) return false;
+    data = memory_of(t, held, (rows - 1) * stride + columns);
+    return data != nullptr;
   }
 
   bool read_array(PyObject* object, const Held& held, int64_t columns, bool writable) {
@@ -410,6 +448,37 @@ PyObject* run(PyObject* self, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
+// _usual_chunk(x, out): steps of all rows, of tensors as most programs have them; None for any other call, and for one
+// that is not valid.
+PyObject* usual_chunk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 2, "_usual_chunk: expected 2 arguments, got ", count);
+  Held& held = held_of(self);
+  UsualSteps from, to;
+  if (!from.read(args[0], held, held.I, false)) Py_RETURN_NONE;
+  Tensor made;
+  PyObject* result = args[1];
+  if (result == Py_None) {
+    made = Tensor(at::detail::empty_cpu({from.steps, held.slots, held.P}, held.dtype));
+    to.data = static_cast<char*>(made.mutable_data_ptr());
+    to.time_stride = held.slots * held.P;
+    to.batch_stride = held.P;
+  } else if (!to.read(result, held, held.P, true) || to.steps != from.steps || to.overlaps(from, held.bytes)) {
+    Py_RETURN_NONE;
+  }
+  StreamRows call;
+  call.steps = from.steps;
+  call.rows = held.slots;
+  call.x = {from.data, from.time_stride, from.batch_stride};
+  call.y = {to.data, to.time_stride, to.batch_stride};
+  {
+    const InUse in_use(*held.states);
+    compute(held, call);
+  }
+  return made.defined() ? THPVariable_Wrap(made) : Py_NewRef(result);
+  END_HANDLE_TH_ERRORS
+}
+
 // Those of all slots for None, else of these.
 std::vector<int64_t> slots_of(const Held& held, py::handle object) {
   std::vector<int64_t> slots;
@@ -551,6 +620,7 @@ PyObject* make_type(const char* name, const char* description) {
       {"_step", as_method(&step<pool, true>), METH_FASTCALL | METH_KEYWORDS, "step() without _long_step() behind it."},
       {"_open", &open_states, METH_VARARGS, "Packed weights, states of zeros, and what step() returns."},
       {"_run", &run, METH_VARARGS, "Steps of all rows."},
+      {"_usual_chunk", as_method(&usual_chunk), METH_FASTCALL, "Steps of all rows, of the usual tensors; or None."},
       {"_states", &states, METH_VARARGS, "Copies of the states."},
       {"_set_states", &set_states, METH_VARARGS, "Their inverse."},
       {"_set_open", &set_open, METH_VARARGS, "Whether a slot of a pool may be used."},

@@ -159,6 +159,7 @@ class _Streams:
     _set_states: Callable[..., None]
     _step: Callable[..., Any]
     _run: Callable[..., None]
+    _usual_chunk: Callable[[Any, Any], Any]
     _set_open: Callable[..., None]
 
     def _start(self, module: Any, slots: int, dtype: torch.dtype | None, is_open: Sequence[bool]) -> None:
@@ -377,6 +378,10 @@ class Stream(_Streams, StreamBase):
         Raises:
             As :meth:`step`.
         """
+        if lengths is None:
+            result = self._usual_chunk(x, out)
+            if result is not None:
+                return result
         steps = self._read("x", x, (None, self.batch_size, self.input_size))
         T, shape = steps.shape[0], (steps.shape[0], self.batch_size, self.output_size)
         if lengths is not None:
