@@ -900,5 +900,9 @@ def check_quantized_kernels(reason: str | None) -> None:
         raise RuntimeError(f"quantized layers need the compiled kernels: {reason}")
 
 
+def wrong_int8(name: str) -> str:
+    return f"{name}: expected int8 values from -127 to 127, got -128"
+
+
 def wrong_stored_dtype(name: str, expected: torch.dtype, found: torch.dtype) -> str:
     return f"{name}: expected {expected}, or torch.float32 without scales beside it, got {found}"

@@ -77,7 +77,12 @@ class _Quantized(nn.Module):
         """Weights of the module that this was made of are quantized as they are loaded."""
         for name in self._names:
             given = state_dict.get(prefix + name)
-            if not _is_matrix(name) or not isinstance(given, Tensor) or given.dtype is self.weight_dtype:
+            if not _is_matrix(name) or not isinstance(given, Tensor):
+                continue
+            if given.dtype is self.weight_dtype:
+                # two products with it do not fit the 16 bits in which some processors sum them
+                if given.dtype is torch.int8 and (given == -128).any():
+                    arguments[-1].append(_checks.wrong_int8(prefix + name))
                 continue
             if given.dtype is not torch.float32 or prefix + name + _SCALE in state_dict:
                 arguments[-1].append(_checks.wrong_stored_dtype(prefix + name, self.weight_dtype, given.dtype))

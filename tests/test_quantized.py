@@ -375,6 +375,8 @@ def test_a_state_dict_of_other_dtypes_is_refused() -> None:
         small.load_state_dict(wide.double().state_dict())
     with pytest.raises(RuntimeError, match="weight_hh_l0: expected torch.int8"):
         small.load_state_dict(small.state_dict() | {"weight_hh_l0": torch.zeros(16, 4)})
+    with pytest.raises(RuntimeError, match="weight_hh_l0: expected int8 values from -127 to 127, got -128"):
+        small.load_state_dict(small.state_dict() | {"weight_hh_l0": torch.full((16, 4), -128, dtype=torch.int8)})
     with pytest.raises(RuntimeError, match="size mismatch"):
         small.load_state_dict(fused_rnn.LSTM(3, 5).state_dict())
 
