@@ -267,6 +267,7 @@ def test_a_saved_quantized_layer_says_what_its_stream_says(
         (lambda tensors, metadata: metadata.update(matrices="int4"), "file_metadata"),
         (lambda tensors, metadata: metadata.pop("matrices"), "file_metadata"),
         (lambda tensors, metadata: metadata.update(dtype="bfloat16"), "matrix_format"),
+        (lambda tensors, metadata: tensors["weight_hh_l1"].view(-1)[-1:].fill_(-128), "int8_range"),
     ],
 )
 def test_files_of_quantized_layers_that_are_wrong(change: Any, error: str, c: Library, tmp_path: Path) -> None:
@@ -1183,7 +1184,7 @@ def test_code_of_the_page_runs(library: Path, tmp_path: Path, monkeypatch: pytes
 NEEDED = {
     *("aligned_alloc", "free", "malloc", "madvise", "getenv", "syscall"),
     *("fopen", "fread", "fclose", "fileno", "fstat"),
-    *("memcpy", "memcmp", "memset", "memmove", "strlen", "strcmp", "bcmp", "__stack_chk_fail"),
+    *("memchr", "memcpy", "memcmp", "memset", "memmove", "strlen", "strcmp", "bcmp", "__stack_chk_fail"),
     *("__cpu_model", "__cpu_features2", "_GLOBAL_OFFSET_TABLE_"),
 }
 

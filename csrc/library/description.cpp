@@ -102,6 +102,10 @@ int read_description(const fused_rnn_description* given, fused_rnn_description& 
   return FUSED_RNN_OK;
 }
 
+static bool has_lowest(const void* weights, int64_t count) {
+  return std::memchr(weights, 0x80, size_t(count)) != nullptr;
+}
+
 int read_layers(const fused_rnn_description& d, fused_rnn_layer* layers) {
   if (!d.layers) return FUSED_RNN_ERROR_LAYERS_NULL;
   if (reinterpret_cast<uintptr_t>(d.layers) % alignof(fused_rnn_layer) != 0) return FUSED_RNN_ERROR_ALIGNMENT;
@@ -138,6 +142,12 @@ int read_layers(const fused_rnn_description& d, fused_rnn_layer* layers) {
     for (const void* p : {w.scale_ih, w.scale_hh, w.scale_hr}) {
       if (reinterpret_cast<uintptr_t>(p) % alignof(float) != 0) return FUSED_RNN_ERROR_SCALES;
     }
+    if (!scaled) continue;
+    // Two products with -128 do not fit the 16 bits in which some processors sum them.
+    const int64_t H = d.hidden_size, P = state_size_of(d), rows = gates_of(d.cell) * H;
+    if (has_lowest(w.weight_ih, rows * (l == 0 ? d.input_size : P)) ||
+        has_lowest(w.weight_hh, rows * P / heads_of(d)) || (w.weight_hr && has_lowest(w.weight_hr, P * H)))
+      return FUSED_RNN_ERROR_INT8_RANGE;
   }
   return FUSED_RNN_OK;
 }

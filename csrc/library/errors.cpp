@@ -44,6 +44,7 @@ const char* fused_rnn_error_text(int error) {
     case FUSED_RNN_ERROR_MATRIX_FORMAT:
       return "matrix_format: expected 0, or with float32 FUSED_RNN_MATRIX_INT8, ..._BFLOAT16 or ..._FLOAT16 and, for "
              "int8, at most 65536 features";
+    case FUSED_RNN_ERROR_INT8_RANGE: return "int8 range: expected weights from -127 to 127, got -128";
     case FUSED_RNN_ERROR_SCALES:
       return "scales: expected scale_ih, scale_hh and, with a projection, scale_hr of int8 matrices, aligned, and none "
              "of others";
