@@ -30,6 +30,12 @@ Tensor draw_bits(const Tensor& seed, int64_t entries, int64_t rows, int64_t unit
   return bits;
 }
 
+// Whether there are these bytes, and all of them are zero.
+bool is_zeros(const void* data, size_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  return p && (bytes == 0 || (p[0] == 0 && std::memcmp(p, p + 1, bytes - 1) == 0));
+}
+
 struct Cpu {
   static constexpr bool one_matrix = false;
   static constexpr bool adds_into_grad_x = true;
@@ -52,7 +58,12 @@ struct Cpu {
       at::parallel_for(0, bytes, bytes_of_a_thread, run);
     }
   }
-  void forward(const LayerForward& layer) {
+  void forward(LayerForward layer) {
+    // Zeros that a caller made are those that stand for no state: their product with w_hh is not computed.
+    const size_t state = size_t(layer.steps.B * layer.sizes.state_size * stored_bytes(layer.sizes.dtype));
+    for (int d = 0; d < layer.sizes.num_directions; ++d) {
+      if (is_zeros(layer.direction[d].h0, state)) layer.direction[d].h0 = nullptr;
+    }
     const CustomKernels* custom = custom_of(layer.sizes);
     run_layer(layer, custom ? custom->forward : kernels().forward, false);
   }

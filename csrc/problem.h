@@ -45,6 +45,7 @@ struct Within {
 };
 
 enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+constexpr int stored_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // In what the matrices of a float32 layer are stored, where streams run it (stream/).
 enum class WeightFormat : int32_t { same = 0, int8 = 1, bfloat16 = 2, float16 = 3 };
@@ -159,6 +160,9 @@ struct LayerForward {
   // beside x.
   const KnownSteps* known = nullptr;
   const void* more_of_sums[2] = {};  // of each direction, (N, gates * H): added to the recurrent products, or null
+
+  // Whether h is zeros before the first step of a direction, in all rows.
+  bool begins_at_zero(int d) const { return !direction[d].h0 && !(steps.reset && direction[d].extras.reset_h); }
 };
 
 // One direction of one layer, backward. A null gradient is one that nobody needs.

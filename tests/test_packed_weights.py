@@ -23,9 +23,9 @@ from fused_rnn import packed_weights
 pytestmark = pytest.mark.kernels
 
 SECONDS = 60
-# Enough rows to be packed, enough weights to be kept: 4 * 96 * (40 + 96) * 4 bytes are 204 KiB, and twice that for two
-# directions.
-CASE = Case(input_size=40, hidden_size=96, steps=5, bidirectional=True)
+# Enough rows for both matrices to be packed, enough weights to be kept: 4 * 96 * (40 + 96) * 4 bytes are 204 KiB, and
+# twice that for two directions.
+CASE = Case(input_size=40, hidden_size=96, batch=60, steps=5, bidirectional=True)
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +71,24 @@ def test_kept_weights_give_the_bits_of_packed_ones(cell: str, dtype: torch.dtype
     expected = fresh(module, sequence)
     kept(module, sequence)
     assert_same(outputs(module, sequence), expected)
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_of_few_rows_the_recurrent_weights_alone_are_kept(cell: str, dtype: torch.dtype, isa: str) -> None:
+    """The others are read where they stand."""
+    case = CASE.replace(cell=cell, dtype=dtype, input_size=200, hidden_size=300, batch=5)
+    module, sequence = module_and_input(case)
+    expected = fresh(module, sequence)
+    kept(module, sequence)
+    assert_same(outputs(module, sequence), expected)
+    matrix = module.weight_hh_l0
+    one = matrix.numel() * (8 if dtype == torch.float64 else 4)
+    assert 2 * one <= packed_weights.held() < 2.5 * one
+    with torch.no_grad():
+        module.weight_ih_l0.data[3, 5] += 1
+    assert_same(outputs(module, sequence), fresh(module, sequence))
 
 
 def test_a_projection_is_kept_too() -> None:

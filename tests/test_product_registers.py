@@ -17,8 +17,13 @@ import pytest
 
 pytestmark = pytest.mark.kernels
 
-# product_tile<E, rows, vectors, panels, ...> of one instruction set, as the compiler writes its name.
-TILE = re.compile(r"isa_(?P<isa>\w+?)12product_tileI(?P<element>\w+?)Li(\d+)ELi(\d+)ELi(\d+)E(?!.*\.cold)")
+# product_tile<E, rows, vectors, panels, ...> and dots<E, rows, fetch, S> of one instruction set, as the compiler writes
+# their names.
+PRODUCT = re.compile(
+    r"isa_(?P<isa>\w+?)(?:12product_tileI(?P<element>\w+?)Li(?P<rows>\d+)ELi(?P<vectors>\d+)ELi(?P<panels>\d+)E"
+    r"|4dotsI(?P<element_of_dots>\w+?)Li(?P<rows_of_dots>\d+)ELb[01]E)(?!.*\.cold)"
+)
+LEAST_DOTS = 8  # that are summed at once
 INSTRUCTION = re.compile(r"\s*([0-9a-f]+):\t(?:\{vex\} )?(\S+)\s*(.*)")
 MULTIPLICATION = re.compile(r"v?mulp[sd]|vfn?m(add|sub)\d+p[sd]|vdpbf16ps|vpdpbusd|v?pmaddwd")
 
@@ -31,14 +36,14 @@ class Instruction:
 
 
 def functions(library: str) -> Iterator[tuple[re.Match[str], list[Instruction]]]:
-    """The tiles of a library."""
+    """The functions of a library that multiply."""
     command = ["objdump", "--disassemble", "--no-show-raw-insn", library]
     listing = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     for block in listing.split("\n\n"):
         title, _, body = block.strip().partition("\n")
-        if tile := TILE.search(title):
+        if product := PRODUCT.search(title):
             found = (INSTRUCTION.match(line) for line in body.splitlines())
-            yield tile, [Instruction(int(i[1], 16), i[2], i[3]) for i in found if i]
+            yield product, [Instruction(int(i[1], 16), i[2], i[3]) for i in found if i]
 
 
 def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
@@ -72,22 +77,31 @@ def test_no_loop_over_k_keeps_sums_on_the_stack() -> None:
     build = _C.build_info()
     if "-O3" not in build["flags"]:
         pytest.skip("the kernels are built with sanitizers, not for speed")
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     spills = {}
-    for tile, code in functions(_C.__file__):
-        element, rows, vectors, panels = tile["element"], *map(int, tile.groups()[2:])
-        if tile["isa"] == "portable" and "Float16Weights" in element:
+    for product, code in functions(_C.__file__):
+        isa = product["isa"]
+        if product["element"]:
+            kind, element = "tile", product["element"]
+            rows, vectors, panels = (int(product[name]) for name in ("rows", "vectors", "panels"))
+            sums, size = rows * vectors * panels, f"{rows} rows, {vectors} vectors of {panels} panels"
+        else:
+            kind, element = "dots", product["element_of_dots"]
+            sums, size = LEAST_DOTS, f"{product['rows_of_dots']} rows"
+        if isa == "portable" and "Float16Weights" in element:
             continue  # converted without an instruction for it, by constants that find no room beside the sums
-        sums = rows * vectors * panels
         loops = [loop for loop in innermost_loops(code) if sum(map(is_multiplication, loop)) >= sums]
-        assert loops, f"{tile[0]}: no loop in which every sum is multiplied for"
-        seen.add(tile["isa"])
+        assert loops, f"{product[0]}: no loop in which every sum is multiplied for"
+        if kind == "dots":
+            loops = [min(loops, key=len)]  # over whole vectors; the others are ways out of it and back
+        seen.add((isa, kind))
         for loop in loops:
             if used := uses_of_stack(code, loop):
-                spills[f"{tile['isa']}, {element}: {rows} rows, {vectors} vectors of {panels} panels"] = used
+                spills[f"{isa}, {kind} of {element}: {size}"] = used
     if not seen:
         pytest.skip("the library has no names of functions: it is stripped")
-    assert seen >= {"portable", "avx2", "avx512"} & set(build["isa_compiled"])
+    compiled = {"portable", "avx2", "avx512"} & set(build["isa_compiled"])
+    assert seen >= {(isa, kind) for isa in compiled for kind in ("tile", "dots")}
     assert not spills
 
 

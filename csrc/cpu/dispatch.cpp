@@ -177,6 +177,15 @@ const KernelTable& kernels() {
   return *t;
 }
 
+bool follows_streams() {
+#if defined(__x86_64__)
+  static const bool known = __builtin_cpu_is("amd");
+  return known;
+#else
+  return false;
+#endif
+}
+
 bool multiplies_bytes(const char* isa) {
   if (!byte_products_allowed.load(std::memory_order_relaxed)) return false;
 #if defined(__x86_64__)

@@ -204,7 +204,10 @@ class ForwardPass {
       if (n > own_rows_) own_rows_ = n;
     }
     const int64_t all = layer_.steps.total_rows();
-    packs_ = !reads_weights_in_place(layer_.sizes, layer_.steps);
+    for (int d = 0; d < D_; ++d) begins_at_zero_[d] = layer_.begins_at_zero(d);
+    packs_input_ = !reads_input_weights_in_place(layer_.sizes, layer_.steps);
+    packs_state_ = !reads_weights_in_place(layer_.sizes, layer_.steps);
+    few_inputs_ = all < least_rows_in_lanes<A>;
     const int64_t weight_bytes = panels_ * panel_columns * (I_ + K_) * int64_t(sizeof(E));
     const int64_t chunk_bytes =
         weight_bytes > large_weight_bytes ? large_projection_chunk_bytes : projection_chunk_bytes;
@@ -216,10 +219,10 @@ class ForwardPass {
     output_past_caches_ = all * D_ * P_ * int64_t(sizeof(S)) > past_caches_bytes &&
                           (y.time_stride | y.batch_stride | P_) % width == 0 &&
                           reinterpret_cast<uintptr_t>(y.data) % FRNN_VECTOR_BYTES == 0;
-    chunk_rows_ = wanted < own_rows_ ? own_rows_ : wanted < all && packs_ ? wanted : all;
+    chunk_rows_ = wanted < own_rows_ ? own_rows_ : wanted < all && packs_input_ ? wanted : all;
 
     const bool brief = T_ <= most_kept_steps && all <= most_kept_rows;
-    if (!packs_ || !layer_.inference || !brief || kept_bytes() < least_kept_bytes) return launch();
+    if (!packs_state_ || !layer_.inference || !brief || kept_bytes() < least_kept_bytes) return launch();
     Layout weights;
     lay_out_weights(weights);
     PackedCopy copy(packed_key(), weights.used(), size_t(all_blocks() * fingerprint_sums));
@@ -280,11 +283,14 @@ class ForwardPass {
 
   static constexpr int64_t panels_together = panels_at_once<NV>(1);
 
+  // How rows meet a weight: packed, or where it stands (in_place.h).
+  enum class From { packed, dots, lanes };
+
   void lay_out_weights(Layout& layout) {
     for (int d = 0; d < D_; ++d) {
       DirectionScratch& s = direction_[d];
-      s.w_ih = layout.take<E>(packs_ ? panels_ * padded_depth<E>(I_) * panel_columns : 0);
-      s.w_hh = layout.take<E>(packs_ ? panels_ * padded_depth<E>(K_) * panel_columns : 0);
+      s.w_ih = layout.take<E>(packs_input_ ? panels_ * padded_depth<E>(I_) * panel_columns : 0);
+      s.w_hh = layout.take<E>(packs_state_ && multiplies_state(d) ? panels_ * padded_depth<E>(K_) * panel_columns : 0);
       s.w_hr = layout.take<E>(projects_ ? int64_t(ColumnPanels<E>::elements(H_, P_)) : 0);
     }
   }
@@ -315,7 +321,7 @@ class ForwardPass {
       t.state_sums = layout.take<A>(projects_ ? own_rows_ * ColumnPanels<E>::padded_columns(P_) : 0);
       t.x = layout.take<E>(converts_x ? chunk_rows_ * x_stride() : 0);
       lay_out_lanes(layout, t.lanes);
-      const bool as_it_goes = !packs_ && packs_as_it_goes<E> && chunk_rows_ >= least_rows_in_lanes<A>;
+      const bool as_it_goes = reads_in_place() && packs_as_it_goes<E> && !few_inputs_;
       t.panel = layout.take<E>(as_it_goes ? padded_depth<E>(I_ > P_ ? I_ : P_) * panel_columns : 0);
       t.x_rows = layout.take<const E*>(chunk_rows_);
       for (const E**& rows : t.state_rows) rows = layout.take<const E*>(heads_ * own_rows_);
@@ -326,7 +332,7 @@ class ForwardPass {
 
   void lay_out_lanes(Layout& layout, LaneScratch<A>& lanes) {
     const int64_t longest = I_ > P_ ? I_ : P_;
-    const bool needed = !packs_ && chunk_rows_ >= least_rows_in_lanes<A> && !packs_as_it_goes<E>;
+    const bool needed = reads_in_place() && !few_inputs_ && !packs_as_it_goes<E>;
     lanes.rows = layout.take<A>(needed ? LaneScratch<A>::row_elements(chunk_rows_, longest) : 0);
     lanes.weights = layout.take<A>(needed && sizeof(S) != sizeof(A) ? width * (round_up(longest, width) + 16) : 0);
     lanes.sums = layout.take<A>(needed ? LaneScratch<A>::sum_elements(chunk_rows_) : 0);
@@ -334,6 +340,8 @@ class ForwardPass {
 
   static constexpr bool converts_x = sizeof(S) != sizeof(E);
   int64_t x_stride() const { return round_up(I_, width) + 16; }
+
+  bool reads_in_place() const { return !packs_input_ || !packs_state_; }
 
   static void task(void* self, int thread) { static_cast<ForwardPass*>(self)->work(thread); }
 
@@ -387,15 +395,19 @@ class ForwardPass {
 
   // The matrices that are packed.
   struct Matrix {
-    const void* data;
-    int64_t bytes;
+    const void* data = nullptr;
+    int64_t bytes = 0;
   };
   Matrix matrix(int i) const {
     const Weights& w = layer_.direction[i / 3].weights;
     const int64_t element = int64_t(sizeof(S));
     switch (i % 3) {
-      case 0: return {w.w_ih, G * H_ * I_ * element};
-      case 1: return {w.w_hh, G * H_ * K_ * element};
+      case 0:
+        if (!packs_input_) return {};
+        return {w.w_ih, G * H_ * I_ * element};
+      case 1:
+        if (!packs_state_ || !multiplies_state(i / 3)) return {};
+        return {w.w_hh, G * H_ * K_ * element};
     }
     return {w.w_hr, projects_ ? P_ * H_ * element : 0};
   }
@@ -444,10 +456,9 @@ class ForwardPass {
       const Weights& w = layer_.direction[d].weights;
       DirectionScratch& s = direction_[d];
       for (int64_t p = share.begin; p < share.end; ++p) {
-        if (packs_ && matrices) {
-          pack_panel(w.w_ih, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
+        if (packs_input_ && matrices) pack_panel(w.w_ih, I_, p, s.w_ih + p * padded_depth<E>(I_) * panel_columns);
+        if (packs_state_ && matrices && multiplies_state(d))
           pack_panel(w.w_hh, K_, p, s.w_hh + p * padded_depth<E>(K_) * panel_columns);
-        }
         pack_bias<Cell, S, U>(w, H_, p, s.input_bias + p * panel_columns, s.hidden_bias + p * panel_columns);
         if (normalises_) {
           pack_gain<S, G, U>(w.norm_ih, H_, p, s.gain_ih + p * panel_columns);
@@ -620,18 +631,19 @@ class ForwardPass {
       }
     }
     const DirectionScratch& s = direction_[d];
-    spread_over_lanes(rows, I_, mine.x_rows, mine);
-    multiply_panels<0>(mine, rows, I_, mine.x_rows, s.w_ih, layer_.direction[d].weights.w_ih, panels.begin,
+    const From from = packs_input_ ? From::packed : few_inputs_ ? From::dots : From::lanes;
+    spread_over_lanes(from, rows, I_, mine.x_rows, mine);
+    multiply_panels<0>(mine, from, rows, I_, mine.x_rows, s.w_ih, layer_.direction[d].weights.w_ih, panels.begin,
                        panels.end - panels.begin, mine.projected, own_panels_ * panel_columns,
                        {(normalises_ ? zeros_ : s.input_bias) + panels.begin * panel_columns, 0, nullptr},
-                       s.w_hh + panels.begin * padded_depth<E>(K_) * panel_columns);
+                       multiplies_state(d) ? s.w_hh + panels.begin * padded_depth<E>(K_) * panel_columns : nullptr);
     return step;
   }
 
   // Rows that will be multiplied in lanes go where product_in_lanes finds them.
-  void spread_over_lanes(int64_t rows, int64_t K, const E* const* a, const ThreadScratch& mine) {
+  void spread_over_lanes(From from, int64_t rows, int64_t K, const E* const* a, const ThreadScratch& mine) {
     if constexpr (!packs_as_it_goes<E>) {
-      if (!packs_ && rows >= least_rows_in_lanes<A>) pack_transposed<A>(a, rows, K, mine.lanes.rows);
+      if (from == From::lanes) pack_transposed<A>(a, rows, K, mine.lanes.rows);
     }
   }
 
@@ -654,23 +666,42 @@ class ForwardPass {
 
   // c = rows times panels [p, p + count) of a weight, packed or not, plus an addend.
   template <int apart>
-  FRNN_INLINE void multiply_panels(const ThreadScratch& mine, int64_t rows, int64_t K, const E* const* a,
+  FRNN_INLINE void multiply_panels(const ThreadScratch& mine, From from, int64_t rows, int64_t K, const E* const* a,
                                    const E* packed, const void* weight, int64_t p, int64_t count, A* c,
                                    int64_t c_stride, Addend<A> addend, const E* then) {
-    if (packs_)
+    if (from == From::packed)
       return multiply_packed<apart>(rows, K, a, packed + p * padded_depth<E>(K) * panel_columns, p, count, c, c_stride,
                                     addend, then);
     const S* w = rows_of<S>(weight);
     for (int64_t q = 0; q < count; ++q) {
       const int64_t column = q * panel_columns;
       const Addend<A> here{addend.from + column, addend.stride, apart > 0 ? addend.apart + column : nullptr};
-      if (packs_as_it_goes<E> && rows >= least_rows_in_lanes<A>) {
+      if (packs_as_it_goes<E> && from == From::lanes) {
         pack_panel(weight, K, p + q, mine.panel);
         multiply_packed<apart>(rows, K, a, mine.panel, p + q, 1, c + column, c_stride, here, nullptr);
-      } else if (rows >= least_rows_in_lanes<A>) {
+      } else if (from == From::lanes) {
         product_in_lanes<A, G, U, apart>(rows, K, w, H_, p + q, c + column, c_stride, here, mine.lanes);
       } else {
         product_by_dots<E, G, U, apart>(rows, K, a, w, H_, p + q, c + column, c_stride, here);
+      }
+    }
+  }
+
+  From states_from(int64_t rows) const {
+    return packs_state_ ? From::packed : rows < least_rows_in_lanes<A> ? From::dots : From::lanes;
+  }
+
+  // Whether h is multiplied at all: not in a single step from zeros, whose product is known.
+  bool multiplies_state(int d) const { return T_ > 1 || !begins_at_zero_[d]; }
+  bool is_zero_step(int d, int64_t t) const { return begins_at_zero_[d] && t == (d == 1 ? T_ - 1 : 0); }
+
+  // c = the addend, as multiply_panels where all rows are zeros.
+  template <int apart>
+  static void product_of_zeros(int64_t rows, int64_t count, A* c, int64_t c_stride, Addend<A> addend) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t v = 0; v < count * NV; ++v) {
+        const A* added = v % NV >= NV - apart ? addend.apart : addend.from + r * addend.stride;
+        Simd<A>::store(c + r * c_stride + v * width, Simd<A>::load(added + v * width));
       }
     }
   }
@@ -679,7 +710,7 @@ class ForwardPass {
   void advance(int d, int64_t t, int64_t r0, int64_t rows, Share panels, const ThreadScratch& mine, int now,
                int64_t chunk_row) {
     if (rows == 0) return;
-    spread_over_lanes(rows, K_, mine.state_rows[now], mine);
+    if (!is_zero_step(d, t)) spread_over_lanes(states_from(rows), rows, K_, mine.state_rows[now], mine);
     if constexpr (Cell::kind < CellKind::custom) {
       if (normalises_) return advance_normalised(d, t, r0, rows, mine, now, chunk_row);
     }
@@ -709,9 +740,14 @@ class ForwardPass {
       const int64_t next = descending ? p - together : p + together;
       const E* then = i + 1 < groups ? w_hh + next * padded_depth<E>(K_) * panel_columns : nullptr;
       const A* projected = mine.projected + chunk_row * stride + (p - own.begin) * panel_columns;
-      multiply_panels<vectors_apart>(mine, rows, K_, state_rows, w_hh, layer_.direction[d].weights.w_hh, p, count,
-                                     mine.sums, together * panel_columns,
-                                     {projected, stride, s.hidden_bias + p * panel_columns}, then);
+      const Addend<A> addend{projected, stride, s.hidden_bias + p * panel_columns};
+      if (is_zero_step(d, t)) {
+        product_of_zeros<vectors_apart>(rows, count, mine.sums, together * panel_columns, addend);
+      } else {
+        multiply_panels<vectors_apart>(mine, states_from(rows), rows, K_, state_rows, w_hh,
+                                       layer_.direction[d].weights.w_hh, p, count, mine.sums, together * panel_columns,
+                                       addend, then);
+      }
       gates_of_panels(d, t, r0, rows, p, count, projected, mine.sums, together * panel_columns, now);
     }
   }
@@ -729,8 +765,13 @@ class ForwardPass {
       const int64_t head = group_of_all / groups, begin = group_of_all % groups * together;
       const int64_t p = head * panels_of_head + begin;
       const int64_t count = panels_of_head - begin < together ? panels_of_head - begin : together;
-      multiply_panels<0>(mine, rows, K_, mine.state_rows[now] + head * own_rows_, s.w_hh, dir.weights.w_hh, p, count,
-                         mine.all_sums + p * panel_columns, stride, {zeros_, 0, nullptr}, nullptr);
+      if (is_zero_step(d, t)) {
+        product_of_zeros<0>(rows, count, mine.all_sums + p * panel_columns, stride, {zeros_, 0, nullptr});
+        continue;
+      }
+      multiply_panels<0>(mine, states_from(rows), rows, K_, mine.state_rows[now] + head * own_rows_, s.w_hh,
+                         dir.weights.w_hh, p, count, mine.all_sums + p * panel_columns, stride, {zeros_, 0, nullptr},
+                         nullptr);
     }
     A* projected = mine.projected + chunk_row * stride;
     normalised_gates(d, t, r0, rows, projected, mine.all_sums, now);
@@ -1079,13 +1120,16 @@ class ForwardPass {
   const int D_;
   const int64_t T_, B_, panels_;
   const bool projects_;
-  bool packs_ = true;
+  // Whether w_ih and w_hh are packed before they are multiplied; whether all inputs are few rows.
+  bool packs_input_ = true, packs_state_ = true;
+  bool few_inputs_ = false;
   bool past_caches_ = false, output_past_caches_ = false;
   const Gates gates_;
   const bool keeps_h_;          // apart from what is multiplied
   const bool saves_gates_;      // or, for the backward pass, the cells alone
   const bool normalises_;       // by layer normalisation
   const int64_t saved_stride_;  // values of a row that are saved
+  bool begins_at_zero_[2] = {};
   PackedCopy* copy_ = nullptr;  // null: none is kept of weights such as these
   std::atomic<bool> changed_{false};
   const int64_t state_stride_, unit_stride_, cell_stride_;

@@ -6,15 +6,17 @@
 //   product_of_columns  backward: gradients times a weight, whose rows are added up
 #pragma once
 
+#include "kernels.h"
 #include "pack.h"
 
 namespace fused_rnn {
 namespace FRNN_ISA {
 
 // From this many rows on the rows stand in the lanes. With fewer, lanes are idle and dot products take 0.55 to 0.85 of
-// the time; with more, those have as many multiply-adds and add up the lanes of their sums besides.
+// the time; with more, those have as many multiply-adds and add up the lanes of their sums besides. Eight lanes full
+// take 1.0 to 1.2 of the time of dot products still.
 template <class A>
-inline constexpr int64_t least_rows_in_lanes = Simd<A>::width;
+inline constexpr int64_t least_rows_in_lanes = Simd<A>::width == 8 ? 9 : Simd<A>::width;
 
 // Where an instruction multiplies pairs of k, and so wants the weight in an order of its own, more rows than dot
 // products take are worth that order: a panel of the weight at a time, which is in the second-level cache until it is
@@ -97,52 +99,114 @@ void product_in_lanes(int64_t rows, int64_t K, const S* w, int64_t H, int64_t p,
   }
 }
 
-// NR rows times NW = width / NR rows of a weight, all sums in registers; c: those of row 0. `rows`: those of the NR
-// that are wanted.
-template <class E, int NR, class S>
-FRNN_INLINE void dots(int64_t rows, int64_t K, const E* const* a, const S* const* w, typename Operand<E>::Acc* c,
-                      int64_t c_stride) {
+// Rows of a weight that NR rows are multiplied with at once: as many as leave all sums in registers, but no more than
+// there are streams of memory that a core follows by itself.
+template <int NR>
+constexpr int dots_at_once() {
+  constexpr int sums = vector_registers == 32 ? 24 : product_registers > 0 ? 9 : 12;
+  constexpr int streams = vector_registers == 32 ? 16 : 8;
+  return NR == 1 ? streams : sums / NR;
+}
+inline constexpr int most_rows_of_dots = 6;
+
+// Whether the rows behind those of a weight of so many bytes are fetched ahead, where NR rows are multiplied at once. A
+// processor that follows the streams by itself does without, but for few streams of what no cache holds.
+template <int NR>
+bool fetches_weights(int64_t bytes) {
+  constexpr int64_t cached_bytes = 8 * 1024 * 1024;
+  return !follows_streams() || (NR > 2 && bytes > cached_bytes);
+}
+
+// The compiler would load a value anew from memory for each of its uses.
+template <class V>
+FRNN_INLINE void keep_in_register(V& v) {
+#if defined(__x86_64__)
+#if FRNN_VECTOR_BYTES == 64
+  __asm__("" : "+v"(v));
+#else
+  __asm__("" : "+x"(v));
+#endif
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#else
+  (void)v;
+#endif
+}
+
+// NR rows times dots_at_once<NR>() rows w of a weight; `rows` times `columns` of them are wanted, and go to c. fetch:
+// the rows of the weight behind these are brought nearer.
+template <class E, int NR, bool fetch, class S>
+__attribute__((noinline)) void dots(int64_t rows, int64_t columns, int64_t K, const E* const* a, const S* const* w,
+                                    typename Operand<E>::Acc* c, int64_t c_stride) {
   using A = typename Operand<E>::Acc;
   using V = typename Simd<A>::V;
   constexpr int width = Simd<A>::width;
-  constexpr int NW = width / NR;
-  V acc[width];
-#pragma GCC unroll 16
-  for (int i = 0; i < width; ++i) acc[i] = V{};
+  constexpr int NW = dots_at_once<NR>(), padded = (NR * NW + width - 1) / width * width;
+  constexpr int64_t line = 64 / sizeof(S);
+  V acc[padded];
+#pragma GCC unroll 32
+  for (int i = 0; i < padded; ++i) acc[i] = V{};
   const auto multiply = [&](auto load, int64_t k) __attribute__((always_inline)) {
-    V x[NR];
-#pragma GCC unroll 4
-    for (int r = 0; r < NR; ++r) x[r] = load(a[r] + k);
+    if constexpr (NW >= NR) {
+      V x[NR];
+#pragma GCC unroll 8
+      for (int r = 0; r < NR; ++r) x[r] = load(a[r] + k);
 #pragma GCC unroll 16
-    for (int i = 0; i < NW; ++i) {
-      __builtin_prefetch(w[i] + NW * K + k, 0, 2);  // the rows that follow
-      const V weight = load(w[i] + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < NR; ++r) acc[r * NW + i] = acc[r * NW + i] + x[r] * weight;
+      for (int i = 0; i < NW; ++i) {
+        V weight = load(w[i] + k);
+        if (NR > 1) keep_in_register(weight);
+#pragma GCC unroll 8
+        for (int r = 0; r < NR; ++r) acc[r * NW + i] = acc[r * NW + i] + x[r] * weight;
+      }
+    } else {
+      V weight[NW];
+#pragma GCC unroll 8
+      for (int i = 0; i < NW; ++i) {
+        weight[i] = load(w[i] + k);
+        keep_in_register(weight[i]);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < NR; ++r) {
+        V x = load(a[r] + k);
+        keep_in_register(x);
+#pragma GCC unroll 8
+        for (int i = 0; i < NW; ++i) acc[r * NW + i] = acc[r * NW + i] + x * weight[i];
+      }
     }
   };
   int64_t k = 0;
-  for (; k + width <= K; k += width)
+  for (; k + width <= K; k += width) {
+    if (fetch && (width % line == 0 || k % line == 0)) {
+#pragma GCC unroll 16
+      for (int i = 0; i < NW; ++i) __builtin_prefetch(w[i] + NW * K + k, 0, 2);
+    }
     multiply([](const auto* p) __attribute__((always_inline)) { return Simd<A>::load(p); }, k);
+  }
   if (k < K) multiply([&](const auto* p) __attribute__((always_inline)) { return Simd<A>::load_n(p, K - k); }, k);
-  alignas(64) A sums[width];
-  Simd<A>::store(sums, sum_lanes<A>(acc));
-  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(c + r * c_stride, sums + r * NW, NW * sizeof(A));
+  alignas(64) A sums[padded];
+#pragma GCC unroll 8
+  for (int i = 0; i < padded; i += width) Simd<A>::store(sums + i, sum_lanes<A>(acc + i));
+  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(c + r * c_stride, sums + r * NW, size_t(columns) * sizeof(A));
 }
 
-// All rows times `width` rows of a weight, NR and width / NR at a time: what a part of a weight is multiplied with
-// next finds it in the first-level cache.
+// All rows times `columns` rows of a weight: what a part of it is multiplied with next finds it in the first-level
+// cache. w: as many more as a tile has, that repeat one.
 template <class E, int NR, class S>
-FRNN_INLINE void all_dots(int64_t rows, int64_t K, const E* const* a, const S* const* w, typename Operand<E>::Acc* c,
-                          int64_t c_stride) {
-  constexpr int width = Simd<typename Operand<E>::Acc>::width;
-  constexpr int NW = width / NR;
-  for (int first = 0; first < width; first += NW) {
+void all_dots(int64_t rows, int64_t columns, int64_t K, bool fetch, const E* const* a, const S* const* w,
+              typename Operand<E>::Acc* c, int64_t c_stride) {
+  constexpr int NW = dots_at_once<NR>();
+  for (int64_t first = 0; first < columns; first += NW) {
+    const int64_t count = columns - first < NW ? columns - first : NW;
     for (int64_t r = 0; r < rows; r += NR) {
       const int64_t left = rows - r < NR ? rows - r : NR;
       const E* row[NR];
       for (int i = 0; i < NR; ++i) row[i] = a[r + (i < left ? i : left - 1)];
-      dots<E, NR>(left, K, row, w + first, c + r * c_stride + first, c_stride);
+      typename Operand<E>::Acc* target = c + r * c_stride + first;
+      if (fetch) {
+        dots<E, NR, true>(left, count, K, row, w + first, target, c_stride);
+      } else {
+        dots<E, NR, false>(left, count, K, row, w + first, target, c_stride);
+      }
     }
   }
 }
@@ -153,25 +217,37 @@ void product_by_dots(int64_t rows, int64_t K, const E* const* a, const S* w, int
                      typename Operand<E>::Acc* c, int64_t c_stride, Addend<typename Operand<E>::Acc> addend) {
   using A = typename Operand<E>::Acc;
   constexpr int width = Simd<A>::width;
-  for (int g = 0; g < G; ++g) {
-    for (int u = 0; u < U; ++u) {
-      const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
-      const S* weight[width];
-      // Lanes past the last unit repeat it: their sums are never stored.
-      for (int i = 0; i < width; ++i) weight[i] = w + (g * H + (unit + i < H ? unit + i : H - 1)) * K;
-      A* sums = c + column;
-      if (rows == 1) {
-        all_dots<E, 1>(rows, K, a, weight, sums, c_stride);
-      } else if (rows == 2 || width < 4) {
-        all_dots<E, 2>(rows, K, a, weight, sums, c_stride);
-      } else {
-        all_dots < E, width<4 ? 2 : 4>(rows, K, a, weight, sums, c_stride);
-      }
-      const bool apart = g * U + u >= G * U - NA;
-      for (int64_t r = 0; r < rows; ++r) {
-        const A* added = apart ? addend.apart : addend.from + r * addend.stride;
-        Simd<A>::store(sums + r * c_stride, Simd<A>::load(sums + r * c_stride) + Simd<A>::load(added + column));
-      }
+  constexpr int columns = G * U * width;
+  const S* weight[columns + dots_at_once<1>()];
+  // Lanes past the last unit, and what fills the last tile, repeat one: their sums are not read.
+  for (int i = 0; i < columns + dots_at_once<1>(); ++i) {
+    const int column = i < columns ? i : columns - 1;
+    const int64_t unit = p * U * width + column % (U * width);
+    weight[i] = w + (column / (U * width) * H + (unit < H ? unit : H - 1)) * K;
+  }
+  constexpr int64_t most =
+      most_rows_of_dots < least_rows_in_lanes<A> - 1 ? most_rows_of_dots : least_rows_in_lanes<A> - 1;
+  const int64_t tiles = (rows + most - 1) / most;
+  const auto multiply = [&](auto n) __attribute__((always_inline)) {
+    constexpr int NR = decltype(n)::value;
+    if constexpr (NR <= most) {
+      const bool fetch = fetches_weights<NR>(G * H * K * int64_t(sizeof(S)));
+      all_dots<E, NR>(rows, columns, K, fetch, a, weight, c, c_stride);
+    }
+  };
+  switch ((rows + tiles - 1) / tiles) {
+    case 1: multiply(std::integral_constant<int, 1>{}); break;
+    case 2: multiply(std::integral_constant<int, 2>{}); break;
+    case 3: multiply(std::integral_constant<int, 3>{}); break;
+    case 4: multiply(std::integral_constant<int, 4>{}); break;
+    case 5: multiply(std::integral_constant<int, 5>{}); break;
+    default: multiply(std::integral_constant<int, 6>{}); break;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < G * U; ++v) {
+      const A* added = v >= G * U - NA ? addend.apart : addend.from + r * addend.stride;
+      A* sums = c + r * c_stride + v * width;
+      Simd<A>::store(sums, Simd<A>::load(sums) + Simd<A>::load(added + v * width));
     }
   }
 }

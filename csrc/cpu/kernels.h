@@ -65,4 +65,8 @@ bool select_kernels(const char* isa);
 bool multiplies_bytes(const char* isa);
 void allow_byte_products(bool allowed);
 
+// Whether the processor by itself follows as many streams through memory as dot products with a weight read
+// (in_place.h), so that what is fetched ahead only takes its time.
+FRNN_EXPORT bool follows_streams();
+
 }  // namespace fused_rnn

@@ -78,10 +78,10 @@ double step_cycles(const LayerSizes& sizes, double rows, double units, double di
 
 // Cycles for which one thread alone would read the weights in place and, backward, write their gradients, each line of
 // which is read first.
-double in_place_cycles(const LayerSizes& sizes, const Steps& steps, bool backward) {
-  const double stored = sizes.dtype == DType::float64 ? 8 : sizes.dtype == DType::float32 ? 4 : 2;
+double in_place_cycles(const LayerSizes& sizes, const Steps& steps, bool backward, bool from_zeros) {
+  const double stored = double(stored_bytes(sizes.dtype));
   const double rows = gate_count(sizes.kind) * double(sizes.hidden_size) * double(sizes.num_directions);
-  const double once = rows * double(sizes.input_size + sizes.state_size) * stored;
+  const double once = rows * double(sizes.input_size + (from_zeros ? 0 : sizes.state_size)) * stored;
   const double again = rows * double(sizes.state_size) * stored * double(steps.T - 1);
   const double touched = once * (backward ? 3 : 1);
   return (touched + again) / (touched <= l2_bytes ? bytes_per_cycle_shared : bytes_per_cycle_memory);
@@ -117,7 +117,7 @@ bool is_known(CellKind kind) {
 bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps) {
   if (sizes.heads > 1) return false;
   const int64_t rows = steps.total_rows();
-  if (rows <= most_rows_in_place_of_any_steps) return true;
+  if (rows <= most_rows_in_place_of_any_size && steps.T <= most_steps_in_place) return true;
   if (sizes.layer_norm) return false;  // no thread may divide units, so that rows are all there is to divide
   if (sizes.hidden_size < least_units_in_place) return false;
   if (rows > most_rows_in_place) return false;
@@ -127,18 +127,33 @@ bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps) {
   return steps.T <= (elements >= large_recurrent_elements ? most_steps_of_large_in_place : most_steps_in_place);
 }
 
-Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward) {
+bool reads_input_weights_in_place(const LayerSizes& sizes, const Steps& steps) {
+  if (steps.total_rows() <= most_rows_in_place_of_any_size || reads_weights_in_place(sizes, steps)) return true;
+  if (sizes.layer_norm || sizes.hidden_size < least_units_in_place) return false;
+  if (steps.total_rows() > most_rows_in_place) return false;
+  const int64_t elements = gate_count(sizes.kind) * sizes.hidden_size * sizes.input_size;
+  return sizes.dtype != DType::bfloat16 || elements >= least_bfloat16_elements_in_place;
+}
+
+Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward,
+               bool from_zeros) {
   const int64_t D = sizes.num_directions;
   const double T = double(steps.T);
   const double rows = steps.T > 0 ? double(steps.total_rows()) / T : 0;  // of a mean step
   // Threads with other rows would each read all of the weights.
   const bool in_place = sizes.hidden_size >= least_units_in_place && reads_weights_in_place(sizes, steps);
+  LayerSizes without_state = sizes;
+  without_state.state_size = 0;
   const auto cost = [&](const Plan& plan) {
     const double own_rows = std::max(1.0, double(int64_t(rows / plan.row_groups + 0.999)));
     const double own_units = double(sizes.hidden_size) / plan.unit_groups;
-    double cycles = step_cycles(sizes, own_rows, own_units, double(D) / plan.direction_groups, vector_bytes, backward);
+    const auto step = [&](const LayerSizes& multiplied) {
+      return step_cycles(multiplied, own_rows, own_units, double(D) / plan.direction_groups, vector_bytes, backward);
+    };
+    double cycles = T * step(sizes);
+    if (from_zeros && T > 0) cycles -= step(sizes) - step(without_state);
     if (plan.unit_groups > 1)
-      cycles += (barrier_cycles + exchange_cycles * own_rows) * (sizes.state_size != sizes.hidden_size ? 3 : 1);
+      cycles += T * (barrier_cycles + exchange_cycles * own_rows) * (sizes.state_size != sizes.hidden_size ? 3 : 1);
     // What divides evenly over any plan: the input projections, or backward the gradients of the input and of the
     // weights; and a projection of h.
     const double gates = gate_count(sizes.kind) * double(sizes.hidden_size);
@@ -148,8 +163,8 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vec
     const double even =
         backward ? gates * (2 * input_size + recurrent) + 2 * projection : gates * input_size + projection;
     const double even_cycles = rows * double(D) * even / multiply_adds_per_cycle(sizes.dtype, vector_bytes);
-    double total = T * (cycles + even_cycles / plan.threads());
-    if (in_place) total = std::max(total, in_place_cycles(sizes, steps, backward) / plan.threads());
+    double total = cycles + T * even_cycles / plan.threads();
+    if (in_place) total = std::max(total, in_place_cycles(sizes, steps, backward, from_zeros) / plan.threads());
     if (plan.threads() > 1) total += launch_cycles;
     return total / cycles_per_us;
   };

@@ -16,12 +16,17 @@ struct Plan {
   FRNN_HOST_DEVICE int threads() const { return direction_groups * row_groups * unit_groups; }
 };
 
-// A call of no more rows than this over all steps reads its weights where they stand whatever else it is like.
-inline constexpr int64_t most_rows_in_place_of_any_steps = 12;
+// A call of no more rows than this over all steps reads w_ih where it stands whatever else it is like; and w_hh, if it
+// has few steps.
+inline constexpr int64_t most_rows_in_place_of_any_size = 12;
 
 // Whether a call reads its weights where they stand, because it has so few rows and steps that packing them would cost
 // more than it saves (in_place.h). The same on any number of threads.
 FRNN_EXPORT bool reads_weights_in_place(const LayerSizes& sizes, const Steps& steps);
+
+// Whether a forward pass reads w_ih where it stands, at least: it is used for all steps at once, w_hh for one after the
+// other.
+FRNN_EXPORT bool reads_input_weights_in_place(const LayerSizes& sizes, const Steps& steps);
 
 // How many neighbouring heads of H / heads units the kernels take for one, whose block of w_hh has zeros between
 // theirs: the fewest whose units are whole vectors, all where no number that divides the heads has such.
@@ -32,8 +37,10 @@ inline int64_t heads_together(int64_t hidden_size, int64_t heads, int64_t vector
   return together;
 }
 
-// `threads`: at most so many; `vector_bytes`: of the instruction set in use; `backward`: which pass.
-Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward);
+// `threads`: at most so many; `vector_bytes`: of the instruction set in use; `backward`: which pass; `from_zeros`:
+// forward, the first step has no recurrent product.
+Plan make_plan(const LayerSizes& sizes, const Steps& steps, int threads, int vector_bytes, bool backward,
+               bool from_zeros = false);
 
 // The time that a pass of a layer cannot go below on the threads of `plan`, by the constants of the cost model.
 struct Bound {

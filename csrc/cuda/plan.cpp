@@ -389,7 +389,7 @@ const char* name(Exchange exchange) {
 }
 
 int64_t projection_steps(const LayerSizes& sizes, const Steps& steps) {
-  const int64_t element = sizes.dtype == DType::float64 ? 8 : sizes.dtype == DType::float32 ? 4 : 2;
+  const int64_t element = stored_bytes(sizes.dtype);
   const int64_t step_bytes = std::max<int64_t>(1, steps.B * gates_of(sizes.kind) * sizes.hidden_size * element);
   const int64_t most = std::max(fewest_projection_steps, projection_bytes / step_bytes);
   // Parts of one size: the last would be short otherwise.
@@ -407,7 +407,7 @@ static Problem problem_of(const LayerSizes& sizes, const Steps& steps, int layer
   problem.B = steps.B;
   problem.directions = sizes.num_directions;
   problem.layers = layers;
-  problem.element = sizes.dtype == DType::float64 ? 8 : sizes.dtype == DType::float32 ? 4 : 2;
+  problem.element = stored_bytes(sizes.dtype);
   problem.per_chunk = chunk_bytes / problem.element;
   problem.octets = ceil_div(sizes.hidden_size, 8);
   return problem;

@@ -28,7 +28,7 @@ class StreamPass : public ForwardPass<Cell, S, U> {
   using Columns = ColumnPanels<E>;
 
  public:
-  explicit StreamPass(const LayerForward& layer) : Base(layer, one_thread) { this->packs_ = true; }
+  explicit StreamPass(const LayerForward& layer) : Base(layer, one_thread) {}
 
   static void pack(const LayerForward& layer, const StreamWeights& weights) {
     StreamPass pass(layer);

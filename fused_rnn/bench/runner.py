@@ -394,6 +394,7 @@ def _turn(run: Run, calls: int, seconds: float) -> float:
 
 def _estimate(run: Run, plan: Plan) -> float:
     """Return about how many seconds a call takes once it is warm."""
+    _wait_until_idle()  # beside a pool that still spins, a team of threads takes many times as long
     calls = 1
     while (seconds := _time_calls(run, calls)) < plan.sample_seconds / 4:
         calls *= 4
