@@ -88,7 +88,7 @@ def test_no_loop_over_k_keeps_sums_on_the_stack() -> None:
         else:
             kind, element = "dots", product["element_of_dots"]
             sums, size = LEAST_DOTS, f"{product['rows_of_dots']} rows"
-        if isa == "portable" and "Float16Weights" in element:
+        if isa == "portable" and ("Float16Weights" in element or (kind == "dots" and "Half" in product.string)):
             continue  # converted without an instruction for it, by constants that find no room beside the sums
         loops = [loop for loop in innermost_loops(code) if sum(map(is_multiplication, loop)) >= sums]
         assert loops, f"{product[0]}: no loop in which every sum is multiplied for"
