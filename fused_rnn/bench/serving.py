@@ -36,13 +36,14 @@ class Contestant:
     Attributes:
         run: does the contest's work once; the first tensors of its result are those that `Field.expected` has.
         pool: whose threads it computes on, see `peers.Peer`.
-        tolerance: deviation of its first result that is allowed.
+        tolerance: deviation of its first result that is allowed; `None` for one that is timed whatever its numbers
+            are, and shown with how far they are off.
     """
 
     name: str
     run: Run
     pool: str = "openmp"
-    tolerance: float = FLOAT32_TOLERANCE
+    tolerance: float | None = FLOAT32_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Outcome(Rounds):
 
     Attributes:
         errors: by contestant, the largest deviation from what was expected.
-        tolerances: by contestant.
+        tolerances: by contestant, of those that have one.
     """
 
     contest: Contest
@@ -90,7 +91,7 @@ class Outcome(Rounds):
     @property
     def wrong(self) -> list[str]:
         """Contestants whose numbers are not what was expected."""
-        return [name for name, error in self.errors.items() if not error <= self.tolerances[name]]
+        return [name for name, tolerance in self.tolerances.items() if not self.errors[name] <= tolerance]
 
     @property
     def passed(self) -> bool:
@@ -119,7 +120,8 @@ def _measure(contest: Contest, taking_part: Field, plan: Plan, others: OtherProc
     for contestant in taking_part.contestants:
         found = list(tensors_of(contestant.run()))
         outcome.errors[contestant.name] = _error(found, taking_part.expected)
-        outcome.tolerances[contestant.name] = contestant.tolerance
+        if contestant.tolerance is not None:
+            outcome.tolerances[contestant.name] = contestant.tolerance
     if outcome.passed:
         interleave(
             {contestant.name: contestant.run for contestant in taking_part.contestants},
