@@ -202,7 +202,7 @@ void all_dots(int64_t rows, int64_t columns, int64_t K, bool fetch, const E* con
       const E* row[NR];
       for (int i = 0; i < NR; ++i) row[i] = a[r + (i < left ? i : left - 1)];
       typename Operand<E>::Acc* target = c + r * c_stride + first;
-      if (fetch) {
+      if (fetch && r == 0) {
         dots<E, NR, true>(left, count, K, row, w + first, target, c_stride);
       } else {
         dots<E, NR, false>(left, count, K, row, w + first, target, c_stride);
