@@ -147,18 +147,6 @@ def test_a_contestant_with_wrong_numbers_is_named_and_nothing_is_timed() -> None
     assert report.serving_sections([outcome]) == []
 
 
-def test_a_contestant_without_a_tolerance_is_timed_and_shown_with_its_error() -> None:
-    ones = torch.ones(3)
-    contestants = [Contestant("fused", lambda: (ones,)), Contestant("rough", lambda: (0.6 * ones,), tolerance=None)]
-    contest = Contest("int8", "made up", "lstm", {}, lambda: Field(contestants, [ones]))
-    outcome = serving.measure(contest, ONCE)
-    assert outcome.passed and outcome.seconds.keys() == {"fused", "rough"}
-    assert "x (off by 0.4)" in report.serving_line(outcome)
-    assert serving.record_of(outcome)["parity"]["errors"]["rough"] == pytest.approx(0.4)
-    (section,) = report.serving_sections([outcome])
-    assert "0.4" in section.rows[1]
-
-
 def test_a_result_that_is_missing_is_wrong() -> None:
     contest = Contest("step", "none", "lstm", {}, lambda: Field([Contestant("fused", lambda: ())], [torch.ones(1)]))
     assert serving.measure(contest, ONCE).wrong == ["fused"]

@@ -184,11 +184,7 @@ def serving_line(outcome: Outcome) -> str:
             for who in outcome.wrong
         ]
         return _paint(f"{name}  PARITY FAILED: {'; '.join(wrong)}", _RED)
-    ratios = [
-        f"{rival} {outcome.ratio(rival).median:.2f}x"
-        + ("" if rival in outcome.tolerances else f" (off by {outcome.errors[rival]:.1g})")
-        for rival in outcome.rivals
-    ]
+    ratios = [f"{rival} {outcome.ratio(rival).median:.2f}x" for rival in outcome.rivals]
     line = "  ".join([f"{name:<44}", f"{_short_time(outcome):>8}", *ratios])
     worst = min((outcome.ratio(rival).median for rival in outcome.rivals), default=math.inf)
     return _paint(line, _GREEN if worst >= 1 else _YELLOW if worst >= 0.95 else _RED)

@@ -36,14 +36,13 @@ class Contestant:
     Attributes:
         run: does the contest's work once; the first tensors of its result are those that `Field.expected` has.
         pool: whose threads it computes on, see `peers.Peer`.
-        tolerance: deviation of its first result that is allowed; `None` for one that is timed whatever its numbers
-            are, and shown with how far they are off.
+        tolerance: deviation of its first result that is allowed.
     """
 
     name: str
     run: Run
     pool: str = "openmp"
-    tolerance: float | None = FLOAT32_TOLERANCE
+    tolerance: float = FLOAT32_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Outcome(Rounds):
 
     Attributes:
         errors: by contestant, the largest deviation from what was expected.
-        tolerances: by contestant, of those that have one.
+        tolerances: by contestant.
     """
 
     contest: Contest
@@ -91,7 +90,7 @@ class Outcome(Rounds):
     @property
     def wrong(self) -> list[str]:
         """Contestants whose numbers are not what was expected."""
-        return [name for name, tolerance in self.tolerances.items() if not self.errors[name] <= tolerance]
+        return [name for name, error in self.errors.items() if not error <= self.tolerances[name]]
 
     @property
     def passed(self) -> bool:
@@ -120,8 +119,7 @@ def _measure(contest: Contest, taking_part: Field, plan: Plan, others: OtherProc
     for contestant in taking_part.contestants:
         found = list(tensors_of(contestant.run()))
         outcome.errors[contestant.name] = _error(found, taking_part.expected)
-        if contestant.tolerance is not None:
-            outcome.tolerances[contestant.name] = contestant.tolerance
+        outcome.tolerances[contestant.name] = contestant.tolerance
     if outcome.passed:
         interleave(
             {contestant.name: contestant.run for contestant in taking_part.contestants},

@@ -169,8 +169,7 @@ def int8_field(cell: str, shape: Shape) -> Field:
     ]
     engine = peers.ONNX_RUNTIME_INT8
     if engine.available() and engine.supports(case):
-        # Without VNNI its sums of two products saturate, and its numbers are off by 0.1 to 0.4.
-        contestants.append(Contestant(engine.name, engine.make(problem), engine.pool, tolerance=None))
+        contestants.append(Contestant(engine.name, engine.make(problem), engine.pool, tolerance=INT8_TOLERANCE))
     return Field(contestants, [output])
 
 
