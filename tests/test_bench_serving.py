@@ -73,8 +73,8 @@ def test_int8_is_measured_beside_onnx_runtime_and_our_float32(cell: str, shape: 
     assert outcome.passed and 1e-4 < outcome.errors["fused"] < 0.1
     theirs = ["ONNX Runtime int8"] if cell == "lstm" and peers.ONNX_RUNTIME_INT8.available() else []
     assert outcome.rivals == ["fused layer", "fused float32", *theirs]
-    if theirs:  # it is int8; without VNNI its sums saturate
-        assert 1e-4 < outcome.errors["ONNX Runtime int8"] < (0.1 if "vnni" in Path("/proc/cpuinfo").read_text() else 1)
+    if theirs:  # it is int8, and no more wrong than that
+        assert 1e-4 < outcome.errors["ONNX Runtime int8"] < 0.1
 
 
 def test_onnx_runtime_has_int8_for_lstms_alone() -> None:
