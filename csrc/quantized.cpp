@@ -1,6 +1,8 @@
 // Layers whose matrices are stored in fewer bits (WeightFormat of problem.h): the operator rnn_quantized. Each
 // direction of a layer is a stream (stream/stack.h) that begins with the call and ends with it; what stays is its
 // packed weights.
+#include "quantized.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -52,15 +54,39 @@ class PackedWeights {
       if (t.is_inference()) return pack_layers(stack);  // such a tensor does not count its changes
     }
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<Entry>& entries = entries_[params[0].unsafeGetTensorImpl()];
     const Key key(params, settings, numbers);
-    for (const Entry& entry : entries) {
-      if (entry.key == key && entry.alive()) return entry.packed;
+    if (const auto found = entries_.find(key.tensors[0]); found != entries_.end()) {
+      for (const Entry& entry : found->second) {
+        if (entry.key == key && entry.alive()) return entry.packed;
+      }
     }
+    // The tensors may have died without their module, or changed: their memory serves again.
+    forget_where([&](const Entry& entry) { return !entry.alive() || entry.key.is_before(key); });
     PackedLayers packed = pack_layers(stack);
-    forget_the_dead(key);
-    entries_[params[0].unsafeGetTensorImpl()].push_back({key, params, packed});
+    entries_[key.tensors[0]].push_back({key, params, packed});
     return packed;
+  }
+
+  void forget(const Tensor& first_param) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    entries_.erase(first_param.unsafeGetTensorImpl());
+    forget_where([](const Entry& entry) { return !entry.alive(); });
+  }
+
+  void clear() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    entries_.clear();
+  }
+
+  size_t bytes() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t sum = 0;
+    for (const auto& [first, list] : entries_) {
+      for (const Entry& entry : list) {
+        for (const PackedLayer& layer : *entry.packed) sum += layer->bytes();
+      }
+    }
+    return sum;
   }
 
  private:
@@ -76,6 +102,10 @@ class PackedWeights {
     bool operator==(const Key& other) const {
       return tensors == other.tensors && data == other.data && versions == other.versions && isa == other.isa &&
              settings == other.settings && numbers == other.numbers;
+    }
+    // Whether this is of the same tensors, which have changed since.
+    bool is_before(const Key& now) const {
+      return tensors == now.tensors && isa == now.isa && (versions != now.versions || data != now.data);
     }
     std::vector<const c10::TensorImpl*> tensors;
     std::vector<const void*> data;
@@ -101,15 +131,11 @@ class PackedWeights {
     PackedLayers packed;
   };
 
-  // Entries of freed tensors, and of the same ones before they changed.
-  void forget_the_dead(const Key& changed) {
+  template <class Predicate>
+  void forget_where(const Predicate& predicate) {
     for (auto it = entries_.begin(); it != entries_.end();) {
       auto& list = it->second;
-      const auto is_dead = [&](const Entry& entry) {
-        return !entry.alive() || (entry.key.tensors == changed.tensors && entry.key.isa == changed.isa &&
-                                  (entry.key.versions != changed.versions || entry.key.data != changed.data));
-      };
-      list.erase(std::remove_if(list.begin(), list.end(), is_dead), list.end());
+      list.erase(std::remove_if(list.begin(), list.end(), predicate), list.end());
       it = list.empty() ? entries_.erase(it) : std::next(it);
     }
   }
@@ -217,6 +243,10 @@ std::tuple<Tensor, Tensor, Tensor> rnn_quantized(const Tensor& input, const Opti
 }
 
 }  // namespace
+
+size_t quantized_bytes_held() { return packed_weights().bytes(); }
+void forget_quantized(const Tensor& first_param) { packed_weights().forget(first_param); }
+void clear_quantized() { packed_weights().clear(); }
 
 TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
   m.def(
