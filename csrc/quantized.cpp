@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -27,6 +28,7 @@ using PackedLayer = std::shared_ptr<PackedStack>;
 using PackedLayers = std::shared_ptr<std::vector<PackedLayer>>;
 
 PackedLayers pack_layers(Stack stack) {
+  check_int8_values(stack);
   stack.fit_heads(kernels().vector_bytes / int64_t(sizeof(float)));
   auto result = std::make_shared<std::vector<PackedLayer>>();
   for (int64_t l = 0; l < stack.num_layers(); ++l) {
@@ -243,6 +245,15 @@ std::tuple<Tensor, Tensor, Tensor> rnn_quantized(const Tensor& input, const Opti
 }
 
 }  // namespace
+
+void check_int8_values(const Stack& stack) {
+  if (stack.format != WeightFormat::int8) return;
+  for (size_t i = 0; i < stack.params.size(); ++i) {
+    const Tensor& t = stack.params[i];  // contiguous
+    TORCH_CHECK(t.scalar_type() != at::kChar || !std::memchr(t.const_data_ptr(), 0x80, t.nbytes()), "params[", i,
+                "]: expected int8 values from -127 to 127, got -128");
+  }
+}
 
 size_t quantized_bytes_held() { return packed_weights().bytes(); }
 void forget_quantized(const Tensor& first_param) { packed_weights().forget(first_param); }

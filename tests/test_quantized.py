@@ -466,6 +466,27 @@ def test_packed_weights_do_not_pile_up(nothing_packed: Callable[[], int]) -> Non
         del alone
 
 
+@pytest.mark.parametrize("name", ["lstm", "projection", "both directions", "heads"])
+def test_an_int8_weight_of_the_lowest_value_is_refused(name: str) -> None:
+    small = quantize(LAYERS[name]().eval())
+    x = torch.randn(2, 1, F)
+    matrices = [i for i, t in enumerate(small._operator_params()) if t.dtype is torch.int8]
+    assert len(matrices) == {"projection": 3, "both directions": 4}.get(name, 2)
+    for i in matrices:
+        params = [t.clone() for t in small._operator_params()]
+        params[i].T[-1, -1] = -128
+        for given in (params, [t.T.contiguous().T if t.dim() == 2 else t for t in params]):
+            with pytest.raises(RuntimeError, match=rf"params\[{i}\]: expected int8 values from -127 to 127, got -128"):
+                backend.ops.run_quantized(small._settings(), x, None, None, given, None)
+    small(x)
+    small.weight_hh_l0[0, 0] = -128
+    with pytest.raises(RuntimeError, match=r"params\[1\]: expected int8 values from -127"):
+        small(x)
+    if name != "both directions":
+        with pytest.raises(RuntimeError, match=r"params\[1\]: expected int8 values from -127"):
+            Stream(small)
+
+
 # Models.
 
 
