@@ -258,6 +258,8 @@ def accuracy(result: Mapping[str, Any], name: str) -> str:
     versions = ", ".join(f"{peer} {version}" for peer, version in environment["peers"].items())
     where = f"{environment['processor']} ({environment['instruction_sets']['used']}), {environment['date'][:10]}"
     parts = [f"From `{name}`: {where}, PyTorch {environment['torch']}, {versions}."]
+    if result["reduce_range"]:
+        parts[0] += " ONNX Runtime's int8 has 7 bits there (`reduce_range`), without which its products overflow."
     steps = [f"{count} steps" for count in result["steps"]]
     for title, found in result["errors"].items():
         rows = [[weights, *(f"{error:.1e}" for error in errors)] for weights, errors in found.items()]
@@ -276,7 +278,7 @@ def accuracy(result: Mapping[str, Any], name: str) -> str:
     if "trained" in result:
         parts += ["Perplexity or accuracy of trained models, on text that they were not trained on:"]
         parts += [_before_and_after(result["trained"])]
-        parts += ["Decisions that are others than those of float32 (the likeliest next character or word, the class):"]
+        parts += ["Decisions that are others than those of float32 (the likeliest next character, the class):"]
         parts += [_other_decisions(result["trained"])]
     return "\n\n".join(parts)
 
