@@ -7,8 +7,8 @@ python benchmarks/tables.py benchmarks/results/quantization-NAME.json    # into 
 
 An error is the largest difference from the float32 layer, in float64 arithmetic, among the outputs of the last tenth of
 so many steps. ONNX Runtime's int8 is its quantize_dynamic of the same weights, one scale a tensor and, `per_channel`,
-one a row; with `reduce_range`, 7 bits, where the processor has no instructions that multiply bytes: it adds two products
-in 16 bits there, which 8 bits overflow.
+one a row; with `reduce_range`, 7 bits, where the processor has no instructions that multiply bytes: it adds two
+products in 16 bits there, which 8 bits overflow.
 
 Models are trained in float32 by the examples' own code, from seed 0, for a fixed number of steps. --data has the files
 that the examples read: tinyshakespeare.txt, and small parts of aclImdb and of AG's corpus.
