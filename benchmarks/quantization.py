@@ -1,30 +1,43 @@
-"""What fewer bits of the weights do to the numbers: errors after many steps, and a trained model before and after.
+"""What fewer bits of the weights do to the numbers: errors after many steps, and trained models before and after.
 
-python -m benchmarks.quantization                          # random weights, and a character model it trains
-python -m benchmarks.quantization --train-seconds 240 --vad silero_vad_16k.safetensors
-python -m benchmarks.quantization --json benchmarks/results/quantization-NAME.json
+python -m benchmarks.quantization                                    # random weights and Silero's, a minute
+python -m benchmarks.quantization --data FOLDER                      # and models of examples/, trained here: minutes
+python -m benchmarks.quantization --data FOLDER --json benchmarks/results/quantization-NAME.json
+python benchmarks/tables.py benchmarks/results/quantization-NAME.json    # into docs/quantization.md
 
-An error is the largest difference from the float32 layer among the outputs of the last tenth of so many steps. ONNX
-Runtime's int8 is its quantize_dynamic of the same weights, one scale a tensor and, `per_channel`, one a row.
+An error is the largest difference from the float32 layer, in float64 arithmetic, among the outputs of the last tenth of
+so many steps. ONNX Runtime's int8 is its quantize_dynamic of the same weights, one scale a tensor and, `per_channel`,
+one a row; with `reduce_range`, 7 bits, where the processor has no instructions that multiply bytes: it adds two
+products in 16 bits there, which 8 bits overflow.
+
+Models are trained in float32 by the examples' own code, from seed 0, for a fixed number of steps. --data has the files
+that the examples read: tinyshakespeare.txt, and small parts of aclImdb and of AG's corpus.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
+import shutil
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import fused_rnn
+from benchmarks.tables import accuracy
+from fused_rnn import _C
 from fused_rnn.bench import environment, onnx_model
 from fused_rnn.bench.cases import Case, Shape
+from fused_rnn.demo import EXAMPLES
 
 STEPS = (10, 100, 1000, 10000)
 FORMATS = ("int8", "bfloat16", "float16")
@@ -47,11 +60,20 @@ def onnxruntime_int8(layer: Any, steps: int, per_channel: bool) -> Runner:
 
         plain, small = Path(folder) / "plain.onnx", Path(folder) / "small.onnx"
         onnx.save(model, str(plain))
-        quantize_dynamic(plain, small, per_channel=per_channel, weight_type=QuantType.QInt8)
+        quantize_dynamic(
+            plain, small, per_channel=per_channel, weight_type=QuantType.QInt8, reduce_range=not _C.multiplies_bytes()
+        )
         if "DynamicQuantizeLSTM" not in {node.op_type for node in onnx.load(str(small)).graph.node}:
             raise RuntimeError("quantize_dynamic left the LSTM as it was")
         session = onnxruntime.InferenceSession(str(small), providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(["output"], {"input": x.numpy()})[0]).view(len(x), 1, -1)
+
+
+def by_onnxruntime(layer: Any, steps: int) -> dict[str, Runner]:
+    return {
+        "ONNX Runtime int8": onnxruntime_int8(layer, steps, False),
+        "ONNX Runtime int8, per_channel": onnxruntime_int8(layer, steps, True),
+    }
 
 
 def contestants(layer: Any, steps: int) -> dict[str, Runner]:
@@ -59,10 +81,7 @@ def contestants(layer: Any, steps: int) -> dict[str, Runner]:
         return lambda x: module(x)[0]
 
     found: dict[str, Runner] = {name: of(fused_rnn.quantize(layer, weights=name)) for name in FORMATS}
-    if type(layer).__name__ == "LSTM":
-        found["ONNX Runtime int8"] = onnxruntime_int8(layer, steps, False)
-        found["ONNX Runtime int8, per_channel"] = onnxruntime_int8(layer, steps, True)
-    return found
+    return found | (by_onnxruntime(layer, steps) if type(layer).__name__ == "LSTM" else {})
 
 
 @torch.no_grad()
@@ -77,83 +96,171 @@ def errors(layer: Any, x: Tensor) -> dict[str, list[float]]:
     return found
 
 
-class CharacterModel(nn.Module):
-    def __init__(self, symbols: int, features: int = 64, hidden: int = 256) -> None:
+@contextmanager
+def examples() -> Iterator[Callable[[str], ModuleType]]:
+    """Give the function that imports an example: they find what they share in their own folder."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+# Silero's detector ---------------------------------------------------------------------------------------------------
+
+
+def of_silero(example: Callable[[str], ModuleType]) -> tuple[dict[str, list[float]], dict[str, Any]] | None:
+    """Errors of the detector's LSTM on what its encoder makes of speech, and what they do to the probabilities.
+
+    None where the package that has the weights is not installed.
+    """
+    silero, voice = example("common.silero"), example("voice_activity")
+    path = silero.package_file(silero.WEIGHTS[0])
+    if path is None:
+        return None
+    detector = silero.Detector.load(path)
+    chunks, spoken = STEPS[-1], shutil.which("espeak-ng") is not None
+    seconds = chunks * silero.CHUNK / silero.SAMPLE_RATE
+    sound = (voice.speak(seconds)[0] if spoken else voice.hum(seconds + 1))[: chunks * silero.CHUNK]
+    samples = nn.functional.pad(sound, (silero.CONTEXT, 0)).unfold(0, silero.CONTEXT + silero.CHUNK, silero.CHUNK)
+    with torch.no_grad():
+        x = detector.encode(samples).unsqueeze(1)
+    layer = fused_rnn.LSTM(silero.FEATURES, silero.FEATURES).eval()
+    layer.load_state_dict({f"{name}_l0": value for name, value in detector.lstm_cell.state_dict().items()})
+
+    def heard(run: Runner) -> Tensor:
+        with torch.no_grad():
+            return detector.head(run(x).squeeze(1))
+
+    plain = heard(lambda x: layer(x)[0])
+    differences = {name: heard(run) - plain for name, run in contestants(layer, chunks).items()}
+    probabilities = {
+        "sound": f"{seconds:.0f} seconds of " + ("speech by espeak-ng" if spoken else "a made-up voice"),
+        "chunks": chunks,
+        "with_speech": int((plain >= voice.BEGINS).sum()),
+        "largest_difference": {name: value.abs().max().item() for name, value in differences.items()},
+        "other_decisions": {
+            name: int(((plain + value >= voice.BEGINS) != (plain >= voice.BEGINS)).sum())
+            for name, value in differences.items()
+        },
+    }
+    return errors(layer, x), probabilities
+
+
+# Trained models ------------------------------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """A model of an example, and how it is measured.
+
+    measure: of a model, as the example's workload calls it: a perplexity or an accuracy.
+    """
+
+    title: str
+    quantity: str
+    workload: Any
+    steps: int  # of training
+    measure: Callable[[Any], float]
+    text: Tensor | None = None  # of a language model with one LSTM, which ONNX Runtime runs, too: held-out tokens (N)
+
+
+def models(example: Callable[[str], ModuleType], folder: Path, arguments: argparse.Namespace) -> Iterator[Trained]:
+    """Each as it is asked for: what is read for one need not stay for the others."""
+    loss_of_stream = example("common.training").loss_of_stream
+
+    def perplexity(tokens: Tensor) -> Callable[[Any], float]:
+        return lambda model: math.exp(loss_of_stream(model, tokens, len(tokens)))
+
+    def of_workload(workload: Any) -> Callable[[Any], float]:
+        return lambda model: workload.evaluate(model)[workload.metric]
+
+    char_lm = example("char_lm")
+    text = char_lm.Text(example("common.data").read_text(folder / "tinyshakespeare.txt"))
+    chars = char_lm.CharWorkload(text, char_lm.Settings(), arguments)
+    title = f"characters, LSTM {chars.settings.hidden_size} (char_lm)"
+    yield Trained(title, "perplexity", chars, 400, perplexity(chars.held_out), chars.held_out)
+
+    imdb = example("imdb")
+    reviews = imdb.Sentiment("imdb-lstm", nn.LSTM, imdb.read_folder(folder), arguments)
+    yield Trained("film reviews, bidirectional LSTM 64 (imdb)", "accuracy", reviews, 310, of_workload(reviews))
+
+    ag_news = example("ag_news")
+    corpus = ag_news.read_corpus(folder, arguments.seed)
+    for name, what, steps in (
+        ("rnn-masked", "RNN 16", 950),
+        ("bilstm-2-layers", "2 layers of bidirectional LSTM 64", 285),
+    ):
+        topics = ag_news.Topics(name, corpus, arguments)
+        yield Trained(f"topics of news, {what} (ag_news)", "accuracy", topics, steps, of_workload(topics))
+
+
+def trained(model: Trained, example: Callable[[str], ModuleType], arguments: argparse.Namespace) -> Any:
+    """The model after its steps, in eval mode."""
+    training = example("common.training")
+    arguments.steps = model.steps
+    arguments.epochs = -(-model.steps // model.workload.steps_per_epoch)
+    learners = training.make_learners(model.workload, arguments)
+    training.train(learners, arguments)
+    return learners[0].model.eval()
+
+
+class Decisions:
+    """A model that remembers what it decides: the likeliest class, or whether a single logit is above 0."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.made: list[Tensor] = []
+
+    def __call__(self, *arguments: Any) -> Any:
+        result = self.model(*arguments)
+        logits = result[0] if isinstance(result, tuple) else result
+        self.made.append((logits > 0 if logits.dim() == 1 else logits.argmax(-1)).flatten())
+        return result
+
+
+class ByRunner(nn.Module):
+    """A layer's outputs by a runner, from the zero state."""
+
+    def __init__(self, run: Runner) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(symbols, features)
-        self.rnn: Any = fused_rnn.LSTM(features, hidden)
-        self.linear = nn.Linear(hidden, symbols)
+        self.run = run
 
-    def forward(self, text: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        output, hx = self.rnn(self.embedding(text), hx)
-        return self.linear(output), hx
-
-
-def trained(text: Tensor, symbols: int, seconds: float) -> CharacterModel:
-    torch.manual_seed(0)
-    model = CharacterModel(symbols)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    streams = text[: len(text) // 32 * 32].view(32, -1).T.contiguous()
-    begin, position, hx = time.monotonic(), 0, None
-    while time.monotonic() - begin < seconds:
-        if position + 65 > len(streams):
-            position, hx = 0, None
-        piece = streams[position : position + 65]
-        position += 64
-        logits, hx = model(piece[:-1], hx)
-        hx = tuple(state.detach() for state in hx)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), piece[1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model.eval()
+    def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, None]:
+        return self.run(x), None
 
 
 @torch.no_grad()
-def perplexity(model: CharacterModel, text: Tensor) -> float:
-    logits, _ = model(text[:-1].unsqueeze(1))
-    return math.exp(nn.functional.cross_entropy(logits.squeeze(1), text[1:]).item())
+def before_and_after(model: Trained, module: Any) -> dict[str, Any]:
+    """What is measured of the float32 model and of those made of it, and how many of its decisions change."""
+    others = {name: fused_rnn.quantize(module, weights=name) for name in FORMATS}
+    if model.text is not None:
+        for name, run in by_onnxruntime(module.recurrent, len(model.text) - 1).items():
+            others[name] = copy_with(module, ByRunner(run))
+    plain = Decisions(module)
+    values = {"float32": model.measure(plain)}
+    wanted, changed = torch.cat(plain.made), {}
+    for name, other in others.items():
+        decisions = Decisions(other)
+        values[name] = model.measure(decisions)
+        changed[name] = int((torch.cat(decisions.made) != wanted).sum())
+    found = {"model": model.title, "steps": model.steps, "quantity": model.quantity, "values": values}
+    return found | {"decisions": len(wanted), "other_decisions": changed}
 
 
-def character_model(path: Path, seconds: float) -> dict[str, Any]:
-    characters = path.read_text()
-    alphabet = sorted(set(characters))
-    index = {c: i for i, c in enumerate(alphabet)}
-    text = torch.tensor([index[c] for c in characters])
-    test = text[-20001:]
-    model = trained(text[:-20001], len(alphabet), seconds)
-    perplexities = {"float32": perplexity(model, test)}
-    for name in FORMATS:
-        perplexities[name] = perplexity(fused_rnn.quantize(model, weights=name), test)
-    plain = model.rnn
-    for per_channel in (False, True):
-        run = onnxruntime_int8(plain, len(test) - 1, per_channel)
-
-        class ByOnnxRuntime(nn.Module):
-            def forward(self, x: Tensor, hx: Any, run: Runner = run) -> tuple[Tensor, Any]:
-                return run(x), None
-
-        model.rnn = ByOnnxRuntime()
-        perplexities["ONNX Runtime int8" + ", per_channel" * per_channel] = perplexity(model, test)
-    model.rnn = plain
-    with torch.no_grad():
-        x = model.embedding(test[: STEPS[-1]]).unsqueeze(1)
-    return {"perplexity": perplexities, "errors": errors(plain, x)}
+def copy_with(module: Any, recurrent: nn.Module) -> Any:
+    """The model with another layer in the place of its own; all else is shared."""
+    other = module.__class__.__new__(module.__class__)
+    other.__dict__ = module.__dict__ | {"_modules": module._modules | {"recurrent": recurrent}}
+    return other
 
 
-def silero(path: Path) -> Any:
-    """The LSTM of Silero's voice activity detector, from its safetensors file."""
-    from safetensors.torch import load_file
+@torch.no_grad()
+def errors_on_text(model: Trained, module: Any) -> dict[str, list[float]]:
+    assert model.text is not None
+    return errors(module.recurrent, module.embedding(model.text[: STEPS[-1]]).unsqueeze(1))
 
-    tensors = load_file(path)
-    names = {
-        kind: name for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") for name in tensors if kind in name
-    }
-    hidden = tensors[names["weight_hh"]].shape[1]
-    layer = fused_rnn.LSTM(tensors[names["weight_ih"]].shape[1], hidden).eval()
-    layer.load_state_dict({f"{kind}_l0": tensors[name] for kind, name in names.items()})
-    return layer
+
+# The program ---------------------------------------------------------------------------------------------------------
 
 
 def described() -> dict[str, Any]:
@@ -162,22 +269,15 @@ def described() -> dict[str, Any]:
     return environment.describe(freed_memory_kept=False, peers={"ONNX Runtime": onnxruntime.__version__})
 
 
-def print_errors(title: str, found: dict[str, list[float]]) -> None:
-    print(f"\n{title}\n\n| | " + " | ".join(f"{steps} steps" for steps in STEPS) + " |")
-    print("| --- |" + " ---: |" * len(STEPS))
-    for name, values in found.items():
-        print(f"| {name} | " + " | ".join(f"{value:.1e}" for value in values) + " |")
-
-
-def main(arguments: Iterable[str] | None = None) -> None:
+def main(argv: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="of the character model; none: that table is left out")
-    parser.add_argument("--train-seconds", type=float, default=120.0)
-    parser.add_argument("--vad", type=Path, help="silero_vad_16k.safetensors of the package silero-vad")
+    parser.add_argument("--data", type=Path, help="folder of the examples' data; none: no model is trained")
+    parser.add_argument("--steps", type=int, help="training steps at most, to see that everything runs")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args(None if arguments is None else list(arguments))
+    given = parser.parse_args(None if argv is None else list(argv))
     torch.manual_seed(1)
-    result: dict[str, Any] = {"environment": described(), "steps": STEPS, "errors": {}}
+    result: dict[str, Any] = {"kind": "quantization", "environment": described(), "steps": STEPS, "errors": {}}
+    result["reduce_range"] = not _C.multiplies_bytes()
     for name, layer in {
         "LSTM, I 128 H 128": fused_rnn.LSTM(128, 128),
         "LSTM, I 512 H 512": fused_rnn.LSTM(512, 512),
@@ -186,20 +286,22 @@ def main(arguments: Iterable[str] | None = None) -> None:
     }.items():
         found = errors(layer.eval(), torch.randn(STEPS[-1], 1, layer.input_size))
         result["errors"][f"{name}, torch.nn's first weights, normal input"] = found
-    if given.vad is not None:
-        layer = silero(given.vad)
-        found = errors(layer, torch.randn(STEPS[-1], 1, layer.input_size).relu())
-        result["errors"]["Silero's VAD, LSTM 128, input as after a ReLU"] = found
-    if given.text is not None:
-        of_text = character_model(given.text, given.train_seconds)
-        result["errors"]["Trained character model, LSTM 256, its text"] = of_text.pop("errors")
-        result |= of_text
-    for title, found in result["errors"].items():
-        print_errors(title, found)
-    if "perplexity" in result:
-        print("\n| | perplexity of 20,000 characters |\n| --- | ---: |")
-        for name, value in result["perplexity"].items():
-            print(f"| {name} | {value:.4f} |")
+    with examples() as example:
+        if voices := of_silero(example):
+            result["silero"] = voices[1]
+            title = f"Silero's voice activity detector, LSTM 128, {voices[1]['sound']}"
+            result["errors"][title] = voices[0]
+        if given.data is not None:
+            options = example("common.options").make_parser("quantization", "", data="", epochs=1)
+            arguments = options.parse_args(["--compare-steps", "0"])
+            result["trained"] = []
+            for model in models(example, given.data, arguments):
+                model = model._replace(steps=min(model.steps, given.steps or model.steps))
+                module = trained(model, example, arguments)
+                result["trained"].append(before_and_after(model, module))
+                if model.text is not None:
+                    result["errors"][f"Trained model of {model.title}, its text"] = errors_on_text(model, module)
+    print(accuracy(result, str(given.json)))
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -4,7 +4,8 @@
 
 What stands between `<!-- figures: NAME -->` and `<!-- figures: end -->` is replaced. NAME is `speed` (README), `bars`
 (docs/benchmarks.md) or `charts` (docs/performance.md) for a result of `make bench`, `programs`
-(docs/in-your-program.md) for one of `make programs`. Nothing else in these files holds a figure of them.
+(docs/in-your-program.md) for one of `make programs`, `accuracy` (docs/quantization.md) for one of
+`python -m benchmarks.quantization`. Nothing else in these files holds a figure of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ Record = Mapping[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the files; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON file of `make bench` or `make programs`")
+    parser.add_argument("result", type=Path, help="JSON file of a benchmark")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that README.md and docs/ are in")
     arguments = parser.parse_args(argv)
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
@@ -53,6 +54,8 @@ def texts(result: Mapping[str, Any], name: str) -> dict[str, dict[str, str]]:
     """Return by file and region what a result of this name says."""
     if result.get("kind") == "programs":
         return {"docs/in-your-program.md": {"programs": programs(result, name)}}
+    if result.get("kind") == "quantization":
+        return {"docs/quantization.md": {"accuracy": accuracy(result, name)}}
     return {
         "README.md": {"speed": speed(result, name)},
         "docs/benchmarks.md": {"bars": standing(result, name)},
@@ -247,6 +250,64 @@ def programs(result: Mapping[str, Any], name: str) -> str:
     if result["not_installed"]:
         lines += ["", f"Not installed: {', '.join(entry['name'] for entry in result['not_installed'])}."]
     return "\n".join(lines)
+
+
+def accuracy(result: Mapping[str, Any], name: str) -> str:
+    """Return the tables of docs/quantization.md: errors after many steps, and models before and after."""
+    environment = result["environment"]
+    versions = ", ".join(f"{peer} {version}" for peer, version in environment["peers"].items())
+    where = f"{environment['processor']} ({environment['instruction_sets']['used']}), {environment['date'][:10]}"
+    parts = [f"From `{name}`: {where}, PyTorch {environment['torch']}, {versions}."]
+    if result["reduce_range"]:
+        parts[0] += " ONNX Runtime's int8 has 7 bits there (`reduce_range`), without which its products overflow."
+    steps = [f"{count} steps" for count in result["steps"]]
+    for title, found in result["errors"].items():
+        rows = [[weights, *(f"{error:.1e}" for error in errors)] for weights, errors in found.items()]
+        parts += [f"{title}:", report.markdown_table(["", *steps], rows, 1)]
+    if "silero" in result:
+        heard = result["silero"]
+        parts.append(
+            f"What it does to the detector's probabilities of {heard['chunks']:,} chunks, of which "
+            f"{heard['with_speech']:,} have speech, and how many lose or gain it:"
+        )
+        rows = [
+            [weights, f"{difference:.1e}", str(heard["other_decisions"][weights])]
+            for weights, difference in heard["largest_difference"].items()
+        ]
+        parts.append(report.markdown_table(["", "largest difference", "other decisions"], rows, 1))
+    if "trained" in result:
+        parts += ["Perplexity or accuracy of trained models, on text that they were not trained on:"]
+        parts += [_before_and_after(result["trained"])]
+        parts += ["Decisions that are others than those of float32 (the likeliest next character, the class):"]
+        parts += [_other_decisions(result["trained"])]
+    return "\n\n".join(parts)
+
+
+def _before_and_after(models: Sequence[Record]) -> str:
+    weights = _in_any(model["values"] for model in models)
+    rows = [
+        [
+            f"{model['model']}, {model['steps']:,} steps of training",
+            model["quantity"],
+            *(f"{model['values'][w]:.4f}" if w in model["values"] else "-" for w in weights),
+        ]
+        for model in models
+    ]
+    return report.markdown_table(["model", "", *weights], rows, 2)
+
+
+def _other_decisions(models: Sequence[Record]) -> str:
+    weights = _in_any(model["other_decisions"] for model in models)
+    rows = []
+    for model in models:
+        counts, all_of_them = model["other_decisions"], model["decisions"]
+        shares = (f"{counts[w]:,} ({counts[w] / all_of_them:.2%})" if w in counts else "-" for w in weights)
+        rows.append([model["model"], f"{all_of_them:,}", *shares])
+    return report.markdown_table(["model", "decisions", *weights], rows, 1)
+
+
+def _in_any(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(itertools.chain.from_iterable(records)))
 
 
 def _spread(record: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@
 #include "cpu/team.h"
 #include "cuda/plan.h"
 #include "derivatives.h"
+#include "quantized.h"
 #include "settings.h"
 #include "stream_bindings.h"
 #if defined(FRNN_CUDA)
@@ -357,7 +358,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("packed_bytes_held", &packed_bytes_held, "Bytes of packed weights that are kept for later inference calls.");
   m.def("packed_bytes_limit", &packed_bytes_limit, "The most bytes of packed weights that are kept.");
   m.def("set_packed_bytes_limit", &set_packed_bytes_limit, py::arg("bytes"), "Sets that limit; 0 keeps nothing.");
-  m.def("clear_packed", &clear_packed, "Frees all packed weights that are kept.");
+  m.def(
+      "clear_packed",
+      [] {
+        clear_packed();
+        clear_quantized();
+      },
+      "Frees all packed weights that are kept, those of quantized layers, too.");
+  m.def("quantized_bytes_held", &quantized_bytes_held, "Bytes of packed weights of quantized layers that are kept.");
+  // A thread that packs holds what this waits for.
+  m.def("forget_quantized", &forget_quantized, py::arg("first_param"), py::call_guard<py::gil_scoped_release>(),
+        "Frees the packed weights of a quantized layer, by the first of its parameters, and those of freed tensors.");
   m.def("team_is_late", &team_is_late, "Whether calls of this thread do without a team for a while: a busy machine.");
   m.def("judge_team", &judge_team, py::arg("threads"), py::arg("wall_us"), py::arg("own_us"),
         "For tests: what a call says of its team when it is done.");

@@ -1,11 +1,14 @@
 // Layers whose matrices are stored in fewer bits (WeightFormat of problem.h): the operator rnn_quantized. Each
 // direction of a layer is a stream (stream/stack.h) that begins with the call and ends with it; what stays is its
 // packed weights.
+#include "quantized.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -25,6 +28,7 @@ using PackedLayer = std::shared_ptr<PackedStack>;
 using PackedLayers = std::shared_ptr<std::vector<PackedLayer>>;
 
 PackedLayers pack_layers(Stack stack) {
+  check_int8_values(stack);
   stack.fit_heads(kernels().vector_bytes / int64_t(sizeof(float)));
   auto result = std::make_shared<std::vector<PackedLayer>>();
   for (int64_t l = 0; l < stack.num_layers(); ++l) {
@@ -52,15 +56,39 @@ class PackedWeights {
       if (t.is_inference()) return pack_layers(stack);  // such a tensor does not count its changes
     }
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<Entry>& entries = entries_[params[0].unsafeGetTensorImpl()];
     const Key key(params, settings, numbers);
-    for (const Entry& entry : entries) {
-      if (entry.key == key && entry.alive()) return entry.packed;
+    if (const auto found = entries_.find(key.tensors[0]); found != entries_.end()) {
+      for (const Entry& entry : found->second) {
+        if (entry.key == key && entry.alive()) return entry.packed;
+      }
     }
+    // The tensors may have died without their module, or changed: their memory serves again.
+    forget_where([&](const Entry& entry) { return !entry.alive() || entry.key.is_before(key); });
     PackedLayers packed = pack_layers(stack);
-    forget_the_dead(key);
-    entries_[params[0].unsafeGetTensorImpl()].push_back({key, params, packed});
+    entries_[key.tensors[0]].push_back({key, params, packed});
     return packed;
+  }
+
+  void forget(const Tensor& first_param) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    entries_.erase(first_param.unsafeGetTensorImpl());
+    forget_where([](const Entry& entry) { return !entry.alive(); });
+  }
+
+  void clear() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    entries_.clear();
+  }
+
+  size_t bytes() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t sum = 0;
+    for (const auto& [first, list] : entries_) {
+      for (const Entry& entry : list) {
+        for (const PackedLayer& layer : *entry.packed) sum += layer->bytes();
+      }
+    }
+    return sum;
   }
 
  private:
@@ -76,6 +104,10 @@ class PackedWeights {
     bool operator==(const Key& other) const {
       return tensors == other.tensors && data == other.data && versions == other.versions && isa == other.isa &&
              settings == other.settings && numbers == other.numbers;
+    }
+    // Whether this is of the same tensors, which have changed since.
+    bool is_before(const Key& now) const {
+      return tensors == now.tensors && isa == now.isa && (versions != now.versions || data != now.data);
     }
     std::vector<const c10::TensorImpl*> tensors;
     std::vector<const void*> data;
@@ -101,15 +133,11 @@ class PackedWeights {
     PackedLayers packed;
   };
 
-  // Entries of freed tensors, and of the same ones before they changed.
-  void forget_the_dead(const Key& changed) {
+  template <class Predicate>
+  void forget_where(const Predicate& predicate) {
     for (auto it = entries_.begin(); it != entries_.end();) {
       auto& list = it->second;
-      const auto is_dead = [&](const Entry& entry) {
-        return !entry.alive() || (entry.key.tensors == changed.tensors && entry.key.isa == changed.isa &&
-                                  (entry.key.versions != changed.versions || entry.key.data != changed.data));
-      };
-      list.erase(std::remove_if(list.begin(), list.end(), is_dead), list.end());
+      list.erase(std::remove_if(list.begin(), list.end(), predicate), list.end());
       it = list.empty() ? entries_.erase(it) : std::next(it);
     }
   }
@@ -217,6 +245,19 @@ std::tuple<Tensor, Tensor, Tensor> rnn_quantized(const Tensor& input, const Opti
 }
 
 }  // namespace
+
+void check_int8_values(const Stack& stack) {
+  if (stack.format != WeightFormat::int8) return;
+  for (size_t i = 0; i < stack.params.size(); ++i) {
+    const Tensor& t = stack.params[i];  // contiguous
+    TORCH_CHECK(t.scalar_type() != at::kChar || !std::memchr(t.const_data_ptr(), 0x80, t.nbytes()), "params[", i,
+                "]: expected int8 values from -127 to 127, got -128");
+  }
+}
+
+size_t quantized_bytes_held() { return packed_weights().bytes(); }
+void forget_quantized(const Tensor& first_param) { packed_weights().forget(first_param); }
+void clear_quantized() { packed_weights().clear(); }
 
 TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
   m.def(

@@ -17,6 +17,7 @@
 
 #include "cpu/kernels.h"
 #include "operators.h"
+#include "quantized.h"
 #include "stream/stack.h"
 
 namespace py = pybind11;
@@ -56,6 +57,7 @@ PackedPtr pack_stack(const Tensor& like, const std::vector<Tensor>& params, cons
   TORCH_CHECK(stack.D == 1, "settings: expected one direction");
   TORCH_CHECK(like.scalar_type() != at::kHalf, "like: expected float32, float64 or bfloat16, got ", like.scalar_type());
   TORCH_CHECK(!is_custom(stack.kind()), "settings: expected no custom cell");
+  check_int8_values(stack);
   stack.fit_heads(kernels().vector_bytes / int64_t(c10::elementSize(accumulation_dtype(like))));
   std::vector<LayerForward> layers(size_t(stack.num_layers()));
   for (int64_t l = 0; l < stack.num_layers(); ++l) {

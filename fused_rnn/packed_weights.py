@@ -8,6 +8,8 @@ call packs it anew.
 
 Copies take as much memory as the weights themselves, together no more than a limit of 256 MiB per process; beyond
 it, those unused for longest go. A model that is deleted leaves its copies behind until then, or until :func:`clear`.
+
+A quantized layer (:func:`fused_rnn.quantize`) keeps its packed weights always, beyond that limit; they go with it.
 """
 
 from __future__ import annotations
@@ -40,6 +42,6 @@ def set_limit(bytes: int) -> None:
 
 
 def clear() -> None:
-    """Free all copies."""
+    """Free all copies, and the packed weights of quantized layers, which their next call makes anew."""
     if backend.ops is not None:
         backend.ops.clear_packed()

@@ -57,6 +57,13 @@ class _Quantized(nn.Module):
                     scales.append(name + _SCALE)
         self._names = (*order, *scales)  # of the tensors, in the operator's order
 
+    def __del__(self) -> None:
+        # The kernels find the packed weights by these tensors. Where others have them, too, the next call packs anew.
+        names, buffers = vars(self).get("_names"), vars(self).get("_buffers")
+        first = buffers.get(names[0]) if names and buffers else None
+        if first is not None and backend is not None and backend.ops is not None:  # None: the interpreter ends
+            backend.ops.forget_quantized(first)
+
     def _operator_params(self) -> list[Tensor]:
         buffers: dict[str, Any] = self._buffers
         return [buffers[name] for name in self._names]

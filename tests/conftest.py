@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.backends import available_isas, fused_available, why_no_cuda
+from support.c_library import c, library  # noqa: F401, fixtures of tests/test_c_library*.py
 
 import fused_rnn
 from fused_rnn.check import instruction_set

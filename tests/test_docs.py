@@ -64,7 +64,7 @@ def test_all_pages_with_code_are_run_here() -> None:
     assert pages == {
         "in-your-program.md",
         "index.md",
-        "c-library.md",  # tests/test_c_library.py
+        "c-library.md",  # tests/test_c_library_programs.py
         "migrating.md",
         "diagnostics.md",
         "exporting.md",

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import QuantizedCell, QuantizedLayer, Stream, StreamPool, quantize
+from fused_rnn import QuantizedCell, QuantizedLayer, Stream, StreamPool, backend, quantize
 
 pytestmark = pytest.mark.kernels
 
@@ -412,6 +412,79 @@ def test_other_weights_at_the_place_of_freed_ones_are_seen() -> None:
             torch.testing.assert_close(small(x)[0], small.dequantize()(x)[0], rtol=0, atol=0.05)
         del small
         gc.collect()
+
+
+@pytest.fixture
+def nothing_packed() -> Callable[[], int]:
+    """Bytes of packed weights that are kept, of which there are none at first."""
+    from fused_rnn import _C
+
+    gc.collect()
+    fused_rnn.packed_weights.clear()
+    assert _C.quantized_bytes_held() == 0
+    return _C.quantized_bytes_held
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_weights_go_with_their_module(format: torch.dtype, nothing_packed: Callable[[], int]) -> None:
+    held, x = nothing_packed, torch.randn(2, 1, F)
+    small = quantize(nn.Sequential(fused_rnn.LSTM(F, H, 2, bidirectional=True)).eval(), format)
+    small(x)
+    stored = sum(t.nbytes for t in small.buffers())
+    assert held() > stored / 2
+    others = copy.deepcopy(small), pickle.loads(pickle.dumps(small)), quantize(fused_rnn.LSTMCell(F, H).eval())
+    of_one = held()
+    for other in others:
+        other(x if isinstance(other, nn.Sequential) else x[0])
+    assert held() > 3 * of_one
+    del other, others
+    gc.collect()
+    assert held() == of_one
+    before = small(x)[0]
+    fused_rnn.packed_weights.clear()
+    assert held() == 0
+    assert_same(small(x)[0], before)
+    del small
+    gc.collect()
+    assert held() == 0
+
+
+def test_packed_weights_do_not_pile_up(nothing_packed: Callable[[], int]) -> None:
+    """Of tensors that change, are replaced, or die without a module."""
+    held, x = nothing_packed, torch.randn(2, 1, F)
+    small = quantize(fused_rnn.GRU(F, H).eval())
+    small(x)
+    of_one = held()
+    for _ in range(3):
+        small.weight_hh_l0.neg_()
+        small(x)
+        small.bias_hh_l0 = small.bias_hh_l0 + 1
+        small(x)
+        alone = [t.clone() for t in small._operator_params()]
+        backend.ops.run_quantized(small._settings(), x, None, None, alone, None)
+        assert held() == 2 * of_one
+        del alone
+
+
+@pytest.mark.parametrize("name", ["lstm", "projection", "both directions", "heads"])
+def test_an_int8_weight_of_the_lowest_value_is_refused(name: str) -> None:
+    small = quantize(LAYERS[name]().eval())
+    x = torch.randn(2, 1, F)
+    matrices = [i for i, t in enumerate(small._operator_params()) if t.dtype is torch.int8]
+    assert len(matrices) == {"projection": 3, "both directions": 4}.get(name, 2)
+    for i in matrices:
+        params = [t.clone() for t in small._operator_params()]
+        params[i].T[-1, -1] = -128
+        for given in (params, [t.T.contiguous().T if t.dim() == 2 else t for t in params]):
+            with pytest.raises(RuntimeError, match=rf"params\[{i}\]: expected int8 values from -127 to 127, got -128"):
+                backend.ops.run_quantized(small._settings(), x, None, None, given, None)
+    small(x)
+    small.weight_hh_l0[0, 0] = -128
+    with pytest.raises(RuntimeError, match=r"params\[1\]: expected int8 values from -127"):
+        small(x)
+    if name != "both directions":
+        with pytest.raises(RuntimeError, match=r"params\[1\]: expected int8 values from -127"):
+            Stream(small)
 
 
 # Models.

@@ -46,6 +46,8 @@ bool is_part(double value) { return value >= 0 && value <= 1; }
 
 bool is_size(int64_t value) { return value >= 1 && value <= FUSED_RNN_MOST_FEATURES; }
 
+bool has_lowest(const void* weights, int64_t count) { return std::memchr(weights, 0x80, size_t(count)) != nullptr; }
+
 Activation activation_of(int32_t value, Activation own) { return value == 0 ? own : Activation(value - 1); }
 
 }  // namespace
@@ -100,10 +102,6 @@ int read_description(const fused_rnn_description* given, fused_rnn_description& 
   if (!is_part(d.zoneout)) return FUSED_RNN_ERROR_ZONEOUT;
   if (!is_part(d.zoneout_cell) || (d.zoneout_cell > 0 && !is_lstm)) return FUSED_RNN_ERROR_ZONEOUT_CELL;
   return FUSED_RNN_OK;
-}
-
-static bool has_lowest(const void* weights, int64_t count) {
-  return std::memchr(weights, 0x80, size_t(count)) != nullptr;
 }
 
 int read_layers(const fused_rnn_description& d, fused_rnn_layer* layers) {
