@@ -130,7 +130,7 @@ fuzz:  ## changed files of weights for the C library under the sanitizers (FUZZ_
 info: build  ## versions, how it was built, instruction sets, threads, CUDA
 	$(RUN) -m fused_rnn info $(ARGS)
 
-CXX_FILES = $(shell find csrc include examples tests/arm tests/c_library tests/cuda_host tests/data tools benchmarks \
+CXX_FILES = $(shell find csrc include examples tests/arm tests/c_library tests/cuda_host tests/data tests/tiles tools benchmarks \
 	-name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format: report only

@@ -342,6 +342,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "multiplies_bytes", [] { return multiplies_bytes(kernels().stream(LayerSizes()).isa); },
       "Whether int8 products are made of instructions that multiply bytes, which a processor may lack.");
+  m.def(
+      "multiplies_bytes_on_tiles",
+      [] { return multiplies_bytes(kernels().stream(LayerSizes()).isa) && byte_tiles(kernels()); },
+      "Whether those of many rows are made of AMX's.");
   m.def("allow_byte_products", &allow_byte_products, py::arg("allowed"), "For tests: whether such are to be used.");
   m.def("integer_settings", &Settings::integer_names, "Names of the settings that operators take, in their order.");
   m.attr("operators_version") = operators_version;

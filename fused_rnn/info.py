@@ -39,6 +39,7 @@ def collect() -> dict[str, Any]:
         "processor": processor_name(),
         "build": {key: _plain(value) for key, value in build.items()} if build else None,
         "instruction_sets": sets,
+        "int8_products": _int8_products(kernels),
         "threads": {"torch": torch.get_num_threads(), "processors": usable_processors(), "machine": os.cpu_count()},
         "environment": {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ},
         "cuda": cuda,
@@ -65,6 +66,7 @@ def render(report: dict[str, Any]) -> str:
     lines += [
         ("instruction sets", f"compiled {_listed(sets['compiled'])}; on this processor {_listed(sets['supported'])}"),
         ("in use", sets["used"] or "none"),
+        ("int8 products", report["int8_products"] or "none"),
         ("threads", f"{threads['torch']} (torch.get_num_threads()) on {threads['processors']} usable processors"),
         ("environment", _listed(f"{name}={value}" for name, value in report["environment"].items())),
         ("CUDA", f"kernels {_built_for(cuda)}; PyTorch's CUDA {cuda['torch'] or 'none'}"),
@@ -119,6 +121,15 @@ def _instruction_sets(kernels: ModuleType | None, build: dict[str, Any] | None) 
     if used is not None and used != best:
         notes.append(f"{best}: {used} is chosen by FUSED_RNN_ISA or set_isa")
     return {"compiled": compiled, "supported": supported, "used": used}, notes
+
+
+def _int8_products(kernels: ModuleType | None) -> str | None:
+    """By what instructions quantized layers multiply."""
+    if kernels is None:
+        return None
+    if not kernels.multiplies_bytes():
+        return "without dot products of bytes, which this processor or the set in use lacks"
+    return f"dot products of bytes{', AMX tiles from 16 rows on' if kernels.multiplies_bytes_on_tiles() else ''}"
 
 
 def _backend_notes() -> list[str]:

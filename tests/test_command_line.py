@@ -17,7 +17,7 @@ from support.backends import available_isas
 from torch.utils._pytree import tree_leaves
 
 import fused_rnn
-from fused_rnn import backend, check, formulas
+from fused_rnn import backend, check, formulas, info
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -34,8 +34,24 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def test_info_names_versions_and_instruction_sets() -> None:
     result = command("info")
     assert result.returncode == 0, result.stderr
-    for word in (fused_rnn.__version__, torch.__version__, *available_isas()):
+    for word in (fused_rnn.__version__, torch.__version__, *available_isas(), "int8 products:"):
         assert word in result.stdout
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("dots", "tiles", "said"),
+    [
+        (False, False, "without dot products"),
+        (True, False, "dot products of bytes"),
+        (True, True, "AMX tiles from 16 rows on"),
+    ],
+)
+def test_info_says_how_int8_is_multiplied(monkeypatch: pytest.MonkeyPatch, dots: bool, tiles: bool, said: str) -> None:
+    monkeypatch.setattr("fused_rnn._C.multiplies_bytes", lambda: dots)
+    monkeypatch.setattr("fused_rnn._C.multiplies_bytes_on_tiles", lambda: tiles)
+    found = info.collect()["int8_products"]
+    assert said in found and ("AMX" in found) == tiles
 
 
 def test_unknown_command_is_refused_with_the_known_ones() -> None:

@@ -52,7 +52,7 @@ def processor() -> dict[str, str]:
     known = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
     fields = {name.strip(): value.strip() for name, value in known.items()}
     flags = set(fields.get("flags", "").split())
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
     return {
         "model": fields.get("model name", platform.processor()),
         "processors": str(len(os.sched_getaffinity(0))),

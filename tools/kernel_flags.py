@@ -6,7 +6,7 @@ X86_FLAGS: dict[str, list[str]] = {"portable": []}
 X86_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
 X86_FLAGS["avx512"] = [*X86_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86_FLAGS["avx512_bf16"] = [*X86_FLAGS["avx512"], "-mavx512bf16"]
-X86_FLAGS["avx512_amx"] = [*X86_FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
+X86_FLAGS["avx512_amx"] = [*X86_FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 # Before it gives out registers GCC moves loads ahead of what uses them, by default for Arm and not for x86: sums of the
 # products, which fill the registers, would go to the stack for it.
@@ -17,7 +17,7 @@ ARM_FLAGS["neon_bf16"] = [*ARM_FLAGS["neon"], "-march=armv8.2-a+bf16"]
 OTHER_FLAGS: dict[str, list[str]] = {"portable": []}
 
 ALL_SETS = {*X86_FLAGS, *ARM_FLAGS, *OTHER_FLAGS}
-# What has kernels of bfloat16 alone, and from which set it takes the others.
+# What has kernels of bfloat16 alone (and, with AMX, products of bytes), and from which set it takes the others.
 BFLOAT16_ALONE = {"avx512_bf16": "avx512", "avx512_amx": "avx512", "neon_bf16": "neon"}
 # What every processor of its architecture runs.
 RUNS_EVERYWHERE = {"portable", "neon"}

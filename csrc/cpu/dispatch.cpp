@@ -88,29 +88,32 @@ const KernelTable* const tables[] = {
 };
 
 #if defined(__x86_64__)
-// Whether the processor has tiles with bfloat16 products, and the system lets this process use them: it has to be
-// asked, because their registers are 8 KiB more to be saved for every thread.
-bool has_tiles() {
+enum class Tiles { unknown, none, of_bfloat16, of_bytes_too };
+
+// What the processor multiplies on tiles, if the system lets this process use them: it has to be asked, because their
+// registers are 8 KiB more to be saved for every thread.
+Tiles find_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0) return Tiles::none;
   constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  if (syscall(SYS_arch_prctl, request_permission, tile_data) != 0) return Tiles::none;
+  return (d & amx_int8) != 0 ? Tiles::of_bytes_too : Tiles::of_bfloat16;
 #else
-  return false;
+  return Tiles::none;
 #endif
 }
 
 // Asked once, or by threads that come at the same time once each: the answer is the same.
-bool has_tiles_remembered() {
-  static std::atomic<int> known{-1};
-  int tiles = known.load(std::memory_order_relaxed);
-  if (tiles < 0) {
-    tiles = has_tiles() ? 1 : 0;
+Tiles tiles_here() {
+  static std::atomic<Tiles> known{Tiles::unknown};
+  Tiles tiles = known.load(std::memory_order_relaxed);
+  if (tiles == Tiles::unknown) {
+    tiles = find_tiles();
     known.store(tiles, std::memory_order_relaxed);
   }
-  return tiles != 0;
+  return tiles;
 }
 #endif
 
@@ -152,7 +155,7 @@ bool runs_here(const KernelTable& table) {
   if (std::strcmp(isa, "avx512") == 0) return avx512;
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(isa, "avx512_bf16") == 0) return avx512_bf16;
-  if (std::strcmp(isa, "avx512_amx") == 0) return avx512_bf16 && has_tiles_remembered();
+  if (std::strcmp(isa, "avx512_amx") == 0) return avx512_bf16 && tiles_here() != Tiles::none;
 #elif defined(__aarch64__)
   // Every 64-bit Arm processor that runs Linux has NEON.
   if (std::strcmp(table.isa, "neon") == 0) return true;
@@ -202,6 +205,16 @@ bool multiplies_bytes(const char* isa) {
 }
 
 void allow_byte_products(bool allowed) { byte_products_allowed.store(allowed, std::memory_order_relaxed); }
+
+ByteTiles byte_tiles(const KernelTable& table) {
+#if defined(__x86_64__)
+  const bool wanted = table.byte_tiles && byte_products_allowed.load(std::memory_order_relaxed);
+  return wanted && tiles_here() == Tiles::of_bytes_too ? table.byte_tiles : nullptr;
+#else
+  (void)table;
+  return nullptr;
+#endif
+}
 
 bool select_kernels(const char* isa) {
   const KernelTable* t = find_kernels(isa);

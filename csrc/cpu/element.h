@@ -14,6 +14,11 @@ struct Half {
   uint16_t bits;
 };
 
+// Of a matrix of bytes, or of a row that was quantized.
+struct Int8 {
+  int8_t value;
+};
+
 template <class S>
 struct Accumulator {
   using type = float;

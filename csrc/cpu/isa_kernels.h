@@ -120,7 +120,7 @@ double peak(DType dtype, double seconds) {
 
 extern const KernelTable table;
 const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &forward,          &backward, &activation,
-                           &peak,         &draw_bits,        &gradient_changes, &stream};
+                           &peak,         &draw_bits,        &gradient_changes, &stream,   own_byte_tiles};
 
 }  // namespace FRNN_ISA
 }  // namespace fused_rnn

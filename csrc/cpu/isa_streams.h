@@ -23,9 +23,15 @@ const StreamKernel& stream(const LayerSizes& sizes) {
 #endif
 }
 
+#if defined(FRNN_TILES)
+inline constexpr ByteTiles own_byte_tiles = &product_of_byte_tiles;
+#else
+inline constexpr ByteTiles own_byte_tiles = nullptr;
+#endif
+
 #if defined(FRNN_STREAMS_ALONE)
 extern const KernelTable table;
-const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &stream};
+const KernelTable table = {FRNN_ISA_TEXT, FRNN_VECTOR_BYTES, &stream, own_byte_tiles};
 #endif
 
 }  // namespace FRNN_ISA

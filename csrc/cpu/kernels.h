@@ -44,6 +44,8 @@ struct KernelTable {
 #endif
   // Of a layer that stays (stream/pass.h), by its sizes: float32, float64 and bfloat16, no rnn_relu.
   const StreamKernel& (*stream)(const LayerSizes& sizes);
+  // For int8 matrices of such layers, whichever kernels they have; null: this instruction set has no tiles.
+  ByteTiles byte_tiles;
 };
 
 // The tables that were compiled, best first; ended by null.
@@ -64,6 +66,9 @@ bool select_kernels(const char* isa);
 // that has float32 kernels (stored.h); and whether to use them where it has, for tests.
 bool multiplies_bytes(const char* isa);
 void allow_byte_products(bool allowed);
+
+// The table's byte_tiles where the processor multiplies bytes on tiles, which not all have that have tiles; else null.
+ByteTiles byte_tiles(const KernelTable& table);
 
 // Whether the processor by itself follows as many streams through memory as dot products with a weight read
 // (in_place.h), so that what is fetched ahead only takes its time.

@@ -207,7 +207,7 @@ template <class E>
 constexpr int64_t depth_of_product(int64_t K) {
 #if defined(FRNN_TILES)
   if (std::is_same_v<E, BFloat16>) {
-    const int64_t even = 2 * ((K + tile_depth - 1) / tile_depth);
+    const int64_t even = 2 * ((K + tile_depth<BFloat16> - 1) / tile_depth<BFloat16>);
     return even > 0 ? (K + even - 1) / even * even : 0;
   }
 #endif
@@ -416,8 +416,8 @@ void product(int64_t rows, int64_t K, const typename Operand<E>::Row* const* a, 
   if (rows <= 0 || panels <= 0) return;
 #if defined(FRNN_TILES)
   if constexpr (std::is_same_v<E, BFloat16>) {
-    return product_of_tiles<NV, NA>(rows, K, a, b, panels, panel_stride, c, c_stride, addend.from, addend.stride,
-                                    addend.apart);
+    return product_of_tiles<BFloat16, NV, NA>(rows, K, a, b, panels, panel_stride, c, c_stride, addend.from,
+                                              addend.stride, addend.apart);
   }
 #endif
   const auto addend_of = [&](int64_t row, int64_t p) __attribute__((always_inline)) {

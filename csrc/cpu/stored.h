@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "byte_tiles.h"
 #include "pack.h"
 
 namespace fused_rnn {
@@ -25,9 +26,6 @@ typedef int8_t Bytes __attribute__((vector_size(FRNN_VECTOR_BYTES)));
 // How the products of these formats are named: what is multiplied, and with what instructions.
 struct BFloat16Weights {};
 struct Float16Weights {};
-struct Int8 {
-  int8_t value;
-};
 struct Int8ByDots {};  // vpdpbusd
 
 // Registers that what turns a format into products takes (Operand::work).
@@ -256,10 +254,14 @@ struct QuantizedRows {
   const Int8** rows = nullptr;
   RowScale* scales = nullptr;
   int64_t stride = 0;
-  bool by_dots = false;  // the processor has the instruction
+  bool by_dots = false;          // the processor has the instruction
+  ByteTiles by_tiles = nullptr;  // and tiles: beside by_dots alone
 
   // Bits of q that rows hold the other way round: q + 128, without a sign.
   FRNN_INLINE uint8_t flipped() const { return by_dots ? flipped_by_dots : 0; }
+
+  // Fewer rows wait for the weights, which come as fast either way, and would be copied to fill a tile.
+  FRNN_INLINE bool on_tiles(int64_t count) const { return by_tiles && count >= 16; }
 
   FRNN_INLINE void quantize(int64_t count, int64_t K, const float* const* a) const {
     for (int64_t r = 0; r < count; ++r) {
@@ -288,7 +290,9 @@ __attribute__((noinline)) void product_stored(int64_t rows, int64_t K, const flo
   int32_t* sums = reinterpret_cast<int32_t*>(c);
   quantized.quantize(rows, K, a);
 #if defined(FRNN_BYTE_DOTS)
-  if (quantized.by_dots) {
+  if (quantized.on_tiles(rows)) {
+    quantized.by_tiles(columns, rows, depth, quantized.rows, data, panels, sums, c_stride);
+  } else if (quantized.by_dots) {
     product<Int8ByDots, NV>(rows, depth, quantized.rows, data, panels, depth * columns, sums, c_stride, {});
   } else
 #endif

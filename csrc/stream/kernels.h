@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "../cpu/byte_tiles.h"
 #include "../problem.h"
 
 namespace fused_rnn {
@@ -59,7 +60,8 @@ struct StreamWork {
   // Of int8 matrices: rows of quantized_stride bytes, their addresses, and how each was quantized.
   void *quantized, *quantized_rows, *row_scales;
   int64_t quantized_stride;
-  bool by_dots;  // with instructions that multiply bytes
+  bool by_dots;        // with instructions that multiply bytes
+  ByteTiles by_tiles;  // and many rows on matrix tiles; null: not
 };
 
 // `layer`: sizes, weights of direction 0, options; its steps are one of one row.

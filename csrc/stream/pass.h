@@ -62,8 +62,12 @@ class StreamPass : public ForwardPass<Cell, S, U> {
       pass.stored_ih_ = {pass.format_, weights.w_ih, weights.scale_ih, weights.sum_ih};
       pass.stored_hh_ = {pass.format_, weights.w_hh, weights.scale_hh, weights.sum_hh};
       pass.stored_hr_ = {pass.format_, weights.w_hr, weights.scale_hr, weights.sum_hr};
-      pass.quantized_ = {static_cast<Int8*>(work.quantized), static_cast<const Int8**>(work.quantized_rows),
-                         static_cast<RowScale*>(work.row_scales), work.quantized_stride, work.by_dots};
+      pass.quantized_ = {static_cast<Int8*>(work.quantized),
+                         static_cast<const Int8**>(work.quantized_rows),
+                         static_cast<RowScale*>(work.row_scales),
+                         work.quantized_stride,
+                         work.by_dots,
+                         work.by_tiles};
     }
   }
 

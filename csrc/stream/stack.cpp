@@ -98,7 +98,8 @@ struct Measures {
     return s;
   }
 
-  StreamWork work(Layout& layout, const LayerForward& layer, int64_t rows, int64_t step_rows) const {
+  StreamWork work(Layout& layout, const KernelTable& table, const LayerForward& layer, int64_t rows,
+                  int64_t step_rows) const {
     const int64_t of_norm = normalises && shape.states > 0 ? step_rows * unit_stride : 0;
     StreamWork w;
     w.projected = take_sums(layout, rows * panels * panel_columns);
@@ -119,6 +120,7 @@ struct Measures {
     w.quantized_rows = layout.take<void*>(quantized);
     w.row_scales = layout.take<char>(quantized * shape.row_scale_bytes);
     w.by_dots = multiplies_bytes(isa);
+    w.by_tiles = w.by_dots ? byte_tiles(table) : nullptr;
     return w;
   }
 };
@@ -214,6 +216,7 @@ PackedStack* PackedStack::lay_out(void* memory, const KernelTable& table, const 
   packed->multiply_adds_ = multiply_adds;
   packed->layers_ = own;
   packed->kernels_ = kernels_of;
+  packed->table_ = &table;
   packed->weights_ = weights_of;
   packed->packed_ = first;
   packed->packed_bytes_ = bytes - before;
@@ -261,7 +264,7 @@ PackedStack* PackedStack::place(void* memory, const KernelTable& table, const La
 void PackedStack::destroy(PackedStack* packed) { std::free(packed); }
 
 bool PackedStack::equals(const PackedStack& other) const {
-  if (count_ != other.count_ || packed_bytes_ != other.packed_bytes_) return false;
+  if (table_ != other.table_ || count_ != other.count_ || packed_bytes_ != other.packed_bytes_) return false;
   for (int64_t l = 0; l < count_; ++l) {
     if (kernels_[l] != other.kernels_[l] || !same_layer(layers_[l], other.layers_[l])) return false;
   }
@@ -293,7 +296,8 @@ StackStates* StackStates::lay_out(void* memory, const PackedStack& packed, int64
   for (int64_t l = 0; l < count; ++l) {
     Layout shared = layout;  // each layer works where the others do
     const LayerForward& layer = packed.layers_[l];
-    const StreamWork work = Measures(layer, *packed.kernels_[l]).work(shared, layer, all_rows, step_rows);
+    const Measures size(layer, *packed.kernels_[l]);
+    const StreamWork work = size.work(shared, *packed.table_, layer, all_rows, step_rows);
     end = std::max(end, shared.used());
     if (!states) continue;
     if (l == 0) std::memset(between[0], 0, begin - size_t(between[0] - static_cast<char*>(memory)));

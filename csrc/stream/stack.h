@@ -49,6 +49,7 @@ class PackedStack {
   size_t bytes_ = 0;
   int64_t multiply_adds_ = 0;
   LayerForward* layers_ = nullptr;
+  const KernelTable* table_ = nullptr;
   const StreamKernel** kernels_ = nullptr;
   StreamWeights* weights_ = nullptr;
   char* packed_ = nullptr;  // all weights

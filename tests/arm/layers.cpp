@@ -21,7 +21,7 @@ namespace fused_rnn {
 // There are no others here: only the vector's size is read.
 const KernelTable& kernels() {
   static const KernelTable table{
-      first_kernels()->isa, 16, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+      first_kernels()->isa, 16, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   return table;
 }
 }  // namespace fused_rnn

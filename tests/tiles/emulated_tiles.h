@@ -3,6 +3,10 @@
 // would fault on ends the program.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -75,11 +79,16 @@ inline float bfloat16(const unsigned char* p) {
   return value;
 }
 
-// sums[m][n] += a[m][2k] * b[k][2n] + a[m][2k + 1] * b[k][2n + 1]
-inline void multiply(int sums, int a, int b) {
-  Tile &c = tile(sums), &x = tile(a), &w = tile(b);
+inline void check_shapes(int sums, int a, int b) {
+  const Tile &c = tile(sums), &x = tile(a), &w = tile(b);
   if (x.rows != c.rows || w.row_bytes != c.row_bytes || x.row_bytes / 4 != w.rows || sums == a || sums == b || a == b)
     fault("shapes of a product");
+}
+
+// sums[m][n] += a[m][2k] * b[k][2n] + a[m][2k + 1] * b[k][2n + 1]
+inline void multiply(int sums, int a, int b) {
+  check_shapes(sums, a, b);
+  Tile &c = tile(sums), &x = tile(a), &w = tile(b);
   for (int m = 0; m < c.rows; ++m) {
     for (int k = 0; k < x.row_bytes / 4; ++k) {
       for (int n = 0; n < c.row_bytes / 4; ++n) {
@@ -93,11 +102,38 @@ inline void multiply(int sums, int a, int b) {
   }
 }
 
+// sums[m][n] += a[m][4k] * b[k][4n] + ... + a[m][4k + 3] * b[k][4n + 3], a without a sign and b with one; a sum that
+// does not fit 32 bits wraps.
+inline void multiply_bytes(int sums, int a, int b) {
+  check_shapes(sums, a, b);
+  Tile &c = tile(sums), &x = tile(a), &w = tile(b);
+  for (int m = 0; m < c.rows; ++m) {
+    for (int k = 0; k < x.row_bytes / 4; ++k) {
+      for (int n = 0; n < c.row_bytes / 4; ++n) {
+        uint32_t sum;
+        std::memcpy(&sum, c.data[m] + 4 * n, 4);
+        for (int i = 0; i < 4; ++i)
+          sum += uint32_t(int32_t(x.data[m][4 * k + i]) * int32_t(int8_t(w.data[k][4 * n + i])));
+        std::memcpy(c.data[m] + 4 * n, &sum, 4);
+      }
+    }
+  }
+}
+
 }  // namespace emulated
 
+// The compiler's own, some of which are macros.
+#undef _tile_loadconfig
+#undef _tile_zero
+#undef _tile_release
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#undef _tile_dpbusd
 #define _tile_loadconfig(memory) emulated::load_configuration(memory)
 #define _tile_zero(t) emulated::clear(t)
 #define _tile_release() emulated::release()
 #define _tile_loadd(t, base, stride) emulated::load(t, base, stride)
 #define _tile_stored(t, base, stride) emulated::store(t, base, stride)
 #define _tile_dpbf16ps(sums, a, b) emulated::multiply(sums, a, b)
+#define _tile_dpbusd(sums, a, b) emulated::multiply_bytes(sums, a, b)
