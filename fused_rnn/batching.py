@@ -148,10 +148,9 @@ def row_dim(integers: Sequence[int], packed: bool = False) -> int:
     return 0 if packed or integers[INTEGER_SETTINGS.index("batch_first")] else 1
 
 
-def row_dims_of_controls(packed: bool) -> Controls:
-    """The dimension of rows, or of rows of all steps, in each control; that of ``batch_sizes`` stands for nothing."""
-    dims: Any = Controls(0, mask=1, dropout=1 if packed else 2, reset=1, recurrent_dropout=1, zoneout=1, zoneout_cell=1)
-    return dims  # type: ignore[no-any-return]
+def row_dims_of_controls(packed: bool) -> dict[str, int]:
+    """The dimension of rows, or of rows of all steps, in each control but ``batch_sizes``, in their order."""
+    return {name: 2 if name == "dropout" and not packed else 1 for name in Controls._fields[1:]}
 
 
 def num_states_behind(integers: Sequence[int], numbers: Sequence[float]) -> int:
@@ -166,9 +165,9 @@ class _Rows(NamedTuple):
 
     examples: _Examples
     dim: int  # of the rows of input and output
-    params: list[Tensor]
+    params: list[Tensor | None]  # each is there
     num_weights: int  # of params, whose others are states
-    controls: list[Tensor]
+    controls: list[Tensor | None]
     # Whether what is saved may be of pieces of the batch (csrc/pieces.h), in an order that only a backward pass of the
     # same batch knows: examples cannot be told apart in it.
     in_pieces: bool
@@ -188,11 +187,12 @@ class _Rows(NamedTuple):
             if not _is_nothing(t, dim)
         }
         packed = "batch_sizes" in given
-        folded: dict[str, Any] = {}
-        for name, row_dim_of in row_dims_of_controls(packed)._asdict().items():
+        folded: dict[str, Tensor | None] = {}
+        if packed:
+            folded["batch_sizes"] = given["batch_sizes"][0] * examples.count
+        for name, rows in row_dims_of_controls(packed).items():
             if name in given:
-                t, dim = given[name]
-                folded[name] = examples.fold(t, dim, row_dim_of) if name != "batch_sizes" else t * examples.count
+                folded[name] = examples.fold(*given[name], rows)
         states = zip(params[num_weights:], of_params[num_weights:], strict=True)
         return _Rows(
             examples,
@@ -266,7 +266,8 @@ def _backward_of_rows(rows: _Rows, in_dims: Any, arguments: Any, groups: int | N
     of_params = [unfold_weights(t) for t in grad_params[: rows.num_weights]]
     of_params += [examples.unfold(t, 1) for t in grad_params[rows.num_weights :]]
     inputs = [examples.unfold(grad_input, rows.dim), examples.unfold(grad_h0, 1), examples.unfold(grad_c0, 1)]
-    return _with_dims([*inputs, tuple(map(list, zip(*of_params, strict=True)))])
+    grads_of_params, dims_of_params = zip(*of_params, strict=True)
+    return _with_dims([*inputs, (list(grads_of_params), list(dims_of_params))])
 
 
 def _is_saved_of_all(in_dims: Any) -> bool:

@@ -711,7 +711,7 @@ def _backward_each_by_formulas(  # type: ignore[no-untyped-def]
     rows, num_weights = batching.row_dim(integers, packed), len(params) - batching.num_states_behind(integers, numbers)
     weights, anew = params[:num_weights], params[num_weights:]
     given = [grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, *anew, *steering]
-    row_dims = [rows, 1, 1, 1, 1, rows, 1, 1, *([1] * len(anew)), *batching.row_dims_of_controls(packed)[1:]]
+    row_dims = [rows, 1, 1, 1, 1, rows, 1, 1, *([1] * len(anew)), *batching.row_dims_of_controls(packed).values()]
     dims = [None if t is None else dim + 1 for t, dim in zip(given, row_dims, strict=True)]
     split = [t if t is None else t.unflatten(dim, (-1, groups)) for t, dim in zip(given, row_dims, strict=True)]
 
