@@ -276,7 +276,7 @@ def build_configuration(torch) -> dict:
             if not self.inplace and os.environ.get("FUSED_RNN_LIBRARY") != "1":
                 return
             folder = ROOT / "fused_rnn" if self.inplace else Path(self.build_lib) / "fused_rnn"
-            sources = ["ops", "derivatives", "ensembles", "quantized", *(["ops_cuda"] if cuda else [])]
+            sources = ["ops", "derivatives", "ensembles", "examples", "quantized", *(["ops_cuda"] if cuda else [])]
             objects = [str(Path(self.build_temp) / "csrc" / f"{source}.o") for source in sources]
             link_library(folder / LIBRARY, [*objects, *self.extensions[0].extra_objects], link)
 

@@ -1,5 +1,4 @@
-// Forward mode, derivatives of the backward pass and gradients for each example, on the CPU: the operators rnn_tangent,
-// rnn_backward_tangent and rnn_backward_each.
+// Forward mode and derivatives of the backward pass, on the CPU: the operators rnn_tangent and rnn_backward_tangent.
 //
 // How a layer's results change is a recurrence like the layer's own, with the recurrent weights that it has, whose
 // steps are linear; how its gradients change is one like its backward pass. The layer's own passes run them, once they
@@ -112,31 +111,6 @@ class StackDerivatives {
     return {needs[0] ? found.x : make({0}), found.h0, found.c0, found.params};
   }
 
-  // The gradients of a call whose row b * groups + g is of group g: of the parameters for each group, (groups, .).
-  BackwardResult backward_each(const Seeds& seeds, const c10::List<bool>& needs, int64_t groups) {
-    const std::vector<int64_t> states{L_ * D_, B_, H_};
-    const Tensor grad_h0 = make(needs[1] && stack_.h0.defined() ? states : std::vector<int64_t>{0});
-    const Tensor grad_c0 = make(needs[2] && stack_.c0.defined() ? states : std::vector<int64_t>{0});
-    std::vector<Tensor> grad_params;
-    for (size_t i = 0; i < stack_.params.size(); ++i) grad_params.push_back(make({0}));
-    layers_[0].x = stack_.input;
-    for (int64_t l = 0; l + 1 < L_; ++l) layers_[l + 1].x = dropped(layers_[l].y, l);
-    Tensor grad = seeds.output, below;
-    for (int64_t l = L_ - 1; l >= 0; --l) {
-      below = l > 0 || needs[0] ? make_grad_x(l) : Tensor();
-      const StepOutputs own(*this);
-      LayerBackward layer = backward_of(l, grad, below, seeds, own.exchanged);
-      for (int64_t d = 0; d < D_; ++d) {
-        layer.direction[d].grad_h0 = mutable_slice(grad_h0, l * D_ + d);
-        layer.direction[d].grad_c0 = mutable_slice(grad_c0, l * D_ + d);
-      }
-      run_layer(layer, kernels().backward, true);
-      for (int64_t d = 0; d < D_; ++d) add_each(l, d, own.sums[d], needs, groups, grad_params);
-      grad = dropped(below, l - 1);
-    }
-    return {needs[0] ? below : make({0}), grad_h0, grad_c0, grad_params};
-  }
-
  private:
   struct Layer {
     Tensor x, y, x_t, y_t;  // (T, B, features)
@@ -145,44 +119,18 @@ class StackDerivatives {
   struct StepOutputs {
     Tensor sums[2], h[2], c[2];
     StepGradients exchanged[2];
-    explicit StepOutputs(const StackDerivatives& of, bool states = false) {
+    explicit StepOutputs(const StackDerivatives& of) {
       const int64_t grad_gates = of.kind_ == CellKind::gru ? 4 : gate_count(of.kind_);
       for (int64_t d = 0; d < of.D_; ++d) {
         sums[d] = of.make({of.T_, of.B_, grad_gates * of.H_});
-        if (states) h[d] = of.make({of.T_, of.B_, of.H_});
-        if (states && of.has_cell_) c[d] = of.make({of.T_, of.B_, of.H_});
+        h[d] = of.make({of.T_, of.B_, of.H_});
+        if (of.has_cell_) c[d] = of.make({of.T_, of.B_, of.H_});
         exchanged[d].sums = sums[d].mutable_data_ptr();
-        exchanged[d].h = mutable_data_or_null(h[d]);
+        exchanged[d].h = h[d].mutable_data_ptr();
         exchanged[d].c = mutable_data_or_null(c[d]);
       }
     }
   };
-
-  // Gradients of a direction's parameters for each group of rows.
-  void add_each(int64_t l, int64_t d, const Tensor& sums, const c10::List<bool>& needs, int64_t groups,
-                std::vector<Tensor>& grads) const {
-    const int64_t p = param(l, d);
-    const auto wants = [&](int64_t k) { return k < stack_.params_per_direction() && needs[3 + p + k]; };
-    // (steps, B, features) as (groups, steps * B / groups, features)
-    const auto grouped = [&](const Tensor& t) {
-      return rows(t).unflatten(0, {t.size(0) * t.size(1) / groups, groups}).transpose(0, 1);
-    };
-    const Tensor to_input = of_input(sums), to_state = of_state(sums);
-    if (wants(0)) grads[p] = grouped(to_input).transpose(1, 2).bmm(grouped(layers_[l].x));
-    if (wants(1)) {
-      const Tensor y = of_direction(layers_[l].y, d);
-      Tensor grad;
-      if (T_ > 1) grad = grouped(with_previous(to_state, d)).transpose(1, 2).bmm(grouped(previous(y, d)));
-      if (stack_.h0.defined()) {
-        const Tensor begin = grouped(first(to_state, d).unsqueeze(0)).transpose(1, 2);
-        const Tensor h0 = grouped(stack_.h0.narrow(0, l * D_ + d, 1));
-        grad = grad.defined() ? grad.baddbmm_(begin, h0) : begin.bmm(h0);
-      }
-      grads[p + 1] = grad.defined() ? grad : zeros({groups, to_state.size(2), H_});
-    }
-    if (wants(2)) grads[p + 2] = grouped(to_input).sum(1);
-    if (wants(3)) grads[p + 3] = grouped(to_state).sum(1);
-  }
 
   // How gradients change: of a layer's input, and of all else.
   struct Gradients {
@@ -205,13 +153,8 @@ class StackDerivatives {
   Tensor first(const Tensor& t, int64_t d) const { return t[d == 0 ? 0 : T_ - 1]; }
   Tensor of_direction(const Tensor& t, int64_t d) const { return t.narrow(2, d * H_, H_); }
 
-  // Gradients of the sums (T, B, grad_gates * H) as those of the rows of W_ih, or of W_hh. Those of a GRU are of x_n,
-  // r, z and W_hn h (cells/gru.h).
-  Tensor of_input(const Tensor& sums) const {
-    if (kind_ != CellKind::gru) return sums;
-    return at::cat({sums.narrow(2, H_, 2 * H_), sums.narrow(2, 0, H_)}, 2);
-  }
-  Tensor of_state(const Tensor& sums) const { return kind_ == CellKind::gru ? sums.narrow(2, H_, 3 * H_) : sums; }
+  Tensor of_input(const Tensor& sums) const { return gradients_of_input(kind_, sums); }
+  Tensor of_state(const Tensor& sums) const { return gradients_of_state(kind_, sums); }
 
   KnownSteps known(int64_t l, int64_t d, const Tensor& saved, const Tensor& y, const Tensor& cells, const Tensor& h0,
                    const Tensor& c0) const {
@@ -338,7 +281,7 @@ class StackDerivatives {
     const Layer& own = layers_[l];
     const int64_t next = stack_.params_per_direction();
     const Tensor below = l > 0 ? make_grad_x(l) : Tensor();
-    const StepOutputs gradients(*this, true);
+    const StepOutputs gradients(*this);
     const auto& sums = gradients.sums;
     run_layer(backward_of(l, grad, below, seeds, gradients.exchanged), kernels().backward, true);
 
@@ -525,20 +468,6 @@ BackwardTangentResult rnn_backward_tangent(const OptionalTensor& grad_output, co
           grad_params};
 }
 
-BackwardResult rnn_backward_each(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                                 const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
-                                 const OptionalTensor& c0, at::TensorList params, const Tensor& output,
-                                 const Tensor& gates, const Tensor& cells, const Tensor& hidden, Integers settings,
-                                 Numbers numbers, const c10::List<bool>& needs, int64_t groups) {
-  const Given given({}, {}, {}, {}, input, h0, c0, params, {}, output, gates, cells, hidden, settings, numbers);
-  const Seeds seeds = given.seeds(grad_output, grad_h_n, grad_c_n, needs);
-  TORCH_CHECK(groups >= 1 && given.stack.B % groups == 0, "groups: expected a number that divides the batch of ",
-              given.stack.B, ", got ", groups);
-  StackDerivatives derivatives(given.stack, given.along, given.output, gates, cells, hidden);
-  auto [grad_input, grad_h0, grad_c0, grad_params] = derivatives.backward_each(seeds, needs, groups);
-  return {given.in_callers_order(grad_input), grad_h0, grad_c0, grad_params};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
@@ -554,16 +483,10 @@ TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
       "hidden, int[] settings, float[] numbers, bool[] needs) -> (Tensor output_t, Tensor h_n_t, Tensor c_n_t, Tensor "
       "grad_input_t, Tensor grad_h0_t, Tensor grad_c0_t, Tensor[] grad_params_t)",
       {at::Tag::pt2_compliant_tag});
-  m.def(
-      "rnn_backward_each(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, Tensor? "
-      "c0, Tensor[] params, Tensor output, Tensor gates, Tensor cells, Tensor hidden, int[] settings, float[] numbers, "
-      "bool[] needs, int groups) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_params)",
-      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("rnn_tangent", &rnn_tangent);
-  m.impl("rnn_backward_each", &rnn_backward_each);
   m.impl("rnn_backward_tangent", &rnn_backward_tangent);
 }
 

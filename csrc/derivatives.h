@@ -1,6 +1,8 @@
 // The operators of csrc/derivatives.cpp, and the way to them through the dispatcher.
 #pragma once
 
+#include <ATen/ops/cat.h>
+
 #include "ops.h"
 
 namespace fused_rnn {
@@ -23,14 +25,6 @@ using RnnBackwardTangent = BackwardTangentResult(
     at::TensorList controls, const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
     Integers settings, Numbers numbers, const c10::List<bool>& needs);
 
-// grad_input, grad_h0, grad_c0, and of each group of rows grad_params
-using RnnBackwardEach = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                                       const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
-                                       const OptionalTensor& c0, at::TensorList params, const Tensor& output,
-                                       const Tensor& gates, const Tensor& cells, const Tensor& hidden,
-                                       Integers settings, Numbers numbers, const c10::List<bool>& needs,
-                                       int64_t groups);
-
 inline const c10::TypedOperatorHandle<RnnTangent>& rnn_tangent_operator() {
   static const auto handle = operator_named<RnnTangent>("fused_rnn::rnn_tangent");
   return handle;
@@ -43,5 +37,17 @@ inline const c10::TypedOperatorHandle<RnnBackwardTangent>& rnn_backward_tangent_
 // Whether they take such a call: in float32 or float64 on the CPU, dense, without options or a projection.
 bool has_derivative_kernels(const Tensor& input, at::TensorList params, at::TensorList controls, Integers settings,
                             Numbers numbers);
+
+// Gradients of the sums of steps (., grad_gates * H) as those of the rows of W_ih, or of W_hh. Those of a GRU are of
+// x_n, r, z and W_hn h (cells/gru.h).
+inline Tensor gradients_of_input(CellKind kind, const Tensor& sums) {
+  if (kind != CellKind::gru) return sums;
+  const int64_t H = sums.size(-1) / 4;
+  return at::cat({sums.narrow(-1, H, 2 * H), sums.narrow(-1, 0, H)}, -1);
+}
+inline Tensor gradients_of_state(CellKind kind, const Tensor& sums) {
+  const int64_t H = sums.size(-1) / 4;
+  return kind == CellKind::gru ? sums.narrow(-1, H, 3 * H) : sums;
+}
 
 }  // namespace fused_rnn

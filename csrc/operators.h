@@ -793,13 +793,15 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
   return result;
 }
 
-template <class Backend>
-BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                            const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
-                            const OptionalTensor& grad_hidden, const Tensor& input, const OptionalTensor& h0,
-                            const OptionalTensor& c0, at::TensorList params, at::TensorList controls,
-                            const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
-                            Integers settings, Numbers numbers, const c10::List<bool>& needs, bool reuse_gates) {
+// The backward pass of a stack as run(backend, stack, given, needs, pieces) computes it: what is given checked, in
+// order of time, and where the batch is run as pieces theirs; pieces is null where it is not.
+template <class Backend, class Run>
+BackwardResult rnn_backward_by(Run run, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                               const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
+                               const OptionalTensor& grad_hidden, const Tensor& input, const OptionalTensor& h0,
+                               const OptionalTensor& c0, at::TensorList params, at::TensorList controls,
+                               const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                               Integers settings, Numbers numbers, const c10::List<bool>& needs) {
   Backend backend(input);
   Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
   const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
@@ -858,7 +860,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
 
   BackwardResult result;
   if (!pieces) {
-    result = run_backward(backend, stack, given, needs, reuse_gates);
+    result = run(backend, stack, given, needs, nullptr);
   } else if constexpr (!Backend::masks_in_kernels) {
     const Tensor final_h = given.grad_h_n, final_c = given.grad_c_n;
     const auto states = [&](const Tensor& t) { return returns ? pieces->pack_each(t) : front(t, pieces->count()); };
@@ -879,7 +881,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
     c10::List<bool> of_pieces = needs.copy();
     of_pieces[1] = first_h || anew_h;
     of_pieces[2] = first_c || anew_c;
-    result = run_backward(backend, stack.packed_as(*pieces), given, of_pieces, reuse_gates);
+    result = run(backend, stack.packed_as(*pieces), given, of_pieces, &*pieces);
     auto& [grad_input, grad_h0, grad_c0, grad_params] = result;
     const Tensor of_h = grad_h0, of_c = grad_c0, none = grad_h0.new_empty({0});
     if (needs[0]) grad_input = pieces->unpack(grad_input);
@@ -888,14 +890,32 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
     if (stack.reset_h.defined()) grad_params.push_back(anew_h ? pieces->anew_gradient(of_h, final_h, D) : none.clone());
     if (stack.reset_c.defined()) grad_params.push_back(anew_c ? pieces->anew_gradient(of_c, final_c, D) : none.clone());
   }
-  stack.take_blocks(std::get<3>(result));
   if (needs[0] && stack.batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
   return result;
 }
 
-// Memory for bits that are to be drawn, uint8 (entries, rows, ceil(units / 8)), from the seed, int64 of one element.
+template <class Backend>
+BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                            const OptionalTensor& grad_c_n, const OptionalTensor& grad_cells,
+                            const OptionalTensor& grad_hidden, const Tensor& input, const OptionalTensor& h0,
+                            const OptionalTensor& c0, at::TensorList params, at::TensorList controls,
+                            const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                            Integers settings, Numbers numbers, const c10::List<bool>& needs, bool reuse_gates) {
+  const auto run = [&](Backend& backend, const Stack& stack, const BackwardInput& given, const c10::List<bool>& needed,
+                       const Pieces*) {
+    BackwardResult result = run_backward(backend, stack, given, needed, reuse_gates);
+    stack.take_blocks(std::get<3>(result));
+    return result;
+  };
+  return rnn_backward_by<Backend>(run, grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params,
+                                  controls, output, gates, cells, hidden, settings, numbers, needs);
+}
+
+// Memory for bits that are to be drawn, uint8 (entries, rows, ceil(units / 8)), from the seeds, int64: an equal share
+// of the entries from each.
 inline Tensor bits_to_draw(const Tensor& seed, int64_t entries, int64_t rows, int64_t units, double rate) {
-  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed: expected one int64, got ",
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() >= 1 && entries % seed.numel() == 0,
+              "seed: expected one int64, or a number of them that divides the ", entries, " entries, got ",
               seed.scalar_type(), " ", seed.sizes());
   check_memory(seed, "seed");
   TORCH_CHECK(entries >= 0 && rows >= 0 && units >= 0, "draw_bits: expected sizes that are not negative, got ", entries,

@@ -1,24 +1,28 @@
 // The operators' schemas, and the CPU's part of them.
 #include <ATen/Parallel.h>
 
-#include "cpu/custom.h"
-#include "operators.h"
-#include "run_layer.h"
+#include "cpu_backend.h"
 
 namespace fused_rnn {
 
 namespace {
 
-// uint8 (entries, rows, ceil(units / 8)) from the seed, int64 of one element: csrc/cells/draw.h.
+// uint8 (entries, rows, ceil(units / 8)) from the seeds, int64: csrc/cells/draw.h. With the first the first entries are
+// drawn, and so on, as by a call for each.
 Tensor draw_bits(const Tensor& seed, int64_t entries, int64_t rows, int64_t units, double rate) {
   const Tensor bits = bits_to_draw(seed, entries, rows, units, rate);
   if (bits.numel() == 0) return bits;
-  const int64_t bytes = bits.size(2);
-  const uint64_t value = uint64_t(*seed.const_data_ptr<int64_t>());
+  const Tensor seeds = seed.contiguous();
+  const int64_t bytes = bits.size(2), of_seed = entries * rows / seeds.numel();
+  const int64_t* values = seeds.const_data_ptr<int64_t>();
   uint8_t* data = bits.mutable_data_ptr<uint8_t>();
   const auto draw = kernels().draw_bits;
   const auto run = [&](int64_t begin, int64_t end) {
-    draw(value, begin, end - begin, units, rate, data + begin * bytes);
+    while (begin < end) {
+      const int64_t i = begin / of_seed, stop = std::min(end, (i + 1) * of_seed);
+      draw(uint64_t(values[i]), begin % of_seed, stop - begin, units, rate, data + begin * bytes);
+      begin = stop;
+    }
   };
   constexpr int64_t bytes_of_a_thread = 4096;
   const int64_t all = entries * rows, grain = std::max<int64_t>(1, bytes_of_a_thread / bytes);
@@ -29,56 +33,6 @@ Tensor draw_bits(const Tensor& seed, int64_t entries, int64_t rows, int64_t unit
   }
   return bits;
 }
-
-// Whether there are these bytes, and all of them are zero.
-bool is_zeros(const void* data, size_t bytes) {
-  const char* p = static_cast<const char*>(data);
-  return p && (bytes == 0 || (p[0] == 0 && std::memcmp(p, p + 1, bytes - 1) == 0));
-}
-
-struct Cpu {
-  static constexpr bool one_matrix = false;
-  static constexpr bool adds_into_grad_x = true;
-  static constexpr bool masks_in_kernels = false;
-  static constexpr bool custom_cells = true;
-  static constexpr bool wavefronts = false;
-  explicit Cpu(const Tensor&) {}
-  static int64_t vector_units(const Tensor& input) {
-    return kernels().vector_bytes / int64_t(c10::elementSize(accumulation_dtype(input)));
-  }
-  static void copy(const Tensor& to, const Tensor& from) {
-    char* target = static_cast<char*>(to.mutable_data_ptr());
-    const char* source = static_cast<const char*>(from.const_data_ptr());
-    const auto run = [&](int64_t begin, int64_t end) { std::memcpy(target + begin, source + begin, end - begin); };
-    constexpr int64_t bytes_of_a_thread = 1 << 18;
-    const int64_t bytes = int64_t(to.nbytes());
-    if (bytes <= bytes_of_a_thread || team_is_late() || usable_threads(at::get_num_threads()) == 1) {
-      run(0, bytes);
-    } else {
-      at::parallel_for(0, bytes, bytes_of_a_thread, run);
-    }
-  }
-  void forward(LayerForward layer) {
-    // Zeros that a caller made are those that stand for no state: their product with w_hh is not computed.
-    const size_t state = size_t(layer.steps.B * layer.sizes.state_size * stored_bytes(layer.sizes.dtype));
-    for (int d = 0; d < layer.sizes.num_directions; ++d) {
-      if (is_zeros(layer.direction[d].h0, state)) layer.direction[d].h0 = nullptr;
-    }
-    const CustomKernels* custom = custom_of(layer.sizes);
-    run_layer(layer, custom ? custom->forward : kernels().forward, false);
-  }
-  void backward(const LayerBackward& layer) {
-    const CustomKernels* custom = custom_of(layer.sizes);
-    run_layer(layer, custom ? custom->backward : kernels().backward, true);
-  }
-  // Null: a cell of our own.
-  static const CustomKernels* custom_of(const LayerSizes& sizes) {
-    if (!is_custom(sizes.kind)) return nullptr;
-    const CustomKernels* found = custom_kernels(sizes.kind, sizes.dtype);
-    TORCH_CHECK(found, "kind: this custom cell has no kernels here, and without Python none are compiled");
-    return found;
-  }
-};
 
 }  // namespace
 

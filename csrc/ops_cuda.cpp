@@ -1123,13 +1123,17 @@ void Cuda::norm_gradients(const LayerBackward& layer, const Cell& cell, int d, c
   if (dir.grad_norm_c_bias) store(dir.grad_norm_c_bias, of_cell[1].sum(0));
 }
 
-// The seed stays on the device, so that nothing waits and a captured graph draws anew.
+// Seeds stay on the device, so that nothing waits and a captured graph draws anew.
 Tensor draw_bits(const Tensor& seed, int64_t entries, int64_t rows, int64_t units, double rate) {
   const Tensor bits = bits_to_draw(seed, entries, rows, units, rate);
   if (bits.numel() == 0) return bits;
   const Stream stream(seed);
-  check(cuda::draw_bits(seed.const_data_ptr<int64_t>(), entries * rows, units, rate, bits.mutable_data_ptr<uint8_t>(),
-                        stream.handle()));
+  const Tensor seeds = seed.contiguous();
+  const int64_t count = seeds.numel(), of_seed = entries * rows / count;
+  for (int64_t i = 0; i < count; ++i) {
+    uint8_t* to = bits.mutable_data_ptr<uint8_t>() + i * of_seed * bits.size(2);
+    check(cuda::draw_bits(seeds.const_data_ptr<int64_t>() + i, of_seed, units, rate, to, stream.handle()));
+  }
   return bits;
 }
 

@@ -87,6 +87,7 @@ class Pieces {
   }
 
   int64_t count() const { return count_; }  // N of the packed batch
+  int64_t batch() const { return B_; }      // rows of the batch itself
   bool whole() const { return whole_; }     // the batch as it is: nothing masked, nothing begun anew
 
   // What follows is only for a batch that is not whole.

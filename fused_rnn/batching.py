@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .settings import INTEGER_SETTINGS, kind_of
+from .settings import INTEGER_SETTINGS, Controls, Within, kind_of
 
-__all__ = ["register", "row_dim", "take_derivatives", "transforms"]
+__all__ = ["num_states_behind", "register", "row_dim", "row_dims_of_controls", "take_derivatives", "transforms"]
 
-HasKernels = Callable[[Tensor, list[Tensor], list[Tensor], list[int], list[float]], bool]
+HasKernels = Callable[[Tensor, list[Tensor], list[int], list[float]], bool]
 
 _rnn_forward = torch.ops.fused_rnn.rnn_forward.default
 _rnn_backward = torch.ops.fused_rnn.rnn_backward.default
@@ -27,6 +27,7 @@ _cell_backward = torch.ops.fused_rnn.cell_backward.default
 _rnn_backward_each = torch.ops.fused_rnn.rnn_backward_each.default
 _rnn_forward_stacked = torch.ops.fused_rnn.rnn_forward_stacked.default
 _rnn_backward_stacked = torch.ops.fused_rnn.rnn_backward_stacked.default
+_draw_bits = torch.ops.fused_rnn.draw_bits.default
 
 
 def transforms() -> list[Any]:
@@ -74,9 +75,11 @@ class _Examples:
         self.count = count
 
     def fold(self, t: Tensor | None, dim: int | None, rows: int) -> Tensor | None:
-        """All examples of t at once, whose dimension ``rows`` is that of its rows."""
+        """All examples of t at once, whose dimension ``rows`` is that of its rows; no tensor stays none."""
         if t is None:
             return None
+        if _is_nothing(t, dim):
+            return t.new_empty(0)
         if dim is None:
             t = t.unsqueeze(rows + 1).expand(*t.shape[: rows + 1], self.count, *t.shape[rows + 1 :])
         else:
@@ -88,6 +91,14 @@ class _Examples:
         if t.dim() == 1:
             return t, None
         return t.unflatten(rows, (t.shape[rows] // self.count, self.count)), rows + 1
+
+
+def _is_nothing(t: Tensor, dim: int | None = None) -> bool:
+    """Whether it is (0,), an operator's word for no tensor, in each example."""
+    shape = list(t.shape)
+    if dim is not None:
+        del shape[dim]
+    return shape == [0]
 
 
 def _with_dims(pairs: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -119,10 +130,6 @@ def _with_dims_of_models(results: Any) -> tuple[Any, Any]:
     return results, tree_map(lambda t: None if t.dim() == 1 and t.numel() == 0 else 0, results)
 
 
-def _shares_weights(params: Sequence[int | None], controls: Sequence[Tensor]) -> bool:
-    return not controls and all(dim is None for dim in params)
-
-
 def _has_gradients_each(
     has_kernels: HasKernels,
     input: Tensor,
@@ -130,15 +137,71 @@ def _has_gradients_each(
     integers: Sequence[int],
     numbers: Sequence[float],
 ) -> bool:
-    """Whether ``rnn_backward_each`` takes a call without controls."""
+    """Whether ``rnn_backward_each`` takes a call."""
     if _is_forward_mode() or take_derivatives(transforms()):
         return False
-    return has_kernels(input, list(params), [], list(integers), list(numbers))
+    return has_kernels(input, list(params), list(integers), list(numbers))
 
 
-def row_dim(integers: Sequence[int]) -> int:
-    """Of an input (T, B, I), or (B, T, I) with ``batch_first``."""
-    return 0 if integers[INTEGER_SETTINGS.index("batch_first")] else 1
+def row_dim(integers: Sequence[int], packed: bool = False) -> int:
+    """Of an input (T, B, I), (B, T, I) with ``batch_first``, or (N, I) of packed data."""
+    return 0 if packed or integers[INTEGER_SETTINGS.index("batch_first")] else 1
+
+
+def row_dims_of_controls(packed: bool) -> dict[str, int]:
+    """The dimension of rows, or of rows of all steps, in each control but ``batch_sizes``, in their order."""
+    return {name: 2 if name == "dropout" and not packed else 1 for name in Controls._fields[1:]}
+
+
+def num_states_behind(integers: Sequence[int], numbers: Sequence[float]) -> int:
+    """How many states that rows begin anew from follow the parameters."""
+    if not numbers or not Within.restore(integers[len(INTEGER_SETTINGS) : -1], numbers).reset_state:
+        return 0
+    return 1 + kind_of(integers[0]).num_states
+
+
+class _Rows(NamedTuple):
+    """A call of examples that share their weights as one call of all their rows."""
+
+    examples: _Examples
+    dim: int  # of the rows of input and output
+    params: list[Tensor | None]  # each is there
+    num_weights: int  # of params, whose others are states
+    controls: list[Tensor | None]
+    # Whether what is saved may be of pieces of the batch (csrc/pieces.h), in an order that only a backward pass of the
+    # same batch knows: examples cannot be told apart in it.
+    in_pieces: bool
+
+    @staticmethod
+    def of(  # type: ignore[no-untyped-def]
+        info, input, params, of_params, controls, of_controls, integers, numbers,
+    ) -> _Rows | None:  # fmt: skip
+        """None where weights are of one example each."""
+        num_weights = len(params) - num_states_behind(integers, numbers)
+        if any(dim is not None for dim in of_params[:num_weights]):
+            return None
+        examples = _Examples(info.batch_size)
+        given = {
+            name: (t, dim)
+            for name, t, dim in zip(Controls._fields, controls, of_controls, strict=False)
+            if not _is_nothing(t, dim)
+        }
+        packed = "batch_sizes" in given
+        folded: dict[str, Tensor | None] = {}
+        if packed:
+            folded["batch_sizes"] = given["batch_sizes"][0] * examples.count
+        for name, rows in row_dims_of_controls(packed).items():
+            if name in given:
+                folded[name] = examples.fold(*given[name], rows)
+        states = zip(params[num_weights:], of_params[num_weights:], strict=True)
+        return _Rows(
+            examples,
+            row_dim(integers, packed),
+            [*params[:num_weights], *(examples.fold(t, dim, 1) for t, dim in states)],
+            num_weights,
+            [folded[name] if name in folded else input.new_empty(0) for name in Controls._fields] if controls else [],
+            input.device.type == "cpu" and ("mask" in given or "reset" in given),
+        )
 
 
 def _batched_rnn_forward(  # type: ignore[no-untyped-def]
@@ -149,60 +212,107 @@ def _batched_rnn_forward(  # type: ignore[no-untyped-def]
         records = torch.is_grad_enabled() and any(t.requires_grad for t in tree_flatten(given)[0] if t is not None)
         stacked = (_stack(info, t, dim) for t, dim in zip(given, in_dims, strict=False))
         return _with_dims_of_models(_rnn_forward_stacked(*stacked, integers, numbers, save or records))
-    if not _shares_weights(in_dims[3], controls):
+    rows = _Rows.of(info, input, params, in_dims[3], controls, in_dims[4], integers, numbers)
+    if rows is None:
         return None
-    examples, rows = _Examples(info.batch_size), row_dim(integers)
+    examples = rows.examples
     output, h_n, c_n, gates, cells, hidden = _rnn_forward(
-        examples.fold(input, in_dims[0], rows), examples.fold(h0, in_dims[1], 1), examples.fold(c0, in_dims[2], 1),
-        params, controls, integers, numbers, save,
+        examples.fold(input, in_dims[0], rows.dim), examples.fold(h0, in_dims[1], 1), examples.fold(c0, in_dims[2], 1),
+        rows.params, rows.controls, integers, numbers, save,
     )  # fmt: skip
     saved = (examples.unfold(t, 1) for t in (h_n, c_n, gates, cells, hidden))
-    return _with_dims([examples.unfold(output, rows), *saved])
+    return _with_dims([examples.unfold(output, rows.dim), *saved])
 
 
-def _batched_rnn_backward(  # type: ignore[no-untyped-def]
-    has_kernels, info, in_dims, grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params,
-    controls, output, gates, cells, hidden, integers, numbers, needs, reuse_gates,
+def _backward_anew(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output, gates, cells,
+    hidden, integers, numbers, needs, reuse_gates,
 ):  # fmt: skip
-    if grad_cells is not None or grad_hidden is not None:
-        return None
+    """``rnn_backward``, with what the forward pass saves computed once more."""
+    output, _, _, *saved = _rnn_forward(input, h0, c0, params, controls, integers, numbers, True)
+    seeds = (grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden)
+    return _rnn_backward(*seeds, input, h0, c0, params, controls, output, *saved, integers, numbers, needs, False)
+
+
+def _backward_of_rows(rows: _Rows, in_dims: Any, arguments: Any, groups: int | None = None) -> tuple[Any, Any]:
+    """A backward pass of all rows at once.
+
+    Args:
+        arguments: of ``rnn_backward``, or of ``rnn_backward_each`` where ``groups`` of each example are given.
+    """
+    examples = rows.examples
+    integers, numbers, needs = arguments[14:17]
+
+    def fold(index: int, dim: int = 1) -> Tensor | None:
+        return examples.fold(arguments[index], in_dims[index], dim)
+
+    def unfold_weights(t: Tensor) -> tuple[Tensor, int | None]:
+        if _is_nothing(t):
+            return t, None
+        return (t, 0) if groups is None else (t.unflatten(0, (groups, examples.count)), 1)
+
+    seeds = (fold(0, rows.dim), fold(1), fold(2), fold(3), fold(4))
+    given = (fold(5, rows.dim), fold(6), fold(7), rows.params, rows.controls)
+    if rows.in_pieces and not _is_saved_of_all(in_dims):
+        output, _, _, *saved = _rnn_forward(*given, integers, numbers, True)
+    else:
+        output, *saved = fold(10, rows.dim), fold(11), fold(12), fold(13)
+    call = (*seeds, *given, output, *saved, integers, numbers, needs)
+    if groups is None and not any(needs[3 : 3 + rows.num_weights]):
+        grad_input, grad_h0, grad_c0, grad_params = _rnn_backward(*call, False)
+    else:
+        each = _rnn_backward_each(*call, (groups or 1) * examples.count)
+        grad_input, grad_h0, grad_c0, grad_params = each
+    of_params = [unfold_weights(t) for t in grad_params[: rows.num_weights]]
+    of_params += [examples.unfold(t, 1) for t in grad_params[rows.num_weights :]]
+    inputs = [examples.unfold(grad_input, rows.dim), examples.unfold(grad_h0, 1), examples.unfold(grad_c0, 1)]
+    grads_of_params, dims_of_params = zip(*of_params, strict=True)
+    return _with_dims([*inputs, (list(grads_of_params), list(dims_of_params))])
+
+
+def _is_saved_of_all(in_dims: Any) -> bool:
+    """Whether the output that a backward pass has is that of all examples; else it is of one, as all are."""
+    return in_dims[10] is not None
+
+
+def _batched_rnn_backward(has_kernels, info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+    input, h0, c0, params, controls, *saved = arguments[5:14]
+    integers, numbers, needs = arguments[14:17]
     if _are_models(input, in_dims[8], controls):
-        seeds = (grad_output, grad_h_n, grad_c_n)
-        of_models = (*seeds, input, h0, c0, params, output, gates, cells, hidden)
+        if arguments[3] is not None or arguments[4] is not None:
+            return None
+        of_models = (*arguments[:3], input, h0, c0, params, *saved)
         dims = (*in_dims[:3], *in_dims[5:9], *in_dims[10:14])
         stacked = (_stack(info, t, dim) for t, dim in zip(of_models, dims, strict=True))
         return _with_dims_of_models(_rnn_backward_stacked(*stacked, integers, numbers, needs))
-    if not _shares_weights(in_dims[8], controls):
+    rows = _Rows.of(info, input, params, in_dims[8], controls, in_dims[9], integers, numbers)
+    if rows is None:
         return None
-    if any(needs[3:]) and not _has_gradients_each(has_kernels, input, params, integers, numbers):
-        return None
-    examples, rows = _Examples(info.batch_size), row_dim(integers)
+    of_weights = any(needs[3 : 3 + rows.num_weights])
+    if not of_weights or _has_gradients_each(has_kernels, input, params, integers, numbers):
+        return _backward_of_rows(rows, in_dims, arguments)
+    if rows.in_pieces and _is_saved_of_all(in_dims):
+        return _loop_over_examples(_backward_anew, info, in_dims, arguments)
+    return None
 
-    def fold(index: int, t: Tensor | None, dim: int = 1) -> Tensor | None:
-        if t is not None and t.dim() == 1 and t.numel() == 0:  # none
-            return t
-        return examples.fold(t, in_dims[index], dim)
 
-    seeds = (fold(0, grad_output, rows), fold(1, grad_h_n), fold(2, grad_c_n))
-    given = (fold(5, input, rows), fold(6, h0), fold(7, c0), params)
-    saved = (fold(10, output, rows), fold(11, gates), fold(12, cells), fold(13, hidden))
-    if any(needs[3:]):
-        grad_input, grad_h0, grad_c0, grad_params = _rnn_backward_each(
-            *seeds, *given, *saved, integers, numbers, needs, info.batch_size
-        )
-    else:
-        grad_input, grad_h0, grad_c0, grad_params = _rnn_backward(
-            *seeds, None, None, *given, controls, *saved, integers, numbers, needs, False
-        )
-    of_params = [0 if needed else None for needed in needs[3:]]
-    inputs = [examples.unfold(grad_input, rows), examples.unfold(grad_h0, 1), examples.unfold(grad_c0, 1)]
-    return _with_dims([*inputs, (grad_params, of_params)])
+def _batched_rnn_backward_each(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+    input, _, _, params, controls = arguments[5:10]
+    integers, numbers, _, groups = arguments[14:]
+    rows = _Rows.of(info, input, params, in_dims[8], controls, in_dims[9], integers, numbers)
+    return None if rows is None else _backward_of_rows(rows, in_dims, arguments, groups)
+
+
+def _batched_draw_bits(info, in_dims, seed, entries, rows, units, rate):  # type: ignore[no-untyped-def]
+    seeds = seed.movedim(in_dims[0], 0).flatten()
+    drawn = _draw_bits(seeds, info.batch_size * entries, rows, units, rate)
+    return drawn.unflatten(0, (info.batch_size, entries)), 0
 
 
 def _batched_cell_forward(  # type: ignore[no-untyped-def]
     info, in_dims, input, h, c, params, integers, numbers, save,
 ):  # fmt: skip
-    if not _shares_weights(in_dims[3], ()):
+    if any(dim is not None for dim in in_dims[3]):
         return None
     examples = _Examples(info.batch_size)
     rows = (examples.fold(t, dim, 0) for t, dim in zip((input, h, c), in_dims, strict=False))
@@ -215,7 +325,7 @@ def _batched_cell_forward(  # type: ignore[no-untyped-def]
 def _batched_cell_backward(  # type: ignore[no-untyped-def]
     has_kernels, info, in_dims, grad_h, grad_c, input, h, c, params, gates, cells, integers, numbers, needs,
 ):  # fmt: skip
-    if not _shares_weights(in_dims[5], ()):
+    if any(dim is not None for dim in in_dims[5]):
         return None
     if any(needs[3:]) and not _has_gradients_each(has_kernels, input, params, integers, numbers):
         return None
@@ -237,7 +347,7 @@ def _batched_cell_backward(  # type: ignore[no-untyped-def]
         output = gates.squeeze(2) if keeps_h else expand(h)
         nothing = input.new_empty(0)
         grad_input, grad_h, grad_c, grad_params = _rnn_backward_each(
-            expand(grad_h), None, expand(grad_c), expand(input), expand(h), expand(c), params, output,
+            expand(grad_h), None, expand(grad_c), None, None, expand(input), expand(h), expand(c), params, [], output,
             nothing if keeps_h else gates, cells, nothing, integers, numbers, needs, info.batch_size,
         )  # fmt: skip
         grad_input, grad_h, grad_c = (t.squeeze(0) if t.dim() == 3 else t for t in (grad_input, grad_h, grad_c))
@@ -249,16 +359,17 @@ def register(has_kernels: HasKernels) -> None:
     """The rules of all operators.
 
     Args:
-        has_kernels: whether the operators of derivatives take a call, from its input, params, controls, settings and
-            numbers.
+        has_kernels: whether ``rnn_backward_each`` takes a call, from its input, params, settings and numbers.
     """
     _register_batching_rule(_rnn_forward, _batched_rnn_forward)
     _register_batching_rule(_rnn_backward, functools.partial(_batched_rnn_backward, has_kernels))
     _register_batching_rule(_cell_forward, _batched_cell_forward)
     _register_batching_rule(_cell_backward, functools.partial(_batched_cell_backward, has_kernels))
+    _register_batching_rule(_rnn_backward_each, _batched_rnn_backward_each)
+    _register_batching_rule(_draw_bits, _batched_draw_bits)
     operators = torch.ops.fused_rnn
     for operator in (
-        operators.draw_bits, operators.rnn_tangent, operators.rnn_backward_tangent, operators.rnn_backward_each,
-        operators.rnn_forward_stacked, operators.rnn_backward_stacked,
+        operators.rnn_tangent, operators.rnn_backward_tangent, operators.rnn_forward_stacked,
+        operators.rnn_backward_stacked,
     ):  # fmt: skip
         _register_batching_rule(operator.default)

@@ -49,7 +49,7 @@ def _(input, h, c, params, *_, **__):  # type: ignore[no-untyped-def]
     return _forward_flops(input, params)
 
 
-@register_flop_formula(torch.ops.fused_rnn.rnn_backward)
+@register_flop_formula([torch.ops.fused_rnn.rnn_backward, torch.ops.fused_rnn.rnn_backward_each])
 def _(  # type: ignore[no-untyped-def]
     grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output, gates, cells,
     hidden, integers, numbers, needs, *_, **__,
@@ -105,15 +105,6 @@ def _(  # type: ignore[no-untyped-def]
         if params_t and len(params_t[i]) == 2 and (needs[0] or not is_lowest):
             elements += size
     return _tangent_flops(input, input_t, params, params_t, integers) + 2 * math.prod(input[:-1]) * elements
-
-
-@register_flop_formula(torch.ops.fused_rnn.rnn_backward_each)
-def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, output, gates, cells, hidden, integers, numbers, needs, *_,
-    **__,
-):  # fmt: skip
-    matrices, through_time = _products(params, integers, needs[0])
-    return 2 * math.prod(input[:-1]) * (through_time + sum(size for i, size, _ in matrices if needs[3 + i]))
 
 
 @register_flop_formula(torch.ops.fused_rnn.rnn_forward_stacked)

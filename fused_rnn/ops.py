@@ -31,14 +31,16 @@ step.
                           seeds. The gradient of a backward pass is this, too: of the seeds, which it is linear in, how
                           the results change, and of all else, how the gradients do
 ``rnn_backward_each``     the gradients of ``groups`` examples, row b * groups + g of the batch being of example g:
-                          those of params are (groups, ...). For calls that ``rnn_tangent`` takes, without controls
+                          those of params are (groups, ...). In float32 and float64 on the CPU, without layer
+                          normalisation, peepholes or a projection
 ``rnn_forward_stacked``,  ``rnn_forward`` and ``rnn_backward`` of models of one shape, without controls: tensors have
 ``rnn_backward_stacked``  the models as their first dimension
 ``rnn_quantized``         ``rnn_forward`` of layers whose matrices are int8, bfloat16 or float16 and the rest float32,
                           on the CPU, without derivatives. Behind the other params of a layer and direction stand the
                           scales of the rows of int8 matrices, of w_ih, of w_hh and of w_hr
 ``draw_bits``             uint8 (entries, rows, ceil(units / 8)), each bit 1 with probability ``rate``, those behind the
-                          last unit 0, from the int64 in ``seed`` alone, on whose device they are
+                          last unit 0, from the int64 in ``seed`` alone, on whose device they are. Of several seeds
+                          each gives its share of the entries, in their order, as a call with it alone would
 ========================= =============================================================================================
 
 Forward mode, and the gradient of a backward pass, are ``rnn_tangent`` and ``rnn_backward_tangent`` where these take the
@@ -72,6 +74,7 @@ from ._C import (
 from . import _C, _checks, batching, formulas
 from . import flops as _flops  # noqa: F401, which registers them for the operators that _C has
 from .settings import (
+    INTEGER_SETTINGS,
     NO_CONTROLS,
     NOTHING_WITHIN,
     AnyCellKind,
@@ -700,21 +703,29 @@ def _backward_tangents_by_formulas(  # type: ignore[no-untyped-def]
 
 
 def _backward_each_by_formulas(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, output, gates, cells, hidden, integers, numbers, needs,
-    groups,
+    grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output, gates, cells,
+    hidden, integers, numbers, needs, groups,
 ):  # fmt: skip
-    rows = batching.row_dim(integers)
-    given = [grad_output, grad_h_n, grad_c_n, input, h0, c0]
-    row_dims = [rows, 1, 1, rows, 1, 1]
+    batch_sizes, *steering = Controls.restore(controls) if controls else NO_CONTROLS
+    packed = batch_sizes is not None
+    if packed:
+        batch_sizes = batch_sizes // groups
+    rows, num_weights = batching.row_dim(integers, packed), len(params) - batching.num_states_behind(integers, numbers)
+    weights, anew = params[:num_weights], params[num_weights:]
+    given = [grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, *anew, *steering]
+    row_dims = [rows, 1, 1, 1, 1, rows, 1, 1, *([1] * len(anew)), *batching.row_dims_of_controls(packed).values()]
     dims = [None if t is None else dim + 1 for t, dim in zip(given, row_dims, strict=True)]
     split = [t if t is None else t.unflatten(dim, (-1, groups)) for t, dim in zip(given, row_dims, strict=True)]
 
-    def gradients(of_output, of_h_n, of_c_n, x, h, c):  # type: ignore[no-untyped-def]
-        function = _formulas_of(False, integers, numbers, [])
-        grads = _pull_back(function, [x, h, c, *params], [of_output, of_h_n, of_c_n])
+    def gradients(*of_example):  # type: ignore[no-untyped-def]
+        seeds, primals = list(of_example[:5]), of_example[5 : 8 + len(anew)]
+        own = Controls(batch_sizes, *of_example[8 + len(anew) :])
+        x, h, c, *states = primals
+        function = _formulas_of(False, integers, numbers, own.flatten(x))
+        grads = _pull_back(function, [x, h, c, *weights, *states], seeds)
         return [x.new_empty(0) if g is None or not needed else g for g, needed in zip(grads, needs, strict=True)]
 
-    outs = [rows + 1, 2, 2, *([0] * len(params))]
+    outs = [rows + 1, 2, 2, *([0] * num_weights), *([2] * len(anew))]
     kept = [needed and (i != 1 or h0 is not None) and (i != 2 or c0 is not None) for i, needed in enumerate(needs)]
     out_dims: Any = [dim if keep else 0 for dim, keep in zip(outs, kept, strict=True)]
     found = torch.func.vmap(gradients, in_dims=tuple(dims), out_dims=out_dims)(*split)
@@ -815,7 +826,20 @@ _register_derivative(_rnn_backward_stacked, _backward_stacked_by_formulas)
 _register_gradient_of_models()
 
 
-batching.register(_C.has_derivative_kernels)
+def has_gradients_of_examples(input: Tensor, params: Sequence[Any], integers: list[int], numbers: list[float]) -> bool:
+    """Whether ``rnn_backward_each`` takes a call."""
+    kind = integers[0]
+    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64) or kind > CellKind.GRU:
+        return False
+    within = Within.restore(integers[len(INTEGER_SETTINGS) : -1], numbers) if numbers else NOTHING_WITHIN
+    if within.layer_norm or within.peephole or not within.reset_after:
+        return False
+    has_bias, layers, bidirectional = integers[1:4]
+    of_direction = 4 if has_bias else 2  # one more with a projection
+    return len(params) == layers * (1 + bidirectional) * of_direction + batching.num_states_behind(integers, numbers)
+
+
+batching.register(has_gradients_of_examples)
 
 
 # --- Fake kernels ----------------------------------------------------------------------------------------------------
@@ -871,7 +895,8 @@ def has_draw_bits(device: torch.device) -> bool:
 def draw_bits(seed: Tensor, entries: int, rows: int, units: int, rate: float) -> Tensor:
     """uint8 (entries, rows, ceil(units / 8)): bit u % 8 of byte u / 8 is 1 with probability ``rate``.
 
-    The same for the same seed, int64 of one element, whatever the number of threads and whichever device.
+    The same for the same seed, int64 of one element, whatever the number of threads and whichever device. Of several
+    seeds each gives its share of the entries.
     """
     result: Tensor = _draw_bits(seed, entries, rows, units, rate)
     return result
@@ -1028,19 +1053,18 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("fused_rnn::rnn_backward_each")
 def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, input, h0, c0, params, output, gates, cells, hidden, integers, numbers, needs,
-    groups,
+    grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output, gates, cells,
+    hidden, integers, numbers, needs, groups,
 ):  # fmt: skip
-    settings = Settings.restore(integers, numbers, input, params)
-    seeds = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
-    saved = {"output": output, "gates": gates, "cells": cells, "hidden": hidden}
-    _check_devices(input, **seeds, h0=h0, c0=c0, params=params, **saved)
-    return (
-        _like_output(settings, input) if needs[0] else input.new_empty(0),
-        _gradient_like(input, h0, needs[1]),
-        _gradient_like(input, c0, needs[2]),
-        [input.new_empty((groups, *p.shape) if needed else 0) for p, needed in zip(params, needs[3:], strict=True)],
-    )
+    *of_inputs, of_params = _rnn_backward(
+        grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, input, h0, c0, params, controls, output, gates, cells,
+        hidden, integers, numbers, needs, False,
+    )  # fmt: skip
+    num_weights = len(params) - batching.num_states_behind(integers, numbers)
+    of_weights = [
+        input.new_empty((groups, *p.shape) if needed else 0) for p, needed in zip(params[:num_weights], needs[3:])
+    ]
+    return *of_inputs, [*of_weights, *of_params[num_weights:]]
 
 
 @torch.library.register_fake("fused_rnn::rnn_forward_stacked")

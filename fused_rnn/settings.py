@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 # csrc/settings.h
-OPERATORS_VERSION = 7
+OPERATORS_VERSION = 8
 
 
 class CellShape(NamedTuple):

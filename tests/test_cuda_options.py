@@ -413,8 +413,8 @@ def test_what_a_cuda_tensor_takes_in_slices_of_bptt_steps(options: Any, has_rese
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("units", [1, 7, 8, 13, 64])
 def test_bits_are_those_that_the_cpu_draws(units: int, rate: float) -> None:
-    for seed in (0, -6, 2**62 + 1):
-        arguments = (torch.tensor([seed]), 2, 5, units, rate)
+    for seeds in ([0], [-6], [2**62 + 1], [5, -6]):
+        arguments = (torch.tensor(seeds), 2, 5, units, rate)
         found = torch.ops.fused_rnn_host.draw_bits(*arguments)
         assert_same(found, torch.ops.fused_rnn.draw_bits(*arguments))
 

@@ -44,6 +44,7 @@ MORE: list[tuple[Case | CellCase, dict[str, Any]]] = [
     (CellCase("LSTM", bias=False, dtype=torch.float16), {}),
     (Case(num_layers=2, hx=True, batch_first=True, dropout=0.5), {"derivatives": True}),
     (Case("RNN_RELU", dtype=torch.float64), {"derivatives": True}),
+    (Case("GRU", num_layers=2, batch_first=True), {"derivatives": True, "mask": True}),
     (
         Case("GRU", bidirectional=True, batch_first=True, bias=False, hx=True),
         {"quantized": torch.bfloat16, "mask": True},
@@ -107,22 +108,25 @@ def recorded(case: Case | CellCase, options: dict[str, Any]) -> list[tuple[Any, 
             with torch.no_grad():
                 fused_rnn.quantize(module.eval(), options["quantized"])(data.input, data.hx, **given)
         elif options.get("derivatives"):
-            take_derivatives(module, case, data)
+            take_derivatives(module, case, data, given)
             return [call for call in recorder.calls if call[0].overloadpacket.__name__ in OF_DERIVATIVES]
         else:
             run(module, data, **given)
     return recorder.calls
 
 
-def take_derivatives(module: Any, case: Any, data: Any) -> None:
-    """Calls of all operators of derivatives: forward mode, the gradient of a backward pass, gradients per example."""
+def take_derivatives(module: Any, case: Any, data: Any, given: dict[str, Any]) -> None:
+    """Calls of all operators of derivatives: forward mode, the gradient of a backward pass, gradients per example.
+
+    ``given``: what the last are called with besides.
+    """
     leaves = [*data.leaves.values(), *module.parameters()]
     with torch.no_grad(), forward_ad.dual_level():
         duals = [forward_ad.make_dual(t, torch.randn_like(t)) for t in leaves]
         count = len(data.leaves)
         parameters = dict(zip((name for name, _ in module.named_parameters()), duals[count:], strict=True))
-        given = Data(case, duals[0], tuple(duals[1:count]))
-        functional_call(module, parameters, (given.input, given.hx))
+        dual = Data(case, duals[0], tuple(duals[1:count]))
+        functional_call(module, parameters, (dual.input, dual.hx))
     outputs = list(case.outputs(module(data.input, data.hx)).values())
     seeds = [torch.randn_like(t, requires_grad=True) for t in outputs]
     found = torch.autograd.grad(outputs, leaves, seeds, create_graph=True)
@@ -132,7 +136,7 @@ def take_derivatives(module: Any, case: Any, data: Any) -> None:
     module.eval()  # without dropout
 
     def loss(parameters: Any, x: Tensor) -> Tensor:
-        return sum(t.square().sum() for t in tree_leaves(functional_call(module, parameters, (x,))))
+        return sum(t.square().sum() for t in tree_leaves(functional_call(module, parameters, (x,), given)))
 
     vmap(grad(loss), in_dims=(None, 0))(own, torch.stack([inputs, inputs]))
     vmap(grad(loss), in_dims=(0, None))({name: torch.stack([p, p]) for name, p in own.items()}, inputs)
