@@ -84,7 +84,10 @@ template <class Cell, class A, class... Options>
 FRNN_DEVICE void forward_of(const A* x, const A* r, A h_prev, const A* c_prev, A& h, A* c, A* saved,
                             const Options&... options) {
   if constexpr (Cell::kind >= CellKind::custom) {
-    Cell::template forward<A>(x, r, h_prev, c_prev, h, c, saved);
+    A sums[Cell::gates];  // of x and r, which is what such a cell has for r where they are not apart
+    FRNN_UNROLL
+    for (int g = 0; g < Cell::gates; ++g) sums[g] = Cell::hidden_bias_apart(g) ? r[g] : x[g] + r[g];
+    Cell::template forward<A>(x, sums, h_prev, c_prev, h, c, saved);
   } else {
     Cell::template forward<A>(x, r, h_prev, c_prev[0], h, c[0], saved, options...);
   }
