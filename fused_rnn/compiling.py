@@ -260,12 +260,12 @@ def compile_cuda_kernels(step: Step, number: int, arch: int, dtype: torch.dtype)
             command, host = nvcc(), compiler()
             to_host = [f"-ccbin={host[0]}", *(f"-Xcompiler={flag}" for flag in host[1:])]
             with tempfile.TemporaryDirectory() as folder:
-                file, library = Path(folder) / "cell.cu", Path(folder) / "cell.so"
+                file, made, library = (Path(folder) / f"cell.{suffix}" for suffix in ("cu", "o", "so"))
                 file.write_text(source)
-                # The runtime library that PyTorch has loaded, by its name.
-                libraries = ["--cudart=none", str(_cuda_runtime(command))]
-                inputs = [f"-I{HEADERS}", str(file), *libraries]
-                _compile([command, *flags, *to_host, "-shared", *inputs, "-o", str(library)], "load_cell")
+                _compile([command, *flags, *to_host, f"-I{HEADERS}", "-c", str(file), "-o", str(made)], "load_cell")
+                # The runtime library is found by its name alone: it is the one that PyTorch has loaded.
+                runtime = str(_cuda_runtime(command))
+                _compile([*host, "-shared", str(made), runtime, "-o", str(library)], "load_cell")
                 _keep(kept, library.read_bytes())
     return kept
 

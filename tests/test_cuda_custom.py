@@ -188,7 +188,7 @@ def test_a_call_that_finds_no_kernels_says_so() -> None:
     layer = custom.load_cell_text(MORE_GATES.replace("0.125", "0.0625"), "MoreGates", "other.h")(3, 8, dtype=F64)
     with pytest.raises(RuntimeError, match="kind: expected 0 to 3 or that of a loaded cell"):
         layer(torch.randn(4, 2, 3, dtype=F64))
-    layer = cell("GruD")(3, 8, dtype=F64)
+    layer = cell("Apart")(3, 8, dtype=F64)
     add_kernels(layer, F64)
     with pytest.raises(RuntimeError, match="this custom cell has no CUDA kernels here"):
         layer.half()(torch.randn(4, 2, 3).half())
@@ -288,9 +288,9 @@ def test_a_library_of_something_else_is_refused(tmp_path: Path, difference: int,
     subprocess.run([*command, str(tmp_path / "other.cpp"), "-o", str(tmp_path / "other.so")], check=True)
     with pytest.raises(RuntimeError, match="compiled for this build"):
         backend.ops.add_custom_cuda_kernels(str(tmp_path / "other.so"))
-    (tmp_path / "other.so").write_bytes(b"nothing")
+    (tmp_path / "nothing.so").write_bytes(b"nothing")
     with pytest.raises(RuntimeError, match="path: expected a library of a custom cell"):
-        backend.ops.add_custom_cuda_kernels(str(tmp_path / "other.so"))
+        backend.ops.add_custom_cuda_kernels(str(tmp_path / "nothing.so"))
 
 
 @pytest.fixture
