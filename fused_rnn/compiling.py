@@ -59,7 +59,7 @@ namespace fused_rnn {{
 FRNN_CUSTOM_CUDA({name}, {element}, {number}, {dtype}, {arch})
 """
 # As in tools/cuda_build.py.
-_NVCC_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xfatbin=-compress-all", "-w")
+_NVCC_FLAGS: tuple[str, ...] = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xfatbin=-compress-all", "-w")
 _NVCC_FLAGS += ("-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden")
 
 # What a dtype is called in C++, as an element and in csrc/problem.h.
