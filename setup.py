@@ -339,6 +339,8 @@ def kernel_headers() -> list[Path]:
         ROOT / "csrc/problem.h",
         *sorted((ROOT / "csrc/cells").glob("*.h")),
         *sorted((ROOT / "csrc/cpu").glob("*.h")),
+        *sorted((ROOT / "csrc/cuda").glob("*.h")),
+        *sorted((ROOT / "csrc/cuda").glob("*.cuh")),
         *sorted((ROOT / "csrc/stream").glob("*.h")),
     ]
 

@@ -20,6 +20,7 @@
 #include "cpu/packed.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
+#include "cuda/custom.h"
 #include "cuda/plan.h"
 #include "derivatives.h"
 #include "quantized.h"
@@ -46,17 +47,35 @@ void add_custom_cell_of(int64_t kind, int gates, int saved, int states) {
               "kind: there are too many custom cells in this process");
 }
 
-// The library stays in the process: its kernels may be called at any time.
-void add_custom_library(const std::string& path) {
+// What the library's function of this name describes. The library stays in the process: its kernels may be called at
+// any time.
+template <class Kernels>
+const Kernels* custom_library(const std::string& path, const char* function) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(library, "path: expected a library of a custom cell, got ", path, ": ", dlerror());
-  using Description = const CustomKernels* (*)();
-  const auto describe = reinterpret_cast<Description>(dlsym(library, "fused_rnn_custom_kernels"));
+  const auto describe = reinterpret_cast<const Kernels* (*)()>(dlsym(library, function));
   TORCH_CHECK(describe, "path: expected a library of a custom cell, got ", path);
-  const CustomKernels* added = describe();
-  TORCH_CHECK(added->sizes == sizes_of_layers && custom_cell(added->kind),
-              "path: expected kernels of a cell that is known here, compiled for this build, got ", path);
-  TORCH_CHECK(add_custom_kernels(added), "path: there are too many kernels of custom cells in this process");
+  return describe();
+}
+
+void check_custom_library(bool is_ours, bool has_room, const std::string& path) {
+  TORCH_CHECK(is_ours, "path: expected kernels of a cell that is known here, compiled for this build, got ", path);
+  TORCH_CHECK(has_room, "path: there are too many kernels of custom cells in this process");
+}
+
+void add_custom_library(const std::string& path) {
+  const auto* added = custom_library<CustomKernels>(path, "fused_rnn_custom_kernels");
+  const bool is_ours = added->sizes == sizes_of_layers && custom_cell(added->kind);
+  check_custom_library(is_ours, is_ours && add_custom_kernels(added), path);
+}
+
+void add_custom_cuda_library(const std::string& path) {
+  const auto* added = custom_library<cuda::CustomKernels>(path, "fused_rnn_custom_cuda_kernels");
+  // What follows the sizes is read only where they are ours.
+  const CustomCell* cell = added->sizes == cuda::sizes_of_steps() ? custom_cell(added->kind) : nullptr;
+  const bool is_ours =
+      cell && added->gates == cell->gates && added->saved == cell->saved && added->states == cell->states;
+  check_custom_library(is_ours, is_ours && cuda::add_custom_kernels(added), path);
 }
 
 // Never freed: the last call may come after Python has ended.
@@ -71,6 +90,19 @@ void compile_custom(CellKind kind, DType dtype) {
 void set_compiler_of_custom_cells(const py::function& function) {
   custom_compiler = new py::function(function);
   set_custom_compiler(&compile_custom);
+}
+
+py::function* custom_cuda_compiler = nullptr;
+
+void compile_custom_cuda(CellKind kind, DType dtype, int arch) {
+  const py::gil_scoped_acquire held;
+  const auto problem = (*custom_cuda_compiler)(int64_t(kind), int(dtype), arch).cast<std::string>();
+  TORCH_CHECK(problem.empty(), problem);
+}
+
+void set_cuda_compiler_of_custom_cells(const py::function& function) {
+  custom_cuda_compiler = new py::function(function);
+  cuda::set_custom_compiler(&compile_custom_cuda);
 }
 
 std::vector<std::string> instruction_sets(bool only_supported) {
@@ -326,6 +358,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_custom_compiler", &set_compiler_of_custom_cells, py::arg("function"),
         "Sets what adds the kernels of a custom cell where a call finds none: a function of its kind and a dtype that "
         "returns what is wrong, or an empty text.");
+  m.def("add_custom_cuda_kernels", &add_custom_cuda_library, py::arg("path"),
+        "Adds the CUDA kernels in the library at `path` to those of this process.");
+  m.def("set_custom_cuda_compiler", &set_cuda_compiler_of_custom_cells, py::arg("function"),
+        "The same as set_custom_compiler of CUDA kernels: its function gets the architecture, 90 for sm_90, as well.");
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and PyTorch version of this build.");
   m.def(
       "has_derivative_kernels",

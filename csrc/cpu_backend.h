@@ -21,7 +21,6 @@ struct Cpu {
   static constexpr bool one_matrix = false;
   static constexpr bool adds_into_grad_x = true;
   static constexpr bool masks_in_kernels = false;
-  static constexpr bool custom_cells = true;
   static constexpr bool wavefronts = false;
   explicit Cpu(const Tensor&) {}
   static int64_t vector_units(const Tensor& input) {

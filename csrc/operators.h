@@ -11,7 +11,6 @@
 //   adds_into_grad_x                   whether the directions of a layer add into grad_x, which then holds zeros
 //   copy(to, from)                     of one size, both contiguous
 //   masks_in_kernels                   whether steps may have a mask; the others get the packed batch of its pieces
-//   custom_cells                       whether there are cells of somebody's own
 //   vector_units(input)                how many units each head has a multiple of
 //   wavefronts                         whether it may run several layers at once; with
 //     layers_at_once(sizes, layers, steps, backward)     how many of so many equal layers
@@ -643,18 +642,11 @@ ForwardResult run_forward(Backend& backend, const Stack& stack, bool save, int64
 }
 
 template <class Backend>
-void check_options(const Stack& stack) {
-  TORCH_CHECK(Backend::custom_cells || !is_custom(stack.kind()), "kind: no kernel for custom cells on ",
-              stack.input.device());
-}
-
-template <class Backend>
 ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                           at::TensorList params, at::TensorList controls, Integers settings, Numbers numbers,
                           bool save) {
   Backend backend(input);
   Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
-  check_options<Backend>(stack);
   stack.fit_heads(Backend::vector_units(input));
   std::optional<Pieces> pieces;
   if constexpr (!Backend::masks_in_kernels) pieces = stack.take_pieces();
@@ -806,7 +798,6 @@ BackwardResult rnn_backward_by(Run run, const OptionalTensor& grad_output, const
   Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
   const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
   const bool has_cell = has_cell_state(stack.kind());
-  check_options<Backend>(stack);
   stack.fit_heads(Backend::vector_units(input));
   std::optional<Pieces> pieces;
   if constexpr (!Backend::masks_in_kernels) pieces = stack.take_pieces();

@@ -18,6 +18,7 @@
 #include "cells/lstm.h"
 #include "cells/rnn.h"
 #include "cuda/cuda.h"
+#include "cuda/custom.h"
 #include "operators.h"
 #include "ops_cuda_stream.h"
 #include "profile.h"
@@ -129,16 +130,20 @@ namespace {
 
 // What is known of a cell at run time (cells/cell.h).
 struct Cell {
-  int gates, saved, grad_gates;
-  bool has_cell;
+  int gates, saved, grad_gates, states;
   GateGrads input_grads, hidden_grads;  // of what W_ih and W_hh have multiplied
   GateGrads input_bias_grads, hidden_bias_grads;
   int own_saved;  // of these those of the gates; with layer normalisation those of both sides follow (cuda/cuda.h)
+  const cuda::CustomKernels* custom = nullptr;  // of a custom cell
+
+  bool has_cell() const { return states > 0; }
+  // Whether a gradient of h goes past W_hh.
+  bool passes_h(CellKind kind) const { return kind == CellKind::gru || custom; }
 };
 
 template <class C>
 Cell describe(bool layer_norm) {
-  Cell cell{C::gates,        C::saved,       C::grad_gates,   C::has_cell, C::input_grads,
+  Cell cell{C::gates,        C::saved,       C::grad_gates,   C::states, C::input_grads,
             C::hidden_grads, C::input_grads, C::hidden_grads, C::saved};
   if (layer_norm) {
     cell.input_grads.first = C::grad_gates;
@@ -149,7 +154,18 @@ Cell describe(bool layer_norm) {
   return cell;
 }
 
-Cell cell_of(const LayerSizes& sizes) {
+// Its kernels are compiled now where nobody has asked for them before.
+Cell describe_custom(const LayerSizes& sizes, int device) {
+  const int arch = device_info(device).arch;
+  const cuda::CustomKernels* found = cuda::custom_kernels(sizes.kind, sizes.dtype, arch);
+  TORCH_CHECK(found, "kind: this custom cell has no CUDA kernels here, and without Python none are compiled");
+  const cuda::CustomKernels& c = *found;
+  return {c.gates,        c.saved,       c.grad_gates,   c.states, c.input_grads,
+          c.hidden_grads, c.input_grads, c.hidden_grads, c.saved,  found};
+}
+
+Cell cell_of(const LayerSizes& sizes, int device) {
+  if (sizes.kind >= CellKind::custom) return describe_custom(sizes, device);
   switch (sizes.kind) {
     case CellKind::rnn_tanh: return describe<RnnTanh>(sizes.layer_norm);
     case CellKind::rnn_relu: return describe<RnnRelu>(sizes.layer_norm);
@@ -193,7 +209,6 @@ class Cuda {
   static constexpr bool one_matrix = true;
   static constexpr bool adds_into_grad_x = false;
   static constexpr bool masks_in_kernels = true;
-  static constexpr bool custom_cells = false;
   static constexpr bool wavefronts = true;
 
   explicit Cuda(const Tensor& input) : stream_(input), options_(input.options()) {
@@ -383,7 +398,7 @@ std::string describe(const LayerSizes& sizes, const Steps& steps, const cuda::Pl
 // One layer, or several in a wavefront, of which the lowest alone has projections.
 void Cuda::forward(const LayerForward* layers, int64_t count) {
   const LayerForward& lowest = layers[0];
-  const Cell cell = cell_of(lowest.sizes);
+  const Cell cell = cell_of(lowest.sizes, stream_.device());
   const Products product(lowest.sizes.dtype, tf32_);
   Projections projections = make_projections(lowest, cell);
   const cuda::Plan chosen = plan(layers[count - 1].sizes, count, lowest.steps, false, options_of(lowest));
@@ -396,16 +411,18 @@ void Cuda::forward(const LayerForward* layers, int64_t count) {
 }
 
 // The projections stand where the kernels will put what they compute from them: a GRU's three in the first part of the
-// four values that it saves, the plain recurrence's in its output.
+// four values that it saves, the plain recurrence's in its output. Those of a custom cell that saves fewer have memory
+// of their own, as without a backward pass.
 Cuda::Projections Cuda::make_projections(const LayerForward& layer, const Cell& cell) const {
   const LayerSizes& s = layer.sizes;
   const int64_t H = s.hidden_size, GH = cell.gates * H, T = layer.steps.T;
   const bool save = layer.direction[0].gates;
   Projections p;
-  p.apart = cell.saved > 0 && !save;
-  p.stride = cell.saved == 0 ? layer.y.batch_stride : save ? cell.saved * H : GH;
+  p.apart = cell.saved > 0 && !(save && cell.saved >= cell.gates);
+  p.stride = p.apart ? GH : cell.saved == 0 ? layer.y.batch_stride : cell.saved * H;
   p.steps = T;
-  if (p.apart) p.steps = std::min(T, most_steps() > 0 ? most_steps() : cuda::projection_steps(s, layer.steps));
+  if (p.apart)
+    p.steps = std::min(T, most_steps() > 0 ? most_steps() : cuda::projection_steps(s, cell.gates, layer.steps));
   const int64_t rows = layer.steps.first_row(p.steps);  // no part has more than the first
   for (int d = 0; d < s.num_directions; ++d) {
     if (p.apart) p.buffers[d] = buffer({rows, GH});
@@ -442,8 +459,8 @@ Cuda::FirstStates Cuda::first_states(const LayerForward& layer, const Cell& cell
   if (!anew) return first;
   first.h_made = begun(anew, dir.extras.reset_h, dir.h0, {B, layer.sizes.state_size});
   first.h = first.h_made.const_data_ptr();
-  if (!cell.has_cell) return first;
-  first.c_made = begun(anew, dir.extras.reset_c, dir.c0, {B, layer.sizes.hidden_size});
+  if (!cell.has_cell()) return first;
+  first.c_made = begun(anew, dir.extras.reset_c, dir.c0, {B, cell.states * layer.sizes.hidden_size});
   first.c = first.c_made.const_data_ptr();
   return first;
 }
@@ -475,7 +492,7 @@ void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, cons
   }
   for (int p = 0; p < chosen.parts() && several; ++p) {
     between[p] = buffer({2, B, H});
-    if (!cell.has_cell) continue;
+    if (!cell.has_cell()) continue;
     cells[p] = sum_buffer({B, H});
     widen(cells[p], first[p].c);
   }
@@ -522,6 +539,7 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
   const LayerSizes& s = layer.sizes;
   const Steps& steps = layer.steps;
   const int64_t H = s.hidden_size, P = s.state_size, GH = cell.gates * H, B = steps.B, T = steps.T;
+  const int64_t C = cell.states * H;
   const int D = s.num_directions;
   const bool projects = P != H, options = has_options(layer);
   const Within within = within_of_units(layer.within, projects);
@@ -539,15 +557,15 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
     products[d] = sum_buffer({B, GH});
     h[d] = dir.h_n;
     if (!h[d] && (T > 1 || projects)) h[d] = (running_h[d] = buffer({B, P})).mutable_data_ptr();
-    if (cell.has_cell && T > 1) {
+    if (cell.has_cell() && T > 1) {
       c[d] = sum_size_ == size_ ? dir.c_n : nullptr;
-      if (!c[d]) c[d] = (running_c[d] = sum_buffer({B, H})).mutable_data_ptr();
+      if (!c[d]) c[d] = (running_c[d] = sum_buffer({B, C})).mutable_data_ptr();
     }
     if (projects) unprojected[d] = buffer({B, H});
     if (projects && options) projected[d] = sum_buffer({B, P});
     if (s.layer_norm) {
       norms[d] = {dir.weights.norm_ih, dir.weights.norm_hh, dir.weights.norm_c, dir.weights.norm_c_bias};
-      if (cell.has_cell) {
+      if (cell.has_cell()) {
         of_cell[d] = sum_buffer({2, B, H});
         norms[d].output_gate = mutable_slice(of_cell[d], 0);
         norms[d].new_cell = mutable_slice(of_cell[d], 1);
@@ -606,7 +624,7 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
                       : advance(layer.y.data, row * layer.y.batch_stride + d * P, size_);
       to.y_stride = projects ? H : layer.y.batch_stride;
       to.gates = advance(dir.gates, row * cell.saved * H, size_);
-      to.cells = advance(dir.cells, row * H, sum_size_);
+      to.cells = advance(dir.cells, row * C, sum_size_);
       if (!options) continue;
       const Extras& extras = dir.extras;
       cuda::ForwardOptions& also = more[d];
@@ -622,6 +640,8 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
     }
     if (s.layer_norm) {
       check(cuda::step_forward_with_norm(s.kind, s.dtype, H, step, more, norms, within, D, stream_.handle()));
+    } else if (cell.custom) {
+      check(cell.custom->forward(H, step, options ? more : nullptr, within, D, stream_.handle()));
     } else if (options) {
       check(cuda::step_forward_with_options(s.kind, s.dtype, H, step, more, within, D, stream_.handle()));
     } else {
@@ -669,7 +689,7 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
 // One layer, or several in a wavefront.
 void Cuda::backward(const LayerBackward* given, int64_t count) {
   const LayerSizes& s = given[count - 1].sizes;
-  const Cell cell = cell_of(s);
+  const Cell cell = cell_of(s, stream_.device());
   const Products product(s.dtype, tf32_);
   const int64_t H = s.hidden_size, P = s.state_size, N = given[0].steps.total_rows(), width = cell.grad_gates * H;
   const int D = s.num_directions;
@@ -750,7 +770,7 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
       if (layers[0].direction[d].grad_w_hr && has_options(layers[0])) hidden[d] = buffer({N, H});
     }
     // With layer normalisation: of c, what the gradients of its gain and bias are made of.
-    for (int d = 0; d < D && s.layer_norm && cell.has_cell; ++d) of_cell[d] = sum_buffer({2, N, H});
+    for (int d = 0; d < D && s.layer_norm && cell.has_cell(); ++d) of_cell[d] = sum_buffer({2, N, H});
     steps_backward(layers[0], cell, product, grad_gates, grad_projected, hidden, of_cell);
   }
 
@@ -779,7 +799,7 @@ void Cuda::compute_gates_again(const LayerBackward& layer, const Cell& cell, Ten
   const int64_t H = s.hidden_size, P = s.state_size, B = layer.steps.B, N = layer.steps.total_rows();
   const int64_t D = s.num_directions;
   const Tensor y = buffer({N, D * P}), h_n = buffer({D, B, P});
-  const Tensor c_n = cell.has_cell ? buffer({D, B, H}) : Tensor();
+  const Tensor c_n = cell.has_cell() ? buffer({D, B, cell.states * H}) : Tensor();
   LayerForward again;
   again.sizes = s;
   again.steps = layer.steps;
@@ -833,6 +853,7 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
   const LayerSizes& s = layer.sizes;
   const Steps& steps = layer.steps;
   const int64_t H = s.hidden_size, P = s.state_size, B = steps.B, T = steps.T, width = cell.grad_gates * H;
+  const int64_t C = cell.states * H;
   const int D = s.num_directions;
   const bool projects = P != H, options = has_options(layer);
   const Within within = within_of_units(layer.within, projects);
@@ -840,7 +861,7 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
   const auto runs = runs_of(cell.hidden_grads, cell.gates);
   // What of a gradient of h goes past W_hh: that of a GRU's kept part, of rows whose state goes on as it is, of
   // zoneout.
-  const bool has_direct_part = s.kind == CellKind::gru || steps.mask || options;
+  const bool has_direct_part = cell.passes_h(s.kind) || steps.mask || options;
 
   Tensor dh[2], dc[2], unprojected[2], dropped[2], clipped[2], grad_peephole[2], grad_reset_h[2], grad_reset_c[2];
   Tensor to_output[2];
@@ -854,14 +875,14 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
   for (int d = 0; d < D; ++d) {
     const DirectionBackward& dir = layer.direction[d];
     dh[d] = running(dir.grad_h0, P, dir.grad_h_n);
-    if (cell.has_cell) dc[d] = running(dir.grad_c0, H, dir.grad_c_n);
+    if (cell.has_cell()) dc[d] = running(dir.grad_c0, C, dir.grad_c_n);
     if (projects) unprojected[d] = sum_buffer({B, H});
     if (dir.extras.dropout) dropped[d] = sum_buffer({B, P});
-    if (s.layer_norm && cell.has_cell) to_output[d] = sum_buffer({B, H});
+    if (s.layer_norm && cell.has_cell()) to_output[d] = sum_buffer({B, H});
     if (within.recurrent_grad_clip > 0 && steps.mask) clipped[d] = clipped_rows(steps, d);
     if (dir.grad_peephole) grad_peephole[d] = sum_buffer({B, 3 * H}).zero_();
     if (dir.grad_reset_h) grad_reset_h[d] = sum_buffer({B, P}).zero_();
-    if (dir.grad_reset_c) grad_reset_c[d] = sum_buffer({B, H}).zero_();
+    if (dir.grad_reset_c) grad_reset_c[d] = sum_buffer({B, C}).zero_();
   }
 
   for (int64_t k = 0; k < T; ++k) {
@@ -878,13 +899,13 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
       to.rows = rows;
       to.mask = steps.mask ? steps.mask + row : nullptr;
       to.gates = advance(dir.gates, row * cell.saved * H, size_);
-      to.cells = advance(dir.cells, row * H, sum_size_);
+      to.cells = advance(dir.cells, row * C, sum_size_);
       to.y = advance(layer.y.data, row * y_stride + d * P, size_);
       to.y_stride = y_stride;
       if (k < T - 1) {
         const int64_t previous = d == 0 ? t - 1 : t + 1, previous_row = steps.first_row(previous);
         to.previous_rows = std::min(rows, steps.rows(previous));
-        to.previous_cells = advance(dir.cells, previous_row * H, sum_size_);
+        to.previous_cells = advance(dir.cells, previous_row * C, sum_size_);
         to.previous_y = advance(layer.y.data, previous_row * y_stride + d * P, size_);
       }
       to.h0 = dir.h0;
@@ -899,7 +920,7 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
         also.zoneout_cell = rows_of_bits(extras.zoneout_cell, row, H);
         also.anew = rows_anew(steps, d, T - 1 - k);
         also.reset_c = extras.reset_c;
-        also.grad_cells = advance(dir.grad_cells, row * H, sum_size_);
+        also.grad_cells = advance(dir.grad_cells, row * C, sum_size_);
         also.peephole = dir.weights.peephole;
         also.grad_peephole = mutable_data_or_null(grad_peephole[d]);
         also.hidden = advance(mutable_data_or_null(hidden[d]), row * H, size_);
@@ -958,6 +979,8 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
     }
     if (s.layer_norm) {
       check(cuda::step_backward_with_norm(s.kind, s.dtype, H, step, more, norms, within, D, stream_.handle()));
+    } else if (cell.custom) {
+      check(cell.custom->backward(H, step, options ? more : nullptr, within, D, stream_.handle()));
     } else if (options) {
       check(cuda::step_backward_with_options(s.kind, s.dtype, H, step, more, within, D, stream_.handle()));
     } else {
@@ -994,18 +1017,18 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
       to.dh = dh[d].mutable_data_ptr();
       to.dc = mutable_data_or_null(dc[d]);
     }
-    if (hands_back) check(cuda::hand_back(s.dtype, P, cell.has_cell ? H : 0, handed_back, D, stream_.handle()));
+    if (hands_back) check(cuda::hand_back(s.dtype, P, C, handed_back, D, stream_.handle()));
   }
 
   for (int d = 0; d < D && sum_size_ != size_; ++d) {
     const DirectionBackward& dir = layer.direction[d];
     if (dir.grad_h0) view(dir.grad_h0, {B, P}, {P, 1}, dtype).copy_(dh[d]);
-    if (dir.grad_c0) view(dir.grad_c0, {B, H}, {H, 1}, dtype).copy_(dc[d]);
+    if (dir.grad_c0) view(dir.grad_c0, {B, C}, {C, 1}, dtype).copy_(dc[d]);
   }
   for (int d = 0; d < D; ++d) {
     const DirectionBackward& dir = layer.direction[d];
     if (dir.grad_reset_h) view(dir.grad_reset_h, {B, P}, {P, 1}, dtype).copy_(grad_reset_h[d]);
-    if (dir.grad_reset_c) view(dir.grad_reset_c, {B, H}, {H, 1}, dtype).copy_(grad_reset_c[d]);
+    if (dir.grad_reset_c) view(dir.grad_reset_c, {B, C}, {C, 1}, dtype).copy_(grad_reset_c[d]);
     if (dir.grad_peephole) view(dir.grad_peephole, {3 * H}, {1}, dtype).copy_(grad_peephole[d].sum(0));
   }
 }

@@ -117,13 +117,13 @@ _check_name("environment variable FUSED_RNN_BACKEND", _name_at_start)
 use_backend(_name_at_start)
 
 
-def _no_custom_cells(number: int, dtype: torch.dtype) -> str | None:
+def _no_custom_cells(number: int, dtype: torch.dtype, device: torch.device) -> str | None:
     return "no custom cell was loaded"
 
 
-# Why a custom cell, by the number of its kind, has no kernels for a dtype, None when it has: they are compiled when it
-# is first asked. fused_rnn/custom.py puts its function here.
-why_no_kernels: Callable[[int, torch.dtype], str | None] = _no_custom_cells
+# Why a custom cell, by the number of its kind, has no kernels for a dtype on the CPU or a CUDA device, None when it
+# has: they are compiled when it is first asked. fused_rnn/custom.py puts its function here.
+why_no_kernels: Callable[[int, torch.dtype, torch.device], str | None] = _no_custom_cells
 
 
 def why_reference(
@@ -143,7 +143,7 @@ def why_reference(
     Raises:
         ImportError: the compiled extension is missing and the backend is not ``"reference"``.
         RuntimeError: the backend is ``"fused"`` and the kernels cannot; the message has the reason. Or the kernels of a
-            custom cell cannot be compiled.
+            custom cell for the CPU cannot be compiled.
     """
     name = current_backend()
     if name == "reference":
@@ -155,11 +155,8 @@ def why_reference(
             "fused_rnn.use_backend('reference')"
         ) from _import_error
     reason: str | None = ops.why_not_fused(input)
-    if reason is None and custom is not None:
-        if input.device.type == "cuda":
-            reason = "no fused kernel for custom cells on cuda tensors: the CPU has them"
-        elif input.device.type == "cpu":
-            reason = why_no_kernels(custom.value, input.dtype)
+    if reason is None and custom is not None and input.device.type in ("cpu", "cuda"):
+        reason = why_no_kernels(custom.value, input.dtype, input.device)
     if reason is None and settings is not None and settings.within is not None:
         reason = ops.why_not_within(settings.kind, settings.within, input, recorded)
     if reason is not None and name == "fused":

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ import torch
 from . import backend
 from .expressions import Step
 
-__all__ = ["add_kernels", "compile_kernels", "trace_of"]
+__all__ = ["add_cuda_kernels", "add_kernels", "compile_cuda_kernels", "compile_kernels", "cuda_source", "trace_of"]
 
 _log = logging.getLogger("fused_rnn")
 
@@ -49,6 +50,18 @@ _PASSES = {
     "forward": "FRNN_CUSTOM_FORWARD({name}, {element}, {number}, {dtype})",
     "backward": "FRNN_CUSTOM_BACKWARD({name}, {element})",
 }
+_CUDA_KERNELS = """#include "cuda/custom_kernels.cuh"
+
+namespace fused_rnn {{
+{struct}
+}}  // namespace fused_rnn
+
+FRNN_CUSTOM_CUDA({name}, {element}, {number}, {dtype}, {arch})
+"""
+# As in tools/cuda_build.py.
+_NVCC_FLAGS: tuple[str, ...] = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xfatbin=-compress-all", "-w")
+_NVCC_FLAGS += ("-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden")
+
 # What a dtype is called in C++, as an element and in csrc/problem.h.
 _ELEMENTS = {
     torch.float32: ("float", "float32"),
@@ -87,15 +100,18 @@ def compiler() -> list[str]:
 
 
 @functools.cache
-def _digest_of_headers() -> str:
+def _digest_of_headers(*further: str) -> str:
+    """``further``: patterns of other headers than those of kernels for the CPU."""
     digest = hashlib.sha256()
-    for path in (HEADERS / "problem.h", *sorted(HEADERS.glob("cells/*.h")), *sorted(HEADERS.glob("cpu/*.h"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for pattern in ("problem.h", "cells/*.h", "cpu/*.h", *further):
+        for path in sorted(HEADERS.glob(pattern)):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
-def _key(*parts: str) -> str:
-    return hashlib.sha256("\0".join((*parts, _digest_of_headers())).encode()).hexdigest()[:32]
+def _key(*parts: str, digest: str | None = None) -> str:
+    digest = _digest_of_headers() if digest is None else digest
+    return hashlib.sha256("\0".join((*parts, digest)).encode()).hexdigest()[:32]
 
 
 def trace_of(source: str, name: str, origin: str) -> str:
@@ -189,6 +205,87 @@ def _show_symbols() -> None:
     """Python loads an extension for itself alone; kernels of custom cells call its team of threads."""
     assert backend.ops is not None
     ctypes.CDLL(backend.ops.extension_path(), mode=os.RTLD_NOW | os.RTLD_GLOBAL | os.RTLD_NOLOAD)
+
+
+def nvcc() -> str:
+    """That of ``CUDA_HOME``, of ``PATH``, or of the usual folder.
+
+    Raises:
+        RuntimeError: there is none, or it is of another CUDA than PyTorch.
+    """
+    home = os.environ.get("CUDA_HOME")
+    folders = [os.path.join(home, "bin")] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    found = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if found is None:
+        raise RuntimeError(
+            "load_cell: expected nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin, found none: install the toolkit "
+            f"of CUDA {torch.version.cuda or '13.0'}, or bring the folder FUSED_RNN_CACHE of a machine that has it"
+        )
+    wanted = torch.version.cuda
+    release = re.search(r"release (\d+)", _output_of([found, "--version"]))
+    if wanted is not None and (release is None or release[1] != wanted.split(".")[0]):
+        version = release[1] if release else "an unknown version"
+        raise RuntimeError(f"load_cell: expected nvcc of CUDA {wanted}, which PyTorch has, got {version} ({found})")
+    return found
+
+
+def _output_of(command: Sequence[str]) -> str:
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return result.stdout
+
+
+def cuda_source(step: Step, number: int, arch: int, dtype: torch.dtype) -> str:
+    """The CUDA source of a cell's kernels for a GPU of one architecture, 90 for sm_90, and one dtype."""
+    name, (element, dtype_name) = f"Cell{number}", _ELEMENTS[dtype]
+    given = {"name": name, "element": element, "number": number, "dtype": dtype_name, "arch": arch}
+    return _CUDA_KERNELS.format(struct=step.cpp(name), **given)
+
+
+def compile_cuda_kernels(step: Step, number: int, arch: int, dtype: torch.dtype) -> Path:
+    """As :func:`compile_kernels`, for GPUs.
+
+    Args:
+        arch: of the GPU, 90 for sm_90.
+
+    Raises:
+        RuntimeError: it does not compile, or nvcc or what it needs is not there.
+    """
+    source = cuda_source(step, number, arch, dtype)
+    flags = [*_NVCC_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    digest = _digest_of_headers("cuda/*.h", "cuda/*.cuh")
+    kept = cache_folder() / f"{_key('cuda', source, *flags, torch.version.cuda or '', digest=digest)}.so"
+    with _alone(kept):
+        if not kept.is_file():
+            _log.info("compiling a custom cell's kernels for %s and sm_%d, once: some seconds", dtype, arch)
+            command, host = nvcc(), compiler()
+            to_host = [f"-ccbin={host[0]}", *(f"-Xcompiler={flag}" for flag in host[1:])]
+            with tempfile.TemporaryDirectory() as folder:
+                file, made, library = (Path(folder) / f"cell.{suffix}" for suffix in ("cu", "o", "so"))
+                file.write_text(source)
+                _compile([command, *flags, *to_host, f"-I{HEADERS}", "-c", str(file), "-o", str(made)], "load_cell")
+                # The runtime library is found by its name alone: it is the one that PyTorch has loaded.
+                runtime = str(_cuda_runtime(command))
+                _compile([*host, "-shared", str(made), runtime, "-o", str(library)], "load_cell")
+                _keep(kept, library.read_bytes())
+    return kept
+
+
+def _cuda_runtime(nvcc: str) -> Path:
+    """The shared library, of the toolkit that nvcc belongs to or of the packages that PyTorch came with."""
+    top = re.search(r"^#\$ TOP=(.*)$", _output_of([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"]), re.MULTILINE)
+    toolkit = Path(top[1]) if top else Path(nvcc).parent.parent
+    packages = Path(torch.__file__).resolve().parent.parent / "nvidia"
+    folders = [toolkit / "lib64", toolkit / "lib", *sorted(packages.glob("*/lib"))]
+    for folder in folders:
+        if found := sorted(folder.glob("libcudart.so*")):
+            return found[0].resolve()
+    raise RuntimeError(f"load_cell: expected libcudart.so in one of {', '.join(map(str, folders))}, found none")
+
+
+def add_cuda_kernels(library: Path) -> None:
+    """Its kernels to those of the process."""
+    assert backend.ops is not None
+    backend.ops.add_custom_cuda_kernels(str(library))
 
 
 def _compile(command: Sequence[str], origin: str) -> None:

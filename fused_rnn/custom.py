@@ -26,6 +26,7 @@ from .settings import (
     ForwardOptions,
     LayerOptions,
     add_kind,
+    kind_of,
     show_options,
 )
 
@@ -196,9 +197,9 @@ def load_cell(path: str | os.PathLike[str], name: str | None = None) -> type[Cus
           }
         };
 
-    The kernels for a dtype are compiled when a call first has it, for this machine's processor, which takes some
-    seconds, and kept in the folder ``FUSED_RNN_CACHE`` (``~/.cache/fused_rnn``) by content. The formulas run on every
-    device, and the kernels on the CPU.
+    The kernels for a dtype are compiled when a call first has it, for this machine's processor or by ``nvcc`` for its
+    GPU, which takes some seconds, and kept in the folder ``FUSED_RNN_CACHE`` (``~/.cache/fused_rnn``) by content. The
+    formulas run on every device, and on a GPU where there is no ``nvcc``, as :func:`explain` then says.
 
     Args:
         path: of the header.
@@ -285,31 +286,48 @@ def _add_kernels(number: int, dtype: torch.dtype) -> None:
     _added.add((number, isa, dtype))
 
 
-_added: set[tuple[int, str, torch.dtype]] = set()
+def _add_cuda_kernels(number: int, dtype: torch.dtype, arch: int) -> None:
+    """The same for GPUs of an architecture, 90 for sm_90."""
+    if (number, arch, dtype) in _added:
+        return
+    compiling.add_cuda_kernels(compiling.compile_cuda_kernels(_steps[number], number, arch, dtype))
+    _added.add((number, arch, dtype))
 
 
-def _why_no_kernels(number: int, dtype: torch.dtype) -> str | None:
+_added: set[tuple[int, str | int, torch.dtype]] = set()
+
+
+def _why_no_kernels(number: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """None when there are some after this: see :data:`fused_rnn.backend.why_no_kernels`."""
-    problem = _problems.get((number, dtype))
+    assert backend.ops is not None
+    arch = backend.ops.cuda_architecture(device) if device.type == "cuda" else None
+    problem = _problems.get((number, dtype, arch))
     if problem is not None:
         return problem
     try:
-        _add_kernels(number, dtype)
+        if arch is None:
+            _add_kernels(number, dtype)
+        else:
+            _add_cuda_kernels(number, dtype, arch)
     except RuntimeError as error:
-        if number != SLSTM._custom.value:
+        # With a compiler for the CPU alone a program goes on where its tensors are on a GPU, and so does SLSTM, which
+        # nobody has loaded, without any.
+        if arch is None and number != SLSTM._custom.value:
             raise
-        problem = _problems[number, dtype] = f"the kernels of SLSTM could not be compiled: {error}"
+        kernels = "kernels" if arch is None else "CUDA kernels"
+        name = kind_of(number).name.removeprefix("CUSTOM_")
+        problem = _problems[number, dtype, arch] = f"the {kernels} of {name} could not be compiled: {error}"
         _log.warning("%s", problem)
     return problem
 
 
-_problems: dict[tuple[int, torch.dtype], str] = {}
+_problems: dict[tuple[int, torch.dtype, int | None], str] = {}
 # The compiler calls it once, when it traces the call, instead of looking into it.
 _why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 backend.why_no_kernels = _why_no_kernels
 if backend.ops is not None:
-    backend.ops.set_custom_compiler(_add_kernels)  # of a program that was compiled or exported
+    backend.ops.set_custom_compiler(_add_kernels, _add_cuda_kernels)  # of a program that was compiled or exported
 
 
 _SLSTM = _members("SLSTM", Trace((Path(__file__).parent / "headers" / "slstm.trace").read_text()))

@@ -50,6 +50,7 @@ operators call :func:`forward_by_formulas` and :func:`second_derivative`.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -192,25 +193,29 @@ _OLDEST_CAPABILITY = (8, 0)
 # Custom cells: fused_rnn/compiling.py and custom.py.
 add_custom_cell = _C.add_custom_cell
 add_custom_kernels = _C.add_custom_kernels
+add_custom_cuda_kernels = _C.add_custom_cuda_kernels
 available_processors = _C.available_processors
 instruction_set = _C.isa_used
 
 
-def set_custom_compiler(add_kernels: Callable[[int, torch.dtype], None]) -> None:
+def set_custom_compiler(
+    add_kernels: Callable[[int, torch.dtype], None], add_cuda_kernels: Callable[[int, torch.dtype, int], None]
+) -> None:
     """What an operator calls that finds no kernels of a custom cell, with the number of its kind.
 
-    It adds them or raises RuntimeError.
+    It adds them or raises RuntimeError. On CUDA it also gets :func:`cuda_architecture`.
     """
     dtypes = {number: dtype for dtype, number in _DTYPES.items()}
 
-    def compile_for(kind: int, dtype: int) -> str:
+    def problem(add: Callable[..., None], kind: int, dtype: int, *arch: int) -> str:
         try:
-            add_kernels(kind, dtypes[dtype])
+            add(kind, dtypes[dtype], *arch)
         except RuntimeError as error:
             return str(error)
         return ""
 
-    _C.set_custom_compiler(compile_for)
+    _C.set_custom_compiler(functools.partial(problem, add_kernels))
+    _C.set_custom_cuda_compiler(functools.partial(problem, add_cuda_kernels))
 
 
 def extension_path() -> str:
@@ -301,15 +306,24 @@ def why_step_by_step(settings: Settings, backward: bool) -> str | None:
 _capabilities: dict[torch.device, tuple[int, int]] = {}
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    if torch.compiler.is_compiling():
+        return torch.cuda.get_device_capability(device)
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
+
+
+def cuda_architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0."""
+    major, minor = _capability(device)
+    return 10 * major + minor
+
+
 def _why_not_cuda(device: torch.device) -> str | None:
     if not _HAS_CUDA:
         return "no fused kernel for cuda tensors in this build: it was compiled without CUDA"
-    if torch.compiler.is_compiling():
-        capability = torch.cuda.get_device_capability(device)
-    else:
-        if device not in _capabilities:
-            _capabilities[device] = torch.cuda.get_device_capability(device)
-        capability = _capabilities[device]
+    capability = _capability(device)
     if capability < _OLDEST_CAPABILITY:
         found, needed = (".".join(map(str, version)) for version in (capability, _OLDEST_CAPABILITY))
         return f"{device} has compute capability {found}: the fused kernels need {needed} or newer"

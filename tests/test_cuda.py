@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +124,31 @@ def test_layer_matches_torch_nn_on_the_gpu(case: Case) -> None:
     else:
         # Here cuDNN's own rounding is not known: both have to be right.
         assert_within(found, float64_reference(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["gru_d", "minimal", "sLSTM"])
+def test_cells_of_ones_own_match_the_float64_formulas(name: str, dtype: torch.dtype) -> None:
+    """Kernels that nvcc compiles here and now: vectors and scalars, with and without options."""
+    header = Path(__file__).parent.parent / "examples" / "cells" / f"{name}.h"
+    cls = fused_rnn.SLSTM if name == "sLSTM" else fused_rnn.load_cell(header)
+    for hidden_size, batch, options in ((13, 5, {}), (256, 2048, {}), (16, 5, {"recurrent_grad_clip": 0.5})):
+        torch.manual_seed(0)
+        layer = cls(7, hidden_size, num_layers=2, bidirectional=True, dtype=dtype, **options)
+        x = torch.randn(6, batch, 7).to(dtype)
+        reference = copy.deepcopy(layer).double()
+        layer.cuda()
+        assert fused_rnn.explain(layer, x.cuda()).backend == "fused"
+        weight = torch.randn(6, batch, 2 * hidden_size).to(dtype)
+        results = []
+        for module, backend in ((layer, "fused"), (reference, "reference")):
+            like = next(module.parameters())
+            leaf = x.to(like).requires_grad_()
+            with fused_rnn.use_backend(backend):
+                output, _ = module(leaf)
+            grads = torch.autograd.grad(output, [leaf, *module.parameters()], weight.to(like))
+            results.append({str(i): t.detach().cpu() for i, t in enumerate((output, *grads))})
+        assert_within(*results)
 
 
 def variant_case(name: str, **changes: Any) -> Case:

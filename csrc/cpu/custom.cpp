@@ -2,44 +2,13 @@
 
 #include <atomic>
 #include <cstring>
-#include <mutex>
 
 #include "kernels.h"
+#include "table.h"
 
 namespace fused_rnn {
 
 namespace {
-
-std::mutex adding;
-
-// Grows under the lock and is read without it: what is in it stays where it is.
-template <class T, int most>
-class Table {
- public:
-  template <class Wanted>
-  const T* find(Wanted wanted) const {
-    const int n = count_.load(std::memory_order_acquire);
-    for (int i = 0; i < n; ++i) {
-      if (wanted(items_[i])) return &items_[i];
-    }
-    return nullptr;
-  }
-
-  template <class Same>
-  bool add(const T& item, Same same) {
-    const std::lock_guard<std::mutex> lock(adding);
-    if (find(same)) return true;
-    const int n = count_.load(std::memory_order_relaxed);
-    if (n == most) return false;
-    items_[n] = item;
-    count_.store(n + 1, std::memory_order_release);
-    return true;
-  }
-
- private:
-  T items_[most];
-  std::atomic<int> count_{0};
-};
 
 constexpr int most_cells = 256;
 Table<CustomCell, most_cells> cells;

@@ -388,9 +388,9 @@ const char* name(Exchange exchange) {
   return "none";
 }
 
-int64_t projection_steps(const LayerSizes& sizes, const Steps& steps) {
+int64_t projection_steps(const LayerSizes& sizes, int gates, const Steps& steps) {
   const int64_t element = stored_bytes(sizes.dtype);
-  const int64_t step_bytes = std::max<int64_t>(1, steps.B * gates_of(sizes.kind) * sizes.hidden_size * element);
+  const int64_t step_bytes = std::max<int64_t>(1, steps.B * gates * sizes.hidden_size * element);
   const int64_t most = std::max(fewest_projection_steps, projection_bytes / step_bytes);
   // Parts of one size: the last would be short otherwise.
   const int64_t parts = std::max<int64_t>(1, (steps.T + most - 1) / most);
@@ -415,6 +415,7 @@ static Problem problem_of(const LayerSizes& sizes, const Steps& steps, int layer
 
 // Why no persistent kernel takes such a layer, whatever the GPU; empty: one may.
 static std::string not_persistent(const LayerSizes& sizes, const Steps& steps) {
+  if (sizes.kind >= CellKind::custom) return "no persistent kernel for a custom cell";
   if (sizes.dtype == DType::float64) return "no persistent kernel for float64";
   if (sizes.state_size != sizes.hidden_size) return "no persistent kernel for a projection of h";
   // The kernels count steps and rows in 32 bits.

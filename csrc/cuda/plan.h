@@ -172,8 +172,8 @@ Plan make_wavefront_plan(const LayerSizes& sizes, int64_t layers, const Steps& s
                          bool backward, bool tf32, const Allowed& allowed = {});
 
 // Of how many steps the projections are there at once where they need memory of their own, as in inference: all of them
-// would grow with T * B * G * H.
-int64_t projection_steps(const LayerSizes& sizes, const Steps& steps);
+// would grow with T * B * G * H. gates: G.
+int64_t projection_steps(const LayerSizes& sizes, int gates, const Steps& steps);
 
 // Steps in which row `row` is live.
 FRNN_HOST_DEVICE int live_steps(const Steps& steps, int64_t row) {

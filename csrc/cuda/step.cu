@@ -1,6 +1,5 @@
 // Launches of step.cuh, step_options.cuh and step_norm.cuh.
-#include <cuda_runtime_api.h>
-
+#include "launch.cuh"
 #include "step.cuh"
 #include "step_norm.cuh"
 #include "step_options.cuh"
@@ -8,83 +7,59 @@
 namespace fused_rnn {
 namespace cuda {
 
-namespace {
-
-// Starts kernels on a stream.
-struct OnStream {
-  cudaStream_t stream;
-
-  template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), StepGrid grid, int threads, int shared_bytes,
-                  const Arguments&... arguments) const {
-    kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared_bytes, stream>>>(arguments...);
-  }
-};
-
-const char* last_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-}  // namespace
-
 const char* step_forward(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions, int count,
                          void* stream) {
-  launch_step(kind, dtype, hidden_size, directions, count, units_for_vectors, OnStream{cudaStream_t(stream)});
+  launch_step(kind, dtype, hidden_size, directions, count, units_for_vectors, OnStream(stream));
   return last_error();
 }
 
 const char* step_backward(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions, int count,
                           void* stream) {
-  launch_step(kind, dtype, hidden_size, directions, count, units_for_vectors, OnStream{cudaStream_t(stream)});
+  launch_step(kind, dtype, hidden_size, directions, count, units_for_vectors, OnStream(stream));
   return last_error();
 }
 
 const char* step_forward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
                                       const ForwardOptions* options, const Within& within, int count, void* stream) {
-  launch_step_with_options(kind, dtype, hidden_size, directions, options, within, count,
-                           OnStream{cudaStream_t(stream)});
+  launch_step_with_options(kind, dtype, hidden_size, directions, options, within, count, OnStream(stream));
   return last_error();
 }
 
 const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
                                        const BackwardOptions* options, const Within& within, int count, void* stream) {
-  launch_step_with_options(kind, dtype, hidden_size, directions, options, within, count,
-                           OnStream{cudaStream_t(stream)});
+  launch_step_with_options(kind, dtype, hidden_size, directions, options, within, count, OnStream(stream));
   return last_error();
 }
 
 const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
                                    const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
                                    int count, void* stream) {
-  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count,
-                        OnStream{cudaStream_t(stream)});
+  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count, OnStream(stream));
   return last_error();
 }
 
 const char* step_backward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
                                     const BackwardOptions* options, const BackwardNorm* norms, const Within& within,
                                     int count, void* stream) {
-  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count,
-                        OnStream{cudaStream_t(stream)});
+  launch_step_with_norm(kind, dtype, hidden_size, directions, options, norms, within, count, OnStream(stream));
   return last_error();
 }
 
 const char* projected_forward(DType dtype, int64_t state_size, const ProjectedForward* directions, int count,
                               void* stream) {
-  launch_states(dtype, state_size, directions, count, OnStream{cudaStream_t(stream)});
+  launch_states(dtype, state_size, directions, count, OnStream(stream));
   return last_error();
 }
 
 const char* projected_backward(DType dtype, int64_t state_size, const ProjectedBackward* directions, int count,
                                void* stream) {
-  launch_states(dtype, state_size, directions, count, OnStream{cudaStream_t(stream)});
+  launch_states(dtype, state_size, directions, count, OnStream(stream));
   return last_error();
 }
 
 const char* hand_back(DType dtype, int64_t state_size, int64_t cell_size, const HandedBack* directions, int count,
                       void* stream) {
-  launch_hand_back(dtype, state_size, cell_size, directions, count, OnStream{cudaStream_t(stream)});
+  launch_hand_back(dtype, state_size, cell_size, directions, count, OnStream(stream));
   return last_error();
 }
 
@@ -94,7 +69,7 @@ int64_t column_sums_workspace(DType dtype, int64_t rows, int64_t columns) {
 
 const char* column_sums(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride, void* out,
                         void* again, void* workspace, void* stream) {
-  launch_column_sums(dtype, data, rows, columns, stride, out, again, workspace, OnStream{cudaStream_t(stream)});
+  launch_column_sums(dtype, data, rows, columns, stride, out, again, workspace, OnStream(stream));
   return last_error();
 }
 

@@ -78,30 +78,65 @@ FRNN_DEVICE void store_vector(void* p, int64_t index, const A* values) {
   }
 }
 
+// The step of a cell. A custom cell's private states are an array, of which those of cells/ have one at most; where
+// there are none, c and c_prev are one value that nothing reads.
+template <class Cell, class A, class... Options>
+FRNN_DEVICE void forward_of(const A* x, const A* r, A h_prev, const A* c_prev, A& h, A* c, A* saved,
+                            const Options&... options) {
+  if constexpr (Cell::kind >= CellKind::custom) {
+    A sums[Cell::gates];  // of x and r, which is what such a cell has for r where they are not apart
+    FRNN_UNROLL
+    for (int g = 0; g < Cell::gates; ++g) sums[g] = Cell::hidden_bias_apart(g) ? r[g] : x[g] + r[g];
+    Cell::template forward<A>(x, sums, h_prev, c_prev, h, c, saved);
+  } else {
+    Cell::template forward<A>(x, r, h_prev, c_prev[0], h, c[0], saved, options...);
+  }
+}
+template <class Cell, class A, class... Options>
+FRNN_DEVICE void backward_of(const A* saved, A h, A h_prev, const A* c, const A* c_prev, A dh, const A* dc, A* grads,
+                             A& dh_prev, A* dc_prev, const Options&... options) {
+  if constexpr (Cell::kind >= CellKind::custom) {
+    Cell::template backward<A>(saved, h_prev, c_prev, c, dh, dc, grads, dh_prev, dc_prev);
+  } else {
+    Cell::template backward<A>(saved, h, h_prev, c[0], c_prev[0], dh, dc[0], grads, dh_prev, dc_prev[0], options...);
+  }
+}
+
+// Whether a gradient of h goes past W_hh. (A custom cell whose backward step is by hand may say so without reading h.)
+template <class Cell>
+inline constexpr bool passes_h = Cell::reads_h || Cell::kind >= CellKind::custom;
+
+// At least one, for arrays.
+template <class Cell>
+inline constexpr int states_or_one = Cell::states > 0 ? Cell::states : 1;
+
 template <class Cell, class S, int width>
 __global__ void __launch_bounds__(step_threads)
     step_forward_kernel(const __grid_constant__ StepArguments<StepForward> arguments) {
   using A = typename Accumulator<S>::type;
+  constexpr int C = states_or_one<Cell>;
   const StepForward& s = arguments.direction[block_z()];
   const int64_t H = arguments.hidden_size;
   for_each_vector<width>(s.rows, H, arguments.log2_lanes, [&](int64_t row, int64_t unit) {
-    A h_prev[width] = {}, c_prev[width] = {};
+    A h_prev[width] = {}, c_prev[C][width] = {};
     const bool goes_on = row < s.previous_rows;
     const bool keeps = s.mask && !s.mask[row];  // the state as it is
-    if (Cell::kind == CellKind::gru || keeps) load_vector<S, width>(goes_on ? s.h : s.h0, row * H + unit, h_prev);
-    if constexpr (Cell::has_cell) {
+    if (Cell::reads_h || keeps) load_vector<S, width>(goes_on ? s.h : s.h0, row * H + unit, h_prev);
+    FRNN_UNROLL
+    for (int j = 0; j < Cell::states; ++j) {
       if (goes_on)
-        load_vector<A, width>(s.c, row * H + unit, c_prev);
+        load_vector<A, width>(s.c, (row * Cell::states + j) * H + unit, c_prev[j]);
       else
-        load_vector<S, width>(s.c0, row * H + unit, c_prev);
+        load_vector<S, width>(s.c0, (row * Cell::states + j) * H + unit, c_prev[j]);
     }
 
-    A h[width], c[width], saved[Cell::saved + 1][width];
+    A h[width], c[C][width], saved[Cell::saved + 1][width];
     if (keeps) {
       FRNN_UNROLL
       for (int i = 0; i < width; ++i) {
         h[i] = h_prev[i];
-        c[i] = c_prev[i];
+        FRNN_UNROLL
+        for (int j = 0; j < Cell::states; ++j) c[j][i] = c_prev[j][i];
         FRNN_UNROLL
         for (int k = 0; k < Cell::saved; ++k) saved[k][i] = 0;
       }
@@ -123,12 +158,17 @@ __global__ void __launch_bounds__(step_threads)
       FRNN_UNROLL
       for (int i = 0; i < width; ++i) {
         A x_of_unit[Cell::gates], r_of_unit[Cell::gates], saved_of_unit[Cell::saved + 1];
+        A c_prev_of_unit[C], c_of_unit[C];
         FRNN_UNROLL
         for (int g = 0; g < Cell::gates; ++g) {
           x_of_unit[g] = x[g][i];
           r_of_unit[g] = r[g][i];
         }
-        Cell::template forward<A>(x_of_unit, r_of_unit, h_prev[i], c_prev[i], h[i], c[i], saved_of_unit);
+        FRNN_UNROLL
+        for (int j = 0; j < C; ++j) c_prev_of_unit[j] = c_prev[j][i];
+        forward_of<Cell>(x_of_unit, r_of_unit, h_prev[i], c_prev_of_unit, h[i], c_of_unit, saved_of_unit);
+        FRNN_UNROLL
+        for (int j = 0; j < Cell::states; ++j) c[j][i] = c_of_unit[j];
         FRNN_UNROLL
         for (int k = 0; k < Cell::saved; ++k) saved[k][i] = saved_of_unit[k];
       }
@@ -139,10 +179,12 @@ __global__ void __launch_bounds__(step_threads)
       for (int k = 0; k < Cell::saved; ++k)
         store_vector<S, width>(s.gates, (row * Cell::saved + k) * H + unit, saved[k]);
     }
-    if constexpr (Cell::has_cell) {
-      store_vector<A, width>(s.c, row * H + unit, c);
-      store_vector<S, width>(s.c_n, row * H + unit, c);
-      store_vector<A, width>(s.cells, row * H + unit, c);
+    FRNN_UNROLL
+    for (int j = 0; j < Cell::states; ++j) {
+      const int64_t place = (row * Cell::states + j) * H + unit;
+      store_vector<A, width>(s.c, place, c[j]);
+      store_vector<S, width>(s.c_n, place, c[j]);
+      store_vector<A, width>(s.cells, place, c[j]);
     }
     store_vector<S, width>(s.h, row * H + unit, h);
     store_vector<S, width>(s.y, row * s.y_stride + unit, h);
@@ -153,56 +195,66 @@ template <class Cell, class S, int width>
 __global__ void __launch_bounds__(step_threads)
     step_backward_kernel(const __grid_constant__ StepArguments<StepBackward> arguments) {
   using A = typename Accumulator<S>::type;
-  constexpr bool is_gru = Cell::kind == CellKind::gru;
+  constexpr int C = states_or_one<Cell>;
   const StepBackward& s = arguments.direction[block_z()];
   const int64_t H = arguments.hidden_size;
   for_each_vector<width>(s.rows, H, arguments.log2_lanes, [&](int64_t row, int64_t unit) {
     const int64_t index = row * H + unit;
     const bool goes_on = row < s.previous_rows;
-    A saved[Cell::saved + 1][width], h[width] = {}, h_prev[width] = {}, c[width] = {}, c_prev[width] = {};
-    A dh[width], dc[width] = {}, grad_y[width];
+    A saved[Cell::saved + 1][width], h[width] = {}, h_prev[width] = {}, c[C][width] = {}, c_prev[C][width] = {};
+    A dh[width], dc[C][width] = {}, grad_y[width];
     FRNN_UNROLL
     for (int k = 0; k < Cell::saved; ++k) load_vector<S, width>(s.gates, (row * Cell::saved + k) * H + unit, saved[k]);
     if constexpr (Cell::saved == 0) load_vector<S, width>(s.y, row * s.y_stride + unit, h);
-    if constexpr (is_gru) {
+    if constexpr (Cell::reads_h) {
       if (goes_on)
         load_vector<S, width>(s.previous_y, row * s.y_stride + unit, h_prev);
       else
         load_vector<S, width>(s.h0, index, h_prev);
     }
-    if constexpr (Cell::has_cell) {
-      load_vector<A, width>(s.cells, index, c);
+    FRNN_UNROLL
+    for (int j = 0; j < Cell::states; ++j) {
+      const int64_t place = (row * Cell::states + j) * H + unit;
+      load_vector<A, width>(s.cells, place, c[j]);
       if (goes_on)
-        load_vector<A, width>(s.previous_cells, index, c_prev);
+        load_vector<A, width>(s.previous_cells, place, c_prev[j]);
       else
-        load_vector<S, width>(s.c0, index, c_prev);
-      load_vector<A, width>(s.dc, index, dc);
+        load_vector<S, width>(s.c0, place, c_prev[j]);
+      load_vector<A, width>(s.dc, place, dc[j]);
     }
     load_vector<A, width>(s.dh, index, dh);
     load_vector<S, width>(s.grad_y, row * s.grad_y_stride + unit, grad_y);
 
     const bool keeps = s.mask && !s.mask[row];
-    A grads[Cell::grad_gates][width], dh_prev[width], dc_prev[width];
+    A grads[Cell::grad_gates][width], dh_prev[width], dc_prev[C][width];
     FRNN_UNROLL
     for (int i = 0; i < width; ++i) {
       A saved_of_unit[Cell::saved + 1], grads_of_unit[Cell::grad_gates];
+      A c_of_unit[C], c_prev_of_unit[C], dc_of_unit[C], dc_prev_of_unit[C];
       FRNN_UNROLL
       for (int k = 0; k < Cell::saved; ++k) saved_of_unit[k] = saved[k][i];
-      Cell::template backward<A>(saved_of_unit, h[i], h_prev[i], c[i], c_prev[i], dh[i] + grad_y[i], dc[i],
-                                 grads_of_unit, dh_prev[i], dc_prev[i]);
+      FRNN_UNROLL
+      for (int j = 0; j < C; ++j) {
+        c_of_unit[j] = c[j][i];
+        c_prev_of_unit[j] = c_prev[j][i];
+        dc_of_unit[j] = dc[j][i];
+      }
+      backward_of<Cell>(saved_of_unit, h[i], h_prev[i], c_of_unit, c_prev_of_unit, dh[i] + grad_y[i], dc_of_unit,
+                        grads_of_unit, dh_prev[i], dc_prev_of_unit);
       FRNN_UNROLL
       for (int k = 0; k < Cell::grad_gates; ++k) grads[k][i] = keeps ? A(0) : grads_of_unit[k];
-      if (keeps) {
-        dh_prev[i] = dh[i] + grad_y[i];
-        dc_prev[i] = dc[i];
-      }
+      if (keeps) dh_prev[i] = dh[i] + grad_y[i];
+      FRNN_UNROLL
+      for (int j = 0; j < Cell::states; ++j) dc_prev[j][i] = keeps ? dc[j][i] : dc_prev_of_unit[j];
     }
 
     FRNN_UNROLL
     for (int k = 0; k < Cell::grad_gates; ++k)
       store_vector<S, width>(s.grad_gates, (row * Cell::grad_gates + k) * H + unit, grads[k]);
-    if (is_gru || s.mask) store_vector<A, width>(s.dh, index, dh_prev);
-    if constexpr (Cell::has_cell) store_vector<A, width>(s.dc, index, dc_prev);
+    if (passes_h<Cell> || s.mask) store_vector<A, width>(s.dh, index, dh_prev);
+    FRNN_UNROLL
+    for (int j = 0; j < Cell::states; ++j)
+      store_vector<A, width>(s.dc, (row * Cell::states + j) * H + unit, dc_prev[j]);
   });
 }
 

@@ -60,6 +60,7 @@ template <class Cell, class S>
 __global__ void __launch_bounds__(step_threads)
     step_forward_with_options_kernel(const __grid_constant__ OptionArguments<StepForward, ForwardOptions> arguments) {
   using A = typename Accumulator<S>::type;
+  constexpr int C = states_or_one<Cell>;
   const StepForward& s = arguments.direction[block_z()];
   const ForwardOptions& o = arguments.options[block_z()];
   const Within& within = arguments.within;
@@ -70,16 +71,22 @@ __global__ void __launch_bounds__(step_threads)
     const bool keeps = s.mask && !s.mask[row];
     const bool anew = o.anew && o.anew[row];
     const A h_prev = load_one<S>(goes_on ? s.h : s.h0, index);
-    A c_prev = 0;
-    if constexpr (Cell::has_cell) c_prev = goes_on ? load_one<A>(s.c, index) : load_one<S>(s.c0, index);
-    A h_next = 0, c_next = 0;
+    // A private state of the unit.
+    const auto place = [&](int j) { return (row * Cell::states + j) * H + unit; };
+    A c_prev[C] = {}, c_next[C] = {}, h_next = 0;
+    FRNN_UNROLL
+    for (int j = 0; j < Cell::states; ++j)
+      c_prev[j] = goes_on ? load_one<A>(s.c, place(j)) : load_one<S>(s.c0, place(j));
     if (anew) {
       h_next = load_one<S>(o.reset_h, index);
-      if constexpr (Cell::has_cell) c_next = load_one<S>(o.reset_c, index);
+      FRNN_UNROLL
+      for (int j = 0; j < Cell::states; ++j) c_next[j] = load_one<S>(o.reset_c, place(j));
     }
     const A factor = o.dropout ? load_one<S>(o.dropout, index) : A(1);
 
-    A h = h_prev, c = c_prev, saved[Cell::saved + 1] = {};
+    A h = h_prev, c[C], saved[Cell::saved + 1] = {};
+    FRNN_UNROLL
+    for (int j = 0; j < C; ++j) c[j] = c_prev[j];
     if (!keeps) {
       A x[Cell::gates], r[Cell::gates];
       FRNN_UNROLL
@@ -89,18 +96,25 @@ __global__ void __launch_bounds__(step_threads)
         (Cell::hidden_bias_apart(g) ? r : x)[g] += load_one<S>(s.b_hh, g * H + unit);
       }
       const auto options = options_of<S>(within, o.peephole, H, unit);
-      Cell::template forward<A>(x, r, h_prev, c_prev, h, c, saved, options);
+      forward_of<Cell>(x, r, h_prev, c_prev, h, c, saved, options);
       h = rounded<S>(Zone<A>(o.zoneout, within.zoneout, row, unit, H).applied(h, h_prev));
-      if constexpr (Cell::has_cell) c = Zone<A>(o.zoneout_cell, within.zoneout_cell, row, unit, H).applied(c, c_prev);
+      FRNN_UNROLL
+      for (int j = 0; j < Cell::states; ++j)
+        c[j] = Zone<A>(o.zoneout_cell, within.zoneout_cell, row, unit, H).applied(c[j], c_prev[j]);
     }
-    if (!anew) h_next = h, c_next = c;
+    if (!anew) {
+      h_next = h;
+      FRNN_UNROLL
+      for (int j = 0; j < C; ++j) c_next[j] = c[j];
+    }
 
     FRNN_UNROLL
     for (int k = 0; k < Cell::saved; ++k) store_one<S>(s.gates, (row * Cell::saved + k) * H + unit, saved[k]);
-    if constexpr (Cell::has_cell) {
-      store_one<A>(s.c, index, c_next);
-      store_one<S>(s.c_n, index, c);
-      store_one<A>(s.cells, index, c);
+    FRNN_UNROLL
+    for (int j = 0; j < Cell::states; ++j) {
+      store_one<A>(s.c, place(j), c_next[j]);
+      store_one<S>(s.c_n, place(j), c[j]);
+      store_one<A>(s.cells, place(j), c[j]);
     }
     store_one<S>(s.h, index, h_next);
     store_one<S>(o.multiplied, index, h_next * factor);
@@ -112,6 +126,7 @@ template <class Cell, class S>
 __global__ void __launch_bounds__(step_threads) step_backward_with_options_kernel(
     const __grid_constant__ OptionArguments<StepBackward, BackwardOptions> arguments) {
   using A = typename Accumulator<S>::type;
+  constexpr int C = states_or_one<Cell>;
   const StepBackward& s = arguments.direction[block_z()];
   const BackwardOptions& o = arguments.options[block_z()];
   const Within& within = arguments.within;
@@ -121,7 +136,8 @@ __global__ void __launch_bounds__(step_threads) step_backward_with_options_kerne
     const bool goes_on = row < s.previous_rows;
     const bool keeps = s.mask && !s.mask[row];
     const bool anew = o.anew && o.anew[row];
-    A saved[Cell::saved + 1] = {}, h = 0, h_prev = 0, c = 0, c_prev = 0, dc = 0;
+    const auto place = [&](int j) { return (row * Cell::states + j) * H + unit; };
+    A saved[Cell::saved + 1] = {}, h = 0, h_prev = 0, c[C] = {}, c_prev[C] = {}, dc[C] = {};
     FRNN_UNROLL
     for (int k = 0; k < Cell::saved; ++k) saved[k] = load_one<S>(s.gates, (row * Cell::saved + k) * H + unit);
     if constexpr (Cell::saved == 0) h = load_one<S>(s.y, row * s.y_stride + unit);
@@ -130,33 +146,41 @@ __global__ void __launch_bounds__(step_threads) step_backward_with_options_kerne
                : goes_on ? load_one<S>(s.previous_y, row * s.y_stride + unit)
                          : load_one<S>(s.h0, index);
     }
-    if constexpr (Cell::has_cell) {
-      c = load_one<A>(s.cells, index);
-      c_prev = anew      ? load_one<S>(o.reset_c, index)
-               : goes_on ? load_one<A>(s.previous_cells, index)
-                         : load_one<S>(s.c0, index);
-      dc = load_one<A>(s.dc, index) + load_one<A>(o.grad_cells, index);
+    FRNN_UNROLL
+    for (int j = 0; j < Cell::states; ++j) {
+      c[j] = load_one<A>(s.cells, place(j));
+      c_prev[j] = anew      ? load_one<S>(o.reset_c, place(j))
+                  : goes_on ? load_one<A>(s.previous_cells, place(j))
+                            : load_one<S>(s.c0, place(j));
+      dc[j] = load_one<A>(s.dc, place(j)) + load_one<A>(o.grad_cells, place(j));
     }
     const A dh = load_one<A>(s.dh, index) + load_one<S>(o.grad_h, row * o.grad_h_stride + unit) +
                  load_one<S>(s.grad_y, row * s.grad_y_stride + unit);
 
-    A grads[Cell::grad_gates] = {}, dh_prev = dh, dc_prev = dc, hidden = 0;
+    A grads[Cell::grad_gates] = {}, dh_prev = dh, dc_prev[C], hidden = 0;
+    FRNN_UNROLL
+    for (int j = 0; j < C; ++j) dc_prev[j] = dc[j];
     if (!keeps) {
-      A h_to_before = 0, c_to_before = 0, own_h = dh, own_c = dc;  // past the cell, by zoneout, and to it
+      A h_to_before = 0, c_to_before[C] = {}, own_h = dh, own_c[C];  // past the cell, by zoneout, and to it
       Zone<A>(o.zoneout, within.zoneout, row, unit, H).divide(own_h, h_to_before);
-      if constexpr (Cell::has_cell)
-        Zone<A>(o.zoneout_cell, within.zoneout_cell, row, unit, H).divide(own_c, c_to_before);
+      FRNN_UNROLL
+      for (int j = 0; j < C; ++j) {
+        own_c[j] = dc[j];
+        if constexpr (Cell::has_cell)
+          Zone<A>(o.zoneout_cell, within.zoneout_cell, row, unit, H).divide(own_c[j], c_to_before[j]);
+      }
       const auto options = options_of<S>(within, o.peephole, H, unit);
-      Cell::template backward<A>(saved, h, h_prev, c, c_prev, own_h, own_c, grads, dh_prev, dc_prev, options);
+      backward_of<Cell>(saved, h, h_prev, c, c_prev, own_h, own_c, grads, dh_prev, dc_prev, options);
       dh_prev += h_to_before;
-      dc_prev += c_to_before;
+      FRNN_UNROLL
+      for (int j = 0; j < C; ++j) dc_prev[j] += c_to_before[j];
       if constexpr (Cell::kind == CellKind::lstm) {
-        if (o.hidden) hidden = Cell::template hidden<A>(saved, c, c_prev, options);
+        if (o.hidden) hidden = Cell::template hidden<A>(saved, c[0], c_prev[0], options);
         if (o.grad_peephole) {
           A* sums = static_cast<A*>(o.grad_peephole) + row * 3 * H + unit;
-          sums[0] += grads[0] * c_prev;
-          sums[H] += grads[1] * c_prev;
-          sums[2 * H] += grads[3] * Cell::template cell_of<A>(saved, c, c_prev, options);
+          sums[0] += grads[0] * c_prev[0];
+          sums[H] += grads[1] * c_prev[0];
+          sums[2 * H] += grads[3] * Cell::template cell_of<A>(saved, c[0], c_prev[0], options);
         }
       }
     }
@@ -165,10 +189,9 @@ __global__ void __launch_bounds__(step_threads) step_backward_with_options_kerne
     for (int k = 0; k < Cell::grad_gates; ++k)
       store_one<S>(s.grad_gates, (row * Cell::grad_gates + k) * H + unit, grads[k]);
     store_one<A>(s.dh, index, dh_prev);
-    if constexpr (Cell::has_cell) {
-      store_one<A>(s.dc, index, dc_prev);
-      store_one<S>(o.hidden, index, hidden);
-    }
+    FRNN_UNROLL
+    for (int j = 0; j < Cell::states; ++j) store_one<A>(s.dc, place(j), dc_prev[j]);
+    if constexpr (Cell::has_cell) store_one<S>(o.hidden, index, hidden);
   });
 }
 
@@ -283,9 +306,9 @@ void with_cell_of_options(CellKind kind, F f) {
 }
 
 // Step: StepForward with ForwardOptions, or StepBackward with BackwardOptions.
-template <class Step, class Options, class Launch>
-void launch_step_with_options(CellKind kind, DType dtype, int64_t hidden_size, const Step* directions,
-                              const Options* options, const Within& within, int count, Launch launch) {
+template <class Cell, class S, class Step, class Options, class Launch>
+void launch_step_with_options_of(int64_t hidden_size, const Step* directions, const Options* options,
+                                 const Within& within, int count, Launch launch) {
   OptionArguments<Step, Options> arguments{};
   for (int d = 0; d < count; ++d) {
     arguments.direction[d] = directions[d];
@@ -294,10 +317,16 @@ void launch_step_with_options(CellKind kind, DType dtype, int64_t hidden_size, c
   arguments.within = within;
   arguments.hidden_size = hidden_size;
   const StepGrid grid = step_grid(arguments, count, 1);
+  launch(step_kernel_with_options<Cell, S>(*directions), grid, step_threads, 0, arguments);
+}
+
+template <class Step, class Options, class Launch>
+void launch_step_with_options(CellKind kind, DType dtype, int64_t hidden_size, const Step* directions,
+                              const Options* options, const Within& within, int count, Launch launch) {
   with_element(dtype, [&](auto element) {
     with_cell_of_options(kind, [&](auto cell) {
-      launch(step_kernel_with_options<decltype(cell), decltype(element)>(*directions), grid, step_threads, 0,
-             arguments);
+      launch_step_with_options_of<decltype(cell), decltype(element)>(hidden_size, directions, options, within, count,
+                                                                     launch);
     });
   });
 }

@@ -1,8 +1,12 @@
 // The CUDA operators on CPU tensors: csrc/ops_cuda.cpp as it is, products by at::mm, kernels on the engine of engine.h.
 // Registers fused_rnn_host::rnn_forward and the others, with the schemas of fused_rnn's, which must be loaded.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <dlfcn.h>
 
 #include "cpu/custom.h"
+#include "cpu/table.h"
+#include "cuda/custom.h"
+#include "cuda/launch.cuh"
 #include "cuda/persistent.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/step.cuh"
@@ -14,25 +18,20 @@
 
 namespace fused_rnn {
 
-// The planner's question: there are none here.
-const CustomCell* custom_cell(CellKind) { return nullptr; }
+// Those of the libraries that were added.
+static Table<CustomCell, 64> custom_cells;
+
+const CustomCell* custom_cell(CellKind kind) {
+  return custom_cells.find([&](const CustomCell& cell) { return cell.kind == kind; });
+}
 
 namespace cuda {
 
 namespace {
 
-struct OnHost {
-  template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), StepGrid grid, int threads, int shared_bytes,
-                  const Arguments&... arguments) const {
-    cuda_host::Launch launch;
-    launch.grid_x = int(grid.x);
-    launch.grid_y = int(grid.y);
-    launch.grid_z = int(grid.z);
-    launch.threads = threads;
-    launch.shared_bytes = size_t(shared_bytes);
-    cuda_host::launch(launch, [&] { kernel(arguments...); });
-  }
+struct OnHost : OnStream {
+  OnHost() : OnStream(nullptr) {}
+  using OnStream::operator();
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int blocks, int threads, const Arguments&... arguments) const {
     (*this)(kernel, StepGrid{unsigned(blocks), 1, 1}, threads, 0, arguments...);
@@ -232,11 +231,28 @@ static void allow(bool block, bool cluster, bool grid, bool none, int64_t team_b
   fused_rnn::allow_variants(allowed);
 }
 
+// As bindings.cpp has it, of a library that was compiled for the engine.
+static void add_custom_kernels(const std::string& path) {
+  namespace cuda = fused_rnn::cuda;
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  TORCH_CHECK(library, path, ": ", dlerror());
+  const auto describe =
+      reinterpret_cast<const cuda::CustomKernels* (*)()>(dlsym(library, "fused_rnn_custom_cuda_kernels"));
+  TORCH_CHECK(describe, path, ": no kernels of a custom cell");
+  const cuda::CustomKernels& added = *describe();
+  TORCH_CHECK(added.sizes == cuda::sizes_of_steps(), path, ": compiled for another build");
+  const fused_rnn::CustomCell cell{added.kind, added.gates, added.saved, added.states};
+  TORCH_CHECK(fused_rnn::custom_cells.add(cell, [&](const auto& other) { return other.kind == cell.kind; }) &&
+                  cuda::add_custom_kernels(&added),
+              path, ": there are too many");
+}
+
 TORCH_LIBRARY(fused_rnn_host, m) {
   m.def(
       "allow(bool block, bool cluster, bool grid, bool none, int team_blocks, int most_columns, int most_steps, "
       "int layers) -> ()",
       &allow);
+  m.def("add_custom_kernels(str path) -> ()", &add_custom_kernels);
   m.def("launches() -> str[]", [] { return std::exchange(fused_rnn::cuda::launched, {}); });
   for (const char* name : {"rnn_forward", "rnn_backward", "cell_forward", "cell_backward", "draw_bits"}) {
     const auto original =

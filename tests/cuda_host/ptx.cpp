@@ -204,6 +204,9 @@ void Table::floats(const std::string& type) {
   binary<T, T>("div.rn." + type, [](T a, T b) { return a / b; });
   unary<T, T>("rcp.rn." + type, [](T a) { return 1 / a; });
   unary<T, T>("sqrt.rn." + type, [](T a) { return std::sqrt(a); });
+  // Of NaN and a number the number.
+  binary<T, T>("min." + type, [](T a, T b) { return std::fmin(a, b); });
+  binary<T, T>("max." + type, [](T a, T b) { return std::fmax(a, b); });
 }
 
 void Table::single_instructions() {
