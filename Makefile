@@ -34,7 +34,7 @@ PROGRAMS := $(PROGRAMS_VENV)/.installed-$(shell { echo '$(TORCH)'; cat benchmark
 
 PEERS := $(VENV)/.peers-$(ENVIRONMENT_KEY)-$(shell sha256sum benchmarks/requirements.txt | cut -c1-12)
 
-.PHONY: demo test site build library realtime fuzz lint format check bench programs figures browser arm-tools info test-asan cuda-compile cuda-cycles cuda-link gpu wheel clean help
+.PHONY: demo test site build library realtime fuzz lint format check bench programs figures browser arm-tools info test-asan other-sets cuda-compile cuda-cycles cuda-link gpu wheel clean help
 .DEFAULT_GOAL := help
 
 demo: build  ## train a character model on fused kernels beside torch.nn's (ARGS="--cell gru --text FILE")
@@ -100,6 +100,9 @@ arm-tools:  ## a compiler and an emulator for tests of kernels for 64-bit Arm: f
 	@$(PYTHON) tools/get_arm_tools.py
 
 # CUDA. The first two need nvcc alone, the third nvcc and a gigabyte of downloads, the fourth a GPU and a PyTorch for it.
+other-sets:  ## compile the kernels that this processor does not run, for their errors alone
+	$(PYTHON) tools/processor_sets.py --others
+
 cuda-compile:  ## compile the CUDA kernels for all architectures: registers, shared memory, spills (ARGS="--arch 90a")
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/cuda_compile.py $(ARGS)
 
