@@ -15,8 +15,12 @@
 #define FRNN_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
-// For what kernels that are compiled elsewhere (cpu/custom.h) call.
+// For what kernels that are compiled elsewhere (cpu/custom.h) call; there are none in the C library.
+#if defined(FRNN_STREAMS_ALONE)
+#define FRNN_EXPORT
+#else
 #define FRNN_EXPORT __attribute__((visibility("default")))
+#endif
 
 namespace fused_rnn {
 

@@ -182,8 +182,7 @@ const KernelTable& kernels() {
 
 bool follows_streams() {
 #if defined(__x86_64__)
-  static const bool known = __builtin_cpu_is("amd");
-  return known;
+  return __builtin_cpu_is("amd");  // a look at what was found when the program began
 #else
   return false;
 #endif
