@@ -96,7 +96,10 @@ def test_no_loop_over_k_keeps_sums_on_the_stack() -> None:
             loops = [min(loops, key=len)]  # over whole vectors; the others are ways out of it and back
         seen.add((isa, kind))
         for loop in loops:
-            if used := uses_of_stack(code, loop):
+            used = uses_of_stack(code, loop)
+            if kind == "dots" and isa.startswith("avx512"):
+                used = [use for use in used if "%zmm" in use]  # 16-bit values pass through it on their way to a vector
+            if used:
                 spills[f"{isa}, {kind} of {element}: {size}"] = used
     if not seen:
         pytest.skip("the library has no names of functions: it is stripped")

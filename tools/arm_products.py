@@ -25,7 +25,7 @@ TILE = re.compile(r"isa_(?P<isa>\w+?)12product_tileI(?P<element>\w+?)Li(\d+)ELi(
 ELEMENTS = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16"}
 # float32 with weights that are stored in fewer bits (csrc/cpu/stored.h).
 ELEMENTS |= {"NS0_15BFloat16WeightsE": "bfloat16 weights", "NS0_14Float16WeightsE": "float16 weights"}
-ELEMENTS |= {"NS0_4Int8E": "int8", "NS0_10Int8ByDotsE": "int8, sdot"}
+ELEMENTS |= {"NS_4Int8E": "int8", "NS0_10Int8ByDotsE": "int8, sdot"}
 INSTRUCTION = re.compile(r"\s*([0-9a-f]+):\t(\S+)\s*(.*)")
 MULTIPLICATIONS = {"fmla", "bfdot", "sdot", "sadalp"}  # sadalp: sums what two others have multiplied
 # A vector register, or a pair of them, to or from what is addressed by the stack's or the frame's pointer.

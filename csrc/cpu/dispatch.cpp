@@ -180,13 +180,9 @@ const KernelTable& kernels() {
   return *t;
 }
 
-bool follows_streams() {
 #if defined(__x86_64__)
-  return __builtin_cpu_is("amd");  // a look at what was found when the program began
-#else
-  return false;
+bool follows_streams() { return __builtin_cpu_is("amd"); }  // a look at what was found when the program began
 #endif
-}
 
 bool multiplies_bytes(const char* isa) {
   if (!byte_products_allowed.load(std::memory_order_relaxed)) return false;

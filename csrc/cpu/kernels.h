@@ -72,6 +72,10 @@ ByteTiles byte_tiles(const KernelTable& table);
 
 // Whether the processor by itself follows as many streams through memory as dot products with a weight read
 // (in_place.h), so that what is fetched ahead only takes its time.
+#if defined(__x86_64__)
 FRNN_EXPORT bool follows_streams();
+#else
+inline bool follows_streams() { return false; }
+#endif
 
 }  // namespace fused_rnn
