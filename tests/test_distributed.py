@@ -231,10 +231,14 @@ def halves_in_bfloat16(library: str, way: str) -> dict[str, Tensor]:
 def test_mixed_precision_gives_the_gradients_of_one_process_that_rounds_the_same(
     way: str, processes: Processes
 ) -> None:
-    theirs = processes(one_step_in_bfloat16, "torch.nn", way)[0]
+    # On a processor without AVX-512 torch.nn's layers raise an error under autocast.
+    has_twin = way == "FSDP2" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    theirs = processes(one_step_in_bfloat16, "torch.nn", way)[0] if has_twin else {}
     for found in processes(one_step_in_bfloat16, "fused_rnn", way):
         assert_same(found, halves_in_bfloat16("fused_rnn", way))
         assert all(value.dtype is torch.float32 for value in found.values())
+        if not has_twin:
+            continue
         # numbers in bfloat16, though they are held in float32
         assert_close_to_twin(
             {name: value.bfloat16() for name, value in found.items()},
