@@ -453,6 +453,11 @@ def test_kernels_and_formulas_agree_with_every_option(name: str, options: Any, s
     if not fused_rnn.backend.ops:
         pytest.skip("the fused backend is not in use")
     layer = made_within(name, options, bidirectional=True)
+    if "layer_norm" in options:  # sums that hardly differ from one another are divided by next to nothing
+        with torch.no_grad():
+            for parameter_name, parameter in layer.named_parameters():
+                if "weight_ih" in parameter_name or "weight_hh" in parameter_name:
+                    parameter.mul_(4)
     x = torch.randn(8, 5, 3, dtype=F64, requires_grad=True)
     chosen = torch.rand(8, 5) < 0.6
     given = {"all": {}, "mask": {"mask": chosen}, "reset": {"reset": ~chosen, "mask": chosen.roll(1, 0)}}[steps]
