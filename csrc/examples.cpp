@@ -114,15 +114,9 @@ class GradientsOfExamples {
       sums[d] = make_empty({N_, grad_gates * H_}, stack_.input.options());
       exchanged[d].sums = sums[d].mutable_data_ptr();
       DirectionBackward& dir = layer.direction[d];
-      dir.weights = stack_.weights(l, d);
-      dir.extras = stack_.extras(i);
+      put_given(dir, stack_, given_, l, d);
       dir.h0 = const_slice(stack_.h0, i);
       dir.c0 = const_slice(stack_.c0, i);
-      dir.gates = const_slice(given_.gates, i);
-      dir.cells = const_slice(given_.cells, i);
-      dir.grad_h_n = const_slice(given_.grad_h_n, i);
-      dir.grad_c_n = const_slice(given_.grad_c_n, i);
-      dir.grad_cells = const_slice(given_.grad_cells, i);
       dir.grad_h0 = mutable_slice(grad_h0_, i);
       dir.grad_c0 = mutable_slice(grad_c0_, i);
       dir.grad_reset_h = mutable_slice(grad_reset_h_, i);

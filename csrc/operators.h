@@ -673,6 +673,18 @@ struct BackwardInput {
   Tensor grad_output, grad_h_n, grad_c_n, grad_cells, grad_hidden, output, gates, cells, hidden;
 };
 
+// What a direction's backward pass is given beside its initial states.
+inline void put_given(DirectionBackward& dir, const Stack& stack, const BackwardInput& given, int64_t l, int64_t d) {
+  const int64_t i = l * stack.D + d;
+  dir.weights = stack.weights(l, d);
+  dir.extras = stack.extras(i);
+  dir.gates = const_slice(given.gates, i);
+  dir.cells = const_slice(given.cells, i);
+  dir.grad_h_n = const_slice(given.grad_h_n, i);
+  dir.grad_c_n = const_slice(given.grad_c_n, i);
+  dir.grad_cells = const_slice(given.grad_cells, i);
+}
+
 // The backward pass of a stack in order of time, packed or dense.
 template <class Backend>
 BackwardResult run_backward(Backend& backend, const Stack& stack, const BackwardInput& given,
@@ -747,15 +759,9 @@ BackwardResult run_backward(Backend& backend, const Stack& stack, const Backward
     for (int64_t d = 0; d < D; ++d) {
       DirectionBackward& dir = layer.direction[d];
       const int64_t i = l * D + d;
-      dir.weights = stack.weights(l, d);
-      dir.extras = stack.extras(i);
+      put_given(dir, stack, given, l, d);
       dir.h0 = const_slice(h0, i);
       dir.c0 = const_slice(c0, i);
-      dir.gates = const_slice(given.gates, i);
-      dir.cells = const_slice(given.cells, i);
-      dir.grad_h_n = const_slice(given.grad_h_n, i);
-      dir.grad_c_n = const_slice(given.grad_c_n, i);
-      dir.grad_cells = const_slice(given.grad_cells, i);
       dir.grad_h0 = mutable_slice(grad_h0, i);
       dir.grad_c0 = mutable_slice(grad_c0, i);
       const int64_t p = stack.first_param(l, d);

@@ -13,8 +13,8 @@ namespace fused_rnn {
 namespace FRNN_ISA {
 
 // From this many rows on the rows stand in the lanes. With fewer, lanes are idle and dot products take 0.55 to 0.85 of
-// the time; with more, those have as many multiply-adds and add up the lanes of their sums besides. Eight lanes full
-// take 1.0 to 1.2 of the time of dot products still.
+// the time; with more, those have as many multiply-adds and add up the lanes of their sums besides. Eight rows that
+// fill eight lanes are about as fast either way.
 template <class A>
 inline constexpr int64_t least_rows_in_lanes = Simd<A>::width == 8 ? 9 : Simd<A>::width;
 

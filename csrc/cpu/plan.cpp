@@ -33,8 +33,7 @@ constexpr double launch_cycles = 14000;        // waking the other threads of th
 // 0.5 to 0.95 of the time, four 0.9 to 1.9, and products pass so fast that small weights gain nothing
 // (docs/performance.md).
 constexpr int64_t most_rows_in_place = 256;
-// Of w_ih beside a packed w_hh: with 160 rows and more, a call takes 1.06 to 1.10 of the time of one whose w_ih is kept
-// packed.
+// Of w_ih beside a packed w_hh: with many more rows a call whose w_ih is kept packed is faster.
 constexpr int64_t most_input_rows_in_place = 48;
 constexpr int64_t most_bfloat16_steps_in_place = 2;
 constexpr int64_t least_bfloat16_elements_in_place = 1 << 17;
