@@ -97,7 +97,7 @@ class Candidate {
       shared += 2.0 * t.warps_k * problem_.gates * units * columns * 4;
       travels = double(sources() * problem_.H) * columns * problem_.element;
     }
-    double latency = gates_cycles, bandwidth = remote_bytes_per_cycle;
+    double latency = plan_.backward ? backward_gates_cycles : gates_cycles, bandwidth = remote_bytes_per_cycle;
     switch (t.exchange) {
       case Exchange::none: travels = 0; break;
       case Exchange::counted: latency += remote_cycles; break;
@@ -107,7 +107,11 @@ class Candidate {
         bandwidth = l2_bytes_per_cycle / (plan_.backward ? 2 : 1);
         break;
     }
-    const double tile = std::max(std::max(multiply, shared / shared_bytes_per_cycle), travels / bandwidth);
+    // Products hide behind the loads of their operands, or these behind them; in the machine code of the backward pass,
+    // where sums leave between the groups of row tiles, about half of the shorter does not.
+    const double loads = shared / shared_bytes_per_cycle;
+    const double products = std::max(multiply, loads) + (plan_.backward ? std::min(multiply, loads) / 2 : 0);
+    const double tile = std::max(products, travels / bandwidth);
     const double cycles = std::max(t.column_tiles * (tile + issue_cycles), tile + latency + travels / bandwidth / 2);
     const double mhz = device_.clock_khz > 0 ? device_.clock_khz / 1e3 : 1700;
     plan_.predicted_step_us = plan_.waves * cycles / mhz;
