@@ -239,6 +239,7 @@ py::dict describe(const cuda::Plan& p) {
   result["exchange"] = cuda::name(p.tiling.exchange);
   result["reason"] = p.reason;
   result["layers"] = p.layers;
+  result["merged"] = p.merged;
   result["blocks"] = p.blocks;
   result["team_blocks"] = p.tiling.blocks;
   result["teams"] = p.tiling.teams;

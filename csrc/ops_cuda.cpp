@@ -41,6 +41,11 @@ cuda::Plan make_resident_plan(const LayerSizes& sizes, const Steps& steps, const
   for (;;) {
     cuda::Plan plan = cuda::make_plan(sizes, steps, device, backward, tf32, allowed);
     if (plan.variant == cuda::Variant::none) return plan;
+    if (options && plan.merged) {
+      cuda::Plan none;
+      none.reason = "options are of the h after its projection, which kernels of all steps do not have";
+      return none;
+    }
     if (options && !cuda::persistent_has_options(sizes, plan, device)) {
       cuda::Plan none;
       none.reason = "kernels of all steps have options where warps can hand registers to others (sm_90a) alone";
@@ -307,10 +312,29 @@ class Cuda {
   };
   FirstStates first_states(const LayerForward& layer, const Cell& cell, int d) const;
 
+  // A layer with a projection as kernels of all steps run it: as one without. Between its steps travels the h before
+  // W_hr, W_hh W_hr multiplies it, and what is left of the projection are products over all rows.
+  struct Merged {
+    LayerForward layer;         // without its projection and the state before the first step
+    const LayerForward* given;  // as it is
+    Tensor w_hh[2];
+    Tensor h[2];      // before the projection, of the steps whose projected inputs are there: (rows, H)
+    Tensor begin[2];  // where rows are masked and have an initial state: first_live
+  };
+
   Projections make_projections(const LayerForward& layer, const Cell& cell) const;
   void project(const LayerForward& layer, const Cell& cell, const Products& product, int64_t k, Projections& to) const;
   void persistent_forward(const LayerForward* layers, const Cell& cell, const Products& product,
-                          const cuda::Plan& chosen, Projections& projections);
+                          const cuda::Plan& chosen, Projections& projections, const Merged* merged = nullptr);
+  Tensor merged_weights(const LayerSizes& sizes, const Cell& cell, const Weights& weights) const;
+  Tensor first_live(const Steps& steps, int d) const;
+  Merged merge(const LayerForward& layer, const Cell& cell, const Projections& projections) const;
+  void add_initial_states(const Merged& merged, const Cell& cell, const Products& product,
+                          const Projections& projections) const;
+  void project_states(const Merged& merged, const Products& product, const Projections& projections) const;
+  Tensor later_live_gradients(const Steps& steps, int d, const Tensor& gradients, const void* final) const;
+  void gradients_past_merging(const LayerBackward& layer, const Cell& cell, const Products& product, int d,
+                              const void* grad_gates, Tensor& grad_projected);
   void steps_forward(const LayerForward& layer, const Cell& cell, const Products& product, Projections& projections);
   void steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product, void* const* grad_gates,
                       const Tensor* grad_projected, const Tensor* hidden, const Tensor* of_cell);
@@ -387,6 +411,23 @@ Within within_of_units(const Within& within, bool projects) {
   return result;
 }
 
+// Where rows of the batch begin in a direction: `count` of them from `first` on, with `row` the first one's of all
+// rows. They end where they begin in the other direction.
+struct Beginning {
+  int64_t step, row, first, count;
+};
+c10::SmallVector<Beginning, 4> beginnings(const Steps& steps, int d) {
+  if (d == 0) return {{0, 0, 0, steps.rows(0)}};
+  c10::SmallVector<Beginning, 4> result;
+  int64_t begun = 0;
+  for (int64_t t = steps.T - 1; t >= 0; --t) {
+    const int64_t rows = steps.rows(t);
+    if (rows > begun) result.push_back({t, steps.first_row(t) + begun, begun, rows - begun});
+    begun = rows;
+  }
+  return result;
+}
+
 // What a profiler shows.
 std::string describe(const LayerSizes& sizes, const Steps& steps, const cuda::Plan& plan, bool backward) {
   std::string text = describe_layer(sizes, steps, backward);
@@ -405,6 +446,9 @@ void Cuda::forward(const LayerForward* layers, int64_t count) {
   const Range range([&] { return describe(lowest.sizes, lowest.steps, chosen, false); });
   if (chosen.variant == cuda::Variant::none) {
     steps_forward(lowest, cell, product, projections);
+  } else if (chosen.merged) {
+    const Merged merged = merge(lowest, cell, projections);
+    persistent_forward(&merged.layer, cell, product, chosen, projections, &merged);
   } else {
     persistent_forward(layers, cell, product, chosen, projections);
   }
@@ -466,7 +510,7 @@ Cuda::FirstStates Cuda::first_states(const LayerForward& layer, const Cell& cell
 }
 
 void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, const Products& product,
-                              const cuda::Plan& chosen, Projections& projections) {
+                              const cuda::Plan& chosen, Projections& projections, const Merged* merged) {
   const LayerForward& layer = layers[0];
   const LayerSizes& s = layer.sizes;
   const int64_t H = s.hidden_size, B = layer.steps.B, T = layer.steps.T;
@@ -499,6 +543,7 @@ void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, cons
   int64_t part = 0;
   for (int64_t k = 0; k < T; k += projections.steps, ++part) {
     project(layer, cell, product, k, projections);
+    if (merged) add_initial_states(*merged, cell, product, projections);
     cuda::PersistentForward parts[cuda::most_layers];
     for (int p = 0; p < chosen.parts(); ++p) {
       const DirectionForward& from = part_of(p);
@@ -523,6 +568,10 @@ void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, cons
       to.c_n = from.c_n;
       to.y = advance(layers[l].y.data, d * H, size_);
       to.y_stride = layers[l].y.batch_stride;
+      if (merged) {
+        to.y = advance(merged->h[d].mutable_data_ptr(), -projections.first_row[d] * H, size_);
+        to.y_stride = H;
+      }
       to.factors = layers[l].factors.data;
       to.factors_stride = layers[l].factors.batch_stride;
       to.gates = from.gates;
@@ -531,6 +580,105 @@ void Cuda::persistent_forward(const LayerForward* layers, const Cell& cell, cons
     }
     check(cuda::persistent_forward(s, steps, parts, chosen, device_info(stream_.device()), workspace.mutable_data_ptr(),
                                    stream_.handle()));
+    if (merged) project_states(*merged, product, projections);
+  }
+}
+
+// Rounded as W_hh is: once, from a product in the sum type.
+Tensor Cuda::merged_weights(const LayerSizes& sizes, const Cell& cell, const Weights& weights) const {
+  const int64_t H = sizes.hidden_size, P = sizes.state_size, GH = cell.gates * H;
+  const Tensor result = buffer({GH, H});
+  const Products exact(sizes.dtype, false);
+  exact(GH, H, P, {weights.w_hh, P}, {weights.w_hr, H}, result.mutable_data_ptr(), H, 0);
+  return result;
+}
+
+// Of masked rows, (B): the step in which each begins in direction d; T or -1, past the last, of those without any.
+Tensor Cuda::first_live(const Steps& steps, int d) const {
+  const Tensor live = view(steps.mask, {steps.T, steps.B}, {steps.B, 1}, at::kByte).ne(0);
+  const Tensor step = at::arange(steps.T, options_.dtype(at::kLong)).unsqueeze(1);
+  return d == 0 ? at::where(live, step, steps.T).amin(0) : at::where(live, step, -1).amax(0);
+}
+
+Cuda::Merged Cuda::merge(const LayerForward& layer, const Cell& cell, const Projections& projections) const {
+  const LayerSizes& s = layer.sizes;
+  const int64_t H = s.hidden_size, rows = layer.steps.first_row(projections.steps);
+  Merged merged;
+  merged.layer = layer;
+  merged.layer.sizes.state_size = H;
+  merged.given = &layer;
+  for (int d = 0; d < s.num_directions; ++d) {
+    merged.w_hh[d] = merged_weights(s, cell, layer.direction[d].weights);
+    merged.h[d] = buffer({rows, H});
+    if (layer.steps.mask && layer.direction[d].h0) merged.begin[d] = first_live(layer.steps, d);
+    DirectionForward& dir = merged.layer.direction[d];
+    dir.weights.w_hh = merged.w_hh[d].const_data_ptr();
+    dir.h0 = nullptr;
+    dir.h_n = nullptr;
+  }
+  return merged;
+}
+
+// W_hh h of the first steps, whose h has not come from a product with W_hr: to the projected inputs that are there.
+void Cuda::add_initial_states(const Merged& merged, const Cell& cell, const Products& product,
+                              const Projections& projections) const {
+  const LayerForward& layer = *merged.given;
+  const LayerSizes& s = layer.sizes;
+  const int64_t P = s.state_size, GH = cell.gates * s.hidden_size, B = layer.steps.B, stride = projections.stride;
+  for (int d = 0; d < s.num_directions; ++d) {
+    const DirectionForward& dir = layer.direction[d];
+    if (!dir.h0) continue;
+    const int64_t first = projections.first_step[d], end = projections.end_step[d];
+    const auto projection = [&](int64_t row) {
+      return advance(projections.data[d], (row - projections.first_row[d]) * stride, size_);
+    };
+    if (merged.begin[d].defined()) {
+      const Tensor& begin = merged.begin[d];
+      const Tensor sums = sum_buffer({B, GH});
+      product(B, GH, P, {dir.h0, P}, {dir.weights.w_hh, P, true}, sums.mutable_data_ptr(), GH, 0, true);
+      Tensor there =
+          view(projection(first * B), {end - first, B, GH}, {B * stride, stride, 1}, options_.dtype().toScalarType());
+      const std::array<at::indexing::TensorIndex, 2> at{begin.clamp(first, end - 1) - first,
+                                                        at::arange(B, begin.options())};
+      const Tensor here = begin.ge(first).logical_and(begin.lt(end)).unsqueeze(1), input = there.index(at);
+      there.index_put_(at, at::where(here, (input + sums).to(input.scalar_type()), input));
+      continue;
+    }
+    for (const Beginning& b : beginnings(layer.steps, d)) {
+      if (b.step < first || b.step >= end) continue;
+      product(b.count, GH, P, {advance(dir.h0, b.first * P, size_), P}, {dir.weights.w_hh, P, true}, projection(b.row),
+              stride, 1);
+    }
+  }
+}
+
+// The output of the steps that a launch has run.
+void Cuda::project_states(const Merged& merged, const Products& product, const Projections& projections) const {
+  const LayerForward& layer = *merged.given;
+  const LayerSizes& s = layer.sizes;
+  const Steps& steps = layer.steps;
+  const int64_t H = s.hidden_size, P = s.state_size, B = steps.B, stride = layer.y.batch_stride;
+  const at::ScalarType dtype = options_.dtype().toScalarType();
+  for (int d = 0; d < s.num_directions; ++d) {
+    const DirectionForward& dir = layer.direction[d];
+    const int64_t first = projections.first_step[d], end = projections.end_step[d];
+    const int64_t row = steps.first_row(first), rows = steps.first_row(end) - row;
+    const auto y = [&](int64_t of_row) { return advance(layer.y.data, of_row * stride + d * P, size_); };
+    const void* h = advance(merged.h[d].const_data_ptr(), (row - projections.first_row[d]) * H, size_);
+    product(rows, P, H, {h, H}, {dir.weights.w_hr, H, true}, y(row), stride, 0);
+    if (merged.begin[d].defined()) {
+      // Up to their first step rows carry what they were given.
+      Tensor there = view(y(row), {end - first, B, P}, {B * stride, stride, 1}, dtype);
+      const Tensor step = at::arange(first, end, merged.begin[d].options()).unsqueeze(1);
+      const Tensor begun = d == 0 ? step.ge(merged.begin[d]) : step.le(merged.begin[d]);
+      at::where_out(there, begun.unsqueeze(2), there, view(dir.h0, {B, P}, {P, 1}, dtype));
+    }
+    if (!dir.h_n) continue;
+    for (const Beginning& last : beginnings(steps, 1 - d)) {
+      if (last.step < first || last.step >= end) continue;
+      stream_.copy_rows(advance(dir.h_n, last.first * P, size_), P * size_, y(last.row), stride * size_, P * size_,
+                        last.count);
+    }
   }
 }
 
@@ -741,9 +889,32 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
     }
   }
 
+  const int64_t B = given[0].steps.B;
+  Tensor w_hh[2], grad_hidden[2], grad_final[2];
+  for (int d = 0; d < D && chosen.merged; ++d) {
+    const DirectionBackward& dir = layers[0].direction[d];
+    const Matrix w_hr{dir.weights.w_hr, H};
+    cuda::PersistentBackward& to = parts[d];
+    to.w_hh = (w_hh[d] = merged_weights(s, cell, dir.weights)).const_data_ptr();
+    to.y = to.h0 = nullptr;
+    to.grad_y = to.grad_h_n = nullptr;
+    to.grad_h0 = nullptr;
+    if (layers[0].grad_y.data) {
+      grad_hidden[d] = buffer({N, H});
+      const int64_t stride = layers[0].grad_y.batch_stride;
+      product(N, H, P, {advance(layers[0].grad_y.data, d * P, size_), stride}, w_hr, grad_hidden[d].mutable_data_ptr(),
+              H, 0);
+      to.grad_y = grad_hidden[d].const_data_ptr();
+      to.grad_y_stride = H;
+    }
+    if (!dir.grad_h_n) continue;
+    grad_final[d] = buffer({B, H});
+    product(B, H, P, {dir.grad_h_n, P}, w_hr, grad_final[d].mutable_data_ptr(), H, 0);
+    to.grad_h_n = grad_final[d].const_data_ptr();
+  }
+
   if (chosen.variant != cuda::Variant::none) {
     const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
-    const int64_t B = given[0].steps.B;
     // Gradients of what rows began anew from, in the sum type; with them that of h0 is made, if nobody wants it.
     Tensor grad_reset_h[2], grad_reset_c[2], grad_h0[2];
     for (int d = 0; d < D && options != Options::none; ++d) {
@@ -763,6 +934,7 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
       const DirectionBackward& dir = layers[0].direction[d];
       if (grad_reset_h[d].defined()) view(dir.grad_reset_h, {B, H}, {H, 1}, dtype).copy_(grad_reset_h[d]);
       if (grad_reset_c[d].defined()) view(dir.grad_reset_c, {B, H}, {H, 1}, dtype).copy_(grad_reset_c[d]);
+      if (chosen.merged) gradients_past_merging(layers[0], cell, product, d, grad_gates[d], grad_projected[d]);
     }
   } else {
     for (int d = 0; d < D && P != H; ++d) {
@@ -778,8 +950,8 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
     const LayerBackward& layer = layers[l];
     const int64_t I = layer.sizes.input_size;
     for (int d = 0; d < D; ++d) {
-      weight_gradients(layer, cell, product, d, grad_gates[l + d],
-                       P != H ? grad_projected[d].const_data_ptr() : nullptr, hidden[d]);
+      weight_gradients(layer, cell, product, d, grad_gates[l + d], P != H ? data_or_null(grad_projected[d]) : nullptr,
+                       hidden[d]);
       if (s.layer_norm) norm_gradients(layer, cell, d, grad_gates[l + d], of_cell[d]);
       if (!layer.grad_x.data) continue;
       double beta = d == 0 ? 0 : 1;
@@ -845,6 +1017,87 @@ Tensor Cuda::clipped_rows(const Steps& steps, int d) const {
   Tensor clipped = at::zeros({T, B}, live.options());
   clipped.narrow(0, 1, T - 1).copy_(live.narrow(0, 1, T - 1).logical_and(made.narrow(0, 0, T - 1)));
   return in_order(clipped).contiguous();
+}
+
+// Of masked rows, (T, B, P): what the next live step hands back, of `gradients` (T, B, P) in the sum type, and the
+// gradient of the final state where there is none. Those of masked steps' outputs are zeros.
+Tensor Cuda::later_live_gradients(const Steps& steps, int d, const Tensor& gradients, const void* final) const {
+  const int64_t T = steps.T, B = steps.B, P = gradients.size(2);
+  const auto in_order = [&](const Tensor& t) { return d == 0 ? t : t.flip(0); };
+  const Tensor live = in_order(view(steps.mask, {T, B}, {B, 1}, at::kByte).ne(0));
+  const Tensor step = at::arange(T, options_.dtype(at::kLong)).unsqueeze(1);
+  // The first live step from each on, T where there is none; from the one after it on.
+  const Tensor from_here = std::get<0>(at::where(live, step, T).flip(0).cummin(0)).flip(0);
+  const Tensor next = at::cat({from_here.narrow(0, 1, T - 1), at::full({1, B}, T, step.options())});
+  const Tensor last = sum_buffer({1, B, P});
+  widen(last.select(0, 0), final);
+  const Tensor all = at::cat({in_order(gradients), last});
+  return in_order(all.gather(0, next.unsqueeze(2).expand({T, B, P}))).contiguous();
+}
+
+// What the kernel of a merged layer leaves: the gradient of h after its projection, for that of W_hr, and of h0.
+void Cuda::gradients_past_merging(const LayerBackward& layer, const Cell& cell, const Products& product, int d,
+                                  const void* grad_gates, Tensor& grad_projected) {
+  const LayerSizes& s = layer.sizes;
+  const Steps& steps = layer.steps;
+  const DirectionBackward& dir = layer.direction[d];
+  const int64_t H = s.hidden_size, P = s.state_size, T = steps.T, B = steps.B, N = steps.total_rows();
+  const int64_t width = cell.grad_gates * H;
+  const at::ScalarType dtype = options_.dtype().toScalarType();
+  // What W_hh^T makes of gate gradients.
+  const auto hand_back = [&](const void* grads, int64_t rows, void* out, bool sums) {
+    double beta = 0;
+    for (const GateRun& run : runs_of(cell.hidden_grads, cell.gates)) {
+      product(rows, P, run.count * H, {advance(grads, run.grad * H, size_), width},
+              {advance(dir.weights.w_hh, run.gate * H * P, size_), P}, out, P, beta, sums);
+      beta = 1;
+    }
+  };
+
+  if (dir.grad_h0 && steps.mask) {
+    const Tensor begin = first_live(steps, d);
+    const Tensor grads = view(grad_gates, {T, B, width}, {B * width, width, 1}, dtype)
+                             .index({begin.clamp(0, T - 1), at::arange(B, begin.options())});
+    hand_back(grads.const_data_ptr(), B, dir.grad_h0, false);
+    if (dir.grad_h_n) {
+      // Rows without a step hand on what they are given.
+      Tensor grad_h0 = view(dir.grad_h0, {B, P}, {P, 1}, dtype);
+      const Tensor steps_of = begin.ge(0).logical_and(begin.lt(T)).unsqueeze(1);
+      at::where_out(grad_h0, steps_of, grad_h0, view(dir.grad_h_n, {B, P}, {P, 1}, dtype));
+    }
+  } else if (dir.grad_h0) {
+    for (const Beginning& b : beginnings(steps, d))
+      hand_back(advance(grad_gates, b.row * width, size_), b.count, advance(dir.grad_h0, b.first * P, size_), false);
+  }
+
+  if (!dir.grad_w_hr) return;
+  Tensor later = sum_buffer({N, P});
+  if (steps.mask) {
+    hand_back(grad_gates, N, later.mutable_data_ptr(), true);
+    later = later_live_gradients(steps, d, later.view({T, B, P}), dir.grad_h_n).view({N, P});
+  } else if (steps.batch_sizes) {
+    // The row after another is the one before it in the other direction.
+    const Tensor of_row = sum_buffer({N, P}), last = sum_buffer({B, P});
+    hand_back(grad_gates, N, of_row.mutable_data_ptr(), true);
+    widen(last, dir.grad_h_n);
+    Sequence rows;
+    rows.data = of_row.mutable_data_ptr();
+    rows.batch_stride = P;
+    check(cuda::previous_states(DType::float32, P, device_steps(steps), N, d == 0, rows, last.const_data_ptr(),
+                                later.mutable_data_ptr(), stream_.handle()));
+  } else {
+    const int64_t from = d == 0 ? B : 0, to = d == 0 ? 0 : B;
+    hand_back(advance(grad_gates, from * width, size_), N - B, advance(later.mutable_data_ptr(), to * P, sum_size_),
+              true);
+    widen(later.narrow(0, d == 0 ? N - B : 0, B), dir.grad_h_n);
+  }
+  grad_projected = buffer({N, P});
+  if (layer.grad_y.data) {
+    const void* grad_y = advance(layer.grad_y.data, d * P, size_);
+    at::add_out(grad_projected, later, view(grad_y, {N, P}, {layer.grad_y.batch_stride, 1}, dtype));
+  } else {
+    grad_projected.copy_(later);
+  }
 }
 
 void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Products& product,
@@ -1093,7 +1346,8 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
   if (dir.grad_b_ih || dir.grad_b_hh) {
     const Tensor workspace = at::empty({cuda::column_sums_workspace(s.dtype, N, width)}, options_.dtype(at::kByte));
     const auto sums = [&](const GateRun& run, void* out, void* again) {
-      if (!out && !again) return;
+      if (!out) std::swap(out, again);
+      if (!out) return;
       check(cuda::column_sums(s.dtype, advance(grad_gates, run.grad * H, size_), N, run.count * H, width,
                               advance(out, run.gate * H, size_), advance(again, run.gate * H, size_),
                               workspace.mutable_data_ptr(), stream_.handle()));

@@ -96,7 +96,7 @@ def _describe_launches(plan: dict[str, Any]) -> str:
         in_registers, in_shared = (plan[key] / 1024 for key in ("register_bytes", "weight_bytes"))
         layers = plan["layers"]
         steps = "all steps" if layers == 1 else f"all steps of {layers} layers, in a wavefront"
-        weights = "W_hh" if layers == 1 else "the weights"
+        weights = "the weights" if layers > 1 else "W_hh W_hr" if plan["merged"] else "W_hh"
         resident = f"{in_registers:.0f} KiB of {weights} in registers and {in_shared:.0f} in shared memory"
         text = (
             f"one launch for {steps} ({plan['variant']}): {plan['blocks']} blocks, {plan['team_blocks']} for one "

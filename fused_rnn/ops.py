@@ -353,8 +353,9 @@ def plan(
 
         On a CUDA device ``variant`` (``"none"``: a launch a step), ``reason`` (why no better one), ``layers`` (how many
         a launch runs; more than one: in a wavefront, and what is left over one by one), and of a persistent variant
-        ``blocks``, ``teams``, ``team_blocks``, ``register_bytes``, ``weight_bytes`` and ``shared_bytes`` (of W_hh
-        in registers and in shared memory, and all shared memory, per block), ``predicted_step_us`` and
+        ``merged`` (a layer with a projection runs as one without: W_hh W_hr is its W_hh), ``blocks``, ``teams``,
+        ``team_blocks``, ``register_bytes``, ``weight_bytes`` and ``shared_bytes`` (of W_hh in registers and in
+        shared memory, and all shared memory, per block), ``predicted_step_us`` and
         ``predicted_us``; ``backward`` as above.
     """
     kind, num_layers = settings.kind, settings.num_layers

@@ -27,6 +27,8 @@ from fused_rnn.check import scaled_errors
 pytestmark = [pytest.mark.cuda, pytest.mark.kernels]
 
 VARIANTS = ("none", "block", "cluster", "grid")
+# Each cell, and whether its layer has a projection: those run merged in kernels of all steps.
+LAYERS = [*((cell, False) for cell in CELLS), ("LSTM", True)]
 # TF32 has 10 bits of fraction: a product of two rounded numbers is off by 2^-10 of itself at most, which is 2^13
 # epsilons of float32. In a sum of products of both signs the error stays that share of the sum's size; the recurrence
 # and the sums over steps carry some of it on, for which this leaves a factor of 8.
@@ -160,10 +162,12 @@ def variant_case(name: str, **changes: Any) -> Case:
 
 @pytest.mark.parametrize("packing", ["padded", "unsorted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "proj"), LAYERS)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_matches_the_float64_reference(name: str, cell: str, dtype: torch.dtype, packing: str) -> None:
-    case = variant_case(name, cell=cell, packing=packing, dtype=dtype)
+def test_every_variant_matches_the_float64_reference(
+    name: str, cell: str, proj: bool, dtype: torch.dtype, packing: str
+) -> None:
+    case = variant_case(name, cell=cell, proj=proj, packing=packing, dtype=dtype)
     with variant(name):
         skip_unless_planned(name, case)
         assert_within(run_on_gpu(case), float64_reference(case))
@@ -363,9 +367,11 @@ def test_a_side_stream_waits_for_what_made_the_input() -> None:
 
 @pytest.mark.parametrize("packing", ["padded", "sorted"])
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_captured_training_step_replays_on_new_numbers(cell: str, name: str, packing: str) -> None:
-    case = Case(cell=cell, num_layers=2, bidirectional=True, hidden_size=24, batch=6, steps=8, packing=packing)
+@pytest.mark.parametrize(("cell", "proj"), LAYERS)
+def test_a_captured_training_step_replays_on_new_numbers(cell: str, proj: bool, name: str, packing: str) -> None:
+    case = Case(
+        cell=cell, proj=proj, num_layers=2, bidirectional=True, hidden_size=24, batch=6, steps=8, packing=packing
+    )
     module, data = case.build(fused_rnn).cuda(), case.data().to("cuda")
     leaves = [data.sequence, *module.parameters()]
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import cuda_cycles  # noqa: E402
+import gpu_constants  # noqa: E402
 import sass  # noqa: E402
 import sass_time  # noqa: E402
 import sass_walk  # noqa: E402
@@ -515,3 +516,24 @@ def test_cases_have_the_plans_that_layers_get() -> None:
         )
         for name in ("variant", "multiply", "team_blocks", "teams", "columns", "layers"):
             assert planned[name] == expected[name], case.name
+
+
+@pytest.mark.compiles
+def test_constants_of_the_planner_are_those_that_follow_from_the_cycles() -> None:
+    """Until a GPU has measured them. After other cycles: ``python tools/gpu_constants.py --calculated``."""
+    header = gpu_constants.HEADER.read_text()
+    origins = {match[1]: match[3] for match in map(gpu_constants.LINE.match, header.splitlines()) if match}
+    committed, found = gpu_constants.constants(header), gpu_constants.calculated()
+    assert found.keys() == {"gates_cycles", "backward_gates_cycles", "memory_cycles"}
+    for name, (value, _) in found.items():
+        if not origins[name].startswith("measured"):
+            assert origins[name].startswith("calculated")
+            assert committed[name] == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.compiles
+def test_the_planner_expects_of_a_step_what_the_machine_code_takes() -> None:
+    program, figures = cuda_cycles.build_arguments(), json.loads(cuda_cycles.FIGURES.read_text())["cases"]
+    for case in cuda_cycles.CASES:
+        expected = cuda_cycles.plan(case, program)["predicted_cycles"]
+        assert expected == pytest.approx(figures[case.name]["typical"], rel=0.18), case.name

@@ -73,6 +73,30 @@ def test_persistent_layer_matches_the_float64_definition(
     assert_within(found, float64_reference(case))
 
 
+@pytest.mark.parametrize(("variant", "team_blocks", "dtype"), PERSISTENT, ids=str)
+@pytest.mark.parametrize("hx", [False, True])
+def test_a_layer_with_a_projection_in_one_launch_matches_the_float64_definition(
+    hx: bool, variant: str, team_blocks: int, dtype: torch.dtype
+) -> None:
+    """Rows begin, at what they are given, in different steps; one has none."""
+    case = Case(
+        hidden_size=16, proj=True, num_layers=2, bidirectional=True, batch=9, steps=5, batch_first=True, hx=hx,
+        dtype=dtype,
+    )  # fmt: skip
+    module, data, mask = case.build(fused_rnn), case.data(), as_argument(case, random_mask(case))
+    expected = float64_reference(case)
+    _allow(variant, team_blocks=team_blocks)
+    found = run(module, data, mask=mask)
+    kernels = f"{variant} {str(dtype).removeprefix('torch.')}"
+    assert torch.ops.fused_rnn_host.launches() == [f"{kernels} forward"] * 2 + [f"{kernels} backward"] * 2
+    assert_within(found, expected)
+    for most_steps in (0, 2):
+        _allow(variant, team_blocks=team_blocks, most_steps=most_steps)
+        with torch.no_grad():
+            inferred = run(module, data, gradients=False, mask=mask)
+        assert_within(inferred, {name: expected[name] for name in inferred})
+
+
 @pytest.mark.parametrize(("num_layers", "at_once"), [(2, 2), (5, 3)])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_layers_in_a_wavefront_match_the_float64_definition(cell: str, num_layers: int, at_once: int) -> None:

@@ -157,6 +157,61 @@ def test_persistent_layer_matches_the_float64_reference(
 
 
 @pytest.mark.parametrize(("variant", "team_blocks", "dtype"), PERSISTENT, ids=str)
+@pytest.mark.parametrize("hx", [False, True])
+@pytest.mark.parametrize("packing", ["padded", "unsorted"])
+def test_a_layer_with_a_projection_runs_all_steps_in_one_launch(
+    packing: str, hx: bool, variant: str, team_blocks: int, dtype: torch.dtype
+) -> None:
+    """Merged: W_hh W_hr in the place of W_hh. Lengths end, and in the reverse direction begin, in different steps."""
+    case = Case(
+        hidden_size=16, proj=True, num_layers=2, bidirectional=True, batch=9, steps=5, packing=packing, hx=hx,
+        dtype=dtype,
+    )  # fmt: skip
+    _allow(variant, team_blocks=team_blocks)
+    module, data, expected = case.build(fused_rnn), case.data(), _reference(case)
+    found = run(module, data)
+    kernels = f"{variant} {str(dtype).removeprefix('torch.')}"
+    assert torch.ops.fused_rnn_host.launches() == [f"{kernels} forward"] * 2 + [f"{kernels} backward"] * 2
+    assert_within(found, expected)
+    module.recompute = True
+    assert_same(run(module, data), found)
+    # In inference the states of a few steps at a time are projected; so many rows give every product the same sums.
+    for most_steps in (0, 2):
+        _allow(variant, team_blocks=team_blocks, most_steps=most_steps)
+        with torch.no_grad():
+            inferred = run(module, data, gradients=False)
+        parts = 1 if most_steps == 0 else -(-case.steps // most_steps)
+        assert torch.ops.fused_rnn_host.launches() == [f"{kernels} forward"] * 2 * parts
+        assert_within(inferred, {name: expected[name] for name in inferred})
+
+
+@pytest.mark.parametrize(
+    ("cell", "proj", "variant"),
+    [("LSTM", True, "cluster"), ("LSTM", True, "none"), *((cell, False, "none") for cell in CELLS)],
+)
+def test_each_gradient_alone_is_that_beside_the_others(cell: str, proj: bool, variant: str) -> None:
+    case = Case(
+        cell=cell, hidden_size=16, proj=proj, bidirectional=True, batch=9, steps=4, hx=True, dtype=torch.bfloat16
+    )
+    _allow(variant, team_blocks=2)
+    module, data = case.build(fused_rnn), case.data()
+    states = dict(zip(("h_0", "c_0"), data.states, strict=False))
+    wanted = {"input": data.sequence, **states, **dict(module.named_parameters())}
+    for results in (("output",), ("h_n",)):
+
+        def grads(*of: torch.Tensor, results: tuple[str, ...] = results) -> tuple[torch.Tensor, ...]:
+            found = case.outputs(module(data.sequence, data.states if cell == "LSTM" else data.states[0]))
+            return torch.autograd.grad(sum(found[name].float().square().sum() for name in results), of)
+
+        together = grads(*wanted.values())
+        assert all(grad.isfinite().all() for grad in together)
+        for (name, leaf), expected in zip(wanted.items(), together, strict=True):
+            assert torch.equal(grads(leaf)[0], expected), (results, name)
+    launches = torch.ops.fused_rnn_host.launches()
+    assert ("cluster bfloat16 backward" in launches) == (variant == "cluster")
+
+
+@pytest.mark.parametrize(("variant", "team_blocks", "dtype"), PERSISTENT, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_cell_whose_step_is_a_persistent_kernel_matches_the_float64_reference(
     cell: str, variant: str, team_blocks: int, dtype: torch.dtype

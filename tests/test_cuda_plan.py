@@ -135,8 +135,9 @@ def test_a_plan_holds_the_weights_and_the_batch(device: str) -> None:
     ("case", "reason"),
     [
         ({"dtype": "float64"}, "float64"),
-        ({"state_size": 64}, "projection"),
+        ({"dtype": "float64", "state_size": 64}, "float64"),
         ({"T": 1 << 30}, "2^31 rows"),
+        ({"hidden": 8192, "state_size": 64}, "do not fit"),
         ({"hidden": 8192}, "do not fit"),
     ],
 )
@@ -145,6 +146,29 @@ def test_what_no_persistent_kernel_takes_says_why(case: dict[str, Any], reason: 
     p = plan("H200", **arguments)
     assert p["variant"] == "none"
     assert reason in p["reason"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_layer_with_a_projection_is_planned_as_one_without(device: str, directions: int, backward: bool) -> None:
+    """And the products that it has beside the launch are counted: few steps or a small P may not be worth them."""
+    found = set()
+    for T, (batch, hidden), P in itertools.product((2, 1024), SHAPES, (16, 320)):
+        if P >= hidden:
+            continue
+        case = {"backward": backward, "directions": directions, "T": T}
+        p = plan(device, "lstm", "bfloat16", batch, hidden, state_size=P, **case)
+        plain = plan(device, "lstm", "bfloat16", batch, hidden, **case)
+        found.add(p["merged"])
+        assert p["merged"] == (p["variant"] != "none")
+        assert not plain["merged"]
+        if not p["merged"]:
+            continue
+        assert "products for the projection" in p["reason"]
+        same = ("variant", "blocks", "teams", "columns", "register_bytes", "shared_bytes", "predicted_us")
+        assert plain["variant"] == "none" or {key: p[key] for key in same} == {key: plain[key] for key in same}
+    assert found == {False, True}
 
 
 def test_without_clusters_the_reason_says_so() -> None:

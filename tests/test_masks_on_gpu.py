@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import CELLS, Case, run
+from support.cases import Case, run
 from support.compare import assert_same, assert_within
 from test_cuda import (
+    LAYERS,
     VARIANTS,
     _float32_is_float32,  # noqa: F401  (a fixture)
     on_cpu,
@@ -44,10 +45,10 @@ def test_layer_matches_the_float64_definition(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "proj"), LAYERS)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_matches_the_float64_definition(name: str, cell: str, dtype: torch.dtype) -> None:
-    case = variant_case(name, cell=cell, dtype=dtype)
+def test_every_variant_matches_the_float64_definition(name: str, cell: str, proj: bool, dtype: torch.dtype) -> None:
+    case = variant_case(name, cell=cell, proj=proj, dtype=dtype)
     with variant(name):
         skip_unless_planned(name, case)
         assert_within(run_on_gpu(case, random_mask(case)), float64_reference(case))

@@ -104,6 +104,7 @@ int main(int count, char** words) {
   const Tiling& t = plan.tiling;
   printf("{\"variant\": \"%s\", \"exchange\": \"%s\", \"multiply\": \"%s\", \"shape\": %d, ", name(plan.variant),
          name(t.exchange), name(plan.multiply), int(plan.shape));
+  printf("\"predicted_cycles\": %.1f, ", plan.predicted_step_us * device.clock_khz / 1e3);
   printf("\"team_blocks\": %d, \"active\": %d, \"teams\": %d, \"columns\": %d, \"layers\": %d, \"arguments\": \"",
          int(t.blocks), int(t.active), int(t.teams), int(t.columns), int(plan.layers));
   // Planned for many steps, run for a few.

@@ -28,7 +28,7 @@ struct Problem {
   CellKind kind;
   DType dtype;
   int gates;
-  int64_t H, T, B;
+  int64_t H, P, T, B;  // P: of h after its projection, else H
   int directions;
   int layers;     // that one launch runs
   int element;    // bytes
@@ -97,7 +97,7 @@ class Candidate {
       shared += 2.0 * t.warps_k * problem_.gates * units * columns * 4;
       travels = double(sources() * problem_.H) * columns * problem_.element;
     }
-    double latency = gates_cycles, bandwidth = remote_bytes_per_cycle;
+    double latency = plan_.backward ? backward_gates_cycles : gates_cycles, bandwidth = remote_bytes_per_cycle;
     switch (t.exchange) {
       case Exchange::none: travels = 0; break;
       case Exchange::counted: latency += remote_cycles; break;
@@ -107,7 +107,11 @@ class Candidate {
         bandwidth = l2_bytes_per_cycle / (plan_.backward ? 2 : 1);
         break;
     }
-    const double tile = std::max(std::max(multiply, shared / shared_bytes_per_cycle), travels / bandwidth);
+    // Products hide behind the loads of their operands, or these behind them; in the machine code of the backward pass,
+    // where sums leave between the groups of row tiles, about half of the shorter does not.
+    const double loads = shared / shared_bytes_per_cycle;
+    const double products = std::max(multiply, loads) + (plan_.backward ? std::min(multiply, loads) / 2 : 0);
+    const double tile = std::max(products, travels / bandwidth);
     const double cycles = std::max(t.column_tiles * (tile + issue_cycles), tile + latency + travels / bandwidth / 2);
     const double mhz = device_.clock_khz > 0 ? device_.clock_khz / 1e3 : 1700;
     plan_.predicted_step_us = plan_.waves * cycles / mhz;
@@ -346,14 +350,26 @@ double projection_us(const Problem& problem, const DeviceInfo& device) {
   return step_launch_us + multiply_adds / product_rate(problem, device);
 }
 
-// All steps, each with a launch of its own.
+// All steps, each with a launch of its own; a projection is a product more.
 double step_wise_us(const Problem& problem, const DeviceInfo& device) {
-  const double weights = double(problem.gates) * double(problem.H * problem.H) * problem.element;
+  const bool projects = problem.P != problem.H;
+  const double count = double(problem.H * problem.P) * (problem.gates + (projects ? 1 : 0));
+  const double weights = count * problem.element;
   const double rate =
       weights * problem.directions < 0.7 * double(device.l2_bytes) ? l2_bytes_per_us : memory_bytes_per_us;
-  const double multiply =
-      double(problem.B) * problem.gates * double(problem.H * problem.H) / product_rate(problem, device);
-  return double(problem.T) * problem.directions * (step_launch_us + std::max(weights / rate, multiply));
+  const double multiply = double(problem.B) * count / product_rate(problem, device);
+  const double launches = projects ? 2 * step_launch_us : step_launch_us;
+  return double(problem.T) * problem.directions * (launches + std::max(weights / rate, multiply));
+}
+
+// What a layer with a projection has beside a launch that runs it merged, and not where each step has its products:
+// W_hh W_hr, and the projections of all rows; in the backward pass also what W_hh^T takes to the h after them.
+double merging_us(const Problem& problem, const DeviceInfo& device, bool backward) {
+  if (problem.P == problem.H) return 0;
+  const double H = double(problem.H), P = double(problem.P), rows = double(problem.T * problem.B);
+  const double multiply_adds = P * H * (problem.gates * H + rows * (backward ? 1 + problem.gates : 1));
+  const double products = backward ? 3 : 2;
+  return problem.directions * (products * step_launch_us + multiply_adds / product_rate(problem, device));
 }
 
 }  // namespace
@@ -403,6 +419,7 @@ static Problem problem_of(const LayerSizes& sizes, const Steps& steps, int layer
   problem.dtype = sizes.dtype;
   problem.gates = gates_of(sizes.kind);
   problem.H = sizes.hidden_size;
+  problem.P = sizes.state_size;
   problem.T = steps.T;
   problem.B = steps.B;
   problem.directions = sizes.num_directions;
@@ -417,7 +434,6 @@ static Problem problem_of(const LayerSizes& sizes, const Steps& steps, int layer
 static std::string not_persistent(const LayerSizes& sizes, const Steps& steps) {
   if (sizes.kind >= CellKind::custom) return "no persistent kernel for a custom cell";
   if (sizes.dtype == DType::float64) return "no persistent kernel for float64";
-  if (sizes.state_size != sizes.hidden_size) return "no persistent kernel for a projection of h";
   // The kernels count steps and rows in 32 bits.
   if (steps.T * steps.B >= int64_t(1) << 31 || steps.T < 1 || steps.B < 1 || sizes.hidden_size < 1)
     return "no persistent kernel for 2^31 rows or none";
@@ -446,6 +462,7 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, const DeviceInfo& de
   const Multiply multiply = multiply_of(sizes.dtype, tf32);
   plan.multiply = multiply;
   Planner planner(problem, device, backward, multiply, allowed);
+  const double merging = merging_us(problem, device, backward);
   bool found = false;
   std::string reasons;
   for (Variant variant : {Variant::block, Variant::cluster, Variant::grid}) {
@@ -461,7 +478,9 @@ Plan make_plan(const LayerSizes& sizes, const Steps& steps, const DeviceInfo& de
     if (possible) reason = text("%.0f us", candidate.predicted_us);
     reasons += std::string(name(variant)) + ": " + reason + "; ";
   }
-  if (found && allowed.none && step_wise < plan.predicted_us) {
+  plan.merged = found && problem.P != problem.H;
+  if (plan.merged) reasons += text("products for the projection: %.0f us; ", merging);
+  if (found && allowed.none && step_wise < plan.predicted_us + merging) {
     reasons += std::string(name(plan.variant)) + text(": %.0f us; ", plan.predicted_us);
     plan = Plan{};
     plan.backward = backward;
@@ -486,6 +505,7 @@ Plan make_wavefront_plan(const LayerSizes& sizes, int64_t layers, const Steps& s
   };
   const std::string never = not_persistent(sizes, steps);
   if (!never.empty()) return refuse(never);
+  if (sizes.state_size != sizes.hidden_size) return refuse("no kernel of several layers with a projection of h");
   if (sizes.num_directions > 1) return refuse("both directions of a layer end before the next can begin");
   if (allowed.layers == 1 || !allowed.counted) return refuse("not allowed by the request");
   const Multiply multiply = multiply_of(sizes.dtype, tf32);

@@ -127,6 +127,7 @@ struct Plan {
   int32_t shape = 0;  // index into forward_shape or backward_shape
   Tiling tiling;
   int32_t directions = 1;
+  bool merged = false;           // the launch runs a layer with a projection as one without (LayerSizes::merged)
   int32_t layers = 1;            // that the launch runs; more than one: in a wavefront
   int32_t blocks = 0;            // of the launch
   int32_t waves = 1;             // not all teams may be resident together: how often those that are follow each other
