@@ -643,7 +643,7 @@ class ForwardPass {
   // Rows that will be multiplied in lanes go where product_in_lanes finds them.
   void spread_over_lanes(From from, int64_t rows, int64_t K, const E* const* a, const ThreadScratch& mine) {
     if constexpr (!packs_as_it_goes<E>) {
-      if (from == From::lanes) pack_transposed<A>(a, rows, K, mine.lanes.rows);
+      if (from == From::lanes) pack_transposed<A>(a, rows_in_lanes<A>(rows), K, mine.lanes.rows);
     }
   }
 
@@ -676,11 +676,13 @@ class ForwardPass {
     for (int64_t q = 0; q < count; ++q) {
       const int64_t column = q * panel_columns;
       const Addend<A> here{addend.from + column, addend.stride, apart > 0 ? addend.apart + column : nullptr};
-      if (packs_as_it_goes<E> && from == From::lanes) {
-        pack_panel(weight, K, p + q, mine.panel);
-        multiply_packed<apart>(rows, K, a, mine.panel, p + q, 1, c + column, c_stride, here, nullptr);
-      } else if (from == From::lanes) {
-        product_in_lanes<A, G, U, apart>(rows, K, w, H_, p + q, c + column, c_stride, here, mine.lanes);
+      if (from == From::lanes) {
+        if constexpr (packs_as_it_goes<E>) {
+          pack_panel(weight, K, p + q, mine.panel);
+          multiply_packed<apart>(rows, K, a, mine.panel, p + q, 1, c + column, c_stride, here, nullptr);
+        } else {
+          product_in_lanes<A, G, U, apart>(rows, K, a, w, H_, p + q, c + column, c_stride, here, mine.lanes);
+        }
       } else {
         product_by_dots<E, G, U, apart>(rows, K, a, w, H_, p + q, c + column, c_stride, here);
       }

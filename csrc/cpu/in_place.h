@@ -2,7 +2,9 @@
 // packing it would cost more than the product.
 //
 //   product_by_dots     forward, a few rows: dot products along k
-//   product_in_lanes    forward, more rows: the rows stand in the lanes, and every weight is one broadcast
+//   product_in_lanes    forward, more rows: the rows stand in the lanes, and every weight is one broadcast; those that
+//   are
+//                       left over, and would leave most lanes of another vector idle, are dot products again
 //   product_of_columns  backward: gradients times a weight, whose rows are added up
 #pragma once
 
@@ -17,6 +19,17 @@ namespace FRNN_ISA {
 // fill eight lanes are about as fast either way.
 template <class A>
 inline constexpr int64_t least_rows_in_lanes = Simd<A>::width == 8 ? 9 : Simd<A>::width;
+
+// Of so many rows, those that stand in lanes: all, unless few are left over for the last vector. Dot products of 8 of
+// 16 rows take 0.6 to 0.7 of the time that a vector does, of 11 0.8 to 1. (Not where a vector has 8 lanes: its product
+// is the faster the more vectors there are.)
+template <class A>
+int64_t rows_in_lanes(int64_t rows) {
+  constexpr int width = Simd<A>::width;
+  constexpr int64_t most_left_over = FRNN_VECTOR_BYTES == 64 ? width * 11 / 16 : 0;
+  const int64_t left_over = rows % width;
+  return left_over <= most_left_over ? rows - left_over : rows;
+}
 
 // Where an instruction multiplies pairs of k, and so wants the weight in an order of its own, more rows than dot
 // products take are worth that order: a panel of the weight at a time, which is in the second-level cache until it is
@@ -58,46 +71,6 @@ struct LaneScratch {
   static int64_t row_elements(int64_t rows, int64_t K) { return int64_t(ColumnPanels<A>::elements(K, rows)); }
   static int64_t sum_elements(int64_t rows) { return Simd<A>::width * (round_up(rows, Simd<A>::width) + 16); }
 };
-
-// The product of panel p with `rows` rows that stand in scratch.rows. Arguments as product_by_dots.
-template <class A, int G, int U, int NA, class S>
-void product_in_lanes(int64_t rows, int64_t K, const S* w, int64_t H, int64_t p, A* c, int64_t c_stride,
-                      Addend<A> addend, const LaneScratch<A>& scratch) {
-  using V = typename Simd<A>::V;
-  constexpr int width = Simd<A>::width;
-  const int64_t stride = round_up(rows, width) + 16;
-  const ColumnPanels<A> lanes{scratch.rows, K, rows};
-  for (int g = 0; g < G; ++g) {
-    for (int u = 0; u < U; ++u) {
-      const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
-      const int64_t units = H - unit < width ? H - unit : width;
-      if (units <= 0) continue;
-      const A* weight[width];
-      for (int64_t i = 0; i < units; ++i) {
-        const S* row = w + (g * H + unit + i) * K;
-        if constexpr (sizeof(S) == sizeof(A)) {
-          weight[i] = row;
-        } else {
-          A* copy = scratch.weights + i * (round_up(K, width) + 16);
-          for (int64_t k = 0; k < K; k += width) Simd<A>::store(copy + k, Simd<A>::load_n(row + k, K - k));
-          weight[i] = copy;
-        }
-      }
-      product_columns<A>(units, weight, lanes, 0, ColumnPanels<A>::count(rows), scratch.sums, stride, false);
-      const bool apart = g * U + u >= G * U - NA;
-      for (int64_t r = 0; r < rows; r += width) {
-        V block[width];
-#pragma GCC unroll 16
-        for (int i = 0; i < width; ++i) block[i] = Simd<A>::load(scratch.sums + i * stride + r);
-        transpose_square<A>(block);
-        for (int i = 0; i < width && r + i < rows; ++i) {
-          const A* added = apart ? addend.apart : addend.from + (r + i) * addend.stride;
-          Simd<A>::store(c + (r + i) * c_stride + column, block[i] + Simd<A>::load(added + column));
-        }
-      }
-    }
-  }
-}
 
 // Rows of a weight that NR rows are multiplied with at once: as many as leave all sums in registers, but no more than
 // there are streams of memory that a core follows by itself.
@@ -211,6 +184,28 @@ void all_dots(int64_t rows, int64_t columns, int64_t K, bool fetch, const E* con
   }
 }
 
+// NR to 1 rows at a time: as few tiles as there can be, of like size.
+template <class E, class S>
+void dots_of_rows(int64_t rows, int64_t columns, int64_t K, int64_t bytes, const E* const* a, const S* const* w,
+                  typename Operand<E>::Acc* c, int64_t c_stride) {
+  using A = typename Operand<E>::Acc;
+  constexpr int64_t most =
+      most_rows_of_dots < least_rows_in_lanes<A> - 1 ? most_rows_of_dots : least_rows_in_lanes<A> - 1;
+  const int64_t tiles = (rows + most - 1) / most;
+  const auto multiply = [&](auto n) __attribute__((always_inline)) {
+    constexpr int NR = decltype(n)::value;
+    if constexpr (NR <= most) all_dots<E, NR>(rows, columns, K, fetches_weights<NR>(bytes), a, w, c, c_stride);
+  };
+  switch ((rows + tiles - 1) / tiles) {
+    case 1: multiply(std::integral_constant<int, 1>{}); break;
+    case 2: multiply(std::integral_constant<int, 2>{}); break;
+    case 3: multiply(std::integral_constant<int, 3>{}); break;
+    case 4: multiply(std::integral_constant<int, 4>{}); break;
+    case 5: multiply(std::integral_constant<int, 5>{}); break;
+    default: multiply(std::integral_constant<int, 6>{}); break;
+  }
+}
+
 // The product of panel p of a forward weight (pack_gates) without packing it. Arguments as pack_gates and product.
 template <class E, int G, int U, int NA, class S>
 void product_by_dots(int64_t rows, int64_t K, const E* const* a, const S* w, int64_t H, int64_t p,
@@ -225,29 +220,65 @@ void product_by_dots(int64_t rows, int64_t K, const E* const* a, const S* w, int
     const int64_t unit = p * U * width + column % (U * width);
     weight[i] = w + (column / (U * width) * H + (unit < H ? unit : H - 1)) * K;
   }
-  constexpr int64_t most =
-      most_rows_of_dots < least_rows_in_lanes<A> - 1 ? most_rows_of_dots : least_rows_in_lanes<A> - 1;
-  const int64_t tiles = (rows + most - 1) / most;
-  const auto multiply = [&](auto n) __attribute__((always_inline)) {
-    constexpr int NR = decltype(n)::value;
-    if constexpr (NR <= most) {
-      const bool fetch = fetches_weights<NR>(G * H * K * int64_t(sizeof(S)));
-      all_dots<E, NR>(rows, columns, K, fetch, a, weight, c, c_stride);
-    }
-  };
-  switch ((rows + tiles - 1) / tiles) {
-    case 1: multiply(std::integral_constant<int, 1>{}); break;
-    case 2: multiply(std::integral_constant<int, 2>{}); break;
-    case 3: multiply(std::integral_constant<int, 3>{}); break;
-    case 4: multiply(std::integral_constant<int, 4>{}); break;
-    case 5: multiply(std::integral_constant<int, 5>{}); break;
-    default: multiply(std::integral_constant<int, 6>{}); break;
-  }
+  dots_of_rows(rows, columns, K, G * H * K * int64_t(sizeof(S)), a, weight, c, c_stride);
   for (int64_t r = 0; r < rows; ++r) {
     for (int v = 0; v < G * U; ++v) {
       const A* added = v >= G * U - NA ? addend.apart : addend.from + r * addend.stride;
       A* sums = c + r * c_stride + v * width;
       Simd<A>::store(sums, Simd<A>::load(sums) + Simd<A>::load(added + v * width));
+    }
+  }
+}
+
+// The product of panel p with `rows` rows, of which the first rows_in_lanes stand in scratch.rows. Arguments as
+// product_by_dots.
+template <class A, int G, int U, int NA, class S>
+void product_in_lanes(int64_t rows, int64_t K, const A* const* a, const S* w, int64_t H, int64_t p, A* c,
+                      int64_t c_stride, Addend<A> addend, const LaneScratch<A>& scratch) {
+  using V = typename Simd<A>::V;
+  constexpr int width = Simd<A>::width, most = dots_at_once<1>();
+  const int64_t in_lanes = rows_in_lanes<A>(rows), stride = round_up(in_lanes, width) + 16;
+  const ColumnPanels<A> lanes{scratch.rows, K, in_lanes};
+  for (int g = 0; g < G; ++g) {
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = (p * U + u) * width, column = (g * U + u) * width;
+      const int64_t units = H - unit < width ? H - unit : width;
+      if (units <= 0) continue;
+      const S* stored[width + most];  // what fills the last tile of dot products repeats a row
+      for (int64_t i = 0; i < width + most; ++i) stored[i] = w + (g * H + unit + (i < units ? i : units - 1)) * K;
+      const A* weight[width];
+      for (int64_t i = 0; i < units; ++i) {
+        if constexpr (sizeof(S) == sizeof(A)) {
+          weight[i] = stored[i];
+        } else {
+          A* copy = scratch.weights + i * (round_up(K, width) + 16);
+          for (int64_t k = 0; k < K; k += width) Simd<A>::store(copy + k, Simd<A>::load_n(stored[i] + k, K - k));
+          weight[i] = copy;
+        }
+      }
+      product_columns<A>(units, weight, lanes, 0, ColumnPanels<A>::count(in_lanes), scratch.sums, stride, false);
+      const bool apart = g * U + u >= G * U - NA;
+      const auto store = [&](int64_t row, V sum) __attribute__((always_inline)) {
+        const A* added = apart ? addend.apart : addend.from + row * addend.stride;
+        Simd<A>::store(c + row * c_stride + column, sum + Simd<A>::load(added + column));
+      };
+      for (int64_t r = 0; r < in_lanes; r += width) {
+        V block[width];
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) block[i] = Simd<A>::load(scratch.sums + i * stride + r);
+        transpose_square<A>(block);
+        for (int i = 0; i < width && r + i < in_lanes; ++i) store(r + i, block[i]);
+      }
+      if (in_lanes == rows) continue;
+      A* sums = c + in_lanes * c_stride + column;
+      if constexpr (sizeof(S) == sizeof(A)) {
+        dots_of_rows<A>(rows - in_lanes, width, K, 0, a + in_lanes, stored, sums, c_stride);
+      } else {
+        const A* copied[width + most];
+        for (int64_t i = 0; i < width + most; ++i) copied[i] = weight[i < units ? i : units - 1];
+        dots_of_rows<A>(rows - in_lanes, width, K, 0, a + in_lanes, copied, sums, c_stride);
+      }
+      for (int64_t r = in_lanes; r < rows; ++r) store(r, Simd<A>::load(c + r * c_stride + column));
     }
   }
 }
