@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from . import _checks, backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
-from .indrnn import IndRNN
+from .indrnn import IndRNN, IndRNNCell
 from .layers import GRU, LSTM, RNN, _rows
 from .options import changed_options
 from .settings import CELL_OPTIONS, EVERY_STEP, LAYER_OPTIONS, CellKind, Controls, Settings, Steps
@@ -326,7 +326,7 @@ _PRIVATE: dict[type, type] = {
 
 
 def _why_not(module: Any) -> str | None:
-    if isinstance(module, IndRNN):
+    if isinstance(module, (IndRNN, IndRNNCell)):
         return "its W_hh are vectors"
     is_layer = isinstance(module, nn.RNNBase)
     changed = changed_options(module, LAYER_OPTIONS if is_layer else CELL_OPTIONS)
@@ -342,7 +342,7 @@ def _why_not(module: Any) -> str | None:
     return f"its {missing[0]} is no Parameter of its own" if missing else None
 
 
-@register_module_validator([*_PRIVATE, IndRNN])
+@register_module_validator([*_PRIVATE, IndRNN, IndRNNCell])
 def _validate(module: nn.Module) -> list[Any]:
     reason = _why_not(module)
     if reason is not None:

@@ -235,7 +235,8 @@ def test_an_empty_batch_has_no_gradients() -> None:
 def test_what_has_no_gradients_of_examples_is_refused_by_name(options: dict[str, Any]) -> None:
     layer = fused_rnn.LSTM(INPUT, HIDDEN, **options)
     (name,) = options
-    assert isinstance(ModuleValidator.validate(fused_rnn.IndRNN(INPUT, HIDDEN))[0], UnsupportedModuleError)
+    for independent in (fused_rnn.IndRNN(INPUT, HIDDEN), fused_rnn.IndRNNCell(INPUT, HIDDEN)):
+        assert isinstance(ModuleValidator.validate(independent)[0], UnsupportedModuleError)
     (error,) = ModuleValidator.validate(layer)
     assert isinstance(error, UnsupportedModuleError) and f"it has {name}=" in str(error)
     with pytest.raises(UnsupportedModuleError, match=f"it has {name}="):
