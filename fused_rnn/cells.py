@@ -147,10 +147,11 @@ class RecurrentCell(HasTwin, HasOptionsWithin, ByAttribute, nn.RNNCellBase):
         kind, within = self._kind(), self._within
         if within is not None or kind == CellKind.RNN_TANH:
             within = self._call_within()
-        names = self._names[: len(params)]
-        if within is not None:
-            of_options = self._names_of_options()
-            names = (*self._names[: len(params) - len(of_options)], *of_options)
+        if within is None:
+            names = self._names[: len(params)]
+            return cell_settings(kind, self.input_size, self.hidden_size, names, None, self._around)
+        of_options = self._names_of_options()
+        names = (*self._names[: len(params) - len(of_options)], *of_options)
         return cell_settings(kind, self.input_size, self.hidden_size, names, within, self._around)
 
     def _run(self, input: Tensor, hx: Any, reset: Any, reset_state: Any) -> Any:

@@ -714,11 +714,11 @@ def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any], st
     """One step of a cell: ``(h, c)`` of one with private states, h of the others."""
     results = None
     kind = settings.kind
-    if steps is EVERY_STEP and settings.within is None and settings.around is None and kind <= _GRU:
+    if steps is EVERY_STEP and settings.within is None:
         kernels = backend.eager_kernels()  # as in call_layers
         if kernels is not None:
-            results = kernels.try_step(settings, input, hx, params)
-        elif (kernels := backend.traced_kernels()) is not None:
+            results = kernels.try_step(settings, input, hx, params)  # not of a custom cell, nor of vectors as W_hh
+        elif kind <= _GRU and settings.around is None and (kernels := backend.traced_kernels()) is not None:
             results = kernels.trace_step(settings, input, hx, params)
     if results is None:
         tensors = _tensors(input, hx, params, steps)
