@@ -264,14 +264,21 @@ def why_not_fused(*tensors: Tensor | None) -> str | None:
     return None
 
 
+# On what devices a step has two products with W_hh, the second of what the reset gate has left of h.
+_RESETS_BEFORE_PRODUCT = {"cuda"}
+
+
 def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: bool) -> str | None:
     """Why no fused kernel has these options; None when one does.
 
     Args:
         recorded: whether the call keeps what a backward pass needs.
     """
-    if not within.reset_after:
-        return "no fused kernel has reset_after=False, where the product with W_hn waits for the reset gate"
+    if not within.reset_after and input.device.type not in _RESETS_BEFORE_PRODUCT:
+        return (
+            f"no fused kernel has reset_after=False for {input.device.type} tensors: the product with W_hn has to wait "
+            "for the reset gate, as it does on CUDA alone"
+        )
     if kind.num_saved == 0 and within.zoneout and not within.training and recorded:
         return (
             "no fused kernel has zoneout of an RNN with gradients in eval mode: it keeps h alone, and h is a mean there"

@@ -139,7 +139,7 @@ def test_step_kernels_match_the_reference(kind: CellKind, dtype: torch.dtype, tm
 @pytest.mark.parametrize(
     ("index", "dtype"),
     [(i, torch.float64 if i % 2 else torch.float32) for i in range(len(WITH_OPTIONS))]
-    + [(3, torch.bfloat16), (8, torch.bfloat16), (12, torch.float16)],
+    + [(3, torch.bfloat16), (8, torch.bfloat16), (12, torch.float16), (19, torch.bfloat16)],
     ids=lambda value: str(WITH_OPTIONS[value] if isinstance(value, int) else value),
 )
 def test_step_kernels_with_options_match_the_reference(index: int, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -110,6 +110,10 @@ struct ForwardOptions {
   const void* dropout = nullptr;   // (B, H), the layer's dtype: factors of h before W_hh
   void* multiplied = nullptr;      // (B, H), the layer's dtype: what goes on of h, times the factors
   const void* peephole = nullptr;  // (3 * H)
+  // (rows, H), row r at + r * gated_stride: with the reset gate before the product what W_hn multiplies, r times h and
+  // its factors. reset_forward writes it, in place of the last saved value where those are kept; nobody else does.
+  void* gated = nullptr;
+  int64_t gated_stride = 0;
 };
 
 // With a projection, step_forward gives y before it, and this the h after it, of both directions.
@@ -141,6 +145,12 @@ struct BackwardOptions {
   const void* peephole = nullptr;    // (3 * H)
   void* grad_peephole = nullptr;     // (B, 3 * H), sum type: this step's are added; null: not wanted
   void* hidden = nullptr;            // (rows, H), the layer's dtype: h before a projection; null: not wanted
+  // For reset_backward, with the reset gate before the product. The gradient of ForwardOptions::gated, (rows, H) in the
+  // sum type; the factors of h that are in it, (B, H) in the layer's dtype; and where what it is to h times its factors
+  // goes, (rows, H) in the sum type. Null: it is added to dh.
+  const void* grad_gated = nullptr;
+  const void* dropout = nullptr;
+  void* grad_multiplied = nullptr;
 };
 
 // With a projection: from the gradient of the h after it to the gradient of what was projected.
@@ -199,6 +209,13 @@ const char* step_forward_with_options(CellKind kind, DType dtype, int64_t hidden
                                       const ForwardOptions* options, const Within& within, int count, void* stream);
 const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
                                        const BackwardOptions* options, const Within& within, int count, void* stream);
+// Of a GRU with within.reset_after false, where step_forward_with_options follows, with the product of `gated` and W_hn
+// in n's part of StepForward::product, and step_backward_with_options goes before, whose gradient of n's sum times W_hn
+// is grad_gated: it gives no gradient of r, which these do.
+const char* reset_forward(DType dtype, int64_t hidden_size, const StepForward* directions,
+                          const ForwardOptions* options, const Within& within, int count, void* stream);
+const char* reset_backward(DType dtype, int64_t hidden_size, const StepBackward* directions,
+                           const BackwardOptions* options, const Within& within, int count, void* stream);
 const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
                                    const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
                                    int count, void* stream);
