@@ -353,7 +353,7 @@ bool has_options(const LayerBackward& layer) {
 bool has_own_gates(const LayerSizes& sizes, const Within& w) {
   const Activation own = sizes.kind == CellKind::rnn_relu ? Activation::relu : Activation::tanh;
   return w.activation == own && w.recurrent_activation == Activation::sigmoid && w.reset_after && !w.peephole &&
-         !w.coupled_gates && !w.layer_norm && w.cell_clip == 0;
+         !w.coupled_gates && !w.layer_norm;
 }
 Options options_of(const LayerForward& layer) {
   if (!has_options(layer)) return Options::none;
@@ -361,9 +361,8 @@ Options options_of(const LayerForward& layer) {
 }
 Options options_of(const LayerBackward& layer) {
   if (!has_options(layer)) return Options::none;
-  const Within& within = layer.within;
-  const bool in_launches = (layer.plain_gates || has_own_gates(layer.sizes, within)) && within.bptt_steps == 0 &&
-                           within.recurrent_grad_clip == 0 && !layer.grad_h.data && !layer.direction[0].grad_cells;
+  const bool in_launches = (layer.plain_gates || has_own_gates(layer.sizes, layer.within)) && !layer.grad_h.data &&
+                           !layer.direction[0].grad_cells;
   return in_launches ? Options::in_launches : Options::in_steps;
 }
 
@@ -375,6 +374,7 @@ cuda::PersistentOptions persistent_options(const Extras& extras, const Within& w
   o.zoneout_cell = extras.zoneout_cell;
   o.rate = float(within.zoneout);
   o.cell_rate = float(within.zoneout_cell);
+  o.cell_clip = float(within.cell_clip);
   o.reset_h = extras.reset_h;
   o.reset_c = extras.reset_c;
   o.dropout = extras.dropout;
@@ -772,11 +772,16 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
     const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
     const int64_t B = given[0].steps.B;
     // Gradients of what rows began anew from, in the sum type; with them that of h0 is made, if nobody wants it.
-    Tensor grad_reset_h[2], grad_reset_c[2], grad_h0[2];
+    Tensor grad_reset_h[2], grad_reset_c[2], grad_h0[2], clipped[2];
     for (int d = 0; d < D && options != Options::none; ++d) {
       const DirectionBackward& dir = layers[0].direction[d];
       cuda::PersistentBackward& to = parts[d];
-      to.options = persistent_options(dir.extras, layers[0].within);
+      const Within& within = layers[0].within;
+      to.options = persistent_options(dir.extras, within);
+      to.options.grad_clip = float(within.recurrent_grad_clip);
+      to.options.bptt_steps = int32_t(std::min(within.bptt_steps, given[0].steps.T));  // from which on none ends
+      if (within.recurrent_grad_clip > 0 && given[0].steps.mask)
+        to.options.clips = static_cast<const uint8_t*>((clipped[d] = clipped_rows(given[0].steps, d)).const_data_ptr());
       if (dir.grad_reset_h) {
         to.options.grad_reset_h = (grad_reset_h[d] = sum_buffer({B, H}).zero_()).mutable_data_ptr();
         if (!to.grad_h0) to.grad_h0 = (grad_h0[d] = buffer({B, H})).mutable_data_ptr();

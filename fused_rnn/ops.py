@@ -291,19 +291,20 @@ def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: b
 _NOTHING_TO_LAUNCHES = {"num_heads", "training"}
 _NOTHING_TO_FORWARD = _NOTHING_TO_LAUNCHES | {"bptt_steps", "recurrent_grad_clip", "return_states"}
 # What these kernels have where warps can hand registers to others, besides resets.
-_IN_LAUNCHES = {"zoneout", "zoneout_cell", "recurrent_dropout", "reset_state"}
+_IN_LAUNCHES = {"zoneout", "zoneout_cell", "recurrent_dropout", "reset_state", "cell_clip"}
+_IN_BACKWARD_LAUNCHES = _IN_LAUNCHES | {"recurrent_grad_clip", "bptt_steps"}
 
 
-def _has_options_in_launches(settings: Settings, has_reset: bool) -> bool:
-    within = settings.within or NOTHING_WITHIN
-    return has_reset or any(getattr(within, name) != getattr(NOTHING_WITHIN, name) for name in _IN_LAUNCHES)
+def _has_options_in_launches(settings: Settings, has_reset: bool, backward: bool) -> bool:
+    within, names = settings.within or NOTHING_WITHIN, _IN_BACKWARD_LAUNCHES if backward else _IN_LAUNCHES
+    return has_reset or any(getattr(within, name) != getattr(NOTHING_WITHIN, name) for name in names)
 
 
 def why_step_by_step(settings: Settings, backward: bool) -> str | None:
     """What of a call on a CUDA device only the kernels of one step have; None where all of it has others, too."""
     within, known = settings.within or NOTHING_WITHIN, _NOTHING_TO_LAUNCHES if backward else _NOTHING_TO_FORWARD
     names = [name for name, value in within._asdict().items() if value != getattr(NOTHING_WITHIN, name)]
-    names = [name for name in names if name not in known and name not in _IN_LAUNCHES]
+    names = [name for name in names if name not in known and name not in _IN_BACKWARD_LAUNCHES]
     if backward and names == ["return_states"]:
         return "gradients of return_states, where any come, are for the kernels of one step alone"
     return f"{', '.join(names)}: for the kernels of one step alone" if names else None
@@ -374,7 +375,7 @@ def plan(
             return {"variant": "none", "layers": 1, "reason": why}
         layer = (size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         if device.type == "cuda":
-            options = _has_options_in_launches(settings, has_reset)
+            options = _has_options_in_launches(settings, has_reset, backward)
             return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device), options=options)
         return _C.plan(kind, T, B, sizes, *layer, settings.num_heads, settings.num_norms > 0)
 
@@ -384,7 +385,7 @@ def plan(
             return [], ""
         if why_step_by_step(settings, backward):
             return [], ""
-        if _has_options_in_launches(settings, has_reset):
+        if _has_options_in_launches(settings, has_reset, backward):
             return [], "layers with options within the recurrence run one by one"
         if settings.recompute and training:
             return [], "layers whose gates are computed again run one by one"

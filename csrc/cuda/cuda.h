@@ -265,6 +265,7 @@ struct PersistentOptions {
   const uint8_t* zoneout = nullptr;
   const uint8_t* zoneout_cell = nullptr;
   float rate = 0, cell_rate = 0;
+  float cell_clip = 0;  // the largest c of an LSTM; 0: any
   // (B, H), the layer's dtype: what rows begin anew from (null: zeros), and factors of h before W_hh.
   const void* reset_h = nullptr;
   const void* reset_c = nullptr;
@@ -273,6 +274,11 @@ struct PersistentOptions {
   // grad_h0 is wanted, too.
   void* grad_reset_h = nullptr;
   void* grad_reset_c = nullptr;
+  // Backward. The largest of what a step hands back to h of an earlier one, 0: any; with a mask in the steps where
+  // clips, (T, B) bytes, is not 0. No gradient goes back from steps at multiples of bptt_steps; 0: from none.
+  float grad_clip = 0;
+  const uint8_t* clips = nullptr;
+  int32_t bptt_steps = 0;
 };
 
 struct PersistentForward {
