@@ -841,7 +841,7 @@ def _is_sliced(settings: Settings, steps: Steps, input: Tensor | None) -> bool:
     assert input is not None
     if any(given is not None for given in (steps.batch_sizes, steps.lengths, steps.mask)):
         return True
-    # On CUDA what stops gradients runs step by step, and a slice of the plain cell in one launch.
+    # On CUDA a slice of the plain cell is one launch of any GPU's; what stops gradients within one is sm_90a's alone.
     within = _without_bptt_steps(settings).within or NOTHING_WITHIN
     return input.is_cuda and steps.reset is None and within._replace(num_heads=1) == NOTHING_WITHIN
 

@@ -264,14 +264,21 @@ def why_not_fused(*tensors: Tensor | None) -> str | None:
     return None
 
 
+# On what devices a step has two products with W_hh, the second of what the reset gate has left of h.
+_RESETS_BEFORE_PRODUCT = {"cuda"}
+
+
 def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: bool) -> str | None:
     """Why no fused kernel has these options; None when one does.
 
     Args:
         recorded: whether the call keeps what a backward pass needs.
     """
-    if not within.reset_after:
-        return "no fused kernel has reset_after=False, where the product with W_hn waits for the reset gate"
+    if not within.reset_after and input.device.type not in _RESETS_BEFORE_PRODUCT:
+        return (
+            f"no fused kernel has reset_after=False for {input.device.type} tensors: the product with W_hn has to wait "
+            "for the reset gate, as it does on CUDA alone"
+        )
     if kind.num_saved == 0 and within.zoneout and not within.training and recorded:
         return (
             "no fused kernel has zoneout of an RNN with gradients in eval mode: it keeps h alone, and h is a mean there"
@@ -284,19 +291,20 @@ def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: b
 _NOTHING_TO_LAUNCHES = {"num_heads", "training"}
 _NOTHING_TO_FORWARD = _NOTHING_TO_LAUNCHES | {"bptt_steps", "recurrent_grad_clip", "return_states"}
 # What these kernels have where warps can hand registers to others, besides resets.
-_IN_LAUNCHES = {"zoneout", "zoneout_cell", "recurrent_dropout", "reset_state"}
+_IN_LAUNCHES = {"zoneout", "zoneout_cell", "recurrent_dropout", "reset_state", "cell_clip"}
+_IN_BACKWARD_LAUNCHES = _IN_LAUNCHES | {"recurrent_grad_clip", "bptt_steps"}
 
 
-def _has_options_in_launches(settings: Settings, has_reset: bool) -> bool:
-    within = settings.within or NOTHING_WITHIN
-    return has_reset or any(getattr(within, name) != getattr(NOTHING_WITHIN, name) for name in _IN_LAUNCHES)
+def _has_options_in_launches(settings: Settings, has_reset: bool, backward: bool) -> bool:
+    within, names = settings.within or NOTHING_WITHIN, _IN_BACKWARD_LAUNCHES if backward else _IN_LAUNCHES
+    return has_reset or any(getattr(within, name) != getattr(NOTHING_WITHIN, name) for name in names)
 
 
 def why_step_by_step(settings: Settings, backward: bool) -> str | None:
     """What of a call on a CUDA device only the kernels of one step have; None where all of it has others, too."""
     within, known = settings.within or NOTHING_WITHIN, _NOTHING_TO_LAUNCHES if backward else _NOTHING_TO_FORWARD
     names = [name for name, value in within._asdict().items() if value != getattr(NOTHING_WITHIN, name)]
-    names = [name for name in names if name not in known and name not in _IN_LAUNCHES]
+    names = [name for name in names if name not in known and name not in _IN_BACKWARD_LAUNCHES]
     if backward and names == ["return_states"]:
         return "gradients of return_states, where any come, are for the kernels of one step alone"
     return f"{', '.join(names)}: for the kernels of one step alone" if names else None
@@ -368,7 +376,7 @@ def plan(
             return {"variant": "none", "layers": 1, "reason": why}
         layer = (size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         if device.type == "cuda":
-            options = _has_options_in_launches(settings, has_reset)
+            options = _has_options_in_launches(settings, has_reset, backward)
             return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device), options=options)
         return _C.plan(kind, T, B, sizes, *layer, settings.num_heads, settings.num_norms > 0)
 
@@ -378,7 +386,7 @@ def plan(
             return [], ""
         if why_step_by_step(settings, backward):
             return [], ""
-        if _has_options_in_launches(settings, has_reset):
+        if _has_options_in_launches(settings, has_reset, backward):
             return [], "layers with options within the recurrence run one by one"
         if settings.recompute and training:
             return [], "layers whose gates are computed again run one by one"
