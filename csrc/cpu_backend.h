@@ -22,6 +22,7 @@ struct Cpu {
   static constexpr bool adds_into_grad_x = true;
   static constexpr bool masks_in_kernels = false;
   static constexpr bool wavefronts = false;
+  static constexpr bool resets_before_product = false;
   explicit Cpu(const Tensor&) {}
   static int64_t vector_units(const Tensor& input) {
     return kernels().vector_bytes / int64_t(c10::elementSize(accumulation_dtype(input)));

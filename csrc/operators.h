@@ -11,6 +11,7 @@
 //   adds_into_grad_x                   whether the directions of a layer add into grad_x, which then holds zeros
 //   copy(to, from)                     of one size, both contiguous
 //   masks_in_kernels                   whether steps may have a mask; the others get the packed batch of its pieces
+//   resets_before_product              whether a GRU may have its reset gate before the product (reset_after=False)
 //   vector_units(input)                how many units each head has a multiple of
 //   wavefronts                         whether it may run several layers at once; with
 //     layers_at_once(sizes, layers, steps, backward)     how many of so many equal layers
@@ -102,6 +103,12 @@ T* slice(T* data, const Tensor& t, int64_t index) {
 inline const void* const_slice(const Tensor& t, int64_t index) { return slice(data_or_null(t), t, index); }
 inline void* mutable_slice(const Tensor& t, int64_t index) { return slice(mutable_data_or_null(t), t, index); }
 
+// What a caller has kernels for that not all have.
+struct Takes {
+  bool stored = false;  // matrices in another format than the rest, which is float32 then
+  bool reset_before = false;
+};
+
 // Arguments that forward and backward share, checked.
 struct Stack {
   Settings settings;
@@ -135,9 +142,8 @@ struct Stack {
   int64_t peephole() const { return projection() + (projects() ? 1 : 0); }
   bool projects() const { return P != H; }
 
-  // stored: the matrices may be in another format than the rest, which is float32 then.
   Stack(const Tensor& input_, const OptionalTensor& h0_, const OptionalTensor& c0_, at::TensorList params_,
-        const Controls& controls, const Settings& settings_, bool stored = false)
+        const Controls& controls, const Settings& settings_, Takes takes = {})
       : settings(settings_),
         D(settings.num_directions()),
         batch_first(settings.batch_first && !controls.batch_sizes),
@@ -153,11 +159,11 @@ struct Stack {
     read_steps(controls.batch_sizes);
     if (controls.mask) mask = read_marks(*controls.mask, "mask");
     if (controls.reset) reset = read_marks(*controls.reset, "reset");
-    check_within(controls);
+    check_within(controls, takes);
 
     const int64_t layers = num_layers(), fewest = settings.has_biases ? 4 : 2, given = int64_t(params_.size());
     TORCH_CHECK(given >= fewest, "params: expected at least ", fewest, " tensors, got ", given);
-    if (stored && input_.scalar_type() == at::kFloat) read_format(params_[0]);
+    if (takes.stored && input_.scalar_type() == at::kFloat) read_format(params_[0]);
     TORCH_CHECK(params_[1].dim() == 2, "params[1]: expected 2 dimensions, got ", params_[1].dim());
     H = params_[1].size(0) / gate_count(kind());
     const int64_t heads = settings.within.num_heads;
@@ -187,10 +193,12 @@ struct Stack {
     if (controls.zoneout_cell) zoneout_cell = read_bits(*controls.zoneout_cell, H, "zoneout_cell");
   }
 
-  void check_within(const Controls& controls) {
+  void check_within(const Controls& controls, Takes takes) {
     Within& within = settings.within;
     const bool is_lstm = kind() == CellKind::lstm;
-    TORCH_CHECK(within.reset_after, "reset_after: no kernel for a reset gate before the product");
+    TORCH_CHECK(within.reset_after || takes.reset_before, "reset_after: no kernel for a reset gate before the product");
+    TORCH_CHECK(within.reset_after || (kind() == CellKind::gru && !within.layer_norm),
+                "reset_after: expected True but for a GRU without layer_norm");
     TORCH_CHECK(is_lstm || (!within.peephole && !within.coupled_gates && within.cell_clip == 0 &&
                             within.zoneout_cell == 0 && !controls.zoneout_cell),
                 "settings: peephole, coupled_gates, cell_clip and zoneout_cell are of an LSTM alone");
@@ -205,8 +213,8 @@ struct Stack {
     const Within& w = settings.within;
     const Activation own = kind() == CellKind::rnn_relu ? Activation::relu : Activation::tanh;
     return settings.plain ||
-           (w.activation == own && w.recurrent_activation == Activation::sigmoid && !w.peephole && !w.coupled_gates &&
-            !w.layer_norm && w.cell_clip == 0 && w.zoneout == 0 && w.zoneout_cell == 0);
+           (w.activation == own && w.recurrent_activation == Activation::sigmoid && w.reset_after && !w.peephole &&
+            !w.coupled_gates && !w.layer_norm && w.cell_clip == 0 && w.zoneout == 0 && w.zoneout_cell == 0);
   }
   // Whether nothing was drawn for them either.
   bool plain_states() const {
@@ -646,7 +654,8 @@ ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& h0, const O
                           at::TensorList params, at::TensorList controls, Integers settings, Numbers numbers,
                           bool save) {
   Backend backend(input);
-  Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
+  Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers),
+              {false, Backend::resets_before_product});
   stack.fit_heads(Backend::vector_units(input));
   std::optional<Pieces> pieces;
   if constexpr (!Backend::masks_in_kernels) pieces = stack.take_pieces();
@@ -801,7 +810,8 @@ BackwardResult rnn_backward_by(Run run, const OptionalTensor& grad_output, const
                                const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
                                Integers settings, Numbers numbers, const c10::List<bool>& needs) {
   Backend backend(input);
-  Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers));
+  Stack stack(input, h0, c0, params, Controls::restore(controls), Settings::restore(settings, numbers),
+              {false, Backend::resets_before_product});
   const int64_t L = stack.num_layers(), D = stack.D, B = stack.B, N = stack.N, H = stack.H, P = stack.P;
   const bool has_cell = has_cell_state(stack.kind());
   stack.fit_heads(Backend::vector_units(input));

@@ -15,6 +15,7 @@
 #include <tuple>
 
 #include "cells/gru.h"
+#include "cells/gru_reset_before.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
 #include "cuda/cuda.h"
@@ -139,9 +140,13 @@ struct Cell {
   GateGrads input_grads, hidden_grads;  // of what W_ih and W_hh have multiplied
   GateGrads input_bias_grads, hidden_bias_grads;
   int own_saved;  // of these those of the gates; with layer normalisation those of both sides follow (cuda/cuda.h)
+  // Of the gates those whose W_hh multiplies h, the first ones; that of the others multiplies what the reset gate has
+  // left of it.
+  int gates_of_h;
   const cuda::CustomKernels* custom = nullptr;  // of a custom cell
 
   bool has_cell() const { return states > 0; }
+  bool resets_before() const { return gates_of_h < gates; }
   // Whether a gradient of h goes past W_hh.
   bool passes_h(CellKind kind) const { return kind == CellKind::gru || custom; }
 };
@@ -149,7 +154,7 @@ struct Cell {
 template <class C>
 Cell describe(bool layer_norm) {
   Cell cell{C::gates,        C::saved,       C::grad_gates,   C::states, C::input_grads,
-            C::hidden_grads, C::input_grads, C::hidden_grads, C::saved};
+            C::hidden_grads, C::input_grads, C::hidden_grads, C::saved,  C::gates};
   if (layer_norm) {
     cell.input_grads.first = C::grad_gates;
     cell.hidden_grads.first = C::grad_gates + C::gates;
@@ -165,12 +170,17 @@ Cell describe_custom(const LayerSizes& sizes, int device) {
   const cuda::CustomKernels* found = cuda::custom_kernels(sizes.kind, sizes.dtype, arch);
   TORCH_CHECK(found, "kind: this custom cell has no CUDA kernels here, and without Python none are compiled");
   const cuda::CustomKernels& c = *found;
-  return {c.gates,        c.saved,       c.grad_gates,   c.states, c.input_grads,
-          c.hidden_grads, c.input_grads, c.hidden_grads, c.saved,  found};
+  return {c.gates,       c.saved,        c.grad_gates, c.states, c.input_grads, c.hidden_grads,
+          c.input_grads, c.hidden_grads, c.saved,      c.gates,  found};
 }
 
-Cell cell_of(const LayerSizes& sizes, int device) {
+Cell cell_of(const LayerSizes& sizes, const Within& within, int device) {
   if (sizes.kind >= CellKind::custom) return describe_custom(sizes, device);
+  if (!within.reset_after) {
+    Cell cell = describe<GruResetBefore>(false);
+    cell.gates_of_h = GruResetBefore::gates_of_h;
+    return cell;
+  }
   switch (sizes.kind) {
     case CellKind::rnn_tanh: return describe<RnnTanh>(sizes.layer_norm);
     case CellKind::rnn_relu: return describe<RnnRelu>(sizes.layer_norm);
@@ -186,10 +196,11 @@ struct GateRun {
   int grad, gate, count;
 };
 
-// Neighbours in one product: an LSTM has one run, the input part of a GRU two.
-c10::SmallVector<GateRun, 4> runs_of(const GateGrads& grads, int gates) {
+// Of the gates from the `begin`-th to before the `end`-th. Neighbours in one product: an LSTM has one run, the input
+// part of a GRU two.
+c10::SmallVector<GateRun, 4> runs_of(const GateGrads& grads, int end, int begin = 0) {
   c10::SmallVector<GateRun, 4> runs;
-  for (int j = 0; j < gates; ++j) {
+  for (int j = begin; j < end; ++j) {
     if (!runs.empty() && grads.gate[j] == runs.back().gate + runs.back().count) {
       ++runs.back().count;
     } else {
@@ -215,6 +226,7 @@ class Cuda {
   static constexpr bool adds_into_grad_x = false;
   static constexpr bool masks_in_kernels = true;
   static constexpr bool wavefronts = true;
+  static constexpr bool resets_before_product = true;
 
   explicit Cuda(const Tensor& input) : stream_(input), options_(input.options()) {
     sum_dtype_ = accumulation_dtype(input);
@@ -364,8 +376,8 @@ bool has_options(const LayerBackward& layer) {
 // Whether the functions of its gates are the cell's own.
 bool has_own_gates(const LayerSizes& sizes, const Within& w) {
   const Activation own = sizes.kind == CellKind::rnn_relu ? Activation::relu : Activation::tanh;
-  return w.activation == own && w.recurrent_activation == Activation::sigmoid && !w.peephole && !w.coupled_gates &&
-         !w.layer_norm && w.cell_clip == 0;
+  return w.activation == own && w.recurrent_activation == Activation::sigmoid && w.reset_after && !w.peephole &&
+         !w.coupled_gates && !w.layer_norm;
 }
 Options options_of(const LayerForward& layer) {
   if (!has_options(layer)) return Options::none;
@@ -373,9 +385,8 @@ Options options_of(const LayerForward& layer) {
 }
 Options options_of(const LayerBackward& layer) {
   if (!has_options(layer)) return Options::none;
-  const Within& within = layer.within;
-  const bool in_launches = (layer.plain_gates || has_own_gates(layer.sizes, within)) && within.bptt_steps == 0 &&
-                           within.recurrent_grad_clip == 0 && !layer.grad_h.data && !layer.direction[0].grad_cells;
+  const bool in_launches = (layer.plain_gates || has_own_gates(layer.sizes, layer.within)) && !layer.grad_h.data &&
+                           !layer.direction[0].grad_cells;
   return in_launches ? Options::in_launches : Options::in_steps;
 }
 
@@ -387,6 +398,7 @@ cuda::PersistentOptions persistent_options(const Extras& extras, const Within& w
   o.zoneout_cell = extras.zoneout_cell;
   o.rate = float(within.zoneout);
   o.cell_rate = float(within.zoneout_cell);
+  o.cell_clip = float(within.cell_clip);
   o.reset_h = extras.reset_h;
   o.reset_c = extras.reset_c;
   o.dropout = extras.dropout;
@@ -439,7 +451,7 @@ std::string describe(const LayerSizes& sizes, const Steps& steps, const cuda::Pl
 // One layer, or several in a wavefront, of which the lowest alone has projections.
 void Cuda::forward(const LayerForward* layers, int64_t count) {
   const LayerForward& lowest = layers[0];
-  const Cell cell = cell_of(lowest.sizes, stream_.device());
+  const Cell cell = cell_of(lowest.sizes, lowest.within, stream_.device());
   const Products product(lowest.sizes.dtype, tf32_);
   Projections projections = make_projections(lowest, cell);
   const cuda::Plan chosen = plan(layers[count - 1].sizes, count, lowest.steps, false, options_of(lowest));
@@ -692,7 +704,7 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
   const bool projects = P != H, options = has_options(layer);
   const Within within = within_of_units(layer.within, projects);
 
-  Tensor products[2], running_h[2], running_c[2], unprojected[2], projected[2], multiplied[2];
+  Tensor products[2], running_h[2], running_c[2], unprojected[2], projected[2], multiplied[2], gated[2];
   FirstStates first[2];
   Tensor of_cell[2];
   cuda::ForwardNorm norms[2];
@@ -711,6 +723,7 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
     }
     if (projects) unprojected[d] = buffer({B, H});
     if (projects && options) projected[d] = sum_buffer({B, P});
+    if (cell.resets_before() && !dir.gates) gated[d] = buffer({B, H});
     if (s.layer_norm) {
       norms[d] = {dir.weights.norm_ih, dir.weights.norm_hh, dir.weights.norm_c, dir.weights.norm_c_bias};
       if (cell.has_cell()) {
@@ -754,8 +767,8 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
       const void* previous = k == 0 ? h0[d] : h[d];
       if (previous && multiplied[d].defined()) previous = multiplied[d].const_data_ptr();
       if (previous) {
-        product(to.rows, GH, P, {previous, P}, {dir.weights.w_hh, P, true}, products[d].mutable_data_ptr(), GH, 0,
-                true);
+        product(to.rows, cell.gates_of_h * H, P, {previous, P}, {dir.weights.w_hh, P, true},
+                products[d].mutable_data_ptr(), GH, 0, true);
         to.product = products[d].const_data_ptr();
       }
       to.mask = steps.mask ? steps.mask + row : nullptr;
@@ -785,6 +798,20 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
       also.reset_h = extras.reset_h;
       also.dropout = extras.dropout;
       also.multiplied = mutable_data_or_null(multiplied[d]);
+      if (!cell.resets_before()) continue;
+      // Of the saved values that which no projection stands in the place of.
+      also.gated = dir.gates ? advance(to.gates, (cell.saved - 1) * H, size_) : mutable_data_or_null(gated[d]);
+      also.gated_stride = dir.gates ? cell.saved * H : H;
+    }
+    if (cell.resets_before()) {
+      check(cuda::reset_forward(s.dtype, H, step, more, within, D, stream_.handle()));
+      for (int d = 0; d < D; ++d) {
+        if (!step[d].product) continue;
+        const int64_t first = cell.gates_of_h * H;
+        product(step[d].rows, GH - first, H, {more[d].gated, more[d].gated_stride},
+                {advance(layer.direction[d].weights.w_hh, first * H, size_), H, true},
+                advance(products[d].mutable_data_ptr(), first, sum_size_), GH, 0, true);
+      }
     }
     if (s.layer_norm) {
       check(cuda::step_forward_with_norm(s.kind, s.dtype, H, step, more, norms, within, D, stream_.handle()));
@@ -837,7 +864,7 @@ void Cuda::steps_forward(const LayerForward& layer, const Cell& cell, const Prod
 // One layer, or several in a wavefront.
 void Cuda::backward(const LayerBackward* given, int64_t count) {
   const LayerSizes& s = given[count - 1].sizes;
-  const Cell cell = cell_of(s, stream_.device());
+  const Cell cell = cell_of(s, given[0].within, stream_.device());
   const Products product(s.dtype, tf32_);
   const int64_t H = s.hidden_size, P = s.state_size, N = given[0].steps.total_rows(), width = cell.grad_gates * H;
   const int D = s.num_directions;
@@ -916,11 +943,16 @@ void Cuda::backward(const LayerBackward* given, int64_t count) {
   if (chosen.variant != cuda::Variant::none) {
     const Tensor workspace = at::empty({chosen.workspace_bytes}, options_.dtype(at::kByte));
     // Gradients of what rows began anew from, in the sum type; with them that of h0 is made, if nobody wants it.
-    Tensor grad_reset_h[2], grad_reset_c[2], grad_h0[2];
+    Tensor grad_reset_h[2], grad_reset_c[2], grad_h0[2], clipped[2];
     for (int d = 0; d < D && options != Options::none; ++d) {
       const DirectionBackward& dir = layers[0].direction[d];
       cuda::PersistentBackward& to = parts[d];
-      to.options = persistent_options(dir.extras, layers[0].within);
+      const Within& within = layers[0].within;
+      to.options = persistent_options(dir.extras, within);
+      to.options.grad_clip = float(within.recurrent_grad_clip);
+      to.options.bptt_steps = int32_t(std::min(within.bptt_steps, given[0].steps.T));  // from which on none ends
+      if (within.recurrent_grad_clip > 0 && given[0].steps.mask)
+        to.options.clips = static_cast<const uint8_t*>((clipped[d] = clipped_rows(given[0].steps, d)).const_data_ptr());
       if (dir.grad_reset_h) {
         to.options.grad_reset_h = (grad_reset_h[d] = sum_buffer({B, H}).zero_()).mutable_data_ptr();
         if (!to.grad_h0) to.grad_h0 = (grad_h0[d] = buffer({B, H})).mutable_data_ptr();
@@ -1111,13 +1143,14 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
   const bool projects = P != H, options = has_options(layer);
   const Within within = within_of_units(layer.within, projects);
   const at::ScalarType dtype = options_.dtype().toScalarType();
-  const auto runs = runs_of(cell.hidden_grads, cell.gates);
+  const auto runs = runs_of(cell.hidden_grads, cell.gates_of_h);
+  const auto runs_of_gated = runs_of(cell.hidden_grads, cell.gates, cell.gates_of_h);
   // What of a gradient of h goes past W_hh: that of a GRU's kept part, of rows whose state goes on as it is, of
   // zoneout.
   const bool has_direct_part = cell.passes_h(s.kind) || steps.mask || options;
 
   Tensor dh[2], dc[2], unprojected[2], dropped[2], clipped[2], grad_peephole[2], grad_reset_h[2], grad_reset_c[2];
-  Tensor to_output[2];
+  Tensor to_output[2], grad_gated[2];
   // The running gradient ends as that of the initial state; where both have one type, they share the memory.
   const auto running = [&](void* final, int64_t columns, const void* seed) {
     const Tensor t =
@@ -1131,6 +1164,7 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
     if (cell.has_cell()) dc[d] = running(dir.grad_c0, C, dir.grad_c_n);
     if (projects) unprojected[d] = sum_buffer({B, H});
     if (dir.extras.dropout) dropped[d] = sum_buffer({B, P});
+    if (cell.resets_before()) grad_gated[d] = sum_buffer({B, H});
     if (s.layer_norm && cell.has_cell()) to_output[d] = sum_buffer({B, H});
     if (within.recurrent_grad_clip > 0 && steps.mask) clipped[d] = clipped_rows(steps, d);
     if (dir.grad_peephole) grad_peephole[d] = sum_buffer({B, 3 * H}).zero_();
@@ -1177,6 +1211,9 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
         also.peephole = dir.weights.peephole;
         also.grad_peephole = mutable_data_or_null(grad_peephole[d]);
         also.hidden = advance(mutable_data_or_null(hidden[d]), row * H, size_);
+        also.grad_gated = data_or_null(grad_gated[d]);
+        also.dropout = extras.dropout;
+        also.grad_multiplied = mutable_data_or_null(dropped[d]);
         const Weights& w = dir.weights;
         norms[d] = {w.norm_ih, w.norm_hh, w.norm_c, w.norm_c_bias, mutable_data_or_null(to_output[d])};
         norms[d].normal_c = advance(mutable_slice(of_cell[d], 0), row * H, sum_size_);
@@ -1239,12 +1276,21 @@ void Cuda::steps_backward(const LayerBackward& layer, const Cell& cell, const Pr
     } else {
       check(cuda::step_backward(s.kind, s.dtype, H, step, D, stream_.handle()));
     }
+    if (cell.resets_before()) {
+      for (int d = 0; d < D; ++d) {
+        for (const GateRun& run : runs_of_gated)
+          product(step[d].rows, H, run.count * H, {advance(step[d].grad_gates, run.grad * H, size_), width},
+                  {advance(layer.direction[d].weights.w_hh, run.gate * H * H, size_), H},
+                  grad_gated[d].mutable_data_ptr(), H, 0, true);
+      }
+      check(cuda::reset_backward(s.dtype, H, step, more, within, D, stream_.handle()));
+    }
     cuda::HandedBack handed_back[2];
     bool hands_back = false;
     for (int d = 0; d < D; ++d) {
       const DirectionBackward& dir = layer.direction[d];
       const bool wanted = k < T - 1 || dir.grad_h0 || dir.grad_reset_h, drops = dropped[d].defined();
-      double beta = has_direct_part && !drops ? 1 : 0;
+      double beta = (has_direct_part && !drops) || cell.resets_before() ? 1 : 0;
       for (const GateRun& run : runs) {
         if (!wanted) break;
         product(step[d].rows, P, run.count * H, {advance(step[d].grad_gates, run.grad * H, size_), width},
@@ -1294,7 +1340,8 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
   const DirectionBackward& dir = layer.direction[d];
   const int64_t H = s.hidden_size, P = s.state_size, I = s.input_size, B = steps.B, N = steps.total_rows();
   const int64_t width = cell.grad_gates * H;
-  const auto input_runs = runs_of(cell.input_grads, cell.gates), hidden_runs = runs_of(cell.hidden_grads, cell.gates);
+  const auto input_runs = runs_of(cell.input_grads, cell.gates);
+  const auto hidden_runs = runs_of(cell.hidden_grads, cell.gates_of_h);
   // The gradients of `run` in rows from `row` on, as the transposed factor.
   const auto grads = [&](const GateRun& run, int64_t row) {
     return Matrix{advance(grad_gates, row * width + run.grad * H, size_), width, true};
@@ -1341,6 +1388,13 @@ void Cuda::weight_gradients(const LayerBackward& layer, const Cell& cell, const 
         stream_.clear(out, run.count * H * P * size_);
       }
     }
+  }
+
+  for (const GateRun& run : runs_of(cell.hidden_grads, cell.gates, cell.gates_of_h)) {
+    if (!dir.grad_w_hh) break;
+    const void* gated = advance(dir.gates, (cell.saved - 1) * H, size_);
+    product(run.count * H, H, N, grads(run, 0), {gated, cell.saved * H},
+            advance(dir.grad_w_hh, run.gate * H * H, size_), H, 0);
   }
 
   if (dir.grad_b_ih || dir.grad_b_hh) {

@@ -202,6 +202,11 @@ struct StepGradients {
   const void *more_of_sums = nullptr, *more_of_h = nullptr, *more_of_c = nullptr;
   // Where they go: those of the sums with what was added, and those of h and c after the step.
   void *sums = nullptr, *h = nullptr, *c = nullptr;
+  // What else gradients of parameters are sums of: with a projection the gradient of the projected h (P) and h before
+  // it (H), with peepholes the c that o sees (H). With layer normalisation W_ih x and W_hh h normalised and their
+  // gradients before that, each (2 * G * H), and for an LSTM c normalised and its gradient, with gain and bias (H).
+  void *projected = nullptr, *hidden = nullptr, *seen_c = nullptr;
+  void *normal = nullptr, *before_norms = nullptr, *normal_c = nullptr, *of_normal_c = nullptr;
 };
 
 struct LayerBackward {

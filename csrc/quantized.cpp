@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_quantized(const Tensor& input, const Opti
                                                  const OptionalTensor& mask, Integers settings, Numbers numbers) {
   Controls controls;
   controls.mask = mask;
-  const Stack stack(input, h0, c0, params, controls, Settings::restore(settings, numbers), true);
+  const Stack stack(input, h0, c0, params, controls, Settings::restore(settings, numbers), Takes{true});
   TORCH_CHECK(input.scalar_type() == at::kFloat, "input: expected float32, got ", input.scalar_type());
   TORCH_CHECK(!is_custom(stack.kind()), "settings: expected no custom cell");
   // Sums of 255 * 127 * K fit 32 bits.

@@ -53,7 +53,7 @@ using PackedPtr = std::shared_ptr<Packed>;
 PackedPtr pack_stack(const Tensor& like, const std::vector<Tensor>& params, const std::vector<int64_t>& integers,
                      const std::vector<double>& numbers) {
   TORCH_CHECK(like.device().is_cpu(), "like: expected a tensor of the CPU, got one on ", like.device());
-  Stack stack(like, {}, {}, params, Controls(), Settings::restore(integers, numbers), true);
+  Stack stack(like, {}, {}, params, Controls(), Settings::restore(integers, numbers), Takes{true});
   TORCH_CHECK(stack.D == 1, "settings: expected one direction");
   TORCH_CHECK(like.scalar_type() != at::kHalf, "like: expected float32, float64 or bfloat16, got ", like.scalar_type());
   TORCH_CHECK(!is_custom(stack.kind()), "settings: expected no custom cell");

@@ -240,13 +240,13 @@ def check_no_projection(cell: str, proj_size: Any) -> None:
         raise ValueError(f"proj_size: expected 0 for {cell}, got {_describe(proj_size)}; only an LSTM has a projection")
 
 
-def check_cell_constructor(input_size: Any, hidden_size: Any) -> None:
-    """Sizes of a cell; as in ``torch.nn`` they may be 0."""
+def check_cell_constructor(input_size: Any, hidden_size: Any, least: int) -> None:
+    """Sizes of a cell; those of ``torch.nn`` may be 0."""
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
         if not isinstance(size, numbers.Integral):
             raise TypeError(f"{name}: expected an int, got {_describe(size)}")
-        if size < 0:
-            raise ValueError(f"{name}: expected at least 0, got {size}")
+        if size < least:
+            raise ValueError(f"{name}: expected at least {least}, got {size}")
 
 
 # What a call must look like
@@ -272,16 +272,16 @@ def _make_param_specs(settings: Settings) -> tuple[ParamSpec, ...]:
     rows = settings.kind.num_gates * settings.hidden_size
     state_size = settings.state_size
     columns_hh = state_size // settings.num_heads
+    shape_hh: tuple[int, ...] = (rows,) if settings.is_independent else (rows, columns_hh)
     if settings.is_cell:
-        shapes: list[tuple[int, ...]] = [(rows, settings.input_size), (rows, columns_hh)]
-        shapes += [(rows,)] * (2 * settings.bias) + [(3 * state_size,)] * settings.has_peepholes
+        shapes: list[tuple[int, ...]] = [(rows, settings.input_size), shape_hh]
+        shapes += [(rows,)] * settings.num_biases + [(3 * state_size,)] * settings.has_peepholes
         shapes += [shape for _, shape in norm_specs(settings)]
         return tuple(zip(settings.cell_names, shapes, strict=False))
     specs: list[ParamSpec] = []
     for layer in range(settings.num_layers):
         columns = settings.input_size if layer == 0 else state_size * settings.num_directions
         for suffix in (f"_l{layer}", f"_l{layer}_reverse") if settings.bidirectional else (f"_l{layer}",):
-            shape_hh = (rows,) if settings.is_independent else (rows, columns_hh)
             specs += [(f"weight_ih{suffix}", (rows, columns)), (f"weight_hh{suffix}", shape_hh)]
             biases = ("bias_ih", "bias_hh")[: settings.num_biases]
             specs += [(f"{bias}{suffix}", (rows,)) for bias in biases]
@@ -632,8 +632,8 @@ def check_cell_input(settings: Settings, input: Tensor, h: Tensor | None, c: Ten
         )
     sizes = shape[:-1]
     if h is not None:
-        expected = (*sizes, settings.hidden_size)
-        _check_state_shapes(h, c, expected, expected, settings.is_cell)
+        c_shape = (*sizes, settings.kind.num_states * settings.hidden_size)
+        _check_state_shapes(h, c, (*sizes, settings.hidden_size), c_shape, settings.is_cell)
     return sizes
 
 
@@ -671,10 +671,8 @@ def raise_first_weight(params: Any) -> NoReturn:
     raise_not_matrix("weight_ih_l0", params[0])
 
 
-def raise_first_weight_empty(kind: AnyCellKind, weight: Tensor) -> NoReturn:
-    raise RuntimeError(
-        f"weight_ih_l0: expected at least ({kind.num_gates}, 1), a unit and a feature, got {_shape(weight)}"
-    )
+def raise_first_weight_empty(kind: AnyCellKind, weight: Tensor, name: str = "weight_ih_l0") -> NoReturn:
+    raise RuntimeError(f"{name}: expected at least ({kind.num_gates}, 1), a unit and a feature, got {_shape(weight)}")
 
 
 def raise_not_matrix(name: str, weight: Any) -> NoReturn:

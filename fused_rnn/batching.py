@@ -18,7 +18,7 @@ from .settings import INTEGER_SETTINGS, Controls, Within, kind_of
 
 __all__ = ["num_states_behind", "register", "row_dim", "row_dims_of_controls", "take_derivatives", "transforms"]
 
-HasKernels = Callable[[Tensor, list[Tensor], list[int], list[float]], bool]
+HasKernels = Callable[[Tensor, int], bool]
 
 _rnn_forward = torch.ops.fused_rnn.rnn_forward.default
 _rnn_backward = torch.ops.fused_rnn.rnn_backward.default
@@ -130,17 +130,9 @@ def _with_dims_of_models(results: Any) -> tuple[Any, Any]:
     return results, tree_map(lambda t: None if t.dim() == 1 and t.numel() == 0 else 0, results)
 
 
-def _has_gradients_each(
-    has_kernels: HasKernels,
-    input: Tensor,
-    params: Sequence[Tensor],
-    integers: Sequence[int],
-    numbers: Sequence[float],
-) -> bool:
+def _has_gradients_each(has_kernels: HasKernels, input: Tensor, integers: Sequence[int]) -> bool:
     """Whether ``rnn_backward_each`` takes a call."""
-    if _is_forward_mode() or take_derivatives(transforms()):
-        return False
-    return has_kernels(input, list(params), list(integers), list(numbers))
+    return not _is_forward_mode() and not take_derivatives(transforms()) and has_kernels(input, integers[0])
 
 
 def row_dim(integers: Sequence[int], packed: bool = False) -> int:
@@ -289,7 +281,7 @@ def _batched_rnn_backward(has_kernels, info, in_dims, *arguments):  # type: igno
     if rows is None:
         return None
     of_weights = any(needs[3 : 3 + rows.num_weights])
-    if not of_weights or _has_gradients_each(has_kernels, input, params, integers, numbers):
+    if not of_weights or _has_gradients_each(has_kernels, input, integers):
         return _backward_of_rows(rows, in_dims, arguments)
     if rows.in_pieces and _is_saved_of_all(in_dims):
         return _loop_over_examples(_backward_anew, info, in_dims, arguments)
@@ -327,7 +319,7 @@ def _batched_cell_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if any(dim is not None for dim in in_dims[5]):
         return None
-    if any(needs[3:]) and not _has_gradients_each(has_kernels, input, params, integers, numbers):
+    if any(needs[3:]) and not _has_gradients_each(has_kernels, input, integers):
         return None
     examples = _Examples(info.batch_size)
     grad_h, grad_c, input, h, c = (
@@ -359,7 +351,7 @@ def register(has_kernels: HasKernels) -> None:
     """The rules of all operators.
 
     Args:
-        has_kernels: whether ``rnn_backward_each`` takes a call, from its input, params, settings and numbers.
+        has_kernels: whether ``rnn_backward_each`` takes a call, from its input and the number of its kind of cell.
     """
     _register_batching_rule(_rnn_forward, _batched_rnn_forward)
     _register_batching_rule(_rnn_backward, functools.partial(_batched_rnn_backward, has_kernels))

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from . import _checks, functional, initial
 from .options import HasOptionsWithin, changed_options, set_options
-from .settings import CELL_OPTIONS, NOTHING_WITHIN, CellKind, CellOptions, Settings, Within, cell_settings, show_options
+from .settings import (
+    CELL_OPTIONS,
+    NOTHING_WITHIN,
+    AnyCellKind,
+    Around,
+    CellKind,
+    CellOptions,
+    ForwardOptions,
+    Settings,
+    Within,
+    cell_settings,
+    show_options,
+)
 from .twin import HasTwin
 from .weights import ByAttribute, narrow_to_heads
 
@@ -17,15 +30,19 @@ if TYPE_CHECKING:
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
+class RecurrentCell(HasTwin, HasOptionsWithin, ByAttribute, nn.RNNCellBase):
+    """What all cells share; ``RNNCellBase`` creates and initialises the parameters."""
 
-class _Cell(HasTwin, HasOptionsWithin, ByAttribute, nn.RNNCellBase):
-    """What the three cells share; ``RNNCellBase`` creates and initialises the parameters."""
+    # Of torch.nn's cells; others say what they have in place of it.
+    _names: ClassVar[tuple[str, ...]] = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    _params_of: ClassVar[Callable[..., list[Any]]] = staticmethod(functional.cell_params)  # of these, one by one
+    _least_size: ClassVar[int] = 0
+    _around: ClassVar[Around | None] = None
 
     def __init__(
         self,
-        kind: CellKind,
+        kind: AnyCellKind,
         input_size: int,
         hidden_size: int,
         bias: bool,
@@ -33,7 +50,7 @@ class _Cell(HasTwin, HasOptionsWithin, ByAttribute, nn.RNNCellBase):
         dtype: Any,
         options: CellOptions,
     ) -> None:
-        _checks.check_cell_constructor(input_size, hidden_size)
+        _checks.check_cell_constructor(input_size, hidden_size, self._least_size)
         _checks.check_names("a cell", options, CELL_OPTIONS)
         _checks.check_options(options)
         is_lstm, is_gru = kind == CellKind.LSTM, kind == CellKind.GRU
@@ -94,21 +111,21 @@ class _Cell(HasTwin, HasOptionsWithin, ByAttribute, nn.RNNCellBase):
         changed = [f", {name}={value!r}" for name, value in changed_options(self, CELL_OPTIONS).items()]
         return super().extra_repr() + "".join(changed)
 
-    def _kind(self) -> CellKind:
+    def _kind(self) -> AnyCellKind:
         raise NotImplementedError
 
     def _params(self) -> list[Any]:
         """The parameters as they are now: see the layers. Biases are left out if there are none."""
         parameters: dict[str, Any] = self._parameters
         try:
-            tensors = [parameters[name] for name in _NAMES]
+            tensors = [parameters[name] for name in self._names]
         except KeyError:  # parametrized, or replaced by a plain tensor
-            tensors = [getattr(self, name) for name in _NAMES]
-        params = functional.cell_params(*tensors)
+            tensors = [getattr(self, name) for name in self._names]
+        params = self._params_of(*tensors)
         return params if self._within is None else [*params, *self._params_of_options()]
 
     def _params_by_attribute(self) -> list[Any]:
-        return [*functional.cell_params(*[getattr(self, name) for name in _NAMES]), *self._params_of_options()]
+        return [*self._params_of(*[getattr(self, name) for name in self._names]), *self._params_of_options()]
 
     def _params_of_options(self) -> list[Any]:
         return [getattr(self, name) for name in self._names_of_options()]
@@ -131,18 +148,23 @@ class _Cell(HasTwin, HasOptionsWithin, ByAttribute, nn.RNNCellBase):
         if within is not None or kind == CellKind.RNN_TANH:
             within = self._call_within()
         if within is None:
-            return cell_settings(kind, self.input_size, self.hidden_size, _NAMES[: len(params)])
+            names = self._names[: len(params)]
+            return cell_settings(kind, self.input_size, self.hidden_size, names, None, self._around)
         of_options = self._names_of_options()
-        names = (*_NAMES[: len(params) - len(of_options)], *of_options)
-        return cell_settings(kind, self.input_size, self.hidden_size, names, within)
+        names = (*self._names[: len(params) - len(of_options)], *of_options)
+        return cell_settings(kind, self.input_size, self.hidden_size, names, within, self._around)
 
     def _run(self, input: Tensor, hx: Any, reset: Any, reset_state: Any) -> Any:
         params = self._params()
         steps = functional.cell_steps(reset, reset_state)
         return functional.call_cell(self._settings_for(params), input, hx, params, steps)
 
+    def _for_operators(self, hx: Any, steps: ForwardOptions) -> tuple[Any, ForwardOptions]:
+        """States as functions and operators have them: h, or (h, c)."""
+        return hx, steps
 
-class LSTMCell(_Cell):
+
+class LSTMCell(RecurrentCell):
     """One step of an LSTM, drop-in for :class:`torch.nn.LSTMCell`; the formula is :class:`fused_rnn.LSTM`'s.
 
     Args:
@@ -209,7 +231,7 @@ class LSTMCell(_Cell):
         return self._run(input, hx, reset, reset_state)
 
 
-class _SingleStateCell(_Cell):
+class _SingleStateCell(RecurrentCell):
     """Cells whose state is h alone."""
 
     def forward(

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from . import _checks, backend, compiling, formulas
+from .cells import RecurrentCell
 from .expressions import Step, Trace, evaluate
 from .layers import Recurrent
 from .settings import (
+    CELL_OPTIONS,
     LAYER_OPTIONS,
     STEP_OPTIONS,
     AnyCellKind,
+    CellOptions,
     CellShape,
     ForwardOptions,
     LayerOptions,
@@ -33,7 +36,7 @@ from .settings import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SLSTM", "CustomLayer", "load_cell"]
+__all__ = ["SLSTM", "CustomCell", "CustomLayer", "SLSTMCell", "load_cell"]
 
 _log = logging.getLogger("fused_rnn")
 
@@ -53,7 +56,120 @@ _OF_GATES += ("forget_bias", "layer_norm")
 _classes: dict[tuple[str, str], type[CustomLayer]] = {}
 
 
-class CustomLayer(Recurrent):
+class _OfCustomStep:
+    """What layers and cells of a custom step share."""
+
+    _custom: ClassVar[AnyCellKind]
+    _header: ClassVar[str]  # its text
+    _step: ClassVar[Step]
+
+    def _check_gates(self, options: Mapping[str, Any]) -> None:
+        """Options that concern gates have no meaning here."""
+        for name, value in options.items():
+            if name in _OF_GATES and value != LAYER_OPTIONS[name]:
+                raise ValueError(
+                    f"{name}: expected {LAYER_OPTIONS[name]!r} for a {type(self).__name__}, a custom cell, whose gates "
+                    f"are as its header has them, got {value!r}"
+                )
+
+    def _for_operators(self, hx: Any, steps: ForwardOptions) -> tuple[Any, ForwardOptions]:
+        """Operators have the private states side by side."""
+        if self._custom.num_states <= 1:
+            return hx, steps
+        if steps.get("reset_state") is not None:
+            steps = {**steps, "reset_state": self._join(steps["reset_state"], "reset_state")}
+        return self._join(hx, "hx"), steps
+
+    def _join(self, states: Any, name: str) -> Any:
+        if states is None:
+            return None
+        count = self._custom.num_states + 1
+        if not isinstance(states, (tuple, list)) or len(states) != count:
+            error = RuntimeError if isinstance(states, (tuple, list)) else TypeError
+            raise error(f"{name}: expected a tuple of {count} Tensors or None, got {_checks._describe(states)}")
+        for index, state in enumerate(states):
+            if not isinstance(state, Tensor):
+                raise TypeError(f"{name}[{index}]: expected a Tensor, got {_checks._describe(state)}")
+            if state.shape != states[0].shape:
+                expected = tuple(states[0].shape)
+                raise RuntimeError(f"{name}[{index}]: expected {expected} as {name}[0] has, got {tuple(state.shape)}")
+        return states[0], torch.cat(tuple(states[1:]), dim=-1)
+
+    def _apart(self, states: Any) -> Any:
+        """The inverse of :meth:`_join`."""
+        count = self._custom.num_states
+        return (states[0], *states[1].chunk(count, dim=-1)) if count > 1 else states
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """With its header instead of a class that no module has."""
+        reduced = super().__reduce_ex__(protocol)
+        if "_header" not in vars(type(self)) or not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (self._maker, (self._header, self._name), *reduced[2:])
+
+    _maker: ClassVar[Any]  # a function: of an empty module, from the header and the name of the step
+    _name: ClassVar[str]
+
+
+class CustomCell(_OfCustomStep, RecurrentCell):
+    """One step of a custom cell. :func:`load_cell` makes a class of this kind for each header, ``Cell`` of the layer's.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: features of the state, H.
+        bias, device, dtype: as :class:`fused_rnn.LSTMCell`.
+        num_heads, recurrent_dropout, zoneout: the same.
+
+    Raises:
+        TypeError, ValueError: a size that is no int, or less than 1; an option that concerns gates, or is out of range.
+
+    Parameters, each drawn uniformly between :math:`\\pm 1 / \\sqrt{H}`: ``weight_ih`` (G*H, I), ``weight_hh``
+    (G*H, H / num_heads), ``bias_ih`` and ``bias_hh`` (G*H), or ``None``, with G gates in the order of the header. They
+    are those of a layer without the ``_l0`` of their names.
+    """
+
+    _least_size = 1
+
+    @show_options(CELL_OPTIONS)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Unpack[CellOptions],
+    ) -> None:
+        self._check_gates(options)
+        super().__init__(self._custom, input_size, hidden_size, bias, device, dtype, options)
+
+    def _kind(self) -> AnyCellKind:
+        return self._custom
+
+    def _prepare_option(self, name: str, value: Any) -> None:
+        self._check_gates({name: value})
+        super()._prepare_option(name, value)
+
+    def forward(self, input: Tensor, hx: Any = None, *, reset: Tensor | None = None, reset_state: Any = None) -> Any:
+        """One step.
+
+        Args:
+            input: (B, I), or (I) without a batch.
+            hx: h (B, H), or for a cell with private states the tuple of h and each of them, all of this shape, without
+                B for an input without a batch; ``None`` for zeros.
+            reset: as :meth:`fused_rnn.LSTMCell.forward` has it; reset_state: as ``hx``.
+
+        Returns:
+            What ``hx`` is, after the step.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`fused_rnn.LSTMCell.forward`.
+        """
+        hx, steps = self._for_operators(hx, {"reset": reset, "reset_state": reset_state})
+        return self._apart(self._run(input, hx, steps.get("reset"), steps.get("reset_state")))
+
+
+class CustomLayer(_OfCustomStep, Recurrent):
     """Layers of a custom cell, over a sequence. :func:`load_cell` makes a class of this kind for each header.
 
     Args:
@@ -65,11 +181,12 @@ class CustomLayer(Recurrent):
     Parameters, for layer k, and with suffix ``_reverse`` for the second direction, each drawn uniformly between
     :math:`\\pm 1 / \\sqrt{H}`: ``weight_ih_l{k}`` (G*H, I; D*H in place of I for k > 0), ``weight_hh_l{k}`` (G*H, H),
     ``bias_ih_l{k}`` and ``bias_hh_l{k}`` (G*H), with G gates in the order of the header.
+
+    ``Cell``, of the class, is the class of a single step: :class:`CustomCell`.
     """
 
+    Cell: ClassVar[type[CustomCell]]
     _custom: ClassVar[AnyCellKind]
-    _header: ClassVar[str]  # its text
-    _step: ClassVar[Step]
 
     @show_options(LAYER_OPTIONS)
     def __init__(
@@ -102,13 +219,7 @@ class CustomLayer(Recurrent):
         )
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Those that concern gates have no meaning here."""
-        for name, value in options.items():
-            if name in _OF_GATES and value != LAYER_OPTIONS[name]:
-                raise ValueError(
-                    f"{name}: expected {LAYER_OPTIONS[name]!r} for a {type(self).__name__}, a custom cell, whose gates "
-                    f"are as its header has them, got {value!r}"
-                )
+        self._check_gates(options)
         if not options.get("recurrent_bias", True) and self._step.apart > 0:
             raise ValueError(
                 f"recurrent_bias: expected True for a {type(self).__name__}, in which W_hh h + b_hh of a gate is used "
@@ -138,45 +249,20 @@ class CustomLayer(Recurrent):
             TypeError, ValueError, RuntimeError: as :meth:`fused_rnn.LSTM.forward`.
         """
         output, *states = self._run(input, *self._for_operators(hx, steps))
-        count = self._custom.num_states
-        if count > 1:
-            states = [(h, *c.chunk(count, dim=-1)) for h, c in states]
-        return output, *states
-
-    def _for_operators(self, hx: Any, steps: ForwardOptions) -> tuple[Any, ForwardOptions]:
-        if self._custom.num_states <= 1:
-            return hx, steps
-        if steps.get("reset_state") is not None:
-            steps = {**steps, "reset_state": self._join(steps["reset_state"], "reset_state")}
-        return self._join(hx, "hx"), steps
-
-    def _join(self, states: Any, name: str) -> Any:
-        """Operators have the private states side by side."""
-        if states is None:
-            return None
-        count = self._custom.num_states + 1
-        if not isinstance(states, (tuple, list)) or len(states) != count:
-            error = RuntimeError if isinstance(states, (tuple, list)) else TypeError
-            raise error(f"{name}: expected a tuple of {count} Tensors or None, got {_checks._describe(states)}")
-        for index, state in enumerate(states):
-            if not isinstance(state, Tensor):
-                raise TypeError(f"{name}[{index}]: expected a Tensor, got {_checks._describe(state)}")
-            if state.shape != states[0].shape:
-                expected = tuple(states[0].shape)
-                raise RuntimeError(f"{name}[{index}]: expected {expected} as {name}[0] has, got {tuple(state.shape)}")
-        return states[0], torch.cat(tuple(states[1:]), dim=-1)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """With its header instead of a class that no module has."""
-        reduced = super().__reduce_ex__(protocol)
-        if "_header" not in vars(type(self)) or not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return reduced
-        return (_new_layer, (self._header, type(self).__name__), *reduced[2:])
+        return output, *map(self._apart, states)
 
 
 def _new_layer(header: str, name: str) -> CustomLayer:
     cls = load_cell_text(header, name, name)
     return cls.__new__(cls)
+
+
+def _new_cell(header: str, name: str) -> CustomCell:
+    cls = load_cell_text(header, name, name).Cell
+    return cls.__new__(cls)
+
+
+CustomLayer._maker, CustomCell._maker = staticmethod(_new_layer), staticmethod(_new_cell)
 
 
 def load_cell(path: str | os.PathLike[str], name: str | None = None) -> type[CustomLayer]:
@@ -206,7 +292,8 @@ def load_cell(path: str | os.PathLike[str], name: str | None = None) -> type[Cus
         name: of the struct, where the header has several; the class gets its name.
 
     Returns:
-        the class, the same for the same text and name.
+        the class, the same for the same text and name; its ``Cell`` is the class of a single step, like
+        :class:`fused_rnn.LSTMCell`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -235,9 +322,15 @@ def load_cell_text(text: str, name: str, origin: str) -> type[CustomLayer]:
 
 
 def _make_class(text: str, name: str, trace: Trace) -> type[CustomLayer]:
-    documentation = f"Layers of the custom cell {name}.\n\n{(CustomLayer.__doc__ or '').partition(chr(10) * 2)[2]}"
-    members = {**_members(name, trace), "_header": text, "__doc__": documentation, "__module__": __name__}
-    return type(name, (CustomLayer,), members)
+    members = {**_members(name, trace), "_header": text, "_name": name, "__module__": __name__}
+
+    def derive(base: type, class_name: str, what: str, **more: Any) -> Any:
+        documentation = f"{what} of the custom cell {name}.\n\n{(base.__doc__ or '').partition(chr(10) * 2)[2]}"
+        return type(class_name, (base,), {**members, "__doc__": documentation, **more})
+
+    cell = derive(CustomCell, f"{name}Cell", "One step", __qualname__=f"{name}.Cell")
+    layer: type[CustomLayer] = derive(CustomLayer, name, "Layers", Cell=cell)
+    return layer
 
 
 def _members(name: str, trace: Trace) -> dict[str, Any]:
@@ -333,6 +426,32 @@ if backend.ops is not None:
 _SLSTM = _members("SLSTM", Trace((Path(__file__).parent / "headers" / "slstm.trace").read_text()))
 
 
+class SLSTMCell(CustomCell):
+    """One step of a scalar LSTM, whose layers and formula are :class:`SLSTM`'s.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as :class:`fused_rnn.LSTMCell`, with sizes of at least 1.
+        num_heads, recurrent_dropout, zoneout: the same.
+
+    Raises:
+        TypeError, ValueError: naming the argument that has another type or is out of range.
+
+    ``hx``, ``reset_state`` and the result are ``(h, c, n, m)``, each (B, H), or (H) without a batch.
+
+    Parameters: as :class:`fused_rnn.LSTMCell`, rows in the order z, i, f, o.
+
+    Example::
+
+        >>> cell = fused_rnn.SLSTMCell(10, 20, num_heads=4)
+        >>> h, c, n, m = cell(torch.randn(3, 10))
+        >>> h.shape
+        torch.Size([3, 20])
+    """
+
+    _custom = _SLSTM["_custom"]
+    _step = _SLSTM["_step"]
+
+
 class SLSTM(CustomLayer):
     r"""Scalar LSTM layers (Beck et al. 2024, "xLSTM"): exponential input gates, and heads with ``num_heads``.
 
@@ -353,7 +472,8 @@ class SLSTM(CustomLayer):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as :class:`LSTM`.
         options: those of :class:`RNN` but ``activation``; ``num_heads`` as the paper has them.
 
-    ``hx`` and the states that a call returns are ``(h, c, n, m)``, each (L*D, B, H).
+    ``hx`` and the states that a call returns are ``(h, c, n, m)``, each (L*D, B, H). A single step is
+    :class:`SLSTMCell`.
 
     Parameters: as :class:`LSTM` without a projection, rows in the order z, i, f, o.
 
@@ -362,5 +482,6 @@ class SLSTM(CustomLayer):
     operations, and :func:`explain` says so.
     """
 
+    Cell = SLSTMCell
     _custom = _SLSTM["_custom"]
     _step = _SLSTM["_step"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backend, functional
-from .cells import GRUCell, LSTMCell, RNNCell
+from .cells import RecurrentCell
 from .layers import Recurrent
 from .settings import NOTHING_AROUND, NOTHING_WITHIN, Around, CellKind, ForwardOptions, Settings, Steps
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["Explanation", "explain"]
-
-_CELLS = (LSTMCell, GRUCell, RNNCell)
 
 
 @dataclass(frozen=True)
@@ -152,12 +150,13 @@ def explain(
         settings, params = module._settings(), module._params()
         if isinstance(input, PackedSequence):
             data, batch_sizes = input.data, input.batch_sizes
-    elif isinstance(module, _CELLS):
+    elif isinstance(module, RecurrentCell):
         names = [name for name in ("lengths", "mask") if steps.get(name) is not None]
         if names:
             raise TypeError(f"{names[0]}: expected None for a cell, which takes one step")
         if steps.get("return_states"):
             raise TypeError("return_states: expected False for a cell, whose result is the state of its one step")
+        hx, steps = module._for_operators(hx, steps)
         settings, params = module._settings(), module._params()
     else:
         hint = "; fused_rnn.convert makes one" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""

@@ -45,9 +45,11 @@ from .settings import (
     EVERY_STEP,
     FUNCTION_OPTIONS,
     INDRNN_CALL_OPTIONS,
+    INDRNN_STEP_OPTIONS,
     NO_CONTROLS,
     NOTHING_AROUND,
     NOTHING_WITHIN,
+    OF_INDEPENDENT_UNITS,
     OTHER_NONLINEARITIES,
     STATES_OF_EVERY_STEP,
     STEP_FUNCTION_OPTIONS,
@@ -58,6 +60,7 @@ from .settings import (
     Controls,
     FunctionKeywords,
     IndRNNCallOptions,
+    IndRNNStepFunctionOptions,
     LSTMKeywords,
     RNNKeywords,
     Settings,
@@ -71,7 +74,7 @@ from .settings import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["gru", "gru_cell", "indrnn", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+__all__ = ["gru", "gru_cell", "indrnn", "indrnn_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 # What autocast casts; float64 and complex tensors it leaves alone.
 _LSTM, _GRU = CellKind.LSTM, CellKind.GRU
@@ -411,6 +414,43 @@ def rnn_cell(
     return _functional_cell(rnn_kind(nonlinearity), nonlinearity, input, hx, given, extras, steps, training, options)
 
 
+@show_options(INDRNN_STEP_OPTIONS)
+def indrnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    nonlinearity: str = "relu",
+    *,
+    reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    training: bool = False,
+    **options: Unpack[IndRNNStepFunctionOptions],
+) -> Tensor:
+    """One step of an independently recurrent network: ``w_hh`` is (H), and there is one bias (H), or ``None``.
+
+    ``nonlinearity`` is :class:`fused_rnn.IndRNN`'s; of the options it has ``recurrent_dropout`` and ``zoneout``. The
+    rest is as for :func:`rnn_cell`.
+    """
+    weights, steps = (w_ih, w_hh, b_ih), cell_steps(reset, reset_state)
+    if not _is_matrix(w_ih):
+        given = {"nonlinearity": nonlinearity, "training": training}
+        return _call_cell_without_sizes(indrnn_cell, input, hx, weights, given, steps, options)
+    kind = rnn_kind(nonlinearity)
+    hidden_size, input_size = w_ih.shape
+    if hidden_size < 1 or input_size < 1:
+        _checks.raise_first_weight_empty(kind, w_ih, "w_ih")
+    _checks.check_names("this function", options, INDRNN_STEP_OPTIONS)
+    _checks.check_flag("training", training)
+    as_rnn: StepFunctionOptions = {**options, "num_heads": hidden_size}
+    within = with_nonlinearity(_within_cell(kind, hidden_size, _NO_EXTRAS, training, as_rnn), nonlinearity)
+    params = indrnn_cell_params(*weights)
+    names = _CELL_NAMES[: len(params)]
+    settings = cell_settings(kind, input_size, hidden_size, names, within, OF_INDEPENDENT_UNITS)
+    return call_cell(settings, input, hx, params, steps)
+
+
 def rnn_kind(nonlinearity: str) -> CellKind:
     _checks.check_nonlinearity(nonlinearity)
     return CellKind.RNN_RELU if nonlinearity == "relu" else CellKind.RNN_TANH
@@ -519,13 +559,8 @@ def _functional_cell(
 ) -> Any:
     w_ih = weights[0]
     if not _is_matrix(w_ih):
-        tensors = (*_flat([hx]), input, *weights, *_flat(extras), *_flat(steps))
-        if not _is_overridden(tensors):
-            _checks.raise_not_matrix("w_ih", w_ih)
         given = {"nonlinearity": nonlinearity, **extras._asdict(), "training": training}
-        changed: dict[str, Any] = {k: value for k, value in given.items() if value is not _CELL_DEFAULTS[k]}
-        changed |= _given(steps) | options
-        return handle_torch_function(_PUBLIC_CELLS[kind], tensors, input, hx, *weights, **changed)
+        return _call_cell_without_sizes(_PUBLIC_CELLS[kind], input, hx, weights, given, steps, options)
     rows, input_size = w_ih.shape
     params = cell_params(*weights)
     names = _CELL_NAMES[: len(params)]
@@ -542,6 +577,25 @@ def _functional_cell(
         names = (*names, *(f"norms[{index}]" for index in range(len(extras.norms))))
         params = [*params, *extras.norms]
     return call_cell(cell_settings(*cell, names, *([] if within is None else [within])), input, hx, params, steps)
+
+
+def _call_cell_without_sizes(
+    function: Callable[..., Any],
+    input: Any,
+    hx: Any,
+    weights: tuple[Any, ...],
+    given: Mapping[str, Any],
+    steps: Steps,
+    options: Mapping[str, Any],
+) -> Any:
+    """:func:`_call_without_sizes` of a cell; ``given``: its keywords but for those of its options and steps."""
+    tensors = (*_flat([hx]), input, *weights, *_flat(list(given.values())), *_flat(steps))
+    if not _is_overridden(tensors):
+        _checks.raise_not_matrix("w_ih", weights[0])
+    defaults = _CELL_DEFAULTS | ({"nonlinearity": "relu"} if function is indrnn_cell else {})
+    changed: dict[str, Any] = {k: value for k, value in given.items() if value is not defaults[k]}
+    changed |= {**_given(steps), **options}
+    return handle_torch_function(function, tensors, input, hx, *weights, **changed)
 
 
 def _within_cell(
@@ -563,6 +617,11 @@ def cell_params(w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> list[Any]:
     b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih
     b_hh = torch.zeros_like(b_ih) if b_hh is None else b_hh
     return [w_ih, w_hh, b_ih, b_hh]
+
+
+def indrnn_cell_params(w_ih: Any, w_hh: Any, b_ih: Any) -> list[Any]:
+    """The same of an IndRNN's cell, which has one bias or none."""
+    return [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih]
 
 
 def _is_matrix(weight: Any) -> bool:
@@ -652,20 +711,21 @@ def _try_states(settings: Settings, input: Any, hx: Any, params: Sequence[Any]) 
 
 
 def call_cell(settings: Settings, input: Any, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP) -> Any:
-    """One step of a cell: ``(h, c)`` of an LSTM, h of the others."""
+    """One step of a cell: ``(h, c)`` of one with private states, h of the others."""
     results = None
+    kind = settings.kind
     if steps is EVERY_STEP and settings.within is None:
         kernels = backend.eager_kernels()  # as in call_layers
         if kernels is not None:
-            results = kernels.try_step(settings, input, hx, params)
-        elif (kernels := backend.traced_kernels()) is not None:
+            results = kernels.try_step(settings, input, hx, params)  # not of a custom cell, nor of vectors as W_hh
+        elif kind <= _GRU and settings.around is None and (kernels := backend.traced_kernels()) is not None:
             results = kernels.trace_step(settings, input, hx, params)
     if results is None:
         tensors = _tensors(input, hx, params, steps)
-        if _is_overridden(tensors):
+        if kind in _PUBLIC_CELLS and _is_overridden(tensors):  # a custom cell has no function
             return _call_override(settings, tensors, input, hx, params, steps)
         results = _run_cell(settings, input, hx, params, steps)
-    return results if settings.kind is _LSTM else results[0]
+    return results if kind is _LSTM or (kind > _GRU and kind.num_states > 0) else results[0]
 
 
 def _tensors(input: Any, hx: Any, params: Sequence[Any], steps: Steps) -> tuple[Any, ...]:
@@ -694,12 +754,13 @@ def _call_override(
 ) -> Any:
     """The call as that of a public function, which ``__torch_function__`` of its tensors sees."""
     function, also = _PUBLIC[settings.kind]
+    of_cell = _PUBLIC_CELLS[settings.kind]
     around, within = settings.around or NOTHING_AROUND, settings.within or NOTHING_WITHIN
     if settings.kind == CellKind.RNN_TANH and within.activation != "tanh":
         also = {"nonlinearity": within.activation}
         within = within._replace(activation="tanh")
     if around.independent:
-        function, also = indrnn, {"nonlinearity": "tanh"} | also
+        function, of_cell, also = indrnn, indrnn_cell, {"nonlinearity": "tanh"} | also
         around, within = around._replace(recurrent_bias=True), within._replace(num_heads=1)
     training = bool(settings.dropout) or around != around.in_eval_mode() or within != within.in_mode(False)
     fields = settings._asdict() | around._asdict() | within._asdict() | steps._asdict()
@@ -710,7 +771,7 @@ def _call_override(
         if within.peephole:
             *params, changed["w_peephole"] = params
         changed |= ({"training": True} if training else {}) | _given(steps)
-        return handle_torch_function(_PUBLIC_CELLS[settings.kind], tensors, input, hx, *params, **also, **changed)
+        return handle_torch_function(of_cell, tensors, input, hx, *params, **also, **changed)
     names = (*_ARGUMENTS, *FUNCTION_OPTIONS, *Steps._fields)
     arguments = {name: fields[name] for name in names if not _is_default(name, fields[name])}
     if training:
@@ -780,7 +841,7 @@ def _is_sliced(settings: Settings, steps: Steps, input: Tensor | None) -> bool:
     assert input is not None
     if any(given is not None for given in (steps.batch_sizes, steps.lengths, steps.mask)):
         return True
-    # On CUDA what stops gradients runs step by step, and a slice of the plain cell in one launch.
+    # On CUDA a slice of the plain cell is one launch of any GPU's; what stops gradients within one is sm_90a's alone.
     within = _without_bptt_steps(settings).within or NOTHING_WITHIN
     return input.is_cuda and steps.reset is None and within._replace(num_heads=1) == NOTHING_WITHIN
 
@@ -1038,7 +1099,8 @@ def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[An
     _checks.check_params(settings, params, input)
     if h is None:
         h = input.new_zeros(*sizes, settings.hidden_size)
-        c = h if settings.kind == CellKind.LSTM else None
+        count = settings.kind.num_states
+        c = h if count == 1 else input.new_zeros(*sizes, count * settings.hidden_size) if count else None
     else:
         _checks.check_states_like_input(input, h, c)
     anew: tuple[Tensor, ...] = ()
@@ -1048,14 +1110,15 @@ def prepare_cell(settings: Settings, input: Tensor, hx: Any, params: Sequence[An
         anew = _anew(settings, steps)
     is_empty = settings.hidden_size == 0 or settings.input_size == 0
     within = _what_is_within(settings, 1, EVERY_STEP, (input, h, c, *params, *anew))
-    why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input, *within)
+    custom = settings.kind if settings.kind > _GRU else None
+    why_reference = "a size of the cell is 0" if is_empty else backend.why_reference(input, *within, custom=custom)
     return Call(input, h, c, Controls(reset=steps.reset), 1, sizes[0] if sizes else None, why_reference, anew)
 
 
 def _run_cell(
     settings: Settings, input: Tensor, hx: Any, params: Sequence[Any], steps: Steps = EVERY_STEP
 ) -> tuple[Tensor, Tensor | None]:
-    """``(h, c)``, c ``None`` unless it is an LSTM's."""
+    """``(h, c)``, c ``None`` of a cell without private states."""
     region = autocast_region(settings, input)
     if region is not None:
         input, hx, params = autocast(settings, region, input, hx, params)
@@ -1077,16 +1140,20 @@ def _run_cell(
     if call.batch is None:
         input, h, c = input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)
     implementation = backend.implementation(call.why_reference)
+    if settings.around is not None:
+        _checks.check_memory(settings, input, hx, params)
+        params = _params_of_operator(settings, settings.around, params)
+        settings = settings._replace(around=None, cell_names=_CELL_NAMES[: len(params)])
     if to_onnx:
         h, c = onnx_nodes.run_step(settings, input, h, c, params, implementation.run_stack)
-    elif settings.within is None:
+    elif settings.within is None and settings.kind <= _GRU:
         h, c = _compute(implementation.run_step, settings, call, params, input, h, c, params)
     else:  # a stack of one layer and one step
-        controls = _draw_within(settings, settings.within, call, Controls())
+        controls = _draw_within(settings, settings.within or NOTHING_WITHIN, call, Controls())
         states = (h.unsqueeze(0), None if c is None else c.unsqueeze(0))
         run = implementation.run_stack
         _, h, c = _compute(run, settings, call, params, input.unsqueeze(0), *states, params, controls)
-        h, c = h.squeeze(0), c.squeeze(0) if settings.kind == CellKind.LSTM else None
+        h, c = h.squeeze(0), c.squeeze(0) if settings.kind.num_states else None
     if call.batch is None:
         return h.squeeze(0), None if c is None else c.squeeze(0)
     return h, c

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from . import _checks
+from . import _checks, functional
+from .cells import _SingleStateCell
 from .layers import _SingleState
 from .options import changed_options
-from .settings import INDRNN_OPTIONS, LAYER_OPTIONS, NOTHING_AROUND, IndRNNOptions, show_options
+from .settings import (
+    CELL_OPTIONS,
+    INDRNN_OPTIONS,
+    INDRNN_STEP_OPTIONS,
+    LAYER_OPTIONS,
+    NOTHING_AROUND,
+    OF_INDEPENDENT_UNITS,
+    CellKind,
+    IndRNNOptions,
+    IndRNNStepFunctionOptions,
+    Within,
+    show_options,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["IndRNN"]
+__all__ = ["IndRNN", "IndRNNCell"]
 
 
 class IndRNN(_SingleState):
@@ -94,9 +108,7 @@ class IndRNN(_SingleState):
             {**options, "num_heads": hidden_size, "recurrent_bias": False},
         )
         self._around = (self._around or NOTHING_AROUND)._replace(independent=True)
-        for name, weight in list(self.named_parameters(recurse=False)):
-            if name.startswith("weight_hh"):
-                setattr(self, name, nn.Parameter(weight.detach().squeeze(1)))
+        _narrow_to_vectors(self)
         self._init_flat_weights()
         self.reset_parameters()
 
@@ -111,13 +123,107 @@ class IndRNN(_SingleState):
         if self._around is None or not self._around.independent:  # the parameters are not yet what they will be
             return
         super().reset_parameters()
-        for name, weight in self.named_parameters(recurse=False):
-            if name.startswith("weight_hh"):
-                nn.init.uniform_(weight, *self.recurrent_range)
+        _draw_vectors(self)
 
     def extra_repr(self) -> str:
-        changed: dict[str, Any] = {"nonlinearity": self.nonlinearity} if self.nonlinearity != "relu" else {}
-        if self.recurrent_range != (0.0, 1.0):
-            changed["recurrent_range"] = self.recurrent_range
-        changed |= changed_options(self, INDRNN_OPTIONS)
-        return nn.RNNBase.extra_repr(self) + "".join(f", {name}={value!r}" for name, value in changed.items())
+        return nn.RNNBase.extra_repr(self) + _show_changed(self, INDRNN_OPTIONS)
+
+
+class IndRNNCell(_SingleStateCell):
+    """One step of an independently recurrent network, whose layers and formula are :class:`IndRNN`'s.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as :class:`fused_rnn.RNNCell`, with sizes of at least 1.
+        nonlinearity, recurrent_range: as :class:`IndRNN` has them.
+        recurrent_dropout, zoneout: the same, drawn for each step.
+
+    Raises:
+        TypeError, ValueError: naming the argument that has another type or is out of range.
+
+    Parameters: ``weight_ih`` (H, I), u as ``weight_hh`` (H), and ``bias_ih`` (H) or ``None``, drawn as the layer's.
+
+    Example::
+
+        >>> cell = fused_rnn.IndRNNCell(10, 20)
+        >>> cell(torch.randn(3, 10)).shape
+        torch.Size([3, 20])
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
+
+    _names = ("weight_ih", "weight_hh", "bias_ih")
+    _params_of = staticmethod(functional.indrnn_cell_params)
+    _least_size = 1
+    _around = OF_INDEPENDENT_UNITS
+    _has_vectors: bool = False  # while the constructors of what it derives from run
+
+    @show_options(INDRNN_STEP_OPTIONS)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "relu",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        recurrent_range: tuple[float, float] = (0.0, 1.0),
+        **options: Unpack[IndRNNStepFunctionOptions],
+    ) -> None:
+        _checks.check_names("an IndRNNCell", options, INDRNN_STEP_OPTIONS)
+        _checks.check_nonlinearity(nonlinearity)
+        _checks.check_range("recurrent_range", recurrent_range)
+        self.nonlinearity = nonlinearity
+        self.recurrent_range = recurrent_range
+        as_rnn: Any = {**options, "num_heads": hidden_size}
+        super().__init__(CellKind.RNN_TANH, input_size, hidden_size, bias, device, dtype, as_rnn)
+        _narrow_to_vectors(self)
+        del self.bias_hh
+        self._has_vectors = True
+        self.reset_parameters()
+
+    def _kind(self) -> CellKind:
+        return functional.rnn_kind(self.nonlinearity)
+
+    def _call_within(self) -> Within | None:
+        return functional.with_nonlinearity(super()._call_within(), self.nonlinearity)
+
+    def _prepare_option(self, name: str, value: Any) -> None:
+        if name not in INDRNN_STEP_OPTIONS:
+            only = self.hidden_size if name == "num_heads" else CELL_OPTIONS[name]
+            _checks.check_only_value(name, only, value)
+        super()._prepare_option(name, value)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, u as ``recurrent_range`` says."""
+        if self._has_vectors:
+            super().reset_parameters()
+            _draw_vectors(self)
+
+    def extra_repr(self) -> str:
+        bias = "" if self.bias else ", bias=False"
+        return f"{self.input_size}, {self.hidden_size}{bias}" + _show_changed(self, INDRNN_STEP_OPTIONS)
+
+
+# What the layer and the cell share.
+
+
+def _narrow_to_vectors(module: nn.Module) -> None:
+    """Every W_hh (H, 1) as a vector (H)."""
+    for name, weight in list(module.named_parameters(recurse=False)):
+        if name.startswith("weight_hh"):
+            setattr(module, name, nn.Parameter(weight.detach().squeeze(1)))
+
+
+def _draw_vectors(module: Any) -> None:
+    for name, weight in module.named_parameters(recurse=False):
+        if name.startswith("weight_hh"):
+            nn.init.uniform_(weight, *module.recurrent_range)
+
+
+def _show_changed(module: Any, options: Mapping[str, Any]) -> str:
+    changed: dict[str, Any] = {"nonlinearity": module.nonlinearity} if module.nonlinearity != "relu" else {}
+    if module.recurrent_range != (0.0, 1.0):
+        changed["recurrent_range"] = module.recurrent_range
+    changed |= changed_options(module, options)
+    return "".join(f", {name}={value!r}" for name, value in changed.items())

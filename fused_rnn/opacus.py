@@ -11,9 +11,8 @@ trains, as it makes ``DPLSTM`` of ``torch.nn.LSTM``, and everything else is Opac
     model, optimizer, loader = PrivacyEngine().make_private(module=model, optimizer=..., data_loader=loader, ...)
 
 The gradient of W_ih for an example is the sum over its steps of the outer products of gate gradients and inputs, and so
-with W_hh and the states before each step (Abadi et al. 2016 clip these gradients). The kernels give the gate gradients
-of all steps: they are what the backward pass finds as the gradient of an input whose W_ih is the identity. The sums are
-then one batched product for each weight.
+with W_hh and the states before each step (Abadi et al. 2016 clip these gradients). The operator ``rnn_backward_each``
+gives them for all examples at once.
 
 Opacus' hooks see what a module is called with and the gradient of the one tensor that it returns. A layer of ours has
 its weights in parts for them, one for each layer of a stack; the names in its ``state_dict`` stay what they were.
@@ -29,19 +28,21 @@ from opacus.grad_sample import register_grad_sampler
 from opacus.validators.errors import ShouldReplaceModuleError, UnsupportedModuleError
 from opacus.validators.utils import register_module_fixer, register_module_validator
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks, backend, functional
 from .cells import GRUCell, LSTMCell, RNNCell
-from .indrnn import IndRNN
+from .indrnn import IndRNN, IndRNNCell
 from .layers import GRU, LSTM, RNN, _rows
 from .options import changed_options
 from .settings import CELL_OPTIONS, EVERY_STEP, LAYER_OPTIONS, CellKind, Controls, Settings, Steps
 
 __all__ = ["PrivateGRU", "PrivateGRUCell", "PrivateLSTM", "PrivateLSTMCell", "PrivateRNN", "PrivateRNNCell"]
 
-# Options of a layer that change no gradient.
-_WITHOUT_EFFECT = ("recompute", "init", "forget_bias")
+# Options of a layer that change no gradient, and those whose gradients of examples the kernels give.
+_TAKEN = {"recompute", "init", "forget_bias"}
+_TAKEN |= {"activation", "recurrent_activation", "peephole", "coupled_gates", "num_heads", "layer_norm", "cell_clip"}
+_TAKEN |= {"recurrent_grad_clip"}
 
 
 class _Saved(NamedTuple):
@@ -112,48 +113,15 @@ class _Part(nn.Module):
         """The gradient of each weight for each example, (B, *shape); none for weights that are not trained."""
         assert backend.ops is not None
         saved = _Saved(*(t[0, 0] for t in activations))
-        settings, weights = self.settings, list(self.parameters())
-        gates = backend.ops.gate_gradients(
-            settings, saved.split(backprops[0, 0]), saved.h0, _or_none(saved.c0), weights, saved.controls, saved[5:]
-        )
-        of_input = self._steps(saved, saved.input)
-        per_direction = len(weights) // settings.num_directions
-        found: dict[nn.Parameter, Tensor] = {}
-        for direction, (of_ih, of_hh) in enumerate(gates):
-            of_ih, of_hh = self._steps(saved, of_ih), self._steps(saved, of_hh)
-            w_ih, w_hh, *biases = weights[direction * per_direction : (direction + 1) * per_direction]
-            sums: list[tuple[nn.Parameter, Any]] = [
-                (w_ih, lambda g=of_ih: torch.einsum("tbg,tbi->bgi", g, of_input)),
-                (w_hh, lambda g=of_hh, d=direction: torch.einsum("tbg,tbh->bgh", g, self._states_before(saved, d))),
-            ]
-            sums += [(bias, lambda g=g: g.sum(0)) for bias, g in zip(biases, (of_ih, of_hh))]
-            for weight, compute in sums:
-                if weight.requires_grad:
-                    samples = compute()
-                    found[weight] = samples.index_select(0, saved.order) if saved.order.numel() else samples
-        return found
-
-    @staticmethod
-    def _steps(saved: _Saved, data: Tensor) -> Tensor:
-        """(T, B, .) of all rows, zeros behind the ends of packed ones."""
-        if not saved.batch_sizes.numel():
-            return data
-        return pad_packed_sequence(PackedSequence(data, saved.batch_sizes))[0]
-
-    def _states_before(self, saved: _Saved, direction: int) -> Tensor:
-        """h before each step, (T, B, H); behind the ends of packed rows anything."""
-        H = self.settings.hidden_size
-        states = self._steps(saved, saved.output)[..., direction * H : (direction + 1) * H]
-        initial = saved.h0[direction]
-        if direction == 0:
-            return torch.cat([initial[None], states[:-1]])
-        after = torch.cat([states[1:], initial[None]])
-        if saved.batch_sizes.numel():
-            step = torch.arange(len(saved.batch_sizes)).unsqueeze(1)
-            lengths = (saved.batch_sizes.unsqueeze(1) > torch.arange(initial.shape[0])).sum(0)
-            is_last = (step == lengths - 1).to(after.device)
-            after = torch.where(is_last.unsqueeze(2), initial, after)
-        return after
+        weights = list(self.parameters())
+        needs = [weight.requires_grad for weight in weights]
+        samples = backend.ops.gradients_of_examples(
+            self.settings, saved.split(backprops[0, 0]), *saved[:2], _or_none(saved.c0), weights, saved.controls,
+            saved[5:], needs,
+        )  # fmt: skip
+        if saved.order.numel():
+            samples = [t.index_select(0, saved.order) if needed else t for t, needed in zip(samples, needs)]
+        return {weight: t for weight, t, needed in zip(weights, samples, needs) if needed}
 
 
 def _or_none(tensor: Tensor) -> Tensor | None:
@@ -213,6 +181,12 @@ class _HasParts(nn.Module):
             raise RuntimeError("autocast: expected none while Opacus takes gradients of examples")
         if why_reference is not None or backend.ops is None:
             raise RuntimeError(f"Opacus: expected a call for the kernels: {why_reference or 'they are not built'}")
+        is_plain = settings.within is None and settings.state_size == settings.hidden_size
+        if not is_plain and not backend.ops.has_gradients_of_examples(input, settings.kind):
+            raise RuntimeError(
+                "input: expected float32 or float64 on the CPU while Opacus takes gradients of examples of what has "
+                f"options or a projection, got {input.dtype} on {input.device}"
+            )
 
     def state_dict(self, *args: Any, **keywords: Any) -> Any:
         state = super().state_dict(*args, **keywords)
@@ -256,8 +230,9 @@ class _PrivateLayer(_HasParts):
             x = x.transpose(0, 1)
         directions = settings.num_directions
         if h is None:
-            h = x.new_zeros(settings.num_layers * directions, batch or 0, settings.hidden_size)
-            c = h if settings.kind is CellKind.LSTM else None
+            states_of_zeros = x.new_zeros(settings.num_layers * directions, batch or 0, settings.hidden_size)
+            h = states_of_zeros[..., : settings.state_size]
+            c = states_of_zeros if settings.kind is CellKind.LSTM else None
         one_layer = settings._replace(num_layers=1, batch_first=False, dropout=0.0)
         states: list[tuple[Tensor, Tensor]] = []
         for index, part in enumerate(self.parts):
@@ -285,7 +260,7 @@ class _PrivateCell(_HasParts):
         call = functional.prepare_cell(settings, input, hx, self._params())
         self._check_sampled(settings, input, call.why_reference, call.batch)
         assert call.h is not None
-        layer = Settings(settings.input_size, settings.hidden_size, settings.hidden_size, settings.kind, settings.bias)
+        layer = settings._replace(cell_names=())
         c = None if call.c is None else call.c[None]
         _, h_n, c_n = self.parts[0].run(layer, call.input[None], call.h[None], c, None, None)
         return h_n[0] if c is None else (h_n[0], c_n[0])
@@ -326,23 +301,19 @@ _PRIVATE: dict[type, type] = {
 
 
 def _why_not(module: Any) -> str | None:
-    if isinstance(module, IndRNN):
+    if isinstance(module, (IndRNN, IndRNNCell)):
         return "its W_hh are vectors"
     is_layer = isinstance(module, nn.RNNBase)
     changed = changed_options(module, LAYER_OPTIONS if is_layer else CELL_OPTIONS)
     for name, value in changed.items():
-        if name not in _WITHOUT_EFFECT:
+        if name not in _TAKEN:
             return f"it has {name}={value!r}"
-    if is_layer and module.proj_size:
-        return f"it has proj_size={module.proj_size}"
-    if getattr(module, "nonlinearity", "tanh") not in ("tanh", "relu"):
-        return f"it has nonlinearity={module.nonlinearity!r}"
     names = module._flat_weights_names if is_layer else ("weight_ih", "weight_hh")
     missing = [name for name in names if not isinstance(module._parameters.get(name), nn.Parameter)]
     return f"its {missing[0]} is no Parameter of its own" if missing else None
 
 
-@register_module_validator([*_PRIVATE, IndRNN])
+@register_module_validator([*_PRIVATE, IndRNN, IndRNNCell])
 def _validate(module: nn.Module) -> list[Any]:
     reason = _why_not(module)
     if reason is not None:
@@ -354,7 +325,8 @@ def _validate(module: nn.Module) -> list[Any]:
 def _fix(module: Any) -> nn.Module:
     if (reason := _why_not(module)) is not None:
         raise UnsupportedModuleError(f"no gradients of examples for {module}: {reason}")
-    groups = module._all_weights if isinstance(module, nn.RNNBase) else [list(module._parameters)]
+    is_layer = isinstance(module, nn.RNNBase)
+    groups = module._all_weights if is_layer else [[*module._names, *module._names_of_options()]]
     per_layer = 2 if getattr(module, "bidirectional", False) else 1
     parameters = module._parameters
     parts = []

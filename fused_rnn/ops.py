@@ -31,8 +31,8 @@ step.
                           seeds. The gradient of a backward pass is this, too: of the seeds, which it is linear in, how
                           the results change, and of all else, how the gradients do
 ``rnn_backward_each``     the gradients of ``groups`` examples, row b * groups + g of the batch being of example g:
-                          those of params are (groups, ...). In float32 and float64 on the CPU, without layer
-                          normalisation, peepholes or a projection
+                          those of params are (groups, ...). Rows of a packed batch may end at different steps. In
+                          float32 and float64 on the CPU, of the cells that are built in
 ``rnn_forward_stacked``,  ``rnn_forward`` and ``rnn_backward`` of models of one shape, without controls: tensors have
 ``rnn_backward_stacked``  the models as their first dimension
 ``rnn_quantized``         ``rnn_forward`` of layers whose matrices are int8, bfloat16 or float16 and the rest float32,
@@ -57,6 +57,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # Before those that look for its operators: where it is missing, that is the error.
@@ -75,7 +76,6 @@ from ._C import (
 from . import _C, _checks, batching, formulas
 from . import flops as _flops  # noqa: F401, which registers them for the operators that _C has
 from .settings import (
-    INTEGER_SETTINGS,
     NO_CONTROLS,
     NOTHING_WITHIN,
     AnyCellKind,
@@ -264,14 +264,21 @@ def why_not_fused(*tensors: Tensor | None) -> str | None:
     return None
 
 
+# On what devices a step has two products with W_hh, the second of what the reset gate has left of h.
+_RESETS_BEFORE_PRODUCT = {"cuda"}
+
+
 def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: bool) -> str | None:
     """Why no fused kernel has these options; None when one does.
 
     Args:
         recorded: whether the call keeps what a backward pass needs.
     """
-    if not within.reset_after:
-        return "no fused kernel has reset_after=False, where the product with W_hn waits for the reset gate"
+    if not within.reset_after and input.device.type not in _RESETS_BEFORE_PRODUCT:
+        return (
+            f"no fused kernel has reset_after=False for {input.device.type} tensors: the product with W_hn has to wait "
+            "for the reset gate, as it does on CUDA alone"
+        )
     if kind.num_saved == 0 and within.zoneout and not within.training and recorded:
         return (
             "no fused kernel has zoneout of an RNN with gradients in eval mode: it keeps h alone, and h is a mean there"
@@ -284,19 +291,20 @@ def why_not_within(kind: AnyCellKind, within: Within, input: Tensor, recorded: b
 _NOTHING_TO_LAUNCHES = {"num_heads", "training"}
 _NOTHING_TO_FORWARD = _NOTHING_TO_LAUNCHES | {"bptt_steps", "recurrent_grad_clip", "return_states"}
 # What these kernels have where warps can hand registers to others, besides resets.
-_IN_LAUNCHES = {"zoneout", "zoneout_cell", "recurrent_dropout", "reset_state"}
+_IN_LAUNCHES = {"zoneout", "zoneout_cell", "recurrent_dropout", "reset_state", "cell_clip"}
+_IN_BACKWARD_LAUNCHES = _IN_LAUNCHES | {"recurrent_grad_clip", "bptt_steps"}
 
 
-def _has_options_in_launches(settings: Settings, has_reset: bool) -> bool:
-    within = settings.within or NOTHING_WITHIN
-    return has_reset or any(getattr(within, name) != getattr(NOTHING_WITHIN, name) for name in _IN_LAUNCHES)
+def _has_options_in_launches(settings: Settings, has_reset: bool, backward: bool) -> bool:
+    within, names = settings.within or NOTHING_WITHIN, _IN_BACKWARD_LAUNCHES if backward else _IN_LAUNCHES
+    return has_reset or any(getattr(within, name) != getattr(NOTHING_WITHIN, name) for name in names)
 
 
 def why_step_by_step(settings: Settings, backward: bool) -> str | None:
     """What of a call on a CUDA device only the kernels of one step have; None where all of it has others, too."""
     within, known = settings.within or NOTHING_WITHIN, _NOTHING_TO_LAUNCHES if backward else _NOTHING_TO_FORWARD
     names = [name for name, value in within._asdict().items() if value != getattr(NOTHING_WITHIN, name)]
-    names = [name for name in names if name not in known and name not in _IN_LAUNCHES]
+    names = [name for name in names if name not in known and name not in _IN_BACKWARD_LAUNCHES]
     if backward and names == ["return_states"]:
         return "gradients of return_states, where any come, are for the kernels of one step alone"
     return f"{', '.join(names)}: for the kernels of one step alone" if names else None
@@ -368,7 +376,7 @@ def plan(
             return {"variant": "none", "layers": 1, "reason": why}
         layer = (size, hidden_size, state_size, directions, _DTYPES[dtype], backward)
         if device.type == "cuda":
-            options = _has_options_in_launches(settings, has_reset)
+            options = _has_options_in_launches(settings, has_reset, backward)
             return _C.cuda_plan(kind, T, B, *layer, _cuda_index(device), options=options)
         return _C.plan(kind, T, B, sizes, *layer, settings.num_heads, settings.num_norms > 0)
 
@@ -378,7 +386,7 @@ def plan(
             return [], ""
         if why_step_by_step(settings, backward):
             return [], ""
-        if _has_options_in_launches(settings, has_reset):
+        if _has_options_in_launches(settings, has_reset, backward):
             return [], "layers with options within the recurrence run one by one"
         if settings.recompute and training:
             return [], "layers whose gates are computed again run one by one"
@@ -501,7 +509,87 @@ def backward_of_saved(
     return gradients
 
 
-def gate_gradients(
+def gradients_of_examples(
+    settings: Settings,
+    seeds: Sequence[Tensor],
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    controls: Controls,
+    results: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of the parameters of one layer for each row of its batch, (B, ...); others are (0,).
+
+    With options or a projection only where :func:`has_gradients_of_examples`.
+
+    Args:
+        seeds, results: as of :func:`backward_of_saved`. controls: no more than ``batch_sizes``.
+        needs: for each parameter whether its gradient is wanted.
+    """
+    if not has_gradients_of_examples(input, settings.kind):
+        return _products_of_gate_gradients(settings, seeds, input, h0, c0, params, controls, results, needs)
+    batch = h0.shape[1]
+    if batch == 0:  # the operator has one group at least
+        return [p.new_zeros(0, *p.shape) if needed else p.new_empty(0) for p, needed in zip(params, needs)]
+    output, _, _, gates, cells, hidden = results
+    grad_c_n = seeds[2] if settings.kind.num_states else None
+    found: list[Tensor] = _rnn_backward_each(
+        seeds[0], seeds[1], grad_c_n, None, None, input, h0, c0, list(params), controls.flatten(input), output, gates,
+        cells, hidden, *settings.flatten(), [False, False, False, *needs], batch,
+    )[3]  # fmt: skip
+    return found
+
+
+def _products_of_gate_gradients(
+    settings: Settings,
+    seeds: Sequence[Tensor],
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    controls: Controls,
+    results: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """:func:`gradients_of_examples` where no kernel gives them: on CUDA, and of 16-bit numbers."""
+    directions, H = settings.num_directions, settings.hidden_size
+    per_direction = len(params) // directions
+    sizes = controls.batch_sizes
+
+    def steps(data: Tensor) -> Tensor:
+        """(T, B, .) of all rows, zeros behind the ends of packed ones."""
+        return data if sizes is None else pad_packed_sequence(PackedSequence(data, sizes))[0]
+
+    def states_before(direction: int) -> Tensor:
+        """h before each step, (T, B, H); behind the ends of packed rows anything."""
+        states, initial = steps(results[0])[..., direction * H : (direction + 1) * H], h0[direction]
+        if direction == 0:
+            return torch.cat([initial[None], states[:-1]])
+        after = torch.cat([states[1:], initial[None]])
+        if sizes is not None:
+            lengths = (sizes.unsqueeze(1) > torch.arange(initial.shape[0])).sum(0)
+            is_last = torch.arange(len(sizes)).unsqueeze(1) == lengths - 1
+            after = torch.where(is_last.to(after.device).unsqueeze(2), initial, after)
+        return after
+
+    of_input, found = steps(input), []
+    of_gates = _gate_gradients(settings, seeds, h0, c0, params, controls, results)
+    for direction, (of_ih, of_hh) in enumerate(of_gates):
+        of_ih, of_hh = steps(of_ih), steps(of_hh)
+        sums: list[Callable[[], Tensor]] = [
+            lambda g=of_ih: torch.einsum("tbg,tbi->bgi", g, of_input),  # type: ignore[misc]
+            lambda g=of_hh, d=direction: torch.einsum("tbg,tbh->bgh", g, states_before(d)),  # type: ignore[misc]
+            lambda g=of_ih: g.sum(0),  # type: ignore[misc]
+            lambda g=of_hh: g.sum(0),  # type: ignore[misc]
+        ]
+        wanted = needs[direction * per_direction : (direction + 1) * per_direction]
+        found += [compute() if needed else input.new_empty(0) for compute, needed in zip(sums, wanted)]
+    return found
+
+
+def _gate_gradients(
     settings: Settings,
     seeds: Sequence[Tensor],
     h0: Tensor,
@@ -723,7 +811,12 @@ def _backward_each_by_formulas(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     batch_sizes, *steering = Controls.restore(controls) if controls else NO_CONTROLS
     packed = batch_sizes is not None
-    if packed:
+    if batch_sizes is not None:
+        if _checks._values_can_be_read(batch_sizes) and (batch_sizes % groups).any():
+            raise RuntimeError(
+                "groups: expected a number that divides each of batch_sizes, for derivatives of such gradients, got "
+                f"{groups}"
+            )
         batch_sizes = batch_sizes // groups
     rows, num_weights = batching.row_dim(integers, packed), len(params) - batching.num_states_behind(integers, numbers)
     weights, anew = params[:num_weights], params[num_weights:]
@@ -841,17 +934,9 @@ _register_derivative(_rnn_backward_stacked, _backward_stacked_by_formulas)
 _register_gradient_of_models()
 
 
-def has_gradients_of_examples(input: Tensor, params: Sequence[Any], integers: list[int], numbers: list[float]) -> bool:
-    """Whether ``rnn_backward_each`` takes a call."""
-    kind = integers[0]
-    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64) or kind > CellKind.GRU:
-        return False
-    within = Within.restore(integers[len(INTEGER_SETTINGS) : -1], numbers) if numbers else NOTHING_WITHIN
-    if within.layer_norm or within.peephole or not within.reset_after:
-        return False
-    has_bias, layers, bidirectional = integers[1:4]
-    of_direction = 4 if has_bias else 2  # one more with a projection
-    return len(params) == layers * (1 + bidirectional) * of_direction + batching.num_states_behind(integers, numbers)
+def has_gradients_of_examples(input: Tensor, kind: int) -> bool:
+    """Whether ``rnn_backward_each`` takes a call of this kind of cell that ``rnn_backward`` takes."""
+    return input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64) and kind <= CellKind.GRU
 
 
 batching.register(has_gradients_of_examples)

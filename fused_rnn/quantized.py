@@ -381,7 +381,11 @@ def _quantized(module: Any, weight_dtype: torch.dtype) -> _Quantized | str:
     if within is not None:
         within = within._replace(bptt_steps=None, recurrent_grad_clip=None)
     settings = settings._replace(
-        around=None, within=None if within == NOTHING_WITHIN else within, recompute=False, dropout=0.0
+        around=None,
+        within=None if within == NOTHING_WITHIN else within,
+        recompute=False,
+        dropout=0.0,
+        cell_names=tuple(names) if settings.is_cell else (),
     )
     cls = QuantizedCell if settings.is_cell else QuantizedLayer
     result = cls(fused, settings, dict(zip(names, params, strict=True)), weight_dtype)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from . import functional
 from .backend import use_backend
 
-__all__ = ["gru", "gru_cell", "indrnn", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+__all__ = ["gru", "gru_cell", "indrnn", "indrnn_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -36,3 +36,4 @@ indrnn = _by_formulas(functional.indrnn)
 lstm_cell = _by_formulas(functional.lstm_cell)
 gru_cell = _by_formulas(functional.gru_cell)
 rnn_cell = _by_formulas(functional.rnn_cell)
+indrnn_cell = _by_formulas(functional.indrnn_cell)

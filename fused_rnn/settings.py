@@ -211,6 +211,13 @@ class CellOptions(StepFunctionOptions, total=False):
     layer_norm: bool
 
 
+class IndRNNStepFunctionOptions(TypedDict, total=False):
+    """Of :class:`StepFunctionOptions`, those that have a meaning for an IndRNN."""
+
+    recurrent_dropout: float
+    zoneout: float
+
+
 class Around(NamedTuple):
     """What Python does around the operators of a call; see :class:`fused_rnn.LSTM` for the meaning of each."""
 
@@ -225,6 +232,7 @@ class Around(NamedTuple):
 
 
 NOTHING_AROUND = Around()
+OF_INDEPENDENT_UNITS = Around(recurrent_bias=False, independent=True)
 
 
 class Within(NamedTuple):
@@ -399,6 +407,7 @@ INDRNN_OPTIONS: dict[str, Any] = {name: LAYER_OPTIONS[name] for name in IndRNNOp
 INDRNN_CALL_OPTIONS: dict[str, Any] = {name: CALL_OPTIONS[name] for name in IndRNNCallOptions.__annotations__}
 STEP_FUNCTION_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in StepFunctionOptions.__annotations__}
 CELL_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in CellOptions.__annotations__}
+INDRNN_STEP_OPTIONS: dict[str, Any] = {name: _DEFAULTS[name] for name in IndRNNStepFunctionOptions.__annotations__}
 # Of layers that exist already: those that leave their parameters as they are.
 CONVERT_OPTIONS = {
     name: default
@@ -411,8 +420,8 @@ _of_cells: dict[tuple[Any, ...], Settings] = {}
 
 
 def cell_settings(*cell: Any) -> Settings:
-    """Of a cell: kind, input_size, hidden_size, the names that its caller has for w_ih, w_hh[, b_ih, b_hh][,
-    w_peephole][, those of its norms], and what is within, if anything."""
+    """Of a cell: kind, input_size, hidden_size, the names that its caller has for w_ih, w_hh[, b_ih[, b_hh]][,
+    w_peephole][, those of its norms], and what is within and around, if anything."""
     if torch.compiler.is_compiling():  # what changes with every cell is no condition of what is compiled
         return _make_cell_settings(*cell)
     settings = _of_cells.get(cell)
@@ -422,10 +431,15 @@ def cell_settings(*cell: Any) -> Settings:
 
 
 def _make_cell_settings(
-    kind: CellKind, input_size: int, hidden_size: int, names: tuple[str, ...], within: Within | None = None
+    kind: AnyCellKind,
+    input_size: int,
+    hidden_size: int,
+    names: tuple[str, ...],
+    within: Within | None = None,
+    around: Around | None = None,
 ) -> Settings:
-    bias = len(names) > 3 and names[2].startswith("b")
-    return Settings(input_size, hidden_size, hidden_size, kind, bias, cell_names=names, within=within)
+    bias = len(names) > 2 and names[2].startswith("b")
+    return Settings(input_size, hidden_size, hidden_size, kind, bias, cell_names=names, around=around, within=within)
 
 
 class Steps(NamedTuple):

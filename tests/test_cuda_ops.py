@@ -17,7 +17,7 @@ from support.compare import assert_same, assert_within
 from support.pairwise import Row, pairwise
 
 import fused_rnn
-from fused_rnn import functional
+from fused_rnn import functional, ops
 from fused_rnn.check import scaled_errors
 from fused_rnn.settings import NOTHING_WITHIN, Controls, Settings
 
@@ -70,6 +70,7 @@ def _cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls on CPU tensors go to the CUDA operators of this build instead of the CPU's. TF32 is off."""
     cuda_ops.load()
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(ops, "_RESETS_BEFORE_PRODUCT", {"cpu"})
     library = torch.library.Library("fused_rnn", "IMPL")
     for name in NAMES:
         library.impl(name, getattr(torch.ops.fused_rnn_host, name).default, "CPU", allow_override=True)

@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fused_rnn
 from fused_rnn import backend as backends
 from fused_rnn import check, functional, ops
-from fused_rnn.settings import ACTIVATIONS, CellKind, Settings, Steps, Within
+from fused_rnn.settings import ACTIVATIONS, OPERATORS_VERSION, CellKind, Settings, Steps, Within
 
 pytestmark = [
     pytest.mark.compiles,
@@ -79,7 +79,8 @@ def test_each_option_matches_the_float64_formulas(call: check.Call) -> None:
 IN_LAUNCHES = [
     dataclasses.replace(call, steps=5, batch=9, input_size=5, hidden_size=16)
     for call in check.calls()
-    if call.option in ("recurrent_dropout", "zoneout", "reset") and call.dtype == torch.float32
+    if call.option in ("recurrent_dropout", "zoneout", "reset", "recurrent_grad_clip", "bptt_steps", "cell_clip")
+    and call.dtype == torch.float32
 ]
 
 
@@ -88,8 +89,16 @@ def _expect_launches(variant: str, dtype: torch.dtype) -> None:
     assert torch.ops.fused_rnn_host.launches() == [f"{kernels} forward"] * 2 + [f"{kernels} backward"] * 2
 
 
-@pytest.mark.parametrize(("variant", "team_blocks", "dtype"), PERSISTENT, ids=str)
-@pytest.mark.parametrize("call", IN_LAUNCHES, ids=str)
+# What 16 bits round moves c across its clip, where a derivative jumps.
+ONE_LAUNCH = [
+    (call, *kernels)
+    for call in IN_LAUNCHES
+    for kernels in PERSISTENT
+    if kernels[2].itemsize > 2 or call.option != "cell_clip"
+]
+
+
+@pytest.mark.parametrize(("call", "variant", "team_blocks", "dtype"), ONE_LAUNCH, ids=str)
 def test_options_of_one_launch_match_the_float64_formulas(
     call: check.Call, variant: str, team_blocks: int, dtype: torch.dtype
 ) -> None:
@@ -115,6 +124,31 @@ def test_resets_of_one_launch_match_the_float64_definition(
         found = test_resets.run_call(call)
     _expect_launches(variant, dtype)
     assert_within(found, test_resets.by_hand(call))
+
+
+@pytest.mark.parametrize(("variant", "team_blocks", "dtype"), PERSISTENT, ids=str)
+@pytest.mark.parametrize("layout", ["mask", "reset and mask", "packed"])
+def test_clips_of_one_launch_are_those_of_a_launch_a_step(
+    layout: str, variant: str, team_blocks: int, dtype: torch.dtype
+) -> None:
+    """Which gradients are clipped depends on the steps that count, however many others stand between them."""
+    torch.manual_seed(0)
+    layer = fused_rnn.GRU(5, 16, bidirectional=True, recurrent_grad_clip=0.05, dtype=dtype)
+    x, hx = data(7, 4, 5, seed=5).to(dtype).requires_grad_(), data(2, 4, 16, seed=6).to(dtype).requires_grad_()
+    draws = torch.rand(2, 7, 4, generator=torch.Generator().manual_seed(7))
+    given = {"reset": draws[0] > 0.7} if "reset" in layout else {}
+    given |= {"mask": draws[1] < 0.5} if "mask" in layout else {}
+    leaves = [x, hx, *layer.parameters()]
+    results = []
+    for name, number in ((variant, team_blocks), ("none", 0)):
+        _allow(name, team_blocks=number)
+        with fused_rnn.use_backend("fused"):
+            argument: Any = pack_padded_sequence(x, [7, 5, 5, 1]) if layout == "packed" else x
+            outputs = check._tensors(layer(argument, hx, **given))
+            found = torch.autograd.grad(outputs, leaves, [20 * g for g in incoming_gradients(outputs)])
+        assert bool(torch.ops.fused_rnn_host.launches()) == (name != "none")
+        results.append({str(k): t.detach() for k, t in enumerate((*outputs, *found))})
+    assert_within(results[0], {key: t.double() for key, t in results[1].items()})
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
@@ -145,6 +179,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "name": ("LSTM", "GRU", "RNN", "LSTM "),  # the LSTM has most options
     "activation": ACTIVATIONS,
     "recurrent_activation": ("sigmoid", "hard_sigmoid", "softsign"),
+    "reset_after": (True, False),
     "peephole": (False, True),
     "coupled_gates": (False, True),
     "num_heads": (1, 2, 6),
@@ -167,15 +202,17 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "hx": (False, True),
 }
 NOT_FOR = {
-    "LSTM": set(),
+    "LSTM": {"reset_after"},
     "GRU": {"peephole", "coupled_gates", "cell_clip", "zoneout_cell", "proj_size"},
-    "RNN": {"peephole", "coupled_gates", "cell_clip", "zoneout_cell", "proj_size", "recurrent_activation"},
+    "RNN": {"peephole", "coupled_gates", "cell_clip", "zoneout_cell", "proj_size", "reset_after"},
 }
+NOT_FOR["RNN"].add("recurrent_activation")
 
 
 def _makes_sense(row: Row) -> bool:
     return (
         (row["num_heads"] == 1 or not row["proj_size"])
+        and (row["reset_after"] or (row["name"] == "GRU" and not row["layer_norm"]))
         and (not row["reset_state"] or "reset" in row["layout"])
         and (row["bptt_steps"] is None or (not row["bidirectional"] and row["layout"] in ("padded", "reset")))
         # gradients of means are for the formulas there
@@ -297,6 +334,60 @@ def test_what_a_row_begins_anew_from_leaks_nowhere_where_no_step_follows(cell: s
     assert_same(result(float("nan")), result(0.0))
 
 
+# ---- the reset gate before the product ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most_steps", [0, 1, 3])
+@pytest.mark.parametrize("layout", ["packed", "reset and mask"])
+def test_without_gradients_the_reset_gate_is_before_the_product_too(layout: str, most_steps: int) -> None:
+    """Nothing is saved then: what it leaves of h has memory of its own, and projections come some steps at a time."""
+    torch.manual_seed(0)
+    layer = fused_rnn.GRU(
+        INPUT, H, num_layers=2, bidirectional=True, reset_after=False, recurrent_dropout=0.3, dtype=F64
+    )
+    x: Any = data(7, B, INPUT, seed=5)
+    draws = torch.rand(2, 7, B, generator=torch.Generator().manual_seed(7))
+    given = {"reset": draws[0] > 0.6, "mask": draws[1] < 0.6} if layout != "packed" else {}
+    x = pack_padded_sequence(x, [7, 5, 5, 1]) if layout == "packed" else x
+    results = []
+    for name in ("fused", "reference"):
+        _allow("none", most_steps=most_steps)
+        torch.manual_seed(1)
+        with torch.no_grad(), fused_rnn.use_backend(name):
+            outputs = check._tensors(layer(x, data(4, B, H, seed=6), **given))
+        results.append({str(k): output for k, output in enumerate(outputs)})
+    assert_close_to_twin(*results)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "softsign", "bptt_steps": 2}], ids=str)
+def test_second_derivatives_where_the_reset_gate_is_before_the_product(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = fused_rnn.GRU(INPUT, 4, reset_after=False, dtype=F64, **options)
+    leaves = [data(3, 2, INPUT).requires_grad_(), *layer.parameters()]
+    results = []
+    for name in ("fused", "reference"):
+        with fused_rnn.use_backend(name):
+            first = torch.autograd.grad(layer(leaves[0])[0].square().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        results.append({str(k): t.detach() for k, t in enumerate((*first, *second))})
+    assert_close_to_twin(*results)
+
+
+def test_operators_refuse_a_reset_gate_before_the_product_where_no_kernel_has_it() -> None:
+    def forward(library: Any, kind: CellKind, within: Within) -> None:
+        gates = kind.num_gates * 4
+        params = [torch.zeros(*shape) for shape in ((gates, 3), (gates, 4), (gates,), (gates,))]
+        params += [torch.zeros(gates) for _ in range(2 if within.layer_norm else 0)]
+        integers = [kind, 1, 1, 0, 0, 0, *within.integers(), OPERATORS_VERSION]
+        library.rnn_forward(torch.zeros(5, 2, 3), None, None, params, [], integers, within.numbers(), True)
+
+    before = Within(reset_after=False)
+    forward(torch.ops.fused_rnn_host, CellKind.GRU, before)
+    for kind, within in ((CellKind.RNN_TANH, before), (CellKind.GRU, before._replace(layer_norm=True))):
+        with pytest.raises(RuntimeError, match="reset_after: expected True but for a GRU without layer_norm"):
+            forward(torch.ops.fused_rnn_host, kind, within)
+
+
 # ---- what runs where ------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +424,7 @@ def _expected_launches(settings: Settings) -> list[str]:
         {"reset": torch.zeros(4, 9, dtype=torch.bool)},
         {"zoneout": 0.1, "recurrent_grad_clip": 1.0, "reset": torch.zeros(4, 9, dtype=torch.bool)},
         {"recurrent_dropout": 0.2, "cell_clip": 1.0},
+        {"bptt_steps": 2, "recurrent_grad_clip": 1.0, "cell_clip": 1.0, "coupled_gates": True},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -375,9 +467,13 @@ def test_the_plan_names_what_runs_step_by_step(monkeypatch: pytest.MonkeyPatch) 
     assert both["variant"] == both["backward"]["variant"] == "cluster" and both["options"]
     assert "layers with options within the recurrence run one by one" in both["reason"]
     assert not plan(fused_rnn.LSTM(3, 4))["options"]
+    both = plan(fused_rnn.GRU(3, 4, reset_after=False))
+    assert both["reason"] == both["backward"]["reason"] == "reset_after: for the kernels of one step alone"
     both = plan(fused_rnn.GRU(3, 4, recurrent_grad_clip=1.0))
-    assert both["variant"] == "cluster" and both["backward"]["variant"] == "none"
-    assert "recurrent_grad_clip" in both["backward"]["reason"]
+    assert both["variant"] == both["backward"]["variant"] == "cluster"
+    assert not both["options"] and both["backward"]["options"]
+    both = plan(fused_rnn.LSTM(3, 4, cell_clip=1.0, recurrent_grad_clip=1.0, bptt_steps=2))
+    assert both["variant"] == both["backward"]["variant"] == "cluster" and both["options"]
     within = Within(return_states=True)
     assert ops.why_step_by_step(Settings(3, 4, 4, CellKind.GRU, within=within), False) is None
     reason = ops.why_step_by_step(Settings(3, 4, 4, CellKind.GRU, within=within), True)
@@ -389,9 +485,20 @@ def test_what_a_cuda_tensor_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -
     all_others = {"zoneout": 0.5, "peephole": True, "num_heads": 2, "recurrent_grad_clip": 1.0, "layer_norm": True}
     assert ops.why_not_within(CellKind.LSTM, Within(**all_others), on_cuda, True) is None
     monkeypatch.setattr(ops, "why_not_fused", lambda input: None)
+    settings = Settings(4, 4, 4, CellKind.RNN_TANH, within=Within(zoneout=0.5))
+    with fused_rnn.use_backend("fused"), pytest.raises(RuntimeError, match="no fused kernel has zoneout of an RNN"):
+        backends.why_reference(on_cuda, settings, recorded=True)
+
+
+def test_the_reset_gate_is_before_the_product_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # what makes CPU tensors of these tests pass for others
+    monkeypatch.setattr(ops, "why_not_fused", lambda input: None)
     settings = Settings(3, 4, 4, CellKind.GRU, within=Within(reset_after=False))
-    with fused_rnn.use_backend("fused"), pytest.raises(RuntimeError, match="no fused kernel has reset_after=False"):
-        backends.why_reference(on_cuda, settings)
+    on_cuda: Any = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    with fused_rnn.use_backend("fused"):
+        assert backends.why_reference(on_cuda, settings, recorded=True) is None
+        with pytest.raises(RuntimeError, match="no fused kernel has reset_after=False for cpu tensors"):
+            backends.why_reference(torch.zeros(1), settings)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,17 @@ SHAPES = {
     "options, nothing saved, no initial state": (
         "exchange=counted blocks=2 options=radzc save=0 initial=0 in_place=0 T=4 B=3 H=16"
     ),
+    "clips, in one block": "exchange=none options=kg T=5 B=3 H=24",
+    "clips, a mask, both directions": "exchange=counted blocks=2 options=kg masked=1 directions=2 T=7 B=9 H=24",
+    "clips with falling lengths, barriers": (
+        "exchange=barriers blocks=2 sms=4 options=kg directions=2 ragged=1 T=6 B=20 H=16"
+    ),
+    "clips of what is drawn through memory, a mask": "exchange=memory sms=3 options=radzckg masked=1 T=7 B=20 H=24",
+    "clips of means, several column tiles": "exchange=counted blocks=2 sms=2 options=mkg T=5 B=20 H=40",
+    "gradients that end": "exchange=counted blocks=2 options=t T=6 B=9 H=24",
+    "gradients that end, and all other options": "exchange=none options=radzckgt T=5 B=3 H=24",
+    "gradients that end at barriers": "exchange=barriers blocks=4 options=rt T=5 B=3 H=24",
+    "gradients that end through memory": "exchange=memory sms=3 options=dgt T=5 B=20 H=24",
     "no initial state": "exchange=counted blocks=2 initial=0 T=3 B=3 H=16",
     "nothing saved, no biases": "exchange=counted blocks=2 save=0 bias=0 in_place=0 T=3 B=3 H=16",
     "no gradient of the output": "exchange=counted blocks=2 output=0 T=3 B=3 H=16",
@@ -126,10 +137,12 @@ def test_one_kind_of_warps_computes_the_same(direction: str, exchange: str) -> N
         _run(f"persistent_{direction}", f"{shape} kind={kind} dtype={dtype}", "plain_one_role")
 
 
-@pytest.mark.parametrize("letter", "radzcm")
-@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize(
+    ("direction", "letter"), [(d, letter) for d in PASSES for letter in ("radzcmk" if d == "forward" else "radzcmkgt")]
+)
 def test_an_option_that_a_kernel_is_not_given_is_missed(direction: str, letter: str) -> None:
-    case = f"exchange=counted blocks=2 options={'m' if letter == 'm' else 'radzc'} without={letter} T=5 B=3 H=24"
+    options = letter if letter in "mkgt" else "radzc"
+    case = f"exchange=counted blocks=2 options={options} without={letter} T=5 B=3 H=24"
     result = cuda_host.run(cuda_host.build(f"persistent_{direction}"), *case.split())
     assert result.returncode == 1 and "WRONG" in result.stdout
 
@@ -181,7 +194,7 @@ def _drawn(direction: str, kind: str, dtype: str, exchange: str, layers: int = 1
     case["masked"] = 1 - case["ragged"]
     if layers == 1:
         # Resets are of padded batches.
-        case["options"] = draw.choice(["", "", "zc", "d", "m", "dzc"] + ["r", "ra", "radzc"] * case["masked"])
+        case["options"] = draw.choice(["", "", "zc", "d", "m", "dzc"] + ["r", "ra", "radzc", "kg"] * case["masked"])
     if layers > 1:
         case |= {
             "layers": layers,
@@ -233,7 +246,7 @@ def test_no_thread_races_with_another(direction: str, exchange: str) -> None:
     _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} ragged=1 seed=4", "thread")
     _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} masked=1 kind=gru seed=5", "thread")
     if exchange != "wavefront":
-        _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} options=radzc seed=6", "thread")
+        _run(f"persistent_{direction}", f"{RACE_CASES[exchange]} options=radzckg seed=6", "thread")
 
 
 @needs_setarch

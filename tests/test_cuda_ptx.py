@@ -97,8 +97,10 @@ def test_options_of_persistent_kernels_agree_with_float64(direction: str) -> Non
         "resets through memory, a mask",
         "options with falling lengths",
         "zoneout on average",
+        "clips of what is drawn through memory, a mask",
+        "gradients that end, and all other options",
     )
-    for name, kind in zip(names, ("lstm", "gru", "lstm", "rnn_tanh"), strict=True):
+    for name, kind in zip(names, ("lstm", "gru", "lstm", "rnn_tanh", "lstm", "lstm"), strict=True):
         case = f"{SHAPES[name]} kind={kind} dtype=bfloat16"
         result = cuda_host.run(cuda_host.build(f"ptx_{direction}"), *case.split(), ptx=ptx)
         assert result.returncode == 0, f"{case}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
@@ -139,7 +141,7 @@ def test_step_kernels_match_the_reference(kind: CellKind, dtype: torch.dtype, tm
 @pytest.mark.parametrize(
     ("index", "dtype"),
     [(i, torch.float64 if i % 2 else torch.float32) for i in range(len(WITH_OPTIONS))]
-    + [(3, torch.bfloat16), (8, torch.bfloat16), (12, torch.float16)],
+    + [(3, torch.bfloat16), (8, torch.bfloat16), (12, torch.float16), (19, torch.bfloat16)],
     ids=lambda value: str(WITH_OPTIONS[value] if isinstance(value, int) else value),
 )
 def test_step_kernels_with_options_match_the_reference(index: int, dtype: torch.dtype, tmp_path: Path) -> None:

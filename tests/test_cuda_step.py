@@ -23,7 +23,8 @@ pytestmark = pytest.mark.compiles
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CELLS = list(CellKind)
-# Of the gradients that the kernels give per unit, by index: those of the gates of w_ih, and of w_hh.
+# Of the gradients that the kernels give per unit, by index: those of the gates of w_ih, and of w_hh. Of a GRU with the
+# reset gate after the product; of one before it those of r, z and n for both, and then none.
 GRAD_GATES = {CellKind.LSTM: 4, CellKind.GRU: 4, CellKind.RNN_TANH: 1, CellKind.RNN_RELU: 1}
 INPUT_GATES = {CellKind.GRU: [1, 2, 0]}
 HIDDEN_GATES = {CellKind.GRU: [1, 2, 3]}
@@ -61,6 +62,19 @@ class Problem:
     @property
     def P(self) -> int:
         return self.proj_size or self.H
+
+    @property
+    def input_gates(self) -> list[int]:
+        return INPUT_GATES[self.kind] if self.has_parts_of_n else list(range(self.kind.num_gates))
+
+    @property
+    def hidden_gates(self) -> list[int]:
+        return HIDDEN_GATES[self.kind] if self.has_parts_of_n else list(range(self.kind.num_gates))
+
+    @property
+    def has_parts_of_n(self) -> bool:
+        """Whether what W_ih and W_hh give to n have gradients of their own."""
+        return self.kind == CellKind.GRU and self.within.reset_after
 
     @property
     def zones(self) -> tuple[bool, bool]:
@@ -151,6 +165,7 @@ class Problem:
         numbers += [Activation[name.upper()] for name in (within.activation, within.recurrent_activation)]
         numbers += [within.peephole, within.coupled_gates, within.bptt_steps or 0, self.dropout, *self.zones]
         numbers += [self.resets, self.reset_state, self.state_gradients, within.layer_norm]
+        numbers += [within.reset_after]
         with path.open("wb") as file:
             file.write(struct.pack(f"{len(numbers)}q4d{len(sizes)}q", *map(int, numbers), *within.numbers(), *sizes))
             for given, marks in ((self.masked, self.mask), (self.resets, self.marks)):
@@ -200,16 +215,15 @@ class Problem:
     def named(self, result: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the gates as those of the arguments that they are the gradient of."""
         gates, sums = result.pop("grad_gates"), result.pop("sums")
-        everything = list(range(self.kind.num_gates))
         first = GRAD_GATES[self.kind] if self.within.layer_norm else 0  # of those of what is normalised
-        result["grad(x)"] = gates[:, [first + k for k in INPUT_GATES.get(self.kind, everything)]].flatten(1)
+        result["grad(x)"] = gates[:, [first + k for k in self.input_gates]].flatten(1)
         if "normal_c" in result:
             normal_c, grad_c = result.pop("normal_c").double(), result.pop("grad_c").double()
             result["grad(norm_c)"] = (normal_c * grad_c).sum(0).to(self.dtype)
             result["grad(b_norm_c)"] = grad_c.sum(0).to(self.dtype)
         if self.biases:
-            result["grad(b_ih)"] = sums[INPUT_GATES.get(self.kind, everything)].flatten()
-            result["grad(b_hh)"] = sums[HIDDEN_GATES.get(self.kind, everything)].flatten()
+            result["grad(b_ih)"] = sums[self.input_gates].flatten()
+            result["grad(b_hh)"] = sums[self.hidden_gates].flatten()
         if not self.initial:
             result.pop("grad(h0)")
             result.pop("grad(c0)", None)
@@ -397,6 +411,24 @@ WITH_OPTIONS: list[tuple[CellKind, dict[str, Any], dict[str, Any]]] = [
     ),
     (CellKind.RNN_TANH, {"training": True, "zoneout": 0.4}, {"dropout": True, "H": 150, "B": 20, "lengths": (2,)}),
     (CellKind.RNN_TANH, {"recurrent_grad_clip": 0.3}, {"state_gradients": True, "directions": 2, "H": 1, "B": 1}),
+    *[
+        (CellKind.GRU, {"reset_after": False, **within}, options)
+        for within, options in (
+            (
+                {"activation": "softsign"},
+                {"directions": 2, "in_place": True, "packed": True, "lengths": (4, 3, 3, 2, 1)},
+            ),
+            (
+                {"recurrent_grad_clip": 0.3},
+                {"dropout": True, "resets": True, "reset_state": True, "directions": 2},
+            ),
+            ({"training": True, "zoneout": 0.4}, {"masked": True, "B": 7, "lengths": (6,), "state_gradients": True}),
+            (
+                {"recurrent_activation": "hard_sigmoid", "bptt_steps": 2},
+                {"dropout": True, "initial": False, "few_blocks": True, "biases": False},
+            ),
+        )
+    ],
 ]
 
 
@@ -412,7 +444,7 @@ def test_step_kernels_with_options_match_the_reference(index: int, dtype: torch.
 
 
 # Few rows: with layer normalisation each is a block, and ThreadSanitizer has only so many threads.
-@pytest.mark.parametrize("index", [3, 7, 9, 12, 15])
+@pytest.mark.parametrize("index", [3, 7, 9, 12, 15, 19, 20])
 def test_no_thread_of_a_step_with_options_races_with_another(index: int, tmp_path: Path) -> None:
     problem = with_options(torch.float32, WITH_OPTIONS[index], 20 + index)
     if problem.within.layer_norm:

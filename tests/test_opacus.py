@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.cases import CELLS, constructor_of
 from support.compare import assert_within
-from support.values import data, flat
+from support.values import data, flat, with_small_gains
 from test_docs import DOCS, run_page
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
@@ -101,6 +101,53 @@ def test_layers(cell: str, bidirectional: bool) -> None:
         assert_within(found, of_batch)
 
 
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("LSTM", {"peephole": True, "cell_clip": 0.3}),
+    ("LSTM", {"proj_size": 3, "coupled_gates": True}),
+    ("LSTM", {"layer_norm": True, "proj_size": 3, "peephole": True, "recurrent_grad_clip": 0.05}),
+    ("LSTM", {"layer_norm": True, "bias": False, "num_heads": 7}),
+    ("GRU", {"layer_norm": True, "recurrent_activation": "hard_sigmoid"}),
+    ("RNN_TANH", {"layer_norm": True, "nonlinearity": "softsign"}),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("cell", "options"), OPTIONS, ids=str)
+def test_layers_with_options(cell: str, options: dict[str, Any], packed: bool) -> None:
+    torch.manual_seed(0)
+    model = Tagger(cell.partition("_")[0], num_layers=2, bidirectional=True, **options).double()
+    if options.get("layer_norm"):
+        with_small_gains(model)
+    private, rows = (
+        sampled(model),
+        [data(length, INPUT, seed=length) for length in ((2, 6, 1, 4) if packed else [6] * 4)],
+    )
+    x = pack_sequence(rows, enforce_sorted=False) if packed else torch.stack(rows, 1)
+    losses = private(x)
+    losses.sum().backward()
+    by_row = [model(x.unsqueeze(1))[0] for x in rows]
+    assert_within({"loss": losses.detach()}, {"loss": torch.stack(by_row).detach()})
+    assert_within(without_parts(grad_samples(private)), without_parts(one_by_one(model, by_row)))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_bfloat16_which_no_kernel_of_examples_takes(cell: str, packed: bool) -> None:
+    """Products of the gradients of gates: to the rounding of that dtype."""
+    torch.manual_seed(0)
+    model = Tagger(cell, num_layers=2, bidirectional=True).bfloat16()
+    x = data(STEPS, BATCH, INPUT).bfloat16()
+    x = pack_sequence([x[: STEPS - row, row] for row in range(BATCH)]) if packed else x
+    exact = copy.deepcopy(model).double()
+    private, expected = sampled(model), sampled(exact)
+    private(x).sum().backward()
+    expected(x.double()).sum().backward()
+    found = grad_samples(private)
+    assert found and all(value.dtype is torch.bfloat16 for value in found.values())
+    for name, value in grad_samples(expected).items():
+        assert (found[name].double() - value).abs().max() <= 0.05 * value.abs().max()
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed_rows_in_any_order(cell: str) -> None:
     torch.manual_seed(0)
@@ -141,11 +188,17 @@ class Stepper(nn.Module):
         return torch.stack([s.pow(3).sum(1) for s in flat(state)]).sum(0)
 
 
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"layer_norm": True, "peephole": True}], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["", "no bias"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_cells(cell: str, bias: bool) -> None:
+def test_cells(cell: str, bias: bool, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
+    options = {name: value for name, value in options.items() if name != "peephole" or cell == "LSTM"}
     model = Stepper(cell, bias).double()
+    for name, value in options.items():
+        setattr(model.cell, name, value)
+    if options:
+        with_small_gains(model)
     private = sampled(model)
     x = data(STEPS, BATCH, INPUT)
     private(x).sum().backward()
@@ -231,11 +284,12 @@ def test_an_empty_batch_has_no_gradients() -> None:
     assert all(value.shape[0] == 0 for value in grad_samples(private).values())
 
 
-@pytest.mark.parametrize("options", [{"zoneout": 0.1}, {"num_heads": 7}, {"stateful": True}, {"proj_size": 3}], ids=str)
+@pytest.mark.parametrize("options", [{"zoneout": 0.1}, {"recurrent_bias": False}, {"stateful": True}], ids=str)
 def test_what_has_no_gradients_of_examples_is_refused_by_name(options: dict[str, Any]) -> None:
     layer = fused_rnn.LSTM(INPUT, HIDDEN, **options)
     (name,) = options
-    assert isinstance(ModuleValidator.validate(fused_rnn.IndRNN(INPUT, HIDDEN))[0], UnsupportedModuleError)
+    for independent in (fused_rnn.IndRNN(INPUT, HIDDEN), fused_rnn.IndRNNCell(INPUT, HIDDEN)):
+        assert isinstance(ModuleValidator.validate(independent)[0], UnsupportedModuleError)
     (error,) = ModuleValidator.validate(layer)
     assert isinstance(error, UnsupportedModuleError) and f"it has {name}=" in str(error)
     with pytest.raises(UnsupportedModuleError, match=f"it has {name}="):
@@ -252,6 +306,11 @@ def test_a_call_that_has_no_gradients_of_examples_is_refused_by_name() -> None:
         private(x[:, 0])
     with pytest.raises(RuntimeError, match="^autocast: expected none"), torch.autocast("cpu", torch.bfloat16):
         private(x)
+    private = sampled(fused_rnn.GRU(INPUT, HIDDEN, layer_norm=True).bfloat16())
+    with pytest.raises(
+        RuntimeError, match=r"^input: expected float32 or float64 on the CPU .* got torch.bfloat16 on cpu"
+    ):
+        private(x.bfloat16())
 
 
 def test_code_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:

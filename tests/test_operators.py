@@ -127,6 +127,16 @@ def test_operator_of_quantized_layers_passes_opcheck(cell: str, dtype: torch.dty
     torch.library.opcheck(operator, args, kwargs)
 
 
+def test_the_reset_gate_before_the_product_is_refused_on_a_cpu() -> None:
+    gates = [torch.zeros(*shape) for shape in ((12, 3), (12, 4), (12,), (12,))]
+    within = settings.Within(reset_after=False)
+    of_call = [settings.CellKind.GRU, 1, 1, 0, 0, 0, *within.integers(), settings.OPERATORS_VERSION]
+    with pytest.raises(RuntimeError, match="reset_after: no kernel for a reset gate before the product"):
+        torch.ops.fused_rnn.rnn_forward(
+            torch.zeros(5, 2, 3), None, None, gates, [], of_call, within.numbers(), True
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_whole_stack_is_one_forward_and_one_backward_call(cell: str) -> None:
     case = Case(cell=cell, num_layers=3, bidirectional=True, steps=8)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.compare import assert_same, assert_within
 from support.mutations import Recorder
+from support.values import with_small_gains
 from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
 from torch.utils._pytree import tree_leaves
@@ -45,7 +46,8 @@ def named(tensors: Any) -> dict[str, Tensor]:
 
 def build(cell: str, **options: Any) -> Any:
     torch.manual_seed(1)
-    return getattr(fused_rnn, cell)(INPUT, HIDDEN, **({"num_layers": 2, "bidirectional": True} | options)).double()
+    layer = getattr(fused_rnn, cell)(INPUT, HIDDEN, **({"num_layers": 2, "bidirectional": True} | options)).double()
+    return with_small_gains(layer) if options.get("layer_norm") else layer
 
 
 class Call:
@@ -67,11 +69,19 @@ class Call:
             self.given["reset"] = marks(0.3, *time, seed=6)
         if "reset_state" in given:
             self.given["reset_state"] = real(V, states, cells, B, HIDDEN, seed=7)
+        if self.layer.proj_size:  # h and c of their own sizes
+            for seed, (name, h, c) in enumerate((("hx", "h", "c"), ("reset_state", "anew_h", "anew_c"))):
+                if self.given.pop(name, None) is not None:
+                    self.given[h] = real(V, cells, B, self.layer.proj_size, seed=8 + seed)
+                    self.given[c] = real(V, cells, B, HIDDEN, seed=10 + seed)
         self.returns_states = "return_states" in given
         self.parameters = {name: p.detach() for name, p in self.layer.named_parameters()}
 
     def __call__(self, parameters: dict[str, Tensor], given: dict[str, Any]) -> list[Tensor]:
         keywords = dict(given)
+        for name, h, c in (("hx", "h", "c"), ("reset_state", "anew_h", "anew_c")):
+            if h in keywords:
+                keywords[name] = [keywords.pop(h), keywords.pop(c)]
         for name in {"hx", "reset_state"} & keywords.keys():
             state = keywords[name]
             keywords[name] = tuple(state) if len(state) == 2 else state[0]
@@ -166,12 +176,91 @@ def test_gradients_of_examples_of_layers_with_options(options: dict[str, Any], g
         call.check(call.gradients("both"), ["rnn_forward", "rnn_backward_each"])
 
 
-@pytest.mark.parametrize("options", [{"layer_norm": True}, {"peephole": True}], ids=str)
-def test_gradients_of_parameters_that_no_kernel_gives_at_once(options: dict[str, Any]) -> None:
-    """What the forward pass of all examples saved of their live steps is not told apart."""
-    call = Call("LSTM", "mask", "reset", **options)
-    call.check(call.gradients("parameters"), None)
-    call.check(call.gradients("inputs"), ["rnn_forward", "rnn_backward"])
+MORE_PARAMETERS: list[dict[str, Any]] = [
+    {"layer_norm": True},
+    {"layer_norm": True, "recompute": True, "bias": False},
+    {"layer_norm": True, "num_heads": 2},
+    {"peephole": True},
+    {"peephole": True, "cell_clip": 0.2, "zoneout_cell": 0.3},
+    {"peephole": True, "layer_norm": True, "coupled_gates": True},
+    {"proj_size": 2},
+    {"proj_size": 2, "layer_norm": True, "bias": False, "zoneout": 0.2},
+    {"proj_size": 3, "peephole": True, "recompute": True, "bidirectional": False, "recurrent_grad_clip": 0.01},
+]
+
+
+@pytest.mark.parametrize("given", [(), ("mask", "reset"), ("reset", "reset_state", "return_states")], ids="-".join)
+@pytest.mark.parametrize("options", MORE_PARAMETERS, ids=str)
+def test_gradients_of_examples_of_norms_peepholes_and_projections(
+    options: dict[str, Any], given: tuple[str, ...]
+) -> None:
+    for cell in ("LSTM", "GRU", "RNN"):
+        if cell == "LSTM" or options.keys() <= {"layer_norm", "recompute", "bias", "num_heads"}:
+            call = Call(cell, *given, **options)
+            call.layer.eval()  # zoneout takes means
+            call.check(call.gradients("both"), ["rnn_forward", "rnn_backward_each"])
+
+
+def test_each_wanted_parameter_alone() -> None:
+    call = Call("LSTM", "reset", peephole=True, layer_norm=True, proj_size=2, num_layers=1)
+    given, dims = call.batch()
+    every = vmap(call.gradients("parameters"), (None, dims))(call.parameters, given)
+    for name, value in call.parameters.items():
+        others = {other: p for other, p in call.parameters.items() if other != name}
+
+        def loss(p: Tensor, given: Any, name: str = name, others: Any = others) -> Tensor:
+            return sum(t.sin().square().sum() for t in call({**others, name: p}, given))
+
+        found = vmap(grad(loss), (None, dims))(value, given)
+        assert_same([found], [every[name]])
+
+
+@pytest.mark.parametrize("batch_sizes", [[4, 4, 2], [4, 3, 1, 1], [4]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True, "peephole": True, "proj_size": 2}], ids=str)
+def test_rows_of_a_packed_batch_as_examples(options: dict[str, Any], batch_sizes: list[int]) -> None:
+    """They may end at different steps: zeros behind the ends of some."""
+    layer = build("LSTM", **options)
+    params, sizes = [p.detach() for p in layer.parameters()], torch.tensor(batch_sizes)
+    settings, controls = layer._settings(), Controls(sizes)
+    x = real(sum(batch_sizes), INPUT)
+    state = [real(4, 4, size, seed=2) for size in (options.get("proj_size", HIDDEN), HIDDEN)]
+    results = ops.forward_for_backward(settings, x, *state, params, controls)
+    seeds = [real(*t.shape, seed=5 + i) for i, t in enumerate(results[:3])]
+
+    def gradients(groups: int, results: Any = results, seeds: Any = seeds, x: Any = x, **of: Any) -> list[Tensor]:
+        output, _, _, *saved = results
+        given = (
+            *seeds,
+            None,
+            None,
+            x,
+            *of.get("state", state),
+            params,
+            of.get("controls", controls).flatten(x),
+            output,
+        )
+        needs = [False] * 3 + [True] * len(params)
+        found: list[Tensor] = torch.ops.fused_rnn.rnn_backward_each(*given, *saved, *settings.flatten(), needs, groups)[
+            3
+        ]
+        return found
+
+    each = gradients(4)
+    first = torch.tensor([0, *sizes.cumsum(0).tolist()[:-1]])
+    expected: list[list[Tensor]] = []
+    for row in range(4):
+        places = [int(f) + row for f, size in zip(first, batch_sizes) if row < size]
+        own_state = [s[:, row : row + 1] for s in state]
+        own = Controls(torch.ones(len(places), dtype=torch.int64))
+        found = ops.forward_for_backward(settings, x[places], *own_state, params, own)
+        own_seeds = [seeds[0][places], *(s[:, row : row + 1] for s in seeds[1:])]
+        expected.append([g[0] for g in gradients(1, found, own_seeds, x[places], state=own_state, controls=own)])
+    stacked = [torch.stack(of_all) for of_all in zip(*expected, strict=True)]
+    assert_within(named(each), named(stacked))
+    of_two = [g.unflatten(0, (2, 2)).sum(0) for g in each]  # rows 0 and 2, 1 and 3
+    assert_within(named(gradients(2)), named(of_two))
+    with pytest.raises(RuntimeError, match="groups: expected a number that divides the batch of 4, got 3"):
+        gradients(3)
 
 
 def test_float32_and_an_indrnn() -> None:

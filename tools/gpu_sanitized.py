@@ -31,7 +31,7 @@ NUMBERS = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False
 OPTIONS: tuple[dict[str, bool], ...] = ({}, {"packed": True}, {"masked": True})
 # Options within the recurrence that kernels of all steps have, where warps can hand registers to others. (What is drawn
 # differs from the CPU's draws: means stand in.)
-IN_LAUNCHES = ("reset", "zoneout")
+IN_LAUNCHES = ("reset", "zoneout", "recurrent_grad_clip")
 # Epsilons of float32: 8 times what TF32 rounds a product by at most.
 TF32_LIMIT = 8 * 2.0**13
 # Exit status: calls raised, the CUDA context is there.

@@ -63,6 +63,22 @@ struct Lstm {
     return c;
   }
 
+  // With cell_clip, where forward() had the plain formulas alone: its c and h with c clamped; and of backward(), which
+  // was given the clamped c: what c had let through is nothing where it was clamped.
+  template <class V>
+  static FRNN_HOST_DEVICE void clip(const V* saved_values, typename Lanes<V>::Scalar limit, V& h, V& c) {
+    c = clamped<V>(c, limit);
+    h = saved_values[3] * tanh<V>(c);
+  }
+  template <class V>
+  static FRNN_HOST_DEVICE void clip_backward(const V* saved_values, V c_prev, typename Lanes<V>::Scalar limit, V* grads,
+                                             V& dc_prev) {
+    const V c = saved_values[1] * c_prev + saved_values[0] * saved_values[2];
+    const auto clipped = (c > limit) | (-limit > c);
+    for (int k = 0; k < 3; ++k) grads[k] = Lanes<V>::select(clipped, V{}, grads[k]);
+    dc_prev = Lanes<V>::select(clipped, V{}, dc_prev);
+  }
+
   // c of this step before zoneout, from what was saved; c: after it.
   template <class V, class Options>
   static FRNN_HOST_DEVICE V cell_of(const V* saved_values, V c, V c_prev, const Options& options) {

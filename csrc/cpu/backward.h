@@ -6,6 +6,8 @@
 // every sum runs in one fixed order: results are the same bits for any number of threads that gives the same chunks.
 #pragma once
 
+#include <cstring>
+
 #include "forward.h"
 #include "recompute.h"
 
@@ -302,6 +304,9 @@ class BackwardPass {
           if (direction_[d].peephole) peephole_gradient(d, step, stop, begun, thread);
         }
         if (direction_[d].norms.sums) norm_gradients(d, step, stop, begun, thread);
+        if constexpr (std::is_same_v<S, A> && Cell::kind < CellKind::custom) {
+          if (layer_.step_gradients) give_rows(layer_.step_gradients[d], d, step, stop, thread);
+        }
       }
       begun = true;
       step = stop;
@@ -844,6 +849,10 @@ class BackwardPass {
     } else {
       const auto options = options_of<N, kind == Gates::own_functions>(d, units);
       backward_of<Cell>(saved, h, h_prev, c, c_prev, dh, dc, grads, dh_prev, dc_prev, options);
+      if constexpr (Cell::kind == CellKind::lstm) {
+        for (int i = 0; i < N && normalised; ++i)
+          grads[3].v[i] = Simd<A>::load_n(normalised->to_output + units[i].unit, H_ - units[i].unit);
+      }
       if constexpr (std::is_same_v<S, A>) {
         if (layer_.step_gradients)
           exchange_gradients<N>(layer_.step_gradients[d], first_row, units, dh, dc[0], grads, dh_prev, dc_prev[0]);
@@ -852,10 +861,8 @@ class BackwardPass {
       dc_prev[0] = dc_prev[0] + c_to_before;
       if constexpr (Cell::kind == CellKind::lstm) {
         if (projects_ && !normalised) hidden = Cell::template hidden<Values>(saved, c[0], c_prev[0], options);
-        for (int i = 0; i < N && normalised; ++i) {
-          grads[3].v[i] = Simd<A>::load_n(normalised->to_output + units[i].unit, H_ - units[i].unit);
+        for (int i = 0; i < N && normalised; ++i)
           hidden.v[i] = Simd<A>::load_n(normalised->hidden + units[i].unit, H_ - units[i].unit);
-        }
       }
     }
 #pragma GCC unroll 2
@@ -1023,17 +1030,12 @@ class BackwardPass {
     if (!begun) {
       for (int k = 0; k < 3; ++k) copy_row<A, A>(nullptr, s.peephole + k * H_ + own.begin, own.end - own.begin);
     }
-    const Options<One, true> options{layer_.within, {}};  // no function is asked for
     each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
       const Before state = before(d, t, b);
-      const S* gates = saved_gates(d, t, b, row);
-      const A* cells = rows_of<A>(layer_.direction[d].cells) + (layer_.steps.first_row(t) + b) * H_;
       for (int64_t u = own.begin; u < own.end; u += width) {
         const int64_t n = own.end - u;
-        One saved[Cell::saved + 1];
-        for (int g = 0; g < Cell::saved; ++g) saved[g].v[0] = Simd<A>::load_n(gates + g * H_ + u, n);
-        const One before_step{{cell_before(state, 0, u)}}, after{{Simd<A>::load_n(cells + u, n)}};
-        const V cell = Cell::template cell_of<One>(saved, after, before_step, options).v[0];
+        const One before_step{{cell_before(state, 0, u)}};
+        const V cell = cell_seen(d, t, b, row, u, n, before_step);
         const auto add = [&](int k, int gate, V seen) __attribute__((always_inline)) {
           A* sum = s.peephole + k * H_ + u;
           const V grad = Simd<A>::load_n(s.grads + row * grad_stride_ + gate * H_ + u, n);
@@ -1044,6 +1046,66 @@ class BackwardPass {
         add(2, 3, cell);
       }
     });
+  }
+
+  // The c that o sees in a step, of n units from u on; row: of the chunk.
+  template <class One>
+  FRNN_INLINE V cell_seen(int d, int64_t t, int64_t b, int64_t row, int64_t u, int64_t n,
+                          const One& before_step) const {
+    const Options<One, true> options{layer_.within, {}};  // no function is asked for
+    const S* gates = saved_gates(d, t, b, row);
+    const A* cells = rows_of<A>(layer_.direction[d].cells) + (layer_.steps.first_row(t) + b) * H_;
+    One saved[Cell::saved + 1];
+    for (int g = 0; g < Cell::saved; ++g) saved[g].v[0] = Simd<A>::load_n(gates + g * H_ + u, n);
+    const One after{{Simd<A>::load_n(cells + u, n)}};
+    return Cell::template cell_of<One>(saved, after, before_step, options).v[0];
+  }
+
+  // What the caller wants of the chunk's rows: this thread's share of them.
+  void give_rows(const StepGradients& to, int d, int64_t begin, int64_t end, int thread) const {
+    const DirectionScratch& s = direction_[d];
+    const Share own(chunk_row(d, begin, end), thread, plan_.threads());
+    each_row(d, begin, end, [&](int64_t row, int64_t t, int64_t b) {
+      if (row < own.begin || row >= own.end) return;
+      const int64_t at = layer_.steps.first_row(t) + b;
+      const auto give = [&](void* rows, const A* from, int64_t n) {
+        if (rows) std::memcpy(rows_of<A>(rows) + at * n, from, size_t(n) * sizeof(A));
+      };
+      give(to.projected, s.grad_h + row * state_stride_, P_);
+      give(to.hidden, s.hidden + row * unit_stride_, H_);
+      give(to.normal_c, s.norms.cell + row * unit_stride_, H_);
+      give(to.of_normal_c, s.norms.of_cell + row * unit_stride_, H_);
+      if (to.normal) give_norms(to, d, t, b, row, at);
+      if constexpr (Cell::kind == CellKind::lstm) {
+        if (to.seen_c) give_seen_cell(rows_of<A>(to.seen_c) + at * H_, d, t, b, row);
+      }
+    });
+  }
+
+  void give_seen_cell(A* to, int d, int64_t t, int64_t b, int64_t row) const {
+    using One = Pack<V, 1, rough_gates<S>>;
+    const Before state = before(d, t, b);
+    for (int64_t u = 0; u < H_; u += width) {
+      const int64_t n = H_ - u;
+      Simd<A>::store_n(to + u, cell_seen(d, t, b, row, u, n, One{{cell_before(state, 0, u)}}), n);
+    }
+  }
+
+  // In the order of the weights' rows.
+  void give_norms(const StepGradients& to, int d, int64_t t, int64_t b, int64_t row, int64_t at) const {
+    const DirectionScratch& s = direction_[d];
+    const S* centred = saved_gates(d, t, b, row) + Cell::saved * H_;
+    A* normal = rows_of<A>(to.normal) + at * 2 * G * H_;
+    A* before_norms = rows_of<A>(to.before_norms) + at * 2 * G * H_;
+    for (int j = 0; j < 2 * G; ++j) {
+      const int side = j / G;
+      const GateGrads& order = side == 0 ? input_grads_ : hidden_grads_;
+      const int64_t place = (side * G + order.gate[j % G]) * H_;
+      std::memcpy(before_norms + place, s.grads + row * grad_stride_ + (order.first + j % G) * H_,
+                  size_t(H_) * sizeof(A));
+      const A scale = s.norms.scales[2 * row + side];
+      for (int64_t u = 0; u < H_; ++u) normal[place + u] = A(centred[place + u]) * scale;
+    }
   }
 
   // Adds the chunk to this thread's part of the gradients of gains and biases.

@@ -22,7 +22,9 @@ struct Approximate {
   friend FRNN_HOST_DEVICE Approximate operator+(Approximate a, Approximate b) { return a.value + b.value; }
   friend FRNN_HOST_DEVICE Approximate operator-(Approximate a, Approximate b) { return a.value - b.value; }
   friend FRNN_HOST_DEVICE Approximate operator*(Approximate a, Approximate b) { return a.value * b.value; }
+  FRNN_HOST_DEVICE Approximate operator-() const { return -value; }
   friend FRNN_HOST_DEVICE bool operator<=(Approximate a, Approximate b) { return a.value <= b.value; }
+  friend FRNN_HOST_DEVICE bool operator>(Approximate a, Approximate b) { return a.value > b.value; }
 };
 
 }  // namespace cuda

@@ -110,6 +110,10 @@ struct ForwardOptions {
   const void* dropout = nullptr;   // (B, H), the layer's dtype: factors of h before W_hh
   void* multiplied = nullptr;      // (B, H), the layer's dtype: what goes on of h, times the factors
   const void* peephole = nullptr;  // (3 * H)
+  // (rows, H), row r at + r * gated_stride: with the reset gate before the product what W_hn multiplies, r times h and
+  // its factors. reset_forward writes it, in place of the last saved value where those are kept; nobody else does.
+  void* gated = nullptr;
+  int64_t gated_stride = 0;
 };
 
 // With a projection, step_forward gives y before it, and this the h after it, of both directions.
@@ -141,6 +145,12 @@ struct BackwardOptions {
   const void* peephole = nullptr;    // (3 * H)
   void* grad_peephole = nullptr;     // (B, 3 * H), sum type: this step's are added; null: not wanted
   void* hidden = nullptr;            // (rows, H), the layer's dtype: h before a projection; null: not wanted
+  // For reset_backward, with the reset gate before the product. The gradient of ForwardOptions::gated, (rows, H) in the
+  // sum type; the factors of h that are in it, (B, H) in the layer's dtype; and where what it is to h times its factors
+  // goes, (rows, H) in the sum type. Null: it is added to dh.
+  const void* grad_gated = nullptr;
+  const void* dropout = nullptr;
+  void* grad_multiplied = nullptr;
 };
 
 // With a projection: from the gradient of the h after it to the gradient of what was projected.
@@ -199,6 +209,13 @@ const char* step_forward_with_options(CellKind kind, DType dtype, int64_t hidden
                                       const ForwardOptions* options, const Within& within, int count, void* stream);
 const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidden_size, const StepBackward* directions,
                                        const BackwardOptions* options, const Within& within, int count, void* stream);
+// Of a GRU with within.reset_after false, where step_forward_with_options follows, with the product of `gated` and W_hn
+// in n's part of StepForward::product, and step_backward_with_options goes before, whose gradient of n's sum times W_hn
+// is grad_gated: it gives no gradient of r, which these do.
+const char* reset_forward(DType dtype, int64_t hidden_size, const StepForward* directions,
+                          const ForwardOptions* options, const Within& within, int count, void* stream);
+const char* reset_backward(DType dtype, int64_t hidden_size, const StepBackward* directions,
+                           const BackwardOptions* options, const Within& within, int count, void* stream);
 const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
                                    const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
                                    int count, void* stream);
@@ -248,6 +265,7 @@ struct PersistentOptions {
   const uint8_t* zoneout = nullptr;
   const uint8_t* zoneout_cell = nullptr;
   float rate = 0, cell_rate = 0;
+  float cell_clip = 0;  // the largest c of an LSTM; 0: any
   // (B, H), the layer's dtype: what rows begin anew from (null: zeros), and factors of h before W_hh.
   const void* reset_h = nullptr;
   const void* reset_c = nullptr;
@@ -256,6 +274,11 @@ struct PersistentOptions {
   // grad_h0 is wanted, too.
   void* grad_reset_h = nullptr;
   void* grad_reset_c = nullptr;
+  // Backward. The largest of what a step hands back to h of an earlier one, 0: any; with a mask in the steps where
+  // clips, (T, B) bytes, is not 0. No gradient goes back from steps at multiples of bptt_steps; 0: from none.
+  float grad_clip = 0;
+  const uint8_t* clips = nullptr;
+  int32_t bptt_steps = 0;
 };
 
 struct PersistentForward {

@@ -548,6 +548,7 @@ class BackwardGates {
   FRNN_DEVICE void go_to_step(int s) {
     const StepRows rows = previous_;
     previous_ = rows_at(s + 1);
+    if constexpr (options) later_limit_ = s == 0 ? 0 : limit_;
     first_row_ = rows.first + place_.first_column;
     limit_ = limit_of(rows.live);
   }
@@ -615,10 +616,10 @@ class BackwardGates {
     // Of options: whether the row began anew before the step, and bytes of bits of zoneout.
     uint8_t anew = 0, zoneout = 0, zoneout_cell = 0;
   };
-  // Of options, of what the step after this one hands back: whether its row began anew before it, and the factor of
-  // what has come through W_hh.
+  // Of options, of what the step after this one hands back: whether its row began anew before it, whether it is
+  // clipped, and the factor of what has come through W_hh.
   struct Handed {
-    uint8_t anew;
+    uint8_t anew, clipped;
     S dropout;
   };
   // Of the columns that are computed together.
@@ -636,14 +637,21 @@ class BackwardGates {
     return widen(typed<S>(factors)[batch_row(j, i) * int64_t(H_) + thread_.global_unit]);
   }
   FRNN_DEVICE void look_up(Handed (&from)[together], int s, int first, int j) const {
-    const uint8_t* const marks = arguments_.steps.reset;
+    const uint8_t *const marks = arguments_.steps.reset, *const clips = options_now().clips;
+    const int B = int(arguments_.steps.B);
     FRNN_UNROLL
     for (int i = 0; i < together; ++i) {
       const int row = first_row_ + j * tile_columns + thread_.column<count>(first + i);
-      from[i] = {0, narrow<S>(dropout(j, first + i))};
-      if (marks && s > 0 && is_live(j, first + i))
-        from[i].anew = load_streaming(marks + (range_.reverse ? row : row + int(arguments_.steps.B)));
+      from[i] = {0, uint8_t(row - first_row_ < later_limit_), narrow<S>(dropout(j, first + i))};
+      if (s == 0 || !is_live(j, first + i)) continue;
+      if (marks) from[i].anew = load_streaming(marks + (range_.reverse ? row : row + B));
+      if (clips) from[i].clipped = load_streaming(clips + (range_.reverse ? row - B : row + B));
     }
+  }
+  // Whether no gradient crosses from the step after step s to it.
+  FRNN_DEVICE bool ends_before(int s) const {
+    const int steps = options_now().bptt_steps;
+    return steps > 0 && s > 0 && range_.time_of(s - 1) % steps == 0;
   }
   FRNN_DEVICE void look_up(Saved& to, int row) const {
     const PersistentOptions& from = options_now();
@@ -719,8 +727,14 @@ class BackwardGates {
       if constexpr (options) {
         const Handed& from = work.handed_back[i];
         dh_own = work.dh[i] + received[i] * widen(from.dropout);
-        if (work.lives[i] && opaque(from.anew))
+        const float limit = options_now().grad_clip;
+        if (work.lives[i] && opaque(from.anew)) {
           end_gradients(batch_row(j, first + i) * int64_t(H_) + thread_.global_unit, dh_own, work.dc[i]);
+        } else if (ends_before(s)) {
+          dh_own = work.dc[i] = 0;
+        } else if (limit > 0 && work.lives[i] && opaque(from.clipped)) {
+          dh_own = clamped<float>(dh_own, limit);
+        }
       }
       const float dh = (wavefront ? dh_own + above[i] * work.factor[i] : dh_own) + work.grad_y[i];
       Real dh_previous, dc_previous;
@@ -756,11 +770,17 @@ class BackwardGates {
       zone.divide(own_c, c_to_before);
       // What is saved is c after zoneout.
       const Real* const v = work.values[i];
-      if (zone.drawn || zone.rate > 0)
+      if (zone.drawn || zone.rate > 0) {
         cell = Cell::template new_cell<Real>(v[0], v[1], v[2], work.previous_cell[i], PlainGates{});
+        if (from.cell_clip > 0) cell = clamped<Real>(cell, from.cell_clip);
+      }
     }
     Cell::template backward<Real>(work.values[i], work.hidden[i], work.hidden[i], cell, work.previous_cell[i], own_h,
                                   own_c, work.grads[i], dh_previous, dc_previous);
+    if constexpr (Cell::has_cell)
+      if (from.cell_clip > 0)
+        Cell::template clip_backward<Real>(work.values[i], work.previous_cell[i], from.cell_clip, work.grads[i],
+                                           dc_previous);
     dh_previous = dh_previous + Real(h_to_before);
     if (Cell::has_cell) dc_previous = dc_previous + Real(c_to_before);
   }
@@ -817,6 +837,7 @@ class BackwardGates {
   StepRows previous_;
   // Of the step whose saved values are here; the thread's columns from limit_ on have no live row.
   int first_row_ = 0, limit_ = 0;
+  int later_limit_ = 0;  // with options: limit_ of the step after it; 0: there is none
   Saved saved_[together];
 };
 

@@ -629,6 +629,9 @@ class ForwardGates {
         r[gate] = Cell::hidden_bias_apart(gate) ? Real(product[i][gate]) + work.bias_apart : Real(product[i][gate]);
       }
       Cell::template forward<Real>(x, r, widen(work.h[i]), work.c[i], h, c, work.values[i]);
+      if constexpr (options && Cell::has_cell)
+        if (const float limit = options_now().cell_clip; limit > 0)
+          Cell::template clip<Real>(work.values[i], limit, h, c);
       float next_h = float(h), next_c = Cell::has_cell ? float(c) : 0.0f;
       if constexpr (options) zone_out(work, i, next_h, next_c);
       // With a mask the output is the state that is kept.

@@ -31,6 +31,18 @@ const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidde
   return last_error();
 }
 
+const char* reset_forward(DType dtype, int64_t hidden_size, const StepForward* directions,
+                          const ForwardOptions* options, const Within& within, int count, void* stream) {
+  launch_reset(dtype, hidden_size, directions, options, within, count, OnStream(stream));
+  return last_error();
+}
+
+const char* reset_backward(DType dtype, int64_t hidden_size, const StepBackward* directions,
+                           const BackwardOptions* options, const Within& within, int count, void* stream) {
+  launch_reset(dtype, hidden_size, directions, options, within, count, OnStream(stream));
+  return last_error();
+}
+
 const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
                                    const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
                                    int count, void* stream) {

@@ -6,6 +6,7 @@
 // loads all it needs before it stores anything.
 #pragma once
 
+#include "../cells/gru_reset_before.h"
 #include "../cells/options.h"
 #include "step.cuh"
 #include "zone.cuh"
@@ -55,6 +56,17 @@ FRNN_DEVICE auto options_of(const Within& within, const void* peephole, int64_t 
   }
   return options;
 }
+
+// What of a unit's saved values and gradients a step's own kernels write: all, but for those of the kernels before and
+// after them where the reset gate is before the product.
+template <class Cell>
+struct InStep {
+  static constexpr int saved = Cell::saved, first_grad = 0, end_grad = Cell::grad_gates;
+};
+template <>
+struct InStep<GruResetBefore> {
+  static constexpr int saved = 3, first_grad = 1, end_grad = 3;
+};
 
 template <class Cell, class S>
 __global__ void __launch_bounds__(step_threads)
@@ -109,7 +121,7 @@ __global__ void __launch_bounds__(step_threads)
     }
 
     FRNN_UNROLL
-    for (int k = 0; k < Cell::saved; ++k) store_one<S>(s.gates, (row * Cell::saved + k) * H + unit, saved[k]);
+    for (int k = 0; k < InStep<Cell>::saved; ++k) store_one<S>(s.gates, (row * Cell::saved + k) * H + unit, saved[k]);
     FRNN_UNROLL
     for (int j = 0; j < Cell::states; ++j) {
       store_one<A>(s.c, place(j), c_next[j]);
@@ -186,12 +198,64 @@ __global__ void __launch_bounds__(step_threads) step_backward_with_options_kerne
     }
 
     FRNN_UNROLL
-    for (int k = 0; k < Cell::grad_gates; ++k)
+    for (int k = InStep<Cell>::first_grad; k < InStep<Cell>::end_grad; ++k)
       store_one<S>(s.grad_gates, (row * Cell::grad_gates + k) * H + unit, grads[k]);
     store_one<A>(s.dh, index, dh_prev);
     FRNN_UNROLL
     for (int j = 0; j < Cell::states; ++j) store_one<A>(s.dc, place(j), dc_prev[j]);
     if constexpr (Cell::has_cell) store_one<S>(o.hidden, index, hidden);
+  });
+}
+
+// Before the product with W_hn: r, and what it leaves of h.
+template <class S>
+__global__ void __launch_bounds__(step_threads)
+    reset_forward_kernel(const __grid_constant__ OptionArguments<StepForward, ForwardOptions> arguments) {
+  using A = typename Accumulator<S>::type;
+  using Cell = GruResetBefore;
+  const StepForward& s = arguments.direction[block_z()];
+  const ForwardOptions& o = arguments.options[block_z()];
+  const int64_t H = arguments.hidden_size;
+  for_each_vector<1>(s.rows, H, arguments.log2_lanes, [&](int64_t row, int64_t unit) {
+    const int64_t index = row * H + unit;
+    A gated = 0;
+    if (!s.mask || s.mask[row]) {
+      const A h = load_one<S>(row < s.previous_rows ? s.h : s.h0, index);
+      const A factor = o.dropout ? load_one<S>(o.dropout, index) : A(1);
+      A x = load_one<S>(s.projection, row * s.projection_stride + unit) + load_one<S>(s.b_ih, unit);
+      x += load_one<S>(s.b_hh, unit);
+      const A r = load_one<A>(s.product, row * Cell::gates * H + unit);
+      gated = Cell::reset<A>(x, r, options_of<S>(arguments.within, nullptr, H, unit)) * (h * factor);
+    }
+    store_one<S>(o.gated, row * o.gated_stride + unit, gated);
+  });
+}
+
+// After the gradient of n's sum has met W_hn: what r gets of it, and h by way of r * h.
+template <class S>
+__global__ void __launch_bounds__(step_threads)
+    reset_backward_kernel(const __grid_constant__ OptionArguments<StepBackward, BackwardOptions> arguments) {
+  using A = typename Accumulator<S>::type;
+  using Cell = GruResetBefore;
+  const StepBackward& s = arguments.direction[block_z()];
+  const BackwardOptions& o = arguments.options[block_z()];
+  const int64_t H = arguments.hidden_size;
+  for_each_vector<1>(s.rows, H, arguments.log2_lanes, [&](int64_t row, int64_t unit) {
+    const int64_t index = row * H + unit;
+    A to_reset = 0, to_h = 0;
+    if (!s.mask || s.mask[row]) {
+      const A reset = load_one<S>(s.gates, row * Cell::saved * H + unit), gradient = load_one<A>(o.grad_gated, index);
+      const A h = o.anew && o.anew[row]   ? load_one<S>(o.reset_h, index)
+                  : row < s.previous_rows ? load_one<S>(s.previous_y, row * s.y_stride + unit)
+                                          : load_one<S>(s.h0, index);
+      const A factor = o.dropout ? load_one<S>(o.dropout, index) : A(1);
+      const auto options = options_of<S>(arguments.within, nullptr, H, unit);
+      to_reset = Cell::reset_backward<A>(reset, h * factor, gradient, options);
+      to_h = reset * gradient;
+    }
+    const A dh = o.grad_multiplied ? A(0) : load_one<A>(s.dh, index);
+    store_one<S>(s.grad_gates, row * Cell::grad_gates * H + unit, to_reset);
+    store_one<A>(o.grad_multiplied ? o.grad_multiplied : s.dh, index, dh + to_h);
   });
 }
 
@@ -306,9 +370,9 @@ void with_cell_of_options(CellKind kind, F f) {
 }
 
 // Step: StepForward with ForwardOptions, or StepBackward with BackwardOptions.
-template <class Cell, class S, class Step, class Options, class Launch>
-void launch_step_with_options_of(int64_t hidden_size, const Step* directions, const Options* options,
-                                 const Within& within, int count, Launch launch) {
+template <class Step, class Options, class Kernel, class Launch>
+void launch_with_options(Kernel kernel, int64_t hidden_size, const Step* directions, const Options* options,
+                         const Within& within, int count, Launch launch) {
   OptionArguments<Step, Options> arguments{};
   for (int d = 0; d < count; ++d) {
     arguments.direction[d] = directions[d];
@@ -317,17 +381,45 @@ void launch_step_with_options_of(int64_t hidden_size, const Step* directions, co
   arguments.within = within;
   arguments.hidden_size = hidden_size;
   const StepGrid grid = step_grid(arguments, count, 1);
-  launch(step_kernel_with_options<Cell, S>(*directions), grid, step_threads, 0, arguments);
+  launch(kernel, grid, step_threads, 0, arguments);
+}
+
+template <class Cell, class S, class Step, class Options, class Launch>
+void launch_step_with_options_of(int64_t hidden_size, const Step* directions, const Options* options,
+                                 const Within& within, int count, Launch launch) {
+  launch_with_options(step_kernel_with_options<Cell, S>(*directions), hidden_size, directions, options, within, count,
+                      launch);
 }
 
 template <class Step, class Options, class Launch>
 void launch_step_with_options(CellKind kind, DType dtype, int64_t hidden_size, const Step* directions,
                               const Options* options, const Within& within, int count, Launch launch) {
   with_element(dtype, [&](auto element) {
-    with_cell_of_options(kind, [&](auto cell) {
+    const auto with = [&](auto cell) {
       launch_step_with_options_of<decltype(cell), decltype(element)>(hidden_size, directions, options, within, count,
                                                                      launch);
-    });
+    };
+    if (within.reset_after) return with_cell_of_options(kind, with);
+    with(GruResetBefore{});
+  });
+}
+
+template <class S>
+auto reset_kernel(const StepForward&) {
+  return reset_forward_kernel<S>;
+}
+template <class S>
+auto reset_kernel(const StepBackward&) {
+  return reset_backward_kernel<S>;
+}
+
+// Step and Options as launch_step_with_options, of a GRU whose reset gate is before the product.
+template <class Step, class Options, class Launch>
+void launch_reset(DType dtype, int64_t hidden_size, const Step* directions, const Options* options,
+                  const Within& within, int count, Launch launch) {
+  with_element(dtype, [&](auto element) {
+    launch_with_options(reset_kernel<decltype(element)>(*directions), hidden_size, directions, options, within, count,
+                        launch);
   });
 }
 

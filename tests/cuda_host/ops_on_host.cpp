@@ -78,6 +78,18 @@ const char* step_backward_with_options(CellKind kind, DType dtype, int64_t hidde
   return nullptr;
 }
 
+const char* reset_forward(DType dtype, int64_t hidden_size, const StepForward* directions,
+                          const ForwardOptions* options, const Within& within, int count, void*) {
+  launch_reset(dtype, hidden_size, directions, options, within, count, OnHost{});
+  return nullptr;
+}
+
+const char* reset_backward(DType dtype, int64_t hidden_size, const StepBackward* directions,
+                           const BackwardOptions* options, const Within& within, int count, void*) {
+  launch_reset(dtype, hidden_size, directions, options, within, count, OnHost{});
+  return nullptr;
+}
+
 const char* step_forward_with_norm(CellKind kind, DType dtype, int64_t hidden_size, const StepForward* directions,
                                    const ForwardOptions* options, const ForwardNorm* norms, const Within& within,
                                    int count, void*) {

@@ -90,7 +90,8 @@ inline double product_input(Multiply multiply, double x) {
 
 // Options of one direction: argument `options` with any of the letters
 //   r (resets, half of the steps marked), a (what rows begin anew from), d (factors of h before W_hh), z, c (bits of
-//   zoneout, of h and of c), m (zoneout of all units to the extent of a rate)
+//   zoneout, of h and of c), m (zoneout of all units to the extent of a rate), k (a clip of c), g (a clip of what goes
+//   back to h), t (gradients that end at every second step)
 template <class S>
 struct DrawnOptions {
   std::vector<uint8_t> zoneout, zoneout_cell;
@@ -117,6 +118,9 @@ struct DrawnOptions {
       if (has_cell) options.reset_c = (reset_c = random(B * H, 1)).data();
     }
     if (has('d')) options.dropout = (dropout = dropout_factors<S>(B * H, seed)).data();
+    if (has('k') && has_cell) options.cell_clip = 0.375f;
+    if (has('g')) options.grad_clip = 0.25f;
+    if (has('t')) options.bptt_steps = 2;
   }
   void want_gradients(bool has_cell, int64_t states) {
     options.grad_reset_h = (grad_reset_h = std::vector<float>(size_t(states), 0.0f)).data();
@@ -146,6 +150,9 @@ inline void hide_options(PersistentOptions& options, const std::string& without)
     if (letter == 'c') options.zoneout_cell = nullptr;
     if (letter == 'a') options.reset_h = options.reset_c = nullptr;
     if (letter == 'd') options.dropout = nullptr;
+    if (letter == 'k') options.cell_clip = 0;
+    if (letter == 'g') options.grad_clip = 0;
+    if (letter == 't') options.bptt_steps = 0;
     if (letter == 'm') options.any = 0;
   }
 }
@@ -219,6 +226,15 @@ struct Batch {
   }
 
   bool keeps(int64_t n) const { return !mask.empty() && !mask[size_t(n)]; }
+  // Whether a step that counts has made the h that row b has before step t, and no caller.
+  bool is_made(int64_t t, int64_t b, bool reverse) const {
+    while (!begins_anew(t, b, reverse)) {
+      t += reverse ? 1 : -1;
+      if (t < 0 || t >= steps.T || b >= steps.rows(t)) return false;
+      if (!keeps(steps.first_row(t) + b)) return true;
+    }
+    return false;
+  }
   bool begins_anew(int64_t t, int64_t b, bool reverse) const {
     return steps.reset && t >= 0 && t < steps.T && steps.begins_anew(t, b, reverse);
   }

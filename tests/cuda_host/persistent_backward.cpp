@@ -42,6 +42,7 @@ struct Backward {
       struct Part {
         std::vector<S> w_hh, w_ih, factors, h0, c0, gates, grad_h_n, grad_c_n, grad_gates, grad_h0, grad_c0;
         std::vector<float> cells;
+        std::vector<uint8_t> clips;
         DrawnOptions<S> drawn;
       } part[most_layers];
       const std::vector<S> y = random(N * parts * H, 1), grad_y = random(N * parts * H, 1);
@@ -92,6 +93,9 @@ struct Backward {
         p.grad_c0 = initial && Cell::has_cell ? m.grad_c0.data() : nullptr;
         m.drawn.draw(arguments.text("options", ""), Cell::has_cell, N, B, H, seed + d);
         if (batch.steps.reset && initial) m.drawn.want_gradients(Cell::has_cell, states);
+        for (int64_t n = 0; n < N && !batch.mask.empty(); ++n)
+          m.clips.push_back(!batch.keeps(n) && batch.is_made(n / B, n % B, D > 1 && d == 1));
+        m.drawn.options.clips = m.clips.empty() ? nullptr : m.clips.data();
         p.options = m.drawn.options;
         hide_options(p.options, without);
       }
@@ -156,19 +160,22 @@ struct Backward {
                                                  : number(y, (before * parts + d) * H + u);
               const double keeps_h = m.drawn.keeps_h(n, u, H), keeps_c = m.drawn.keeps_c(n, u, H);
               const double all_h = dh[size_t(state)] + gradient_of_y(n, u), all_c = dc[size_t(state)];
-              double c = 0, c_previous = 0;
+              double c = 0, c_previous = 0, unclipped = 0;
+              const double limit = m.drawn.options.cell_clip;
               if (Cell::has_cell) {
                 c = m.cells[size_t(n * H + u)];
                 c_previous = anew     ? m.drawn.anew_c(state)
                              : begins ? (initial ? number(m.c0, state) : 0)
                                       : double(m.cells[size_t(before * H + u)]);
                 // What is saved is c after zoneout.
+                unclipped = values[1] * c_previous + values[0] * values[2];
                 if (m.drawn.options.zoneout_cell || m.drawn.options.cell_rate > 0)
-                  c = values[1] * c_previous + values[0] * values[2];
+                  c = limit > 0 ? std::min(std::max(unclipped, -limit), limit) : unclipped;
               }
               Cell::template backward<double>(values, number(y, (n * parts + d) * H + u), h_previous, c, c_previous,
                                               (1 - keeps_h) * all_h, (1 - keeps_c) * all_c, grads, dh_previous,
                                               dc_previous);
+              if (limit > 0 && std::abs(unclipped) > limit) grads[0] = grads[1] = grads[2] = dc_previous = 0;
               dh[size_t(state)] = dh_previous + keeps_h * all_h;
               if (Cell::has_cell) dc[size_t(state)] = dc_previous + keeps_c * all_c;
               for (int i = 0; i < grad_gates; ++i)
@@ -190,6 +197,13 @@ struct Backward {
               }
             }
             end_gradients();
+            const double limit = m.drawn.options.grad_clip;
+            const bool ends = m.drawn.options.bptt_steps > 0 && t > 0 && t % m.drawn.options.bptt_steps == 0;
+            for (int64_t i = b * H; i < (b + 1) * H; ++i) {
+              if (ends) dh[size_t(i)] = dc[size_t(i)] = 0;
+              if (limit > 0 && batch.is_made(t, b, reverse))
+                dh[size_t(i)] = std::min(std::max(dh[size_t(i)], -limit), limit);
+            }
           }
         }
         for (int64_t i = 0; i < states && initial; ++i) {

@@ -162,6 +162,10 @@ struct Forward {
                           product_input(multiply, h[size_t(b * H + k)] * m.drawn.factor(b * H + k));
               }
               Cell::template forward<double>(x, r, h[size_t(b * H + u)], c[size_t(b * H + u)], h_next, c_next, values);
+              if (const double limit = m.drawn.options.cell_clip; limit > 0 && std::abs(c_next) > limit) {
+                c_next = c_next > 0 ? limit : -limit;
+                h_next = values[3] * std::tanh(c_next);
+              }
               const double keeps_h = m.drawn.keeps_h(n, u, H), keeps_c = m.drawn.keeps_c(n, u, H);
               h_next = (1 - keeps_h) * h_next + keeps_h * h[size_t(b * H + u)];
               c_next = (1 - keeps_c) * c_next + keeps_c * c[size_t(b * H + u)];

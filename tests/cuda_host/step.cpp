@@ -39,7 +39,7 @@ struct Problem {
   int64_t seed;
   int64_t options;  // whether any of what follows is there
   int64_t P, activation, recurrent_activation, peephole, coupled_gates, bptt_steps;
-  int64_t dropout, zoneout_bits, zoneout_cell_bits, resets, reset_state, state_gradients, layer_norm;
+  int64_t dropout, zoneout_bits, zoneout_cell_bits, resets, reset_state, state_gradients, layer_norm, reset_after;
   double cell_clip, recurrent_grad_clip, zoneout, zoneout_cell;
 
   Within within() const {
@@ -54,6 +54,7 @@ struct Problem {
     w.zoneout = P == H ? zoneout : 0;
     w.zoneout_cell = zoneout_cell;
     w.layer_norm = layer_norm;
+    w.reset_after = reset_after;
     return w;
   }
 };
@@ -93,6 +94,9 @@ template <class Cell, class S>
 struct Layer {
   using A = typename Accumulator<S>::type;
   static constexpr int G = Cell::gates;
+  // As in csrc/ops_cuda.cpp: the gates whose W_hh multiplies h, and not what the reset gate has left of it.
+  static constexpr bool resets_before = std::is_same_v<Cell, GruResetBefore>;
+  static constexpr int gates_of_h = resets_before ? GruResetBefore::gates_of_h : G;
 
   struct Direction {
     Array<S> projections, w_hh, b_ih, b_hh, h0, c0, grad_y, grad_h_n, grad_c_n;
@@ -242,6 +246,12 @@ struct Layer {
         o[d].reset_h = some(m.reset_h);
         o[d].dropout = some(m.dropout);
         o[d].multiplied = some(m.multiplied);
+        o[d].gated = m.gates.data() + (row * saved + saved - 1) * p.H;
+        o[d].gated_stride = saved * p.H;
+      }
+      if (resets_before) {
+        launch_reset(DType(p.dtype), p.H, s, o, within, int(p.directions), OnHost{p});
+        for (int d = 0; d < p.directions; ++d) multiply_gated(direction[d], s[d].rows, o[d], products[d]);
       }
       if (!p.options) {
         launch_step(Cell::kind, DType(p.dtype), p.H, s, int(p.directions), units_for_vectors, OnHost{p});
@@ -315,7 +325,7 @@ struct Layer {
   // h W_hh^T of the rows that go on from the running h; the others begin from h0.
   void multiply(const Direction& m, int64_t rows, int64_t previous_rows, Array<A>& product) const {
     for (int64_t b = 0; b < rows; ++b) {
-      for (int64_t i = 0; i < G * p.H; ++i) {
+      for (int64_t i = 0; i < gates_of_h * p.H; ++i) {
         A sum = 0;
         for (int64_t j = 0; j < P; ++j) {
           const int64_t at = b * P + j;
@@ -325,6 +335,17 @@ struct Layer {
                                                        : A(0);
           sum += h * widen(m.w_hh[i * P + j]);
         }
+        product[b * G * p.H + i] = sum;
+      }
+    }
+  }
+
+  void multiply_gated(const Direction& m, int64_t rows, const ForwardOptions& o, Array<A>& product) const {
+    for (int64_t b = 0; b < rows; ++b) {
+      const S* h = static_cast<const S*>(o.gated) + b * o.gated_stride;
+      for (int64_t i = gates_of_h * p.H; i < G * p.H; ++i) {
+        A sum = 0;
+        for (int64_t j = 0; j < p.H; ++j) sum += widen(h[j]) * widen(m.w_hh[i * p.H + j]);
         product[b * G * p.H + i] = sum;
       }
     }
@@ -420,7 +441,15 @@ struct Layer {
       } else {
         launch_step_with_options(Cell::kind, DType(p.dtype), p.H, s, o, within, int(p.directions), OnHost{p});
       }
-      hand_back(k, s, o);
+      Array<A> products[2];
+      for (int d = 0; d < p.directions; ++d) products[d] = Array<A>(p.dropout ? s[d].rows * P : 0);
+      if (resets_before) {
+        back_before_reset(s, o, products);
+      } else {
+        for (int d = 0; d < p.directions; ++d)
+          for (A& value : products[d]) value = 0;
+      }
+      hand_back(k, s, o, products);
     }
     for (int d = 0; d < p.directions; ++d) {
       Direction& m = direction[d];
@@ -463,21 +492,33 @@ struct Layer {
     }
   }
 
+  // What comes to `gated` goes on to r and h.
+  void back_before_reset(const StepBackward* s, BackwardOptions* o, Array<A>* products) {
+    Array<A> grad_gated[2];
+    for (int d = 0; d < p.directions; ++d) {
+      Direction& m = direction[d];
+      grad_gated[d] = Array<A>(s[d].rows * p.H);
+      for (A& value : grad_gated[d]) value = 0;
+      multiply_back(m, s[d].rows, s[d].grad_gates, grad_gated[d], gates_of_h, G);
+      o[d].grad_gated = grad_gated[d].data();
+      o[d].dropout = some(m.dropout);
+      o[d].grad_multiplied = some(products[d]);
+    }
+    launch_reset(DType(p.dtype), p.H, s, o, within, int(p.directions), OnHost{p});
+  }
+
   // A mask and clipped gradients together are for the test of the operators, which counts the steps between.
-  void hand_back(int64_t k, const StepBackward* s, const BackwardOptions* o) {
+  void hand_back(int64_t k, const StepBackward* s, const BackwardOptions* o, Array<A>* products) {
     HandedBack b[2];
-    Array<A> products[2];
     for (int d = 0; d < p.directions; ++d) {
       Direction& m = direction[d];
       const int64_t t = step_at(d, k);
       if (p.dropout) {
-        products[d] = Array<A>(s[d].rows * P);
-        for (A& value : products[d]) value = 0;
-        multiply_back(m, s[d].rows, s[d].grad_gates, products[d]);
+        multiply_back(m, s[d].rows, s[d].grad_gates, products[d], 0, gates_of_h);
         b[d].product = products[d].data();
         b[d].dropout = m.dropout.data();
       } else {
-        multiply_back(m, s[d].rows, s[d].grad_gates, m.dh);
+        multiply_back(m, s[d].rows, s[d].grad_gates, m.dh, 0, gates_of_h);
       }
       b[d].rows = s[d].rows;
       b[d].previous_rows = s[d].previous_rows;
@@ -496,14 +537,14 @@ struct Layer {
 
   // dh = the part that does not go through W_hh (GRU, masked rows, options) + gradients of the gates W_hh.
   void multiply_back(Direction& m, int64_t rows, const void* gradients) const {
-    multiply_back(m, rows, gradients, m.dh);
+    multiply_back(m, rows, gradients, m.dh, 0, G);
   }
-  void multiply_back(const Direction& m, int64_t rows, const void* gradients, Array<A>& dh) const {
+  void multiply_back(const Direction& m, int64_t rows, const void* gradients, Array<A>& dh, int first, int end) const {
     const S* grads = static_cast<const S*>(gradients);
     for (int64_t b = 0; b < rows; ++b) {
       for (int64_t j = 0; j < P; ++j) {
         A sum = Cell::kind == CellKind::gru || p.masked || p.options ? dh[b * P + j] : A(0);
-        for (int g = 0; g < G; ++g) {
+        for (int g = first; g < end; ++g) {
           const int64_t from = (b * grad_gates + first_hidden + g) * p.H;
           const int64_t gate = Cell::hidden_grads.gate[g];
           for (int64_t i = 0; i < p.H; ++i) sum += widen(grads[from + i]) * widen(m.w_hh[(gate * p.H + i) * P + j]);
@@ -567,7 +608,7 @@ int run(const char* in_name, const char* out_name) {
       case CellKind::rnn_tanh: return with(RnnTanh{}, element);
       case CellKind::rnn_relu: return with(RnnRelu{}, element);
       case CellKind::lstm: return with(Lstm{}, element);
-      case CellKind::gru: return with(Gru{}, element);
+      case CellKind::gru: return problem.reset_after ? with(Gru{}, element) : with(GruResetBefore{}, element);
     }
   };
   switch (DType(problem.dtype)) {

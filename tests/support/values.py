@@ -16,3 +16,13 @@ def data(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tens
 def flat(states: Any) -> list[Tensor]:
     """h, or h and c, of what a call returns beside its output."""
     return list(states) if isinstance(states, tuple) else [states]
+
+
+def with_small_gains(module: Any) -> Any:
+    """The module with gains of layer normalisation of 0.3: with 1, rounding in a layer of a few units grows from step
+    to step, to hundreds of epsilons in the gradients of two right results."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "weight_norm" in name:
+                parameter.fill_(0.3)
+    return module
