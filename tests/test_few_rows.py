@@ -27,7 +27,7 @@ LAYER_FACTORS = {
     "bias": (True, False),
     "packing": ("padded", "sorted"),
     "batch_first": (False, True),
-    "batch": (1, 2, 3, 5, 7, 8, 15, 17, 33, 64),
+    "batch": (1, 2, 3, 5, 7, 8, 15, 17, 22, 27, 28, 33, 64),
     "steps": (1, 2, 4),
     "hx": (False, True),
     "dtype": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
