@@ -252,3 +252,34 @@ def test_a_module_is_compiled_once(case: Any, what: str, training: bool) -> None
         call(3)
     finally:
         torch._dynamo.config.error_on_recompile = before
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_compiled_does_not_grow_with_the_steps(cell: str) -> None:
+    """Each pass of six layers is one operator, so that 512 steps compile as 8 do (benchmarks/compile_time.py)."""
+    from functorch.compile import aot_module_simplified, make_boxed_func
+
+    name, _, nonlinearity = cell.partition("_")
+    layer = getattr(fused_rnn, name)(
+        3, 4, num_layers=6, **({"nonlinearity": nonlinearity.lower()} if nonlinearity else {})
+    )
+
+    def nodes_of_both_passes(num_steps: int) -> list[list[str]]:
+        graphs: list[list[str]] = []
+
+        def keep(graph: Any, example: Any) -> Any:
+            graphs.append([f"{node.op} {node.target}" for node in graph.graph.nodes if node.op == "call_function"])
+            return make_boxed_func(graph.forward)
+
+        def backend(graph: Any, example: Any) -> Any:
+            return aot_module_simplified(graph, example, fw_compiler=keep, bw_compiler=keep)
+
+        torch._dynamo.reset()
+        run = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
+        run(torch.randn(num_steps, 2, 3))[0].square().mean().backward()
+        return graphs
+
+    few, many = nodes_of_both_passes(8), nodes_of_both_passes(512)
+    assert len(few) == 2 and few == many
+    assert [sum("fused_rnn" in node for node in graph) for graph in few] == [1, 1]
