@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_cuda import (
 )
 from test_within import ROWS, build, name_of
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import check, formulas, functional
@@ -115,4 +117,26 @@ def test_explain_says_what_runs_step_by_step() -> None:
     assert "peephole: for the kernels of one step alone" in text
     assert "runs on: the fused kernels" in text
     gru = fused_rnn.GRU(64, 128, reset_after=False, dtype=torch.bfloat16, device="cuda")
-    assert "because: no fused kernel has reset_after=False" in str(fused_rnn.explain(gru, x))
+    text = str(fused_rnn.explain(gru, x))
+    assert "reset_after: for the kernels of one step alone" in text
+    assert "runs on: the fused kernels" in text
+
+
+@pytest.mark.parametrize("layout", ["packed", "reset"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_reset_gate_before_the_product_matches_the_float64_formulas(recompute: bool, layout: str) -> None:
+    torch.manual_seed(0)
+    layer = fused_rnn.GRU(
+        5, 48, num_layers=2, bidirectional=True, reset_after=False, recompute=recompute, recurrent_grad_clip=0.5
+    )
+    x, reset = torch.randn(7, 4, 5), torch.rand(7, 4) < 0.3
+    results = []
+    for module, device, name in ((copy.deepcopy(layer).cuda(), "cuda", "fused"), (layer.double(), "cpu", "reference")):
+        leaves = [x.to(next(module.parameters())).requires_grad_(), *module.parameters()]
+        given: dict[str, Any] = {"reset": reset.to(device)} if layout == "reset" else {}
+        argument: Any = pack_padded_sequence(leaves[0], [7, 5, 5, 1]) if layout == "packed" else leaves[0]
+        with fused_rnn.use_backend(name):
+            outputs = check._tensors(module(argument, **given))
+            found = torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
+        results.append(on_cpu({str(k): t.detach() for k, t in enumerate((*outputs, *found))}))
+    assert_within(*results)
