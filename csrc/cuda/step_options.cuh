@@ -221,11 +221,11 @@ __global__ void __launch_bounds__(step_threads)
     A gated = 0;
     if (!s.mask || s.mask[row]) {
       const A h = load_one<S>(row < s.previous_rows ? s.h : s.h0, index);
-      const A factor = o.dropout ? load_one<S>(o.dropout, index) : A(1);
+      const A multiplied = o.dropout ? h * load_one<S>(o.dropout, index) : h;
       A x = load_one<S>(s.projection, row * s.projection_stride + unit) + load_one<S>(s.b_ih, unit);
       x += load_one<S>(s.b_hh, unit);
       const A r = load_one<A>(s.product, row * Cell::gates * H + unit);
-      gated = Cell::reset<A>(x, r, options_of<S>(arguments.within, nullptr, H, unit)) * (h * factor);
+      gated = Cell::reset<A>(x, r, options_of<S>(arguments.within, nullptr, H, unit)) * multiplied;
     }
     store_one<S>(o.gated, row * o.gated_stride + unit, gated);
   });
