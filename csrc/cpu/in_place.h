@@ -20,9 +20,9 @@ namespace FRNN_ISA {
 template <class A>
 inline constexpr int64_t least_rows_in_lanes = Simd<A>::width == 8 ? 9 : Simd<A>::width;
 
-// Of so many rows, those that stand in lanes: all, unless few are left over for the last vector. Dot products of 8 of
-// 16 rows take 0.6 to 0.7 of the time that a vector does, of 11 0.8 to 1. (Not where a vector has 8 lanes: its product
-// is the faster the more vectors there are.)
+// Of so many rows, those that stand in lanes: all, unless few are left over for the last vector, of which up to 11 of
+// 16 take less time as dot products than the vector does. (Not where a vector has 8 lanes: its product is the faster
+// the more vectors there are.)
 template <class A>
 int64_t rows_in_lanes(int64_t rows) {
   constexpr int width = Simd<A>::width;
