@@ -25,6 +25,7 @@ CASES = [
     gpu_cases.GpuCase("cpu table", "gru", 3, 4, 5, 8, "float32", num_layers=2, bidirectional=True),
     gpu_cases.GpuCase("stacks", "rnn", 3, 4, 5, 8, "float16", num_layers=2),
     gpu_cases.GpuCase("stacks", "lstm", 3, 4, 5, 64, "float16", num_layers=3),
+    gpu_cases.GpuCase("projections", "lstm", 3, 4, 5, 16, "float16", proj_size=4),
 ]
 
 
@@ -59,7 +60,7 @@ def test_all_cases_are_checked_timed_and_reported(tmp_path: Path) -> None:
         assert r["replayed"].keys() == {"cuDNN", "fused"}
         assert r["peak_bytes"] == {"cuDNN": 4096, "fused": 4096}
     # Here nothing runs on cuDNN. Another dtype stands in for it where torch.nn may have no kernels of its own.
-    assert [r["rival"] for r in report["results"]] == ["cuDNN in float16"] * 2 + [""] * 6
+    assert [r["rival"] for r in report["results"]] == ["cuDNN in float16"] * 2 + [""] * 8
     assert f"| stacks | {CASES[2].name} | forward+backward | " in tables
     # The memory of another dtype is no match.
     (memory,) = (line for line in report["bars"] if line.startswith("memory"))
@@ -160,6 +161,13 @@ def test_a_capture_that_fails_costs_the_replays_alone(
     status, report, _ = _run(tmp_path, "--cases", "rnn")
     assert status == 0 and "not permitted when stream is capturing" in capsys.readouterr().err
     assert all(r["milliseconds"].keys() == {"cuDNN", "fused"} and not r["replayed"] for r in report["results"])
+
+
+def test_the_floor_counts_both_products_of_a_step_with_a_projection() -> None:
+    case = gpu_cases.GpuCase("projections", "lstm", 3, 4, 5, 16, "float16", proj_size=4)
+    assert case.name == "lstm B3 T4 I5 H16 P4 float16"
+    assert case.step_flops == 2 * 3 * (4 * 16 * 4 + 16 * 4)
+    assert case.input_flops(0) == 2 * 3 * 4 * 16 * 5
 
 
 def test_the_floor_is_what_lets_blocks_hear_of_each_other() -> None:

@@ -52,16 +52,23 @@ class GpuCase:
     dtype: str
     num_layers: int = 1
     bidirectional: bool = False
+    proj_size: int = 0
 
     @property
     def name(self) -> str:
         sizes = f"B{self.batch_size} T{self.seq_length} I{self.input_size} H{self.hidden_size}"
+        sizes += f" P{self.proj_size}" if self.proj_size else ""
         sizes += f" L{self.num_layers}" if self.num_layers > 1 else ""
         return f"{self.cell} {sizes}{' bidir' if self.bidirectional else ''} {self.dtype}"
 
     @property
     def num_directions(self) -> int:
         return 2 if self.bidirectional else 1
+
+    @property
+    def state_size(self) -> int:
+        """Units of h, after its projection if there is one."""
+        return self.proj_size or self.hidden_size
 
     @property
     def layers_overlap(self) -> bool:
@@ -78,11 +85,12 @@ class GpuCase:
     @property
     def step_flops(self) -> float:
         """Floating-point operations of the recurrent products of one step of one layer, both directions."""
-        return self.num_directions * self._flops(self.hidden_size)
+        projection = 2.0 * self.batch_size * self.hidden_size * self.proj_size
+        return self.num_directions * (self._flops(self.state_size) + projection)
 
     def input_flops(self, layer: int) -> float:
         """The same of the products of one step with a layer's W_ih."""
-        depth = self.input_size if layer == 0 else self.num_directions * self.hidden_size
+        depth = self.input_size if layer == 0 else self.num_directions * self.state_size
         return self.num_directions * self._flops(depth)
 
     def _flops(self, depth: int) -> float:
@@ -120,7 +128,7 @@ class GpuCase:
 def cases() -> list[GpuCase]:
     """The most telling first, because a run may end before the last: the anchor, then grids and dtypes in turns."""
     anchor = GpuCase("flashrnn", "lstm", 16, 1024, 768, 768, "bfloat16")
-    everything = [*_flashrnn(), *_cpu_table(), *_haste(), *_stacks(), *_large()]
+    everything = [*_flashrnn(), *_cpu_table(), *_haste(), *_stacks(), *_projections(), *_large()]
     grids = dict.fromkeys(case.grid for case in everything)
     turns = [[case for case in everything if (case.dtype, case.grid) == turn] for turn in product(TURNS, grids)]
     found = {anchor: None}
@@ -169,6 +177,19 @@ def _stacks() -> Iterator[GpuCase]:
         for hidden_size, batch_size in product((256, 128, 384), (16, 1, 64)):
             for num_layers, cell in product((2, 4), ("lstm", "gru")):
                 yield GpuCase("stacks", cell, batch_size, 256, hidden_size, hidden_size, dtype, num_layers)
+
+
+def _projections() -> Iterator[GpuCase]:
+    """LSTMs with a projection of h, which run merged: W_hh W_hr in the place of W_hh."""
+    for dtype in ("bfloat16", "float16", "float32"):
+        for batch_size, seq_length, hidden_size, proj_size in (
+            (16, 1024, 768, 384),
+            (16, 256, 512, 128),
+            (64, 100, 1024, 512),
+            (64, 100, 1024, 256),
+        ):
+            sizes = (batch_size, seq_length, hidden_size, hidden_size)
+            yield GpuCase("projections", "lstm", *sizes, dtype, proj_size=proj_size)
 
 
 def _large() -> Iterator[GpuCase]:

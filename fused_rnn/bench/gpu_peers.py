@@ -33,7 +33,7 @@ class Problem:
         self.twin = self.layer(nn)
         if values is None:
             self.input = self._random(case.input_size)
-            self.grad = self._random(case.num_directions * case.hidden_size)
+            self.grad = self._random(case.num_directions * case.state_size)
         else:
             self.twin.load_state_dict(values.twin.state_dict())
             self.input, self.grad = values.input.to(self.dtype), values.grad.to(self.dtype)
@@ -51,6 +51,7 @@ class Problem:
             bidirectional=case.bidirectional,
             dtype=self.dtype,
             device="cuda",
+            **({"proj_size": case.proj_size} if case.proj_size else {}),
         )
         return made
 
@@ -116,7 +117,7 @@ def flashrnn(problem: Problem, training: bool) -> Run:
     It has weights of its own: its numbers are not compared, only timed. It compiles a kernel for each shape.
     """
     case = problem.case
-    if case.cell != "lstm" or case.num_layers > 1 or case.bidirectional:
+    if case.cell != "lstm" or case.num_layers > 1 or case.bidirectional or case.proj_size:
         raise NotImplementedError("one LSTM layer in one direction")
     kernel = importlib.import_module("flashrnn.flashrnn").flashrnn
     gates, hidden = NUM_GATES[case.cell], case.hidden_size
@@ -137,7 +138,8 @@ def flashrnn(problem: Problem, training: bool) -> Run:
 def haste(problem: Problem, training: bool) -> Run:
     """https://github.com/lmnt-com/haste: float32 and float64. It has weights of its own: timed, not compared."""
     case = problem.case
-    if case.cell not in ("lstm", "gru") or case.num_layers > 1 or case.bidirectional or case.dtype != "float32":
+    has_more = case.num_layers > 1 or case.bidirectional or case.proj_size
+    if case.cell not in ("lstm", "gru") or has_more or case.dtype != "float32":
         raise NotImplementedError("one LSTM or GRU layer in one direction, float32")
     library = importlib.import_module("haste_pytorch")
     layer = getattr(library, case.cell.upper())(input_size=case.input_size, hidden_size=case.hidden_size).cuda()
