@@ -270,6 +270,11 @@ class Cuda {
     }
   }
 
+  // Which rows of which steps count, (T, B).
+  Tensor live_mask(const Steps& steps) const {
+    return view(steps.mask, {steps.T, steps.B}, {steps.B, 1}, at::kByte).ne(0);
+  }
+
   // Which rows live in step t, (B, 1).
   Tensor mask_of(const Steps& steps, int64_t t) const {
     return view(steps.mask + t * steps.B, {steps.B, 1}, {1, 1}, at::kBool);
@@ -607,7 +612,7 @@ Tensor Cuda::merged_weights(const LayerSizes& sizes, const Cell& cell, const Wei
 
 // Of masked rows, (B): the step in which each begins in direction d; T or -1, past the last, of those without any.
 Tensor Cuda::first_live(const Steps& steps, int d) const {
-  const Tensor live = view(steps.mask, {steps.T, steps.B}, {steps.B, 1}, at::kByte).ne(0);
+  const Tensor live = live_mask(steps);
   const Tensor step = at::arange(steps.T, options_.dtype(at::kLong)).unsqueeze(1);
   return d == 0 ? at::where(live, step, steps.T).amin(0) : at::where(live, step, -1).amax(0);
 }
@@ -1032,7 +1037,7 @@ void Cuda::compute_gates_again(const LayerBackward& layer, const Cell& cell, Ten
 Tensor Cuda::clipped_rows(const Steps& steps, int d) const {
   const int64_t T = steps.T, B = steps.B;
   const auto in_order = [&](const Tensor& t) { return d == 0 ? t : t.flip(0); };
-  const Tensor live = in_order(view(steps.mask, {T, B}, {B, 1}, at::kByte).ne(0));
+  const Tensor live = in_order(live_mask(steps));
   Tensor anew = at::zeros({T, B}, live.options());
   if (steps.reset) {
     const Tensor marks = view(steps.reset, {T, B}, {B, 1}, at::kByte).ne(0);
@@ -1056,7 +1061,7 @@ Tensor Cuda::clipped_rows(const Steps& steps, int d) const {
 Tensor Cuda::later_live_gradients(const Steps& steps, int d, const Tensor& gradients, const void* final) const {
   const int64_t T = steps.T, B = steps.B, P = gradients.size(2);
   const auto in_order = [&](const Tensor& t) { return d == 0 ? t : t.flip(0); };
-  const Tensor live = in_order(view(steps.mask, {T, B}, {B, 1}, at::kByte).ne(0));
+  const Tensor live = in_order(live_mask(steps));
   const Tensor step = at::arange(T, options_.dtype(at::kLong)).unsqueeze(1);
   // The first live step from each on, T where there is none; from the one after it on.
   const Tensor from_here = std::get<0>(at::where(live, step, T).flip(0).cummin(0)).flip(0);

@@ -574,18 +574,15 @@ def _products_of_gate_gradients(
             after = torch.where(is_last.to(after.device).unsqueeze(2), initial, after)
         return after
 
-    of_input, found = steps(input), []
+    of_input, unwanted = steps(input), input.new_empty(0)
+    found: list[Tensor] = []
     of_gates = _gate_gradients(settings, seeds, h0, c0, params, controls, results)
     for direction, (of_ih, of_hh) in enumerate(of_gates):
         of_ih, of_hh = steps(of_ih), steps(of_hh)
-        sums: list[Callable[[], Tensor]] = [
-            lambda g=of_ih: torch.einsum("tbg,tbi->bgi", g, of_input),  # type: ignore[misc]
-            lambda g=of_hh, d=direction: torch.einsum("tbg,tbh->bgh", g, states_before(d)),  # type: ignore[misc]
-            lambda g=of_ih: g.sum(0),  # type: ignore[misc]
-            lambda g=of_hh: g.sum(0),  # type: ignore[misc]
-        ]
-        wanted = needs[direction * per_direction : (direction + 1) * per_direction]
-        found += [compute() if needed else input.new_empty(0) for compute, needed in zip(sums, wanted)]
+        needs_ih, needs_hh, *needs_biases = needs[direction * per_direction : (direction + 1) * per_direction]
+        found.append(torch.einsum("tbg,tbi->bgi", of_ih, of_input) if needs_ih else unwanted)
+        found.append(torch.einsum("tbg,tbh->bgh", of_hh, states_before(direction)) if needs_hh else unwanted)
+        found += [g.sum(0) if needed else unwanted for g, needed in zip((of_ih, of_hh), needs_biases)]
     return found
 
 

@@ -176,7 +176,7 @@ def test_a_layer_with_a_projection_runs_all_steps_in_one_launch(
     assert_within(found, expected)
     module.recompute = True
     assert_same(run(module, data), found)
-    # In inference the states of a few steps at a time are projected; so many rows give every product the same sums.
+    # In inference the states of a few steps at a time are projected.
     for most_steps in (0, 2):
         _allow(variant, team_blocks=team_blocks, most_steps=most_steps)
         with torch.no_grad():

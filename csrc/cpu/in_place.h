@@ -82,12 +82,13 @@ constexpr int dots_at_once() {
 }
 inline constexpr int most_rows_of_dots = 6;
 
-// Whether the rows behind those of a weight of so many bytes are fetched ahead, where NR rows are multiplied at once. A
-// processor that follows the streams by itself does without, but for few streams of what no cache holds.
+// Whether the rows behind those of a weight of so many bytes (0: which a cache holds) are fetched ahead, where NR rows
+// are multiplied at once. A processor that follows the streams by itself does without, but for few streams of what no
+// cache holds.
 template <int NR>
 bool fetches_weights(int64_t bytes) {
   constexpr int64_t cached_bytes = 8 * 1024 * 1024;
-  return !follows_streams() || (NR > 2 && bytes > cached_bytes);
+  return bytes > 0 && (!follows_streams() || (NR > 2 && bytes > cached_bytes));
 }
 
 // The compiler would load a value anew from memory for each of its uses.
@@ -184,7 +185,7 @@ void all_dots(int64_t rows, int64_t columns, int64_t K, bool fetch, const E* con
   }
 }
 
-// NR to 1 rows at a time: as few tiles as there can be, of like size.
+// The same for any number of rows, in as few tiles as there can be, of like size. bytes: as fetches_weights has it.
 template <class E, class S>
 void dots_of_rows(int64_t rows, int64_t columns, int64_t K, int64_t bytes, const E* const* a, const S* const* w,
                   typename Operand<E>::Acc* c, int64_t c_stride) {
